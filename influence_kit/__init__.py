@@ -1,0 +1,33 @@
+"""Training-data attribution for PyTorch: which training examples made my model do this?"""
+
+from influence_kit.checkpoints import checkpoint_table, load_checkpoint
+from influence_kit.methods.grad_cos import GradCos
+from influence_kit.methods.grad_dot import GradDot
+from influence_kit.methods.inner_product import InnerProductInfluence
+from influence_kit.methods.nearest_neighbors import (
+    ExactNearestNeighbors,
+    FaissNearestNeighbors,
+    NearestNeighbors,
+)
+from influence_kit.methods.tracin import TracInCP, TracInCPBase
+from influence_kit.methods.tracin_fast import TracInCPFast
+from influence_kit.methods.tracin_rand_proj import TracInCPFastRandProj
+from influence_kit.scoring.reducers import KMostInfluentialResults
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ExactNearestNeighbors",
+    "FaissNearestNeighbors",
+    "GradCos",
+    "GradDot",
+    "InnerProductInfluence",
+    "KMostInfluentialResults",
+    "NearestNeighbors",
+    "TracInCP",
+    "TracInCPBase",
+    "TracInCPFast",
+    "TracInCPFastRandProj",
+    "checkpoint_table",
+    "load_checkpoint",
+]

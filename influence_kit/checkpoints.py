@@ -1,0 +1,285 @@
+"""Checkpoints of one training run: find them, order them, load them one at a time.
+
+``checkpoint_table`` shows what there is; ``load_checkpoint`` is the default
+``checkpoints_load_func``.
+"""
+
+import glob
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from influence_kit import checkpoint_files
+from influence_kit.checkpoint_files import Contents
+from influence_kit.errors import InvalidArgumentError
+
+LoadFunction = Callable[[nn.Module, Any], float]
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+
+
+def find_checkpoints(checkpoints: Any, any_file: bool = False) -> list[Any]:
+    """The checkpoints that the argument names, in the order of their numbers.
+
+    Args:
+        checkpoints: a folder, a glob pattern, a list of paths (ordered by number, as Captum does),
+            or any iterable of checkpoints (state dicts, say), which keeps its own order.
+        any_file: take every file of a folder, since a load function of the user's reads them.
+
+    Raises:
+        InvalidArgumentError: where there is nothing, or a folder holds a file of another kind.
+    """
+    if isinstance(checkpoints, str | Path):
+        return _find_paths(checkpoints, any_file)
+    if isinstance(checkpoints, Mapping) or not isinstance(checkpoints, Iterable):
+        raise InvalidArgumentError(
+            "Invalid checkpoints provided for TracIn class: expected a folder, a glob or an iterable "
+            f"of checkpoints, got a {type(checkpoints).__name__}; put a single one into a list"
+        )
+    found = list(checkpoints)
+    if not found:
+        raise InvalidArgumentError("Invalid checkpoints provided for TracIn class: an empty list")
+    if isinstance(checkpoints, list) and all(isinstance(item, str | Path) for item in found):
+        return sorted(found, key=_natural)
+    return found
+
+
+def _find_paths(pattern: str | Path, any_file: bool) -> list[str]:
+    folder, problem = Path(pattern), f"Invalid checkpoints provided for TracIn class: {pattern}!"
+    if folder.is_file():
+        raise InvalidArgumentError(f"{problem} It is a file: pass a list of files")
+    if folder.is_dir():
+        if checkpoint_files.is_trainer_folder(folder) and not list(folder.glob("checkpoint-*")):
+            return [str(folder)]
+        runs = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
+        entries = runs or [path for path in folder.iterdir() if not path.name.startswith(".")]
+        _refuse_foreign(entries, any_file)
+        found = [str(path) for path in entries]
+    else:
+        found = glob.glob(str(pattern))
+    if not found:
+        kind = "The folder is empty" if folder.is_dir() else "There is no such folder or file"
+        raise InvalidArgumentError(f"{problem} {kind}")
+    return sorted(found, key=_natural)
+
+
+def _refuse_foreign(entries: Sequence[Path], any_file: bool) -> None:
+    foreign = [path.name for path in entries if not checkpoint_files.is_readable(path)]
+    if foreign and not any_file:
+        raise InvalidArgumentError(
+            f"the checkpoint folder holds what is no checkpoint: {sorted(foreign)}; checkpoints end "
+            f"in {', '.join(checkpoint_files.SUFFIXES)} or are folders of Hugging Face's Trainer. "
+            "Pass a glob such as 'folder/*.pt', or a `checkpoints_load_func`"
+        )
+
+
+def _natural(path: str | Path) -> list[tuple[int, Any]]:
+    """A sort key in which ck2 comes before ck10."""
+    parts = re.split(r"(\d+)", str(path))
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in parts]
+
+
+def load_checkpoint(model: nn.Module, checkpoint: Any) -> float:
+    """Load a path or a state dict into the model; returns its learning rate (1 where none is stored).
+
+    Prefixes of wrappers (``module.``, ``model.``, ...) are stripped where that alone makes the keys
+    fit. Weights tied to others may be missing.
+
+    Raises:
+        InvalidArgumentError: where keys or shapes do not fit, before anything is loaded.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> load_checkpoint(model, {"state_dict": model.state_dict(), "learning_rate": 0.1})
+        0.1
+    """
+    contents = checkpoint_files.read(checkpoint)
+    weights = _fitting(model, contents, label_of(checkpoint))
+    model.load_state_dict(weights, strict=False)
+    return contents.learning_rate
+
+
+def _fitting(model: nn.Module, contents: Contents, label: str) -> dict[str, Any]:
+    """The weights under the model's own keys, with nothing missing."""
+    expected = model.state_dict(keep_vars=True)
+    given = _rename(contents, set(expected))
+    pointers = {v.data_ptr() for k, v in expected.items() if k in given and isinstance(v, Tensor)}
+    missing = [
+        key
+        for key, value in expected.items()
+        if key not in given
+        and not (isinstance(value, Tensor) and value.numel() and value.data_ptr() in pointers)
+        and not (contents.is_adapter and "lora_" not in key)
+    ]
+    unexpected = [key for key in given if key not in expected]
+    shapes = [
+        f"{key}: {list(value.shape)} where the model has {list(expected[key].shape)}"
+        for key, value in given.items()
+        if isinstance(value, Tensor) and key in expected and value.shape != expected[key].shape
+    ]
+    if missing or unexpected or shapes:
+        raise InvalidArgumentError(
+            f"checkpoint {label} does not fit the model: missing keys {_shown(missing)}, unexpected "
+            f"keys {_shown(unexpected)}, other shapes {_shown(shapes)}; is it of this model?"
+        )
+    return given
+
+
+def _shown(items: Sequence[str], most: int = 5) -> str:
+    rest = f" and {len(items) - most} more" if len(items) > most else ""
+    return f"{list(items[:most])}{rest}"
+
+
+def _rename(contents: Contents, expected: set[str]) -> dict[str, Any]:
+    """The weights with wrappers' prefixes stripped or added where the keys fit better so."""
+    best = dict(contents.weights)
+    if contents.is_adapter:  # the file's keys lack the adapter's name
+        best = {
+            key if key in expected else re.sub(r"\.(\w+)$", r".default.\1", key): value
+            for key, value in best.items()
+        }
+    for _ in range(2):  # a wrapper may wrap another
+        renamings = [best]
+        for prefix in PREFIXES:
+            if all(key.startswith(prefix) for key in best):
+                renamings.append({key.removeprefix(prefix): v for key, v in best.items()})
+        renamings.append({f"module.{key}": value for key, value in best.items()})
+        best = max(renamings, key=lambda weights: len(expected & set(weights)))
+    return best
+
+
+def label_of(checkpoint: Any) -> str:
+    """A checkpoint's name in messages."""
+    return f"'{checkpoint}'" if isinstance(checkpoint, str | Path) else "in memory"
+
+
+@dataclass(frozen=True)
+class CheckpointRow:
+    """One line of ``checkpoint_table``."""
+
+    checkpoint: str
+    step: int | None
+    learning_rate: float
+    rate_source: str
+
+
+class CheckpointTable(list[CheckpointRow]):
+    """What ``checkpoint_table`` found; prints as a table."""
+
+    def __str__(self) -> str:
+        lines = [("checkpoint", "step", "learning rate", "found")]
+        for row in self:
+            step = "-" if row.step is None else str(row.step)
+            lines.append((row.checkpoint, step, f"{row.learning_rate:g}", row.rate_source))
+        widths = [max(len(line[i]) for line in lines) for i in range(4)]
+        padded = (
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines
+        )
+        return "\n".join(line.rstrip() for line in padded)
+
+
+def checkpoint_table(checkpoints: Any) -> CheckpointTable:
+    """The checkpoints that a method would use: name, step, learning rate, and where that was found.
+
+    Example:
+        >>> print(checkpoint_table([{"state_dict": {}, "learning_rate": 0.1, "epoch": 3}]))
+        checkpoint   step  learning rate  found
+        in memory 0  3     0.1            stored as 'learning_rate'
+    """
+    table = CheckpointTable()
+    for place, item in enumerate(find_checkpoints(checkpoints)):
+        contents = checkpoint_files.read(item)
+        name = str(item) if isinstance(item, str | Path) else f"in memory {place}"
+        table.append(
+            CheckpointRow(name, contents.step, contents.learning_rate, contents.rate_source)
+        )
+    return table
+
+
+class CheckpointLoader:
+    """Puts checkpoints into the model, one at a time, and never the one that is there already.
+
+    Args:
+        model: the model, still as the user has it.
+        checkpoints: what ``load`` takes, in order.
+        load: ``load(model, checkpoint) -> learning rate``.
+    """
+
+    def __init__(self, model: nn.Module, checkpoints: Sequence[Any], load: LoadFunction) -> None:
+        own = {tensor.data_ptr() for tensor in model.state_dict().values() if tensor.numel()}
+        self._model, self._load = model, load
+        # a state dict that is the live model's would change with the next load
+        self._items = [_copied(item, own) for item in checkpoints]
+        self._current: int | None = None
+        self._rates: dict[int, float] = {}
+        self._prints: dict[int, tuple[float, float]] = {}
+
+    def load(self, place: int) -> float:
+        """Have checkpoint number ``place`` in the model; returns its learning rate."""
+        if self._current != place:
+            self._current = None
+            with _same_parameters(self._model):
+                rate = self._load(self._model, self._items[place])
+            if isinstance(rate, bool) or not isinstance(rate, int | float | Tensor):
+                raise InvalidArgumentError(
+                    f"`checkpoints_load_func` returned {rate!r} for checkpoint {place}; it must "
+                    "return the learning rate, a number"
+                )
+            self._current = place
+            if place not in self._rates:
+                self._rates[place] = float(rate)
+                self._warn(place)
+        return self._rates[place]
+
+    def _warn(self, place: int) -> None:
+        label = label_of(self._items[place])
+        if self._rates[place] == 0:
+            warnings.warn(
+                f"checkpoint {place} ({label}) has learning rate 0 and adds nothing to scores that "
+                "weigh checkpoints by it; see checkpoint_table for where it was found",
+                stacklevel=2,
+            )
+        weights = [p.detach().double() for p in self._model.parameters()]
+        sums = torch.stack([torch.stack([w.sum(), w.square().sum()]) for w in weights]).sum(0)
+        fingerprint = (float(sums[0]), float(sums[1]))
+        for other, known in self._prints.items():
+            if known == fingerprint:
+                warnings.warn(
+                    f"checkpoints {other} and {place} ({label}) hold the same weights, which so "
+                    "count twice; state dicts kept while training go on need copy.deepcopy",
+                    stacklevel=2,
+                )
+                break
+        self._prints[place] = fingerprint
+
+
+@contextmanager
+def _same_parameters(model: nn.Module) -> Iterator[None]:
+    """Keep the model's parameter objects where a load function puts new ones in their place."""
+    owners = [(m, name, p) for m in model.modules() for name, p in m._parameters.items()]
+    yield
+    for module, name, parameter in owners:
+        loaded = module._parameters[name]
+        if loaded is not parameter and loaded is not None and parameter is not None:
+            with torch.no_grad():
+                parameter.copy_(loaded)
+            module._parameters[name] = parameter
+
+
+def _is_live(item: Any, own: set[int]) -> bool:
+    if isinstance(item, Mapping):
+        return any(_is_live(value, own) for value in item.values())
+    return isinstance(item, Tensor) and item.data_ptr() in own
+
+
+def _copied(item: Any, own: set[int]) -> Any:
+    """The item, or a copy of a dict that holds tensors whose memory is in ``own``."""
+    if isinstance(item, Mapping) and _is_live(item, own):
+        return {key: _copied(value, own) for key, value in item.items()}
+    return item.clone() if _is_live(item, own) else item

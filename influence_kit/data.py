@@ -1,0 +1,194 @@
+"""Batches of any usual kind, seen one way: tuple or list ``(*model_inputs, targets)``, or dict.
+
+A tuple or list is called as ``model(*batch[:-1])`` with targets ``batch[-1]``. A dict is called as
+``model(**batch)``, less the keys that the forward does not take; its targets are the dict itself.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+from torch.utils.data.distributed import DistributedSampler
+
+from influence_kit.errors import InvalidArgumentError
+
+Batch = tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+
+def is_batch(inputs: object) -> bool:
+    """Whether ``inputs`` is one batch (rather than a loader of batches)."""
+    return isinstance(inputs, tuple | list | Mapping)
+
+
+def targets_of(batch: Batch) -> Any:
+    """What the loss takes beside the model's output: the last item, or the whole dict."""
+    return batch if isinstance(batch, Mapping) else batch[-1]
+
+
+def call_arguments(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments with which the model is called on a batch."""
+    if not isinstance(batch, Mapping):
+        return tuple(batch[:-1]), {}
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return (), {key: value for key, value in batch.items() if takes_any or key in parameters}
+
+
+def call_model(model: nn.Module, batch: Batch) -> Any:
+    """The model's output on a batch."""
+    args, kwargs = call_arguments(model, batch)
+    return model(*args, **kwargs)
+
+
+def _tensors(item: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    if isinstance(item, Tensor):
+        yield item
+    elif isinstance(item, Mapping):
+        for value in item.values():
+            yield from _tensors(value)
+    elif isinstance(item, tuple | list):
+        for value in item:
+            yield from _tensors(value)
+
+
+def example_count(batch: Batch) -> int:
+    """The number of examples: the length of the targets (of a dict: of its first tensor)."""
+    items = batch if isinstance(batch, Mapping) else list(batch)[::-1]
+    for tensor in _tensors(items):
+        if tensor.dim() > 0:
+            return tensor.shape[0]
+    raise InvalidArgumentError(
+        f"a batch must hold a tensor with one row an example; got {_describe(batch)}"
+    )
+
+
+def _describe(item: Any) -> str:
+    if isinstance(item, Tensor):
+        return f"a tensor of shape {list(item.shape)}"
+    if isinstance(item, Mapping):
+        return "a dict of " + ", ".join(f"{k}: {_describe(v)}" for k, v in item.items())
+    if isinstance(item, tuple | list):
+        return f"a {type(item).__name__} of " + ", ".join(map(_describe, item))
+    return f"a {type(item).__name__}"
+
+
+def map_tensors(item: Any, change: Callable[[Tensor], Any]) -> Any:
+    """The same nesting of tuples, lists and dicts with every tensor changed."""
+    if isinstance(item, Tensor):
+        return change(item)
+    if isinstance(item, Mapping):
+        return {key: map_tensors(value, change) for key, value in item.items()}
+    if isinstance(item, tuple | list) and any(True for _ in _tensors(item)):
+        return [map_tensors(value, change) for value in item]
+    return item
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on ``device``."""
+    return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def nbytes(batch: Batch) -> int:
+    """What the tensors of a batch take, in bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(batch))
+
+
+def take(batch: Batch, rows: slice | Tensor) -> Batch:
+    """The batch of some of its examples; what is not one item an example is kept whole."""
+    n = example_count(batch)
+    if isinstance(batch, Mapping):
+        return {key: _take(value, rows, n) for key, value in batch.items()}
+    return tuple(_take(value, rows, n) for value in batch)
+
+
+def example_axis(tensor: Tensor, n: int) -> int | None:
+    """The dimension of a batch's tensor that counts examples; None where none does."""
+    if tensor.dim() > 0 and tensor.shape[0] == n:
+        return 0
+    # time-first inputs [t, n, ...] of recurrent networks
+    return 1 if tensor.dim() > 1 and tensor.shape[1] == n else None
+
+
+def _take(item: Any, rows: slice | Tensor, n: int) -> Any:
+    if isinstance(item, Tensor):
+        axis = example_axis(item, n)
+        return item if axis is None else item[rows] if axis == 0 else item[:, rows]
+    if isinstance(item, Mapping):
+        return {key: _take(value, rows, n) for key, value in item.items()}
+    if isinstance(item, tuple | list):
+        if not any(True for _ in _tensors(item)) and len(item) == n:
+            index = range(n)[rows] if isinstance(rows, slice) else rows.tolist()
+            return [item[i] for i in index]
+        return [_take(value, rows, n) for value in item]
+    return item
+
+
+def split(batch: Batch, size: int) -> Iterator[Batch]:
+    """The batch in pieces of at most ``size`` examples."""
+    n = example_count(batch)
+    if n <= size:
+        yield batch
+        return
+    for start in range(0, n, size):
+        yield take(batch, slice(start, start + size))
+
+
+def as_loader(data: Any, batch_size: int | None, name: str) -> Iterable[Batch]:
+    """A loader of batches in a fixed order: ``data`` itself, or its examples ``batch_size`` at a time.
+
+    Args:
+        data: a ``Dataset``, or a ``DataLoader`` or other re-iterable of batches.
+        batch_size: examples a batch, where ``data`` is a ``Dataset``.
+        name: what to call ``data`` in an error.
+
+    Raises:
+        InvalidArgumentError: where the order changes between two passes, so that indices mean nothing.
+    """
+    if isinstance(data, Dataset):
+        if batch_size is None:
+            raise InvalidArgumentError(
+                f"since the `{name}` argument was a `Dataset`, `batch_size` must be an int."
+            )
+        return DataLoader(data, batch_size=batch_size, shuffle=False)
+    if isinstance(data, DataLoader):
+        check_order(data, name)
+        if data.drop_last:
+            warnings.warn(
+                f"`{name}` is a DataLoader with drop_last=True: the examples of a short last "
+                "batch get no score",
+                stacklevel=4,
+            )
+    return data
+
+
+def check_order(loader: object, name: str) -> None:
+    """Refuse a loader that shuffles."""
+    sampler = getattr(loader, "sampler", None)
+    inner = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    shuffling = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+    for candidate in (sampler, inner):
+        shuffled = isinstance(candidate, DistributedSampler) and candidate.shuffle
+        if shuffled or isinstance(candidate, shuffling):
+            raise InvalidArgumentError(
+                f"`{name}` is a DataLoader that shuffles ({type(candidate).__name__}): its indices "
+                "would mean nothing; pass one with shuffle=False, or the Dataset itself"
+            )
+
+
+def loader_length(loader: object) -> int | None:
+    """The number of batches, or None where the loader does not tell."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None

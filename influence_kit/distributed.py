@@ -1,0 +1,34 @@
+"""Ranks: each takes every ``world_size``-th batch of the training set; the results are gathered.
+
+Alone (no ``torch.distributed`` process group) every function here gives its argument back.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def _active() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_mine(batch_number: int) -> bool:
+    """Whether this rank computes the given batch of the training set."""
+    return not _active() or batch_number % dist.get_world_size() == dist.get_rank()
+
+
+def gather_columns(tensor: Tensor) -> Tensor:
+    """The tensors ``[..., n_rank]`` of all ranks, side by side in rank order: ``[..., sum n_rank]``."""
+    if not _active():
+        return tensor
+    device = tensor.device
+    size = torch.tensor([tensor.shape[-1]], device=device)
+    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size)
+    widths = [int(s) for s in sizes]
+    # all_gather wants one shape: pad to the widest rank
+    padded = tensor.new_zeros((*tensor.shape[:-1], max(widths)))
+    padded[..., : tensor.shape[-1]] = tensor
+    parts = [torch.empty_like(padded) for _ in widths]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[..., :w] for part, w in zip(parts, widths, strict=True)], dim=-1)

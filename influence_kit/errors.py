@@ -1,0 +1,17 @@
+"""The exceptions of a user's mistake: what was got, what there is, what to do."""
+
+
+class InvalidArgumentError(AssertionError, ValueError):
+    """A wrong argument.
+
+    A ``ValueError``; also an ``AssertionError``, because Captum raises that in the same places and
+    its users may catch it.
+    """
+
+
+class UnknownLayerError(ValueError, AttributeError):
+    """A layer name that the model does not have (Captum raises ``AttributeError`` there)."""
+
+
+class NonFiniteError(ValueError):
+    """A score that is NaN or infinite, with the example and the layer it came from."""

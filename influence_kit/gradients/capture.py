@@ -1,0 +1,186 @@
+"""One forward and one backward pass of a batch, and out come the gradients of each of its examples.
+
+A forward hook on each layer that has a rule keeps the layer's input and the place of its output in
+the graph (``get_gradient_edge``: right also where the output is changed in place afterwards). One
+backward pass from the summed loss then asks for the gradients at those places alone, so that the
+weights' own gradients are never computed. Parameters without a rule go to ``functional``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from influence_kit.data import Batch, call_model, example_count
+from influence_kit.gradients import functional
+from influence_kit.gradients.forms import Dense, Form
+from influence_kit.gradients.layouts import ROWS, SHARED, arrange, shared
+from influence_kit.gradients.per_example import Gradients
+from influence_kit.gradients.rules import Rule, rule_for
+from influence_kit.losses import Loss
+
+FunctionalGradients = Callable[..., dict[str, Dense]]
+
+
+@dataclass
+class Layer:
+    """A module with a rule that owns chosen parameters.
+
+    ``names`` maps its attribute to the parameter's name in the model (a tied parameter has one
+    name and several layers); ``layout`` tells where examples stand in its tensors.
+    """
+
+    module: nn.Module
+    rule: Rule
+    names: dict[str, str]
+    layout: str = ROWS
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer: its tensor inputs and the place of its output in the graph."""
+
+    layer: Layer
+    inputs: tuple[Tensor, ...]
+    edge: GradientEdge | None
+
+
+@dataclass(frozen=True)
+class Use:
+    """One call of a layer with the gradient of the loss at its output."""
+
+    layer: Layer
+    inputs: tuple[Tensor, ...]
+    delta: Tensor
+
+
+class Capture:
+    """Per-example gradients of the chosen parameters of a model.
+
+    Args:
+        model: the model; its weights may change between calls, its structure may not.
+        parameters: the chosen parameters by name, each once.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.model = model
+        self.parameters = dict(parameters)
+        self.layers = _layers(model, self.parameters)
+        ruled = {name for layer in self.layers for name in layer.names.values()}
+        # the parameters that no rule serves, and the function that serves them
+        self.without_rule = [name for name in self.parameters if name not in ruled]
+        self.functional: FunctionalGradients = functional.vmapped
+        self._calls: list[Call] | None = None
+        self._examples = 0
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hooks on the layers, and gradients wanted of the chosen parameters alone, while inside."""
+        wanted = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
+        chosen = set(self.parameters.values())
+        handles = []
+        try:
+            for parameter in wanted:
+                parameter.requires_grad_(parameter in chosen)
+            for layer in self.layers:
+                handles.append(
+                    layer.module.register_forward_hook(
+                        self._hook(layer), prepend=True, with_kwargs=True
+                    )
+                )
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter, value in wanted.items():
+                parameter.requires_grad_(value)
+
+    def _hook(self, layer: Layer) -> Callable[..., Tensor | None]:
+        def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+            if self._calls is None or not isinstance(output, Tensor):
+                return None
+            inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            replaced = None
+            if layer.layout == SHARED:
+                output = replaced = shared(output, self._examples)
+            edge = get_gradient_edge(output) if output.requires_grad else None
+            self._calls.append(Call(layer, tuple(x.detach() for x in inputs), edge))
+            return replaced
+
+        return record
+
+    def uses(self, batch: Batch, loss: Loss, n: int) -> list[Use]:
+        """Run the model forward and backward; every call of a layer that the loss depends on."""
+        self._calls, self._examples = [], n
+        try:
+            with torch.enable_grad():
+                total = loss.total(call_model(self.model, batch), batch, n)
+            calls = [call for call in self._calls if call.edge is not None]
+        finally:
+            self._calls = None
+        if not calls or not total.requires_grad:
+            return []
+        deltas = torch.autograd.grad(total, [call.edge for call in calls], allow_unused=True)
+        return [
+            Use(call.layer, call.inputs, delta)
+            for call, delta in zip(calls, deltas, strict=True)
+            if delta is not None
+        ]
+
+    def forms(self, uses: Sequence[Use], n: int) -> dict[str, Form]:
+        """The forms of all parameters that have a rule; one that was not used has none."""
+        forms: dict[str, Form] = {}
+        with torch.no_grad():
+            for use in uses:
+                for name, form in use_forms(use, use.layer.layout, n).items():
+                    forms[name] = forms[name].plus(form) if name in forms else form
+        return forms
+
+    def __call__(self, batch: Batch, loss: Loss) -> Gradients:
+        """The gradients of each example's loss. Only inside ``attached``, after ``check``."""
+        n = example_count(batch)
+        dropped = set(self.without_rule)
+        forms = {}
+        if len(dropped) < len(self.parameters):
+            forms = self.forms(self.uses(batch, loss, n), n)
+            forms = {name: form for name, form in forms.items() if name not in dropped}
+        if dropped:
+            chosen = {name: self.parameters[name] for name in self.without_rule}
+            forms.update(self.functional(self.model, chosen, batch, loss, n))
+        shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        sample = functional.exact(next(iter(self.parameters.values())).detach())
+        return Gradients(n, forms, shapes, sample)
+
+
+def use_forms(use: Use, layout: str, n: int) -> dict[str, Form]:
+    """The forms of one use of a layer, by parameter name."""
+    inputs = [functional.exact(arrange(x, layout, n)) for x in use.inputs]
+    # the output of a layer with shared inputs was expanded in the hook: examples come first
+    delta = arrange(use.delta, ROWS if layout == SHARED else layout, n)
+    found = use.layer.rule(use.layer.module, inputs, functional.exact(delta), n)
+    return {
+        name: found[attribute]
+        for attribute, name in use.layer.names.items()
+        if attribute in found
+    }
+
+
+def _layers(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[Layer]:
+    names = {parameter: name for name, parameter in parameters.items()}
+    layers = []
+    for module in model.modules():
+        own = {
+            attribute: names[parameter]
+            for attribute, parameter in module.named_parameters(recurse=False)
+            if parameter in names
+        }
+        rule = rule_for(module) if own else None
+        if rule is not None:
+            layers.append(Layer(module, rule, own))
+    return layers

@@ -1,0 +1,230 @@
+"""Before a capture is trusted: it is compared with autograd on a few examples of the first batch.
+
+Three examples go through the model together and each alone. What the rules give must sum to
+autograd's gradient of the three, and be, row by row, the gradient of each alone. A parameter that
+fails (used outside its layer's forward, or in a way that its rule does not know) goes to
+``functional``; a model that mixes the examples of a batch has no gradient per example and is refused.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from influence_kit.data import Batch, call_model, example_count, take
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.gradients import functional
+from influence_kit.gradients.capture import Capture, Use, use_forms
+from influence_kit.gradients.forms import Form
+from influence_kit.gradients.layouts import ROWS, SHARED, candidates
+from influence_kit.losses import Loss
+
+EXAMPLES = 3
+LOSS_EXAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Differences that rounding explains, relative to a parameter's gradient and to the whole.
+
+    ``sums`` where both sides ran the same batch; ``alone`` where batch sizes differ, so that a unit
+    near a kink may fall on its other side; ``whole`` for gradients that are zero but for rounding.
+    """
+
+    sums: float
+    alone: float
+    whole: float
+
+
+_TOLERANCES = {torch.float64: Tolerance(1e-9, 1e-6, 1e-12), torch.float32: Tolerance(1e-4, 5e-2, 3e-6)}
+_HALF = Tolerance(1e-1, 3e-1, 1e-2)
+
+
+def check(capture: Capture, batch: Batch, loss: Loss) -> None:
+    """Settle the layouts of a capture, which parameters go without a rule, and the loss.
+
+    Raises:
+        InvalidArgumentError: where the model or the loss has no gradient per example.
+    """
+    refuse_mixing_layers(capture.model)
+    _settle_loss(capture.model, batch, loss)
+    _Comparison(capture, batch, loss).settle()
+
+
+def refuse_mixing_layers(model: nn.Module) -> None:
+    """An error where a BatchNorm layer uses the statistics of the batch."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise InvalidArgumentError(
+                f"layer '{name}' ({type(module).__name__}) normalizes by the statistics of the batch, "
+                "so that the gradient of one example depends on the others; put the model in "
+                "evaluation mode (eval_mode=True), with running statistics, or replace the layer by "
+                "GroupNorm"
+            )
+
+
+def _spread(n: int, count: int) -> Tensor:
+    """``count`` places from first to last of n, repeated where n is smaller."""
+    if n < count:
+        return torch.arange(count) % n
+    return torch.linspace(0, n - 1, count).round().long()
+
+
+def _settle_loss(model: nn.Module, batch: Batch, loss: Loss) -> None:
+    """Let a reduced loss be compared with the losses of single examples, in evaluation mode."""
+    places = _spread(example_count(batch), min(example_count(batch), LOSS_EXAMPLES))
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            small = take(batch, places)
+            ones = [take(batch, slice(int(i), int(i) + 1)) for i in places]
+            together = (call_model(model, small), small)
+            if loss.values(*together).dim() > 0:
+                loss.settled = True
+            else:
+                closeness = _tolerance(next(model.parameters())).alone / 50
+                loss.settle(together, [(call_model(model, one), one) for one in ones], closeness)
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _tolerance(parameter: Tensor) -> Tolerance:
+    return _TOLERANCES.get(parameter.dtype, _HALF)
+
+
+class _Comparison:
+    """One capture against autograd on three examples of one batch."""
+
+    def __init__(self, capture: Capture, batch: Batch, loss: Loss) -> None:
+        places = _spread(example_count(batch), EXAMPLES)
+        self.capture, self.loss = capture, loss
+        self.small = take(batch, places)
+        self.alone = [take(batch, slice(int(i), int(i) + 1)) for i in places]
+        # with dropout on, the same example alone meets another mask
+        self.random = any(
+            module.training and (isinstance(module, _DropoutNd) or getattr(module, "dropout", 0))
+            for module in capture.model.modules()
+        )
+
+    def settle(self) -> None:
+        capture = self.capture
+        failed = self._settle_layouts() | set(capture.without_rule)
+        capture.without_rule = [name for name in capture.parameters if name in failed]
+        if failed:
+            self._settle_functional({name: capture.parameters[name] for name in failed})
+
+    def _settle_layouts(self) -> set[str]:
+        """Find the layout of each layer; the names of the parameters for which none is right."""
+        untried = {}
+        ruled = [name for name in self.capture.parameters if name not in self.capture.without_rule]
+        while True:
+            uses = self._run()
+            for use in uses:
+                if id(use.layer) not in untried:
+                    shapes = [t for u in uses if u.layer is use.layer for t in (*u.inputs, u.delta)]
+                    untried[id(use.layer)] = iter(candidates(shapes, EXAMPLES))
+                    use.layer.layout = next(untried[id(use.layer)], ROWS)
+            if any(use.layer.layout == SHARED for use in uses):
+                uses = self._run()
+            wrong = self._wrong(self._forms(uses), ruled)
+            advanced = False
+            for layer in self.capture.layers:
+                following = None
+                if wrong & set(layer.names.values()):
+                    following = next(untried.get(id(layer), iter(())), None)
+                if following is not None:
+                    layer.layout, advanced = following, True
+            if not advanced:
+                return wrong
+
+    def _run(self) -> list[Use]:
+        with self._same_random_state():
+            try:
+                return self.capture.uses(self.small, self.loss, EXAMPLES)
+            except RuntimeError:
+                shared = [layer for layer in self.capture.layers if layer.layout == SHARED]
+                if not shared:
+                    raise
+        # the model does not take outputs with a batch dimension there
+        for layer in shared:
+            layer.layout = ROWS
+        return self._run()
+
+    def _forms(self, uses: Sequence[Use]) -> dict[str, Form]:
+        forms: dict[str, Form] = {}
+        unfit: set[str] = set()
+        for use in uses:
+            try:
+                with torch.no_grad():
+                    found = use_forms(use, use.layer.layout, EXAMPLES)
+            except (ValueError, RuntimeError):
+                unfit |= set(use.layer.names.values())
+                continue
+            for name, form in found.items():
+                forms[name] = forms[name].plus(form) if name in forms else form
+        return {name: form for name, form in forms.items() if name not in unfit}
+
+    def _wrong(self, forms: Mapping[str, Form], names: Sequence[str]) -> set[str]:
+        """The names whose forms are not what autograd gives; each reference is made in turn."""
+        parameters = self.capture.parameters
+        wrong: set[str] = set()
+        if not names:
+            return wrong
+        for rows, batch, n in self._references():
+            with self._same_random_state():
+                values = [parameters[name] for name in names]
+                expected = functional.single_gradients(
+                    self.capture.model, values, batch, self.loss, n
+                )
+            whole = torch.stack([g.norm() for g in expected]).norm()
+            for name, gradient in zip(names, expected, strict=True):
+                tolerance = _tolerance(gradient)
+                form = forms.get(name)
+                difference = gradient.flatten().to(functional.exact(gradient).dtype)
+                if form is not None:
+                    difference = difference - form.rows(rows).dense().sum(0)
+                relative = tolerance.sums if n > 1 else tolerance.alone
+                if not difference.norm() <= relative * gradient.norm() + tolerance.whole * whole:
+                    wrong.add(name)
+        return wrong
+
+    def _references(self) -> Iterator[tuple[slice, Batch, int]]:
+        """Which of the three examples, as which batch."""
+        yield slice(0, EXAMPLES), self.small, EXAMPLES
+        if not self.random:
+            for i, batch in enumerate(self.alone):
+                yield slice(i, i + 1), batch, 1
+
+    def _settle_functional(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Use ``vmap`` where it runs and is right, else one example at a time."""
+        reasons = ""
+        for way in (functional.vmapped, functional.one_by_one):
+            self.capture.functional = way
+            try:
+                with self._same_random_state():
+                    forms = way(self.capture.model, parameters, self.small, self.loss, EXAMPLES)
+            except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+                if way is functional.one_by_one:
+                    raise
+                reasons = f" ({error})"
+                continue
+            wrong = self._wrong(forms, list(parameters))
+            if not wrong or (self.random and way is functional.one_by_one):
+                return
+        raise InvalidArgumentError(
+            f"the gradient of {sorted(wrong)} for {EXAMPLES} examples together is not the sum of "
+            "those of each alone: the model or the loss mixes the examples of a batch, which leaves "
+            f"nothing to attribute to one of them{reasons}"
+        )
+
+    @contextmanager
+    def _same_random_state(self) -> Iterator[None]:
+        devices = {p.device for p in self.capture.parameters.values() if p.device.type == "cuda"}
+        with torch.random.fork_rng(devices=list(devices)):
+            yield

@@ -1,0 +1,95 @@
+"""Parameters without a rule: per-example gradients of a function of parameters, by ``torch.func``.
+
+Slower than a rule (each example's gradient is written out, in a pass of its own) and right for any
+module that ``torch.func.vmap`` takes; what it does not take is done one example at a time.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from influence_kit.data import Batch, call_arguments, call_model, example_axis, map_tensors, take
+from influence_kit.gradients.forms import Dense
+from influence_kit.losses import Loss
+from influence_kit.memory import rows_within, workspace_bytes
+
+# activations of a whole model are held for every example of a chunk
+MOST_EXAMPLES_AT_ONCE = 64
+
+
+def vmapped(
+    model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch, loss: Loss, n: int
+) -> dict[str, Dense]:
+    """Per-example gradients of the named parameters by ``vmap(grad)``."""
+    axes = []
+
+    def note(tensor: Tensor) -> Tensor:
+        axes.append(example_axis(tensor, n))
+        return tensor
+
+    tensors: list[Tensor] = []
+    map_tensors(batch, lambda tensor: tensors.append(note(tensor)))
+
+    def example_loss(values: dict[str, Tensor], *one: Tensor) -> Tensor:
+        # what lost its example dimension to vmap gets one of length 1 back
+        supply = iter(zip(one, axes, strict=True))
+
+        def restore(_: Tensor) -> Tensor:
+            tensor, axis = next(supply)
+            return tensor if axis is None else tensor.unsqueeze(axis)
+
+        example = map_tensors(batch, restore)
+        args, kwargs = call_arguments(model, example)
+        return loss.total(functional_call(model, values, args, kwargs), example, 1)
+
+    values = {name: parameter.detach() for name, parameter in parameters.items()}
+    elements = sum(value.numel() * value.element_size() for value in values.values())
+    device = next(iter(values.values())).device
+    chunk = min(MOST_EXAMPLES_AT_ONCE, rows_within(4 * workspace_bytes(device), elements))
+    per_example = vmap(
+        grad(example_loss), in_dims=(None, *axes), chunk_size=chunk, randomness="different"
+    )
+    gradients = per_example(values, *tensors)
+    return {name: _dense(gradients[name], value.shape) for name, value in values.items()}
+
+
+def one_by_one(
+    model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch, loss: Loss, n: int
+) -> dict[str, Dense]:
+    """The same, one forward and backward pass an example."""
+    rows = [
+        single_gradients(model, list(parameters.values()), take(batch, slice(i, i + 1)), loss)
+        for i in range(n)
+    ]
+    return {
+        name: _dense(torch.stack([row[place] for row in rows]), parameter.shape)
+        for place, (name, parameter) in enumerate(parameters.items())
+    }
+
+
+def single_gradients(
+    model: nn.Module, parameters: Sequence[Tensor], batch: Batch, loss: Loss, n: int = 1
+) -> list[Tensor]:
+    """Autograd's own gradients of the batch's total loss: a zero where a parameter was not used."""
+    with torch.enable_grad():
+        total = loss.total(call_model(model, batch), batch, n)
+    found: Sequence[Any] = [None] * len(parameters)
+    if total.requires_grad:
+        found = torch.autograd.grad(total, parameters, allow_unused=True)
+    return [
+        torch.zeros_like(p) if g is None else (g.to_dense() if g.is_sparse else g)
+        for p, g in zip(parameters, found, strict=True)
+    ]
+
+
+def _dense(values: Tensor, shape: torch.Size) -> Dense:
+    return Dense(exact(values).flatten(1), shape)
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """Half precision as float32, in which products and sums are taken; the rest as it is."""
+    half = tensor.dtype in (torch.float16, torch.bfloat16)
+    return tensor.float() if half else tensor

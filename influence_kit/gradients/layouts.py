@@ -1,0 +1,45 @@
+"""Where the examples stand in the tensors that a layer sees.
+
+Most layers see examples in the first dimension. Others see them second (time-first sequences),
+folded into it (``x.view(n * t, -1)``), or not at all (position ids ``[t]`` whose output is broadcast
+over the batch). Which it is cannot be read off one shape; ``check`` tries them against autograd.
+"""
+
+from torch import Tensor
+
+ROWS, SECOND, FOLDED, SHARED = "rows", "second", "folded", "shared"
+
+
+def arrange(tensor: Tensor, layout: str, n: int) -> Tensor:
+    """The tensor with its first dimension n times some whole number, an example's items together."""
+    if layout == SHARED:
+        return shared(tensor, n)
+    if layout == SECOND and tensor.dim() > 1 and tensor.shape[1] == n:
+        return tensor.transpose(0, 1)
+    folds = layout == FOLDED and tensor.shape[0] % n == 0
+    if folds or (layout == ROWS and tensor.shape[0] == n):
+        return tensor
+    raise ValueError(
+        f"a layer saw a tensor of shape {list(tensor.shape)} for {n} examples; in the first batch "
+        f'its examples stood otherwise (layout "{layout}")'
+    )
+
+
+def shared(tensor: Tensor, n: int) -> Tensor:
+    """One copy an example (without memory) of a tensor that belongs to the whole batch."""
+    one = tensor if tensor.shape[0] == 1 else tensor.unsqueeze(0)
+    return one.expand(n, *one.shape[1:])
+
+
+def candidates(tensors: list[Tensor], n: int) -> list[str]:
+    """The layouts that the shapes allow, likeliest first."""
+    allowed = []
+    if all(t.dim() > 0 and t.shape[0] == n for t in tensors):
+        allowed.append(ROWS)
+    if all(t.dim() > 1 and t.shape[1] == n for t in tensors):
+        allowed.append(SECOND)
+    if all(t.dim() > 0 and t.shape[0] % n == 0 for t in tensors) and ROWS not in allowed:
+        allowed.append(FOLDED)
+    if ROWS not in allowed:
+        allowed.append(SHARED)
+    return allowed

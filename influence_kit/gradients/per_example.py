@@ -1,0 +1,125 @@
+"""The gradients of n examples for all chosen parameters: one form a parameter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from influence_kit.gradients.forms import Form, join
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of ``n`` examples; a parameter without a form has gradient zero.
+
+    Args:
+        n: number of examples.
+        forms: by parameter name.
+        parameters: the shape of every chosen parameter, in the model's order.
+        sample: a tensor with the dtype and device of the gradients.
+    """
+
+    n: int
+    forms: Mapping[str, Form]
+    parameters: Mapping[str, torch.Size]
+    sample: Tensor = field(repr=False)
+
+    def _with(self, n: int, forms: Mapping[str, Form]) -> Gradients:
+        return Gradients(n, forms, self.parameters, self.sample)
+
+    def _map(self, n: int, change: Callable[[Form], Form]) -> Gradients:
+        return self._with(n, {name: change(form) for name, form in self.forms.items()})
+
+    def rows(self, rows: slice) -> Gradients:
+        """Some of the examples."""
+        return self._map(len(range(self.n)[rows]), lambda form: form.rows(rows))
+
+    def scaled(self, factors: Tensor) -> Gradients:
+        """Each example's gradient times its factor ``[n]``."""
+        return self._map(self.n, lambda form: form.scaled(factors))
+
+    def summed(self) -> Gradients:
+        """The sum over the examples, as one example."""
+        return self._map(1, lambda form: form.summed())
+
+    def compact(self) -> Gradients:
+        """The same in the forms that take the least memory."""
+        return self._map(self.n, lambda form: form.compact())
+
+    def plus(self, other: Gradients) -> Gradients:
+        """The sum, example by example."""
+        forms = dict(self.forms)
+        for name, form in other.forms.items():
+            forms[name] = forms[name].plus(form) if name in forms else form
+        return self._with(self.n, forms)
+
+    def squared_norms(self) -> Tensor:
+        """The squared norm of each example's whole gradient, ``[n]``."""
+        norms = self.sample.new_zeros(self.n)
+        for form in self.forms.values():
+            norms += form.squared_norms()
+        return norms
+
+    def inner(self, test: Gradients, total: int) -> Tensor:
+        """Inner products with the test gradients, ``[m, n]``.
+
+        Args:
+            test: the test side, which keeps what it has prepared for the next training batch.
+            total: how many training examples will come in all (decides what to prepare).
+        """
+        return self._inner(test, total, list(self.forms))
+
+    def inner_by_group(
+        self, test: Gradients, total: int, groups: Mapping[str, Sequence[str]]
+    ) -> Tensor:
+        """Inner products by group of parameters, ``[groups, m, n]``."""
+        return torch.stack([self._inner(test, total, names) for names in groups.values()])
+
+    def _inner(self, test: Gradients, total: int, names: Sequence[str]) -> Tensor:
+        scores = self.sample.new_zeros(test.n, self.n)
+        for name in names:
+            if name in self.forms and name in test.forms:
+                scores += self.forms[name].inner(test.forms[name], total)
+        return scores
+
+    def flat(self) -> Tensor:
+        """All gradients written out side by side, ``[n, P]``."""
+        columns = []
+        for name, shape in self.parameters.items():
+            form = self.forms.get(name)
+            zero = self.sample.new_zeros(self.n, math.prod(shape)) if form is None else None
+            columns.append(form.dense() if form is not None else zero)
+        return torch.cat(columns, dim=1)
+
+    def non_finite(self) -> tuple[int, str] | None:
+        """The first example and parameter whose gradient is NaN or infinite; None where all are finite."""
+        for name, form in self.forms.items():
+            bad = torch.nonzero(~torch.isfinite(form.squared_norms()))
+            if len(bad):
+                return int(bad[0]), name
+        return None
+
+
+def join_examples(parts: Sequence[Gradients]) -> Gradients:
+    """The examples of all parts, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    forms = {}
+    for name in first.parameters:
+        present = [part.forms.get(name) for part in parts]
+        # a parameter that some batch did not use: write its zeros out there
+        known = next((form for form in present if form is not None), None)
+        if known is not None:
+            zeros = (known.rows(slice(0, 1)).scaled(first.sample.new_zeros(1)) for _ in present)
+            forms[name] = join(
+                [
+                    form if form is not None else join([zero] * part.n)
+                    for form, zero, part in zip(present, zeros, parts, strict=True)
+                ]
+            )
+    return Gradients(sum(part.n for part in parts), forms, first.parameters, first.sample)

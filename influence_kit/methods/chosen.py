@@ -1,0 +1,82 @@
+"""Which parameters a method looks at, and how they are grouped by layer."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from influence_kit.errors import InvalidArgumentError, UnknownLayerError
+
+
+def check_layers(model: nn.Module, layers: Any) -> list[str] | None:
+    """The names of layers, each of them a module of the model; None for the whole model."""
+    if layers is None:
+        return None
+    if not isinstance(layers, list | tuple):
+        raise InvalidArgumentError(
+            f"`layers` should be a list! got a {type(layers).__name__}: {layers!r}"
+        )
+    if not layers:
+        raise InvalidArgumentError(
+            "`layers` cannot be empty! Leave it out to use all parameters of the model"
+        )
+    if not all(isinstance(layer, str) for layer in layers):
+        raise InvalidArgumentError(f"`layers` should contain str layer names. got {layers!r}")
+    modules = dict(model.named_modules())
+    unknown = [layer for layer in layers if layer not in modules]
+    if unknown:
+        there = [name for name in modules if name]
+        raise UnknownLayerError(f"the model has no layers {unknown}; it has {there}")
+    return list(layers)
+
+
+def choose_parameters(
+    model: nn.Module, layers: Sequence[str] | None
+) -> dict[str, nn.Parameter]:
+    """The parameters of the layers, by name; without layers all that require a gradient.
+
+    A frozen parameter of a named layer counts, with a warning; it is frozen again afterwards.
+
+    Raises:
+        InvalidArgumentError: where there are none.
+    """
+    if layers is None:
+        chosen = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not chosen:
+            raise InvalidArgumentError(
+                "no parameter of the model requires a gradient; name the `layers` to look at"
+            )
+        return chosen
+    inside = {
+        parameter: layer for layer in layers for parameter in model.get_submodule(layer).parameters()
+    }
+    chosen = {name: p for name, p in model.named_parameters() if p in inside}
+    if not chosen:
+        raise InvalidArgumentError(f"the layers {list(layers)} have no parameters")
+    for name, parameter in chosen.items():
+        if not parameter.requires_grad:
+            warnings.warn(
+                f"Setting required grads for layer: {inside[parameter]}, name: {name} (while scores "
+                "are computed; it is frozen again afterwards)",
+                stacklevel=4,
+            )
+    return chosen
+
+
+def group_by_layer(
+    model: nn.Module, names: Sequence[str], layers: Sequence[str] | None
+) -> Mapping[str, list[str]]:
+    """Names of parameters by layer: by the given layers, or by the modules that own them.
+
+    A parameter of the model itself is a group of its own, under its name.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        owner = name.rpartition(".")[0] or name
+        for layer in layers or ():
+            if layer == "" or name.startswith(layer + "."):
+                owner = layer
+                break
+        groups.setdefault(owner, []).append(name)
+    return groups

@@ -1,0 +1,78 @@
+"""TracIn with checkpoints: Pruthi et al. 2020, arXiv 2002.08484."""
+
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from influence_kit.checkpoints import LoadFunction, load_checkpoint
+from influence_kit.losses import LossFunction
+from influence_kit.methods.inner_product import BatchSize, InnerProductInfluence
+from influence_kit.scoring.term import Term
+
+
+class TracInCPBase(InnerProductInfluence):
+    """score = sum over checkpoints of learning rate * <grad loss(test), grad loss(train)>."""
+
+    def terms(self) -> list[Term]:
+        """One term a checkpoint."""
+        places = range(len(self.checkpoints))
+        return [Term(self.test_at(c), self.train_at(c)) for c in places]
+
+
+class TracInCP(TracInCPBase):
+    r"""score = sum over checkpoints of learning rate * <grad loss(test), grad loss(train)>.
+
+    .. math::
+        \sum_c \eta_c \, \nabla \ell(z; \theta_c) \cdot \nabla \ell_{test}(z'; \theta_c)
+
+    The fall of the test loss by the gradient steps on the training example, summed over the
+    checkpoints (arXiv 2002.08484). Rows are test examples; positive is a proponent. Nothing is
+    normalized: a score is in units of the test loss for one visit of the example a checkpoint.
+
+    Arguments, results and progress texts are those of Captum's class of this name, and so are the
+    numbers, where Captum has them right. ``batch_size`` defaults to "auto" here: no score depends
+    on it. See ``InnerProductInfluence`` for the arguments and ``influence`` for the results.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(3, 2)
+        >>> x, y = torch.randn(8, 3), torch.arange(8) % 2
+        >>> train = torch.utils.data.TensorDataset(x, y)
+        >>> checkpoint = {"state_dict": model.state_dict(), "learning_rate": 0.1}
+        >>> tracin = TracInCP(model, train, [checkpoint], loss_fn=torch.nn.CrossEntropyLoss())
+        >>> tracin.influence((x[:4], y[:4])).shape
+        torch.Size([4, 8])
+        >>> tracin.influence((x[:4], y[:4]), k=3).indices.shape
+        torch.Size([4, 3])
+        >>> tracin.self_influence().shape
+        torch.Size([8])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: Dataset[Any] | DataLoader[Any],
+        checkpoints: Any,
+        checkpoints_load_func: LoadFunction = load_checkpoint,
+        layers: list[str] | None = None,
+        loss_fn: LossFunction | None = None,
+        batch_size: BatchSize = "auto",
+        test_loss_fn: LossFunction | None = None,
+        sample_wise_grads_per_batch: bool | None = None,
+        *,
+        eval_mode: bool = True,
+    ) -> None:
+        super().__init__(
+            model,
+            train_dataset,
+            checkpoints,
+            checkpoints_load_func,
+            layers,
+            loss_fn,
+            batch_size,
+            test_loss_fn,
+            eval_mode=eval_mode,
+            sample_wise_grads_per_batch=sample_wise_grads_per_batch,
+        )

@@ -1,0 +1,154 @@
+"""TracIn of the last layer through stored, randomly projected vectors: arXiv 2002.08484, section 4."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from influence_kit.checkpoints import LoadFunction, load_checkpoint
+from influence_kit.errors import InvalidArgumentError, NonFiniteError
+from influence_kit.losses import LossFunction
+from influence_kit.memory import rows_within, workspace_bytes
+from influence_kit.methods.inner_product import BatchSize, check_k
+from influence_kit.methods.nearest_neighbors import ExactNearestNeighbors, NearestNeighbors
+from influence_kit.methods.tracin_fast import TracInCPFast
+from influence_kit.operators.projection import LayerProjection, random_pair
+from influence_kit.scoring.reducers import KMostInfluentialResults
+from influence_kit.scoring.term import Term
+
+
+class TracInCPFastRandProj(TracInCPFast):
+    r"""score = <v(test), v(train)>, v = (sqrt(learning rate) * (J^T d) (A^T [a, 1])^T) by checkpoint.
+
+    The vectors of the whole training set are made once, kept in memory and searched. Without
+    ``projection_dim``, J and A are left out and the scores are those of ``TracInCPFast``; with it
+    they are Gaussian with independent entries of variance 1 / columns, and the scores unbiased
+    estimates of those (arXiv 2002.08484).
+
+    Args:
+        nearest_neighbors: the index that answers ``k`` questions; an exact one where None.
+        projection_dim: the most entries of a vector a checkpoint: both sides are projected to
+            ``int(sqrt(projection_dim))`` columns where the layer's gradient has more entries.
+        seed: of the projection. The other arguments are those of ``TracInCPFast``.
+
+    Raises:
+        InvalidArgumentError: as ``TracInCPFast``; for a negative learning rate.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        final_fc_layer: str | nn.Module,
+        train_dataset: Dataset[Any] | DataLoader[Any],
+        checkpoints: Any,
+        checkpoints_load_func: LoadFunction = load_checkpoint,
+        loss_fn: LossFunction | None = None,
+        batch_size: BatchSize = "auto",
+        test_loss_fn: LossFunction | None = None,
+        vectorize: bool = False,
+        nearest_neighbors: NearestNeighbors | None = None,
+        projection_dim: int | None = None,
+        seed: int = 0,
+        *,
+        count_bias: bool = True,
+        eval_mode: bool = True,
+    ) -> None:
+        warnings.warn(
+            "WARNING: Using this implementation stores quantities related to the entire "
+            "`train_dataset` in memory: one vector an example and checkpoint; `TracInCPFast` does not",
+            stacklevel=2,
+        )
+        if projection_dim is not None and projection_dim < 1:
+            raise InvalidArgumentError(f"`projection_dim` must be at least 1; got {projection_dim}")
+        self.nearest_neighbors = nearest_neighbors or ExactNearestNeighbors()
+        self.projection_dim = projection_dim
+        self.seed = seed
+        super().__init__(
+            model,
+            final_fc_layer,
+            train_dataset,
+            checkpoints,
+            checkpoints_load_func,
+            loss_fn,
+            batch_size,
+            test_loss_fn,
+            vectorize,
+            count_bias=count_bias,
+            eval_mode=eval_mode,
+        )
+
+    def _look_at(self, layers: Any) -> None:
+        super()._look_at(layers)
+        self._stored: tuple[Any, Tensor] | None = None
+
+    def terms(self) -> list[Term]:
+        """One term a checkpoint, projected alike on both sides."""
+        layer = self.final_fc_layer
+        weight = next(name for name, p in self._parameters.items() if p is layer.weight)
+        deltas, inputs = self.projection_quantities or (None, None)
+        projection = LayerProjection(weight, len(self._parameters) > 1, deltas, inputs)
+        places = range(len(self.checkpoints))
+        return [Term(self.test_at(c, projection), self.train_at(c, projection)) for c in places]
+
+    @property
+    def projection_quantities(self) -> tuple[Tensor, Tensor] | None:
+        """The matrices J and A, or None where nothing is projected."""
+        weight = self.final_fc_layer.weight
+        if self.projection_dim is None or not isinstance(weight, Tensor):
+            return None
+        columns = weight.shape[1] + len(self._parameters) - 1
+        pair = random_pair(weight.shape[0], columns, self.projection_dim, self.seed, weight)
+        return None if pair[0] is None or pair[1] is None else (pair[0], pair[1])
+
+    @property
+    def src_intermediate_quantities(self) -> Tensor:
+        """The stored vectors of the training set, ``[n, C * D]``: made at the first question."""
+        if self._stored is None or self._stored[0] is not self.checkpoints:
+            vectors = self._finite(self._vectors(self.train_dataloader, False, of_tests=False))
+            self._stored = (self.checkpoints, vectors)
+            self.nearest_neighbors.setup(vectors)
+        return self._stored[1]
+
+    def _finite(self, vectors: Tensor) -> Tensor:
+        bad = torch.nonzero(~torch.isfinite(vectors.sum(1)))[:, 0].tolist()
+        if bad:
+            raise NonFiniteError(
+                f"the gradients of layer '{self.layers}' of the examples {bad[:10]} are NaN or infinite"
+            )
+        return vectors
+
+    def influence(
+        self,
+        inputs: Any = None,
+        k: int | None = 5,
+        proponents: bool = True,
+        show_progress: bool = False,
+        aggregate: bool = False,
+    ) -> Tensor | KMostInfluentialResults:
+        """The k best training examples for each test example; all scores where ``k`` is None."""
+        check_k(k)
+        query = self._finite(self._vectors(inputs, aggregate, of_tests=True))
+        stored = self.src_intermediate_quantities
+        if k is None:
+            step = rows_within(workspace_bytes(stored.device), stored[0].nbytes)
+            chunks = (stored[start : start + step] for start in range(0, len(stored), step))
+            return torch.cat([query @ chunk.T for chunk in chunks], dim=1)
+        sign = 1 if proponents else -1
+        places, scores = self.nearest_neighbors.get_nearest_neighbors(sign * query, k)
+        return KMostInfluentialResults(places, sign * scores)
+
+    def self_influence(
+        self,
+        inputs: Any = None,
+        show_progress: bool = False,
+        outer_loop_by_checkpoints: bool = False,
+    ) -> Tensor:
+        """Refused: a projection only disturbs it, and ``TracInCPFast`` needs no stored vectors."""
+        message = (
+            "self influence is not computed from projected vectors: `TracInCPFast.self_influence` is "
+            "exact and takes less memory"
+        )
+        warnings.warn(message, stacklevel=2)
+        raise NotImplementedError(message)

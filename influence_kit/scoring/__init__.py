@@ -1,0 +1,1 @@
+"""From two sides of a method to the scores that are kept."""

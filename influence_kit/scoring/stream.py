@@ -1,0 +1,211 @@
+"""The only loops over data: terms, test inputs and a training set in, blocks of scores out.
+
+The training set is read once, in slabs of batches. Within a slab each term's checkpoint is loaded
+once; the test side of a term is made once and kept. So a method with c checkpoints loads c of them
+a slab, however many batches there are, and holds one slab of data, one block of scores
+``[m, slab]``, and the test sides.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from influence_kit.checkpoints import CheckpointLoader
+from influence_kit.data import Batch, example_count, nbytes, to_device
+from influence_kit.distributed import is_mine
+from influence_kit.errors import InvalidArgumentError, NonFiniteError
+from influence_kit.gradients.per_example import Gradients, join_examples
+from influence_kit.memory import MIB, rows_within
+from influence_kit.scoring.reducers import Reducer
+from influence_kit.scoring.term import Side, Term
+
+# a slab of raw data, and a block of scores that is reduced and dropped
+SLAB_BYTES = 256 * MIB
+BLOCK_BYTES = 4 * MIB
+# below this many rows a slab does too little between two loads of a checkpoint
+FEWEST_SLAB_ROWS = 1024
+
+Slab = list[tuple[int, Batch]]
+
+
+def _nothing() -> None:
+    """The tick of a pass that shows no progress."""
+
+
+@dataclass
+class Stream:
+    """One pass of a method over its training set.
+
+    Args:
+        terms: the method.
+        loader: puts checkpoints into the model.
+        device: the model's.
+        total: how many training examples there are, 0 where unknown.
+        groups: names of parameters by group, to split the scores by; None for whole scores.
+        tick: called after each training batch of each term.
+    """
+
+    terms: Sequence[Term]
+    loader: CheckpointLoader
+    device: torch.device
+    total: int = 0
+    groups: Mapping[str, Sequence[str]] | None = None
+    tick: Callable[[], None] = field(default=_nothing)
+
+    def scores(
+        self, inputs: Iterable[Batch], train: Iterable[Batch], reducer: Reducer, aggregate: bool
+    ) -> None:
+        """Hand the scores of all test and training examples to the reducer."""
+        kept = {0: self.test_side(self.terms[0].test, inputs, aggregate)}
+        m = kept[0].n
+        rows = None if reducer.keeps_all else _block_rows(kept[0])
+        empty = True
+        for slab, is_last in slabs(train, rows, batches=1 if len(self.terms) == 1 else None):
+            places, columns = _columns(slab)
+            block = self._empty_block(m, len(places), kept[0])
+            for place, term in enumerate(self.terms):
+                test = kept.pop(place, None) or self.test_side(term.test, inputs, aggregate)
+                if place == 0 or not is_last:
+                    kept[place] = test
+                self._add(block, columns, slab, term, test)
+            reducer.update(places, block)
+            empty = False
+        if empty:
+            reducer.update(torch.arange(0), self._empty_block(m, 0, kept[0]))
+
+    def _empty_block(self, m: int, n: int, like: Gradients) -> Tensor:
+        leading = () if self.groups is None else (len(self.groups),)
+        return like.sample.new_zeros(*leading, m, n)
+
+    def _add(
+        self, block: Tensor, columns: list[slice], slab: Slab, term: Term, test: Gradients
+    ) -> None:
+        """Add a term's scores for one slab to the block."""
+        weight = term.weight_at(self.loader.load(term.train.checkpoint))
+        for (start, batch), rows in zip(slab, columns, strict=True):
+            train = self._side(term.train, batch)
+            if self.groups is None:
+                part = train.inner(test, self.total)
+            else:
+                part = train.inner_by_group(test, self.total, self.groups)
+            if not torch.isfinite(part.sum()):
+                _refuse_non_finite(part, test, train, start, term.train.checkpoint)
+            block[..., rows].add_(part, alpha=weight)
+            self.tick()
+
+    def _side(self, side: Side, batch: Batch) -> Gradients:
+        return side(to_device(batch, self.device))
+
+    def test_side(self, side: Side, inputs: Iterable[Batch], aggregate: bool = False) -> Gradients:
+        """A side of all inputs, or of their sum."""
+        self.loader.load(side.checkpoint)
+        parts: list[Gradients] = []
+        for batch in inputs:
+            part = self._side(side, batch)
+            if aggregate:
+                part = part.summed()
+                parts = [parts[0].plus(part).compact() if parts else part]
+            else:
+                parts.append(part)
+        if not parts:
+            raise InvalidArgumentError("`inputs` holds no examples")
+        return join_examples(parts)
+
+    def vectors(self, side: Side, inputs: Iterable[Batch], aggregate: bool = False) -> Tensor:
+        """A side of all inputs written out, ``[n, P]``, or of their sum, ``[1, P]``."""
+        if aggregate:
+            return self.test_side(side, inputs, aggregate).flat()
+        self.loader.load(side.checkpoint)
+        parts = [self._side(side, batch).flat() for batch in inputs]
+        if not parts:
+            raise InvalidArgumentError("`inputs` holds no examples")
+        return torch.cat(parts)
+
+    def self_scores(self, batches: Iterable[Batch], reducer: Reducer) -> None:
+        """Hand each example's score with itself, ``[n]``, to the reducer."""
+        for slab, _ in slabs(batches, None, batches=1 if len(self.terms) == 1 else None):
+            places, columns = _columns(slab)
+            scores = torch.zeros(0)
+            for term in self.terms:
+                weight = term.weight_at(self.loader.load(term.train.checkpoint))
+                for (start, batch), rows in zip(slab, columns, strict=True):
+                    train = self._side(term.train, batch)
+                    part = train.squared_norms()
+                    if not torch.isfinite(part.sum()):
+                        _refuse_non_finite(part, train, train, start, term.train.checkpoint)
+                    if not len(scores):
+                        scores = part.new_zeros(len(places))
+                    scores[rows].add_(part, alpha=weight)
+                    self.tick()
+            reducer.update(places, scores)
+
+
+def slabs(
+    source: Iterable[Batch], rows: int | None, batches: int | None
+) -> Iterator[tuple[Slab, bool]]:
+    """This rank's batches with the place of their first example, grouped; and whether it is the last group.
+
+    Args:
+        source: batches, read once.
+        rows: the most examples in a group (one batch may hold more); None for any number.
+        batches: the most batches in a group; None for any number.
+    """
+    slab: Slab = []
+    held = size = start = 0
+    for number, batch in enumerate(source):
+        n = example_count(batch)
+        if is_mine(number):
+            full = (rows is not None and held + n > rows) or size + nbytes(batch) > SLAB_BYTES
+            if slab and (full or len(slab) == batches):
+                yield slab, False
+                slab, held, size = [], 0, 0
+            slab.append((start, batch))
+            held, size = held + n, size + nbytes(batch)
+        start += n
+    if start == 0:
+        raise InvalidArgumentError("there are no examples: the data set or loader is empty")
+    if slab:
+        yield slab, True
+
+
+def _columns(slab: Slab) -> tuple[Tensor, list[slice]]:
+    """The places of a slab's examples in the training set, and the columns of each of its batches."""
+    counts = [example_count(batch) for _, batch in slab]
+    places = [
+        torch.arange(start, start + n) for (start, _), n in zip(slab, counts, strict=True)
+    ]
+    ends = torch.tensor(counts).cumsum(0).tolist()
+    columns = [slice(end - n, end) for end, n in zip(ends, counts, strict=True)]
+    return torch.cat(places), columns
+
+
+def _block_rows(test: Gradients) -> int:
+    """How many training examples a block of scores that is not kept may have."""
+    budget = BLOCK_BYTES // test.sample.element_size()
+    return max(FEWEST_SLAB_ROWS, rows_within(budget, test.n))
+
+
+def _refuse_non_finite(
+    part: Tensor, test: Gradients, train: Gradients, start: int, checkpoint: int
+) -> None:
+    """An error that names the examples and the layer of a score that is NaN or infinite."""
+    bad = torch.nonzero(~torch.isfinite(part))
+    if not len(bad):  # finite scores whose sum overflows
+        return
+    *_, row, column = (0, *bad[0].tolist())
+    for side, at, kind in ((train, start, "training"), (test, 0, "test")):
+        found = side.non_finite()
+        if found is not None:
+            example, parameter = found
+            layer = parameter.rpartition(".")[0] or parameter
+            raise NonFiniteError(
+                f"the gradient of {kind} example {at + example} at '{parameter}' (layer '{layer}') "
+                f"is NaN or infinite at checkpoint {checkpoint}; look at that example and at the loss "
+                "there"
+            )
+    raise NonFiniteError(
+        f"the score of test example {row} with training example {start + column} overflows at "
+        f"checkpoint {checkpoint}, though all gradients are finite; use float64"
+    )
