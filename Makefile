@@ -1,0 +1,52 @@
+# Every target installs what it needs into an environment of its own (VENV, default .venv).
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# one torch thread a test process, and two test processes
+TEST_FLAGS ?= -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types format docs tutorials bench clean
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# a stamp an extra: installed again when the packaging changes
+$(VENV)/.%: setup.py constraints.txt | $(BIN)/python
+	$(PIP) torch
+	$(PIP) -e ".[$*]"
+	@touch $@
+
+demo: $(VENV)/.demo  ## train a digit classifier, explain its decisions, find wrong labels
+	$(BIN)/python -m influence_kit demo
+
+test: $(VENV)/.test  ## run all tests and the examples in the docstrings
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS)
+
+lint: $(VENV)/.lint  ## check format and style
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.lint  ## check types
+	$(BIN)/mypy
+
+format: $(VENV)/.lint  ## format all code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.docs  ## build the documentation in sphinx/_build/html; a warning is an error
+	$(BIN)/sphinx-build -W --keep-going -b html sphinx sphinx/_build/html
+
+tutorials: $(VENV)/.tutorials  ## run all notebooks and keep their outputs
+	for notebook in tutorials/*.ipynb; do \
+	  $(BIN)/jupyter execute --inplace $$notebook || exit 1; done
+
+bench: $(VENV)/.test  ## time the floor, influence_kit and Captum; writes benchmarks/RESULTS.md
+	$(BIN)/python -m benchmarks.speed
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info sphinx/_build .pytest_cache .mypy_cache .ruff_cache
