@@ -10,7 +10,7 @@ TEST_FLAGS ?= -n 2
 .PHONY: help demo test lint types format docs tutorials bench clean
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -43,7 +43,7 @@ docs: $(VENV)/.docs  ## build the documentation in sphinx/_build/html; a warning
 
 tutorials: $(VENV)/.tutorials  ## run all notebooks and keep their outputs
 	for notebook in tutorials/*.ipynb; do \
-	  $(BIN)/jupyter execute --inplace $$notebook || exit 1; done
+	  $(BIN)/python tutorials/run.py $$notebook || exit 1; done
 
 bench: $(VENV)/.test  ## time the floor, influence_kit and Captum; writes benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.speed
