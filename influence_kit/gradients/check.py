@@ -104,6 +104,9 @@ class _Comparison:
     def __init__(self, capture: Capture, batch: Batch, loss: Loss) -> None:
         places = _spread(example_count(batch), EXAMPLES)
         self.capture, self.loss = capture, loss
+        # by layer: the shapes it saw, and the layouts that are still to be tried for them
+        self.shapes: dict[int, list[torch.Size]] = {}
+        self.untried: dict[int, Iterator[str]] = {}
         self.small = take(batch, places)
         self.alone = [take(batch, slice(int(i), int(i) + 1)) for i in places]
         # with dropout on, the same example alone meets another mask
@@ -121,27 +124,39 @@ class _Comparison:
 
     def _settle_layouts(self) -> set[str]:
         """Find the layout of each layer; the names of the parameters for which none is right."""
-        untried = {}
         ruled = [name for name in self.capture.parameters if name not in self.capture.without_rule]
         while True:
             uses = self._run()
-            for use in uses:
-                if id(use.layer) not in untried:
-                    shapes = [t for u in uses if u.layer is use.layer for t in (*u.inputs, u.delta)]
-                    untried[id(use.layer)] = iter(candidates(shapes, EXAMPLES))
-                    use.layer.layout = next(untried[id(use.layer)], ROWS)
-            if any(use.layer.layout == SHARED for use in uses):
-                uses = self._run()
+            if self._propose(uses):
+                continue
             wrong = self._wrong(self._forms(uses), ruled)
             advanced = False
             for layer in self.capture.layers:
                 following = None
                 if wrong & set(layer.names.values()):
-                    following = next(untried.get(id(layer), iter(())), None)
+                    following = next(self.untried.get(id(layer), iter(())), None)
                 if following is not None:
                     layer.layout, advanced = following, True
             if not advanced:
                 return wrong
+
+    def _propose(self, uses: Sequence[Use]) -> bool:
+        """Give each layer the likeliest layout for the shapes it saw.
+
+        True as soon as one is SHARED: its output will have the examples in front, and the layers
+        behind it will see other shapes.
+        """
+        for use in uses:
+            layer, mine = use.layer, [u for u in uses if u.layer is use.layer]
+            shapes = [x.shape for u in mine for x in u.inputs]
+            if self.shapes.get(id(layer)) != shapes:
+                self.shapes[id(layer)] = shapes
+                tensors = [t for u in mine for t in (*u.inputs, u.delta)]
+                self.untried[id(layer)] = iter(candidates(tensors, EXAMPLES))
+                layer.layout = next(self.untried[id(layer)], ROWS)
+                if layer.layout == SHARED:
+                    return True
+        return False
 
     def _run(self) -> list[Use]:
         with self._same_random_state():
@@ -151,8 +166,7 @@ class _Comparison:
                 shared = [layer for layer in self.capture.layers if layer.layout == SHARED]
                 if not shared:
                     raise
-        # the model does not take outputs with a batch dimension there
-        for layer in shared:
+        for layer in shared:  # the model does not take outputs with a batch dimension there
             layer.layout = ROWS
         return self._run()
 

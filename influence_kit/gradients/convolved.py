@@ -112,12 +112,12 @@ class Convolved(Form):
 
     def inner(self, test: Form, total: int) -> Tensor:
         def product(by_offset: Tensor) -> Tensor:
-            scores = self.left.new_zeros(by_offset.shape[1], self.n)
+            scores = self.left.new_zeros(self.n, by_offset.shape[1])
             for rows in self.example_slices(self.p // self.kernel):
-                part = scores[:, rows]
+                part = scores[rows]
                 for formed, gradients in zip(by_offset, self.rows(rows).by_offset(), strict=True):
-                    part.addmm_(formed, gradients.T)
-            return scores
+                    part.addmm_(gradients, formed.T)
+            return scores.T
 
         if isinstance(test, Convolved) and test.fits():
             return product(test._formed_by_offset)

@@ -118,6 +118,14 @@ def with_formed(test: Form, product: Callable[[Tensor], Tensor]) -> Tensor:
     return torch.cat([product(test.rows(rows).dense()) for rows in tiles])
 
 
+def products(formed: Tensor, values: Tensor) -> Tensor:
+    """Inner products of rows ``[m, p]`` and ``[n, p]``: ``[m, n]``.
+
+    A CPU's product of few long rows is up to twice as fast with the (few) training rows on the left.
+    """
+    return (values @ formed.T).T
+
+
 def join(forms: Sequence[Form]) -> Form:
     """The examples of several forms of one parameter, one after the other."""
     if len(forms) == 1:
@@ -159,7 +167,7 @@ class Dense(Form):
         return self.values.square().sum(1)
 
     def inner(self, test: Form, total: int) -> Tensor:
-        return with_formed(test, lambda formed: formed @ self.values.T)
+        return with_formed(test, lambda formed: products(formed, self.values))
 
     def joined(self, others: Sequence[Form]) -> Form:
         return Dense(torch.cat([self.values, *(form.dense() for form in others)]), self.shape)
@@ -272,7 +280,8 @@ class Factored(Form):
 
         def product(formed: Tensor) -> Tensor:
             chunks = self.example_slices(self.p)
-            return torch.cat([formed @ self.rows(rows).dense().T for rows in chunks], dim=1)
+            parts = [products(formed, self.rows(rows).dense()) for rows in chunks]
+            return torch.cat(parts, dim=1)
 
         return with_formed(test, product)
 

@@ -4,6 +4,7 @@ Slower than a rule (each example's gradient is written out, in a pass of its own
 module that ``torch.func.vmap`` takes; what it does not take is done one example at a time.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,7 +53,10 @@ def vmapped(
     per_example = vmap(
         grad(example_loss), in_dims=(None, *axes), chunk_size=chunk, randomness="different"
     )
-    gradients = per_example(values, *tensors)
+    with warnings.catch_warnings():
+        # torch's word that an operation is a loop under vmap: the caller has warned of slowness
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        gradients = per_example(values, *tensors)
     return {name: _dense(gradients[name], value.shape) for name, value in values.items()}
 
 

@@ -1,5 +1,6 @@
 """Where a method gets gradients from: a capture that has been checked."""
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -72,4 +73,6 @@ def comfortable_rows(model: nn.Module, batch: Batch, device: torch.device) -> in
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
         call_model(model, one)
     # what is kept, the gradients at the same places, and products of the two
-    return min(MOST_ROWS, rows_within(4 * workspace_bytes(device), 2 * sum(kept.values())))
+    rows = rows_within(4 * workspace_bytes(device), 2 * sum(kept.values()))
+    # matrix products like rows in powers of two
+    return min(MOST_ROWS, 2 ** round(math.log2(rows)))

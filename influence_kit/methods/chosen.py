@@ -31,9 +31,7 @@ def check_layers(model: nn.Module, layers: Any) -> list[str] | None:
     return list(layers)
 
 
-def choose_parameters(
-    model: nn.Module, layers: Sequence[str] | None
-) -> dict[str, nn.Parameter]:
+def choose_parameters(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Parameter]:
     """The parameters of the layers, by name; without layers all that require a gradient.
 
     A frozen parameter of a named layer counts, with a warning; it is frozen again afterwards.
@@ -49,7 +47,9 @@ def choose_parameters(
             )
         return chosen
     inside = {
-        parameter: layer for layer in layers for parameter in model.get_submodule(layer).parameters()
+        parameter: layer
+        for layer in layers
+        for parameter in model.get_submodule(layer).parameters()
     }
     chosen = {name: p for name, p in model.named_parameters() if p in inside}
     if not chosen:
@@ -57,8 +57,8 @@ def choose_parameters(
     for name, parameter in chosen.items():
         if not parameter.requires_grad:
             warnings.warn(
-                f"Setting required grads for layer: {inside[parameter]}, name: {name} (while scores "
-                "are computed; it is frozen again afterwards)",
+                f"Setting required grads for layer: {inside[parameter]}, name: {name} (while "
+                "scores are computed; it is frozen again afterwards)",
                 stacklevel=4,
             )
     return chosen
@@ -71,12 +71,12 @@ def group_by_layer(
 
     A parameter of the model itself is a group of its own, under its name.
     """
+    inside = {layer: set(model.get_submodule(layer).parameters()) for layer in layers or ()}
     groups: dict[str, list[str]] = {}
     for name in names:
-        owner = name.rpartition(".")[0] or name
-        for layer in layers or ():
-            if layer == "" or name.startswith(layer + "."):
-                owner = layer
-                break
+        # a tied parameter has the name of its first use, which may be in another layer
+        parameter = model.get_parameter(name)
+        owners = (layer for layer, parameters in inside.items() if parameter in parameters)
+        owner = next(owners, name.rpartition(".")[0] or name)
         groups.setdefault(owner, []).append(name)
     return groups

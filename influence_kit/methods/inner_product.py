@@ -221,7 +221,7 @@ class InnerProductInfluence(DataInfluence):
         """
         doing = "compute self influence. Processing"
         with self._session() as loader:
-            batches = self.train_dataloader if inputs is None else self._batches(inputs, "inputs")
+            batches = self._batches(inputs)
             terms = self.terms()
             rounds = [[term] for term in terms] if outer_loop_by_checkpoints else [terms]
             outer = self._bar(f"{doing} checkpoint", len(rounds), show_progress and len(rounds) > 1)
@@ -247,7 +247,7 @@ class InnerProductInfluence(DataInfluence):
         Raises:
             InvalidArgumentError: where a weight is negative.
         """
-        return self._vectors(inputs, aggregate, of_tests=False)
+        return self._vectors(given(inputs), of_tests=False, aggregate=aggregate)
 
     # How it is done.
 
@@ -261,7 +261,7 @@ class InnerProductInfluence(DataInfluence):
         groups: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         with self._session() as loader:
-            test = self._batches(inputs, "inputs", ordered=not aggregate)
+            test = self._batches(given(inputs), ordered=not aggregate)
             train, terms = self.train_dataloader, self.terms()
             with self._bar(doing, _times(train, terms), show_progress) as bar:
                 stream = Stream(
@@ -269,10 +269,10 @@ class InnerProductInfluence(DataInfluence):
                 )
                 stream.scores(test, train, reducer, aggregate)
 
-    def _vectors(self, inputs: Any, aggregate: bool, of_tests: bool) -> Tensor:
-        """A side of the inputs at each checkpoint, times the root of its weight, side by side."""
+    def _vectors(self, inputs: Any, of_tests: bool, aggregate: bool = False) -> Tensor:
+        """A side of the inputs (None: the training set) at each checkpoint, times the root of its weight."""
         with self._session() as loader:
-            batches = self._batches(inputs, "inputs", ordered=not aggregate)
+            batches = self._batches(inputs, ordered=not aggregate)
             stream = Stream(self.terms(), loader, self._device)
             blocks = []
             for term in stream.terms:
@@ -305,20 +305,20 @@ class InnerProductInfluence(DataInfluence):
         data = getattr(self.train_dataloader, "dataset", None)
         return loader_length(data) or 0
 
-    def _batches(self, inputs: Any, name: str, ordered: bool = True) -> Iterable[Batch]:
-        """The user's batch in pieces that fit memory, or the user's loader."""
+    def _batches(self, inputs: Any, ordered: bool = True) -> Iterable[Batch]:
+        """The training set (None), the user's batch in pieces that fit memory, or the user's loader."""
         if inputs is None:
-            raise InvalidArgumentError(f"`{name}` argument is required.")
+            return self.train_dataloader
         if is_batch(inputs):
             one = to_device(inputs, self._device)
             return list(split(inputs, comfortable_rows(self.model, one, self._device)))
         if isinstance(inputs, Tensor) or not isinstance(inputs, Iterable):
             raise InvalidArgumentError(
-                f"`{name}` must be a batch (tuple, list or dict of tensors) or a DataLoader; got a "
+                "`inputs` must be a batch (tuple, list or dict of tensors) or a DataLoader; got a "
                 f"{type(inputs).__name__}"
             )
         if ordered:
-            check_order(inputs, name)
+            check_order(inputs, "inputs")
         return inputs
 
     def _auto_batch_size(self) -> int:
@@ -338,6 +338,13 @@ def _times(batches: Iterable[Batch], terms: Sequence[Term]) -> int | None:
     """How many ticks a pass over the batches will give."""
     length = loader_length(batches)
     return None if length is None else length * len(terms)
+
+
+def given(inputs: Any) -> Any:
+    """The inputs, which must be there."""
+    if inputs is None:
+        raise InvalidArgumentError("`inputs` argument is required.")
+    return inputs
 
 
 def check_k(k: object) -> None:

@@ -88,4 +88,9 @@ class FaissNearestNeighbors(NearestNeighbors):
             raise InvalidArgumentError("there is nothing to search: call setup(data) first")
         k = min(k, self._index.ntotal)
         scores, places = self._index.search(query.detach().float().cpu().numpy(), k)
+        if (places < 0).any():
+            raise InvalidArgumentError(
+                f"the index '{self._factory}' found fewer than {k} neighbours of a query; search "
+                "more of it (faiss's nprobe), or use `ExactNearestNeighbors`"
+            )
         return torch.from_numpy(places).to(query.device), torch.from_numpy(scores).to(query)

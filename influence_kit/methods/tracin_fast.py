@@ -96,6 +96,11 @@ class TracInCPFast(TracInCPBase):
 
     def _look_at(self, layers: Any) -> None:
         super()._look_at(layers)
+        weight = getattr(self.final_fc_layer, "weight", None)
+        if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or len(self._parameters) > 2:
+            raise InvalidArgumentError(
+                f"`final_fc_layer` must be a linear layer; '{self.layers}' is {self.final_fc_layer}"
+            )
         if not self._count_bias:
             bias = getattr(self.final_fc_layer, "bias", None)
             self._parameters = {n: p for n, p in self._parameters.items() if p is not bias}

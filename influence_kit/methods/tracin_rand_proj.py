@@ -11,7 +11,7 @@ from influence_kit.checkpoints import LoadFunction, load_checkpoint
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.losses import LossFunction
 from influence_kit.memory import rows_within, workspace_bytes
-from influence_kit.methods.inner_product import BatchSize, check_k
+from influence_kit.methods.inner_product import BatchSize, check_k, given
 from influence_kit.methods.nearest_neighbors import ExactNearestNeighbors, NearestNeighbors
 from influence_kit.methods.tracin_fast import TracInCPFast
 from influence_kit.operators.projection import LayerProjection, random_pair
@@ -85,20 +85,19 @@ class TracInCPFastRandProj(TracInCPFast):
 
     def terms(self) -> list[Term]:
         """One term a checkpoint, projected alike on both sides."""
-        layer = self.final_fc_layer
-        weight = next(name for name, p in self._parameters.items() if p is layer.weight)
+        weight, *bias = self._parameters
         deltas, inputs = self.projection_quantities or (None, None)
-        projection = LayerProjection(weight, len(self._parameters) > 1, deltas, inputs)
+        projection = LayerProjection(weight, bias[0] if bias else None, deltas, inputs)
         places = range(len(self.checkpoints))
         return [Term(self.test_at(c, projection), self.train_at(c, projection)) for c in places]
 
     @property
     def projection_quantities(self) -> tuple[Tensor, Tensor] | None:
         """The matrices J and A, or None where nothing is projected."""
-        weight = self.final_fc_layer.weight
-        if self.projection_dim is None or not isinstance(weight, Tensor):
+        weight, *bias = self._parameters.values()
+        if self.projection_dim is None:
             return None
-        columns = weight.shape[1] + len(self._parameters) - 1
+        columns = weight.shape[1] + len(bias)
         pair = random_pair(weight.shape[0], columns, self.projection_dim, self.seed, weight)
         return None if pair[0] is None or pair[1] is None else (pair[0], pair[1])
 
@@ -106,7 +105,7 @@ class TracInCPFastRandProj(TracInCPFast):
     def src_intermediate_quantities(self) -> Tensor:
         """The stored vectors of the training set, ``[n, C * D]``: made at the first question."""
         if self._stored is None or self._stored[0] is not self.checkpoints:
-            vectors = self._finite(self._vectors(self.train_dataloader, False, of_tests=False))
+            vectors = self._finite(self._vectors(None, of_tests=False))
             self._stored = (self.checkpoints, vectors)
             self.nearest_neighbors.setup(vectors)
         return self._stored[1]
@@ -129,7 +128,7 @@ class TracInCPFastRandProj(TracInCPFast):
     ) -> Tensor | KMostInfluentialResults:
         """The k best training examples for each test example; all scores where ``k`` is None."""
         check_k(k)
-        query = self._finite(self._vectors(inputs, aggregate, of_tests=True))
+        query = self._finite(self._vectors(given(inputs), of_tests=True, aggregate=aggregate))
         stored = self.src_intermediate_quantities
         if k is None:
             step = rows_within(workspace_bytes(stored.device), stored[0].nbytes)

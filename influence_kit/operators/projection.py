@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from influence_kit.gradients.forms import Factored
+from influence_kit.gradients.forms import Dense, Factored, Form
 from influence_kit.gradients.per_example import Gradients
 
 
@@ -13,36 +13,52 @@ from influence_kit.gradients.per_example import Gradients
 class LayerProjection:
     """The gradient of one linear layer, bias and all, as one matrix, multiplied from both sides.
 
-    The gradient ``sum_t d_t [a_t, 1]^T`` becomes ``sum_t (J^T d_t) (A^T [a_t, 1])^T``; with J and A
-    None it is only put together.
+    The gradient ``G = sum_t d_t [a_t, 1]^T`` becomes ``J^T G A = sum_t (J^T d_t) (A^T [a_t, 1])^T``;
+    with J and A None it is only put together.
 
     Args:
         weight: name of the layer's weight.
-        counts_bias: whether the 1 is there.
+        bias: name of its bias, None where it does not count (the 1 is then left out).
         deltas: J, ``[o, k]``.
         inputs: A, ``[i + 1, k']`` (``[i, k']`` without bias).
     """
 
     weight: str
-    counts_bias: bool
+    bias: str | None
     deltas: Tensor | None = None
     inputs: Tensor | None = None
 
     def __call__(self, gradients: Gradients) -> Gradients:
         """The projected gradients, under the weight's name."""
-        form = gradients.forms[self.weight]
-        if not isinstance(form, Factored):
-            raise TypeError(f"the gradient of '{self.weight}' has no factors: {type(form).__name__}")
+        outputs, inputs = gradients.parameters[self.weight]
+        shape = torch.Size([outputs, inputs + (self.bias is not None)])
+        if self.deltas is not None and self.inputs is not None:
+            shape = torch.Size([self.deltas.shape[1], self.inputs.shape[1]])
+        form = gradients.forms.get(self.weight)
+        forms = {}
+        if form is not None:
+            project = self._factored if isinstance(form, Factored) else self._written
+            forms = {self.weight: project(gradients, form, shape)}
+        return Gradients(gradients.n, forms, {self.weight: shape}, gradients.sample)
+
+    def _factored(self, gradients: Gradients, form: Form, shape: torch.Size) -> Form:
+        assert isinstance(form, Factored)
         deltas, inputs = form.deltas, form.inputs
-        if self.counts_bias:
+        if self.bias is not None:
             inputs = torch.cat([inputs, torch.ones_like(inputs[..., :1])], dim=-1)
         if self.deltas is not None and self.inputs is not None:
             deltas, inputs = deltas @ self.deltas, inputs @ self.inputs
-        shape = torch.Size([deltas.shape[-1], inputs.shape[-1]])
-        projected = Factored(deltas, inputs, shape)
-        return Gradients(
-            gradients.n, {self.weight: projected}, {self.weight: shape}, gradients.sample
-        )
+        return Factored(deltas, inputs, shape)
+
+    def _written(self, gradients: Gradients, form: Form, shape: torch.Size) -> Form:
+        """For a layer whose gradients came without factors."""
+        matrices = form.dense().unflatten(1, gradients.parameters[self.weight])
+        if self.bias is not None:
+            column = gradients.forms[self.bias].dense().unsqueeze(-1)
+            matrices = torch.cat([matrices, column], dim=-1)
+        if self.deltas is not None and self.inputs is not None:
+            matrices = self.deltas.T @ matrices @ self.inputs
+        return Dense(matrices.flatten(1), shape)
 
 
 def random_pair(

@@ -99,7 +99,8 @@ class TopK:
 
     def result(self) -> KMostInfluentialResults:
         """The k best of all ranks, best first."""
-        assert self._scores is not None and self._places is not None
+        assert self._scores is not None
+        assert self._places is not None
         scores, places = gather_columns(self._scores), gather_columns(self._places)
         by_place = places.argsort(dim=1)
         self._keep(scores.gather(1, by_place), places.gather(1, by_place))
@@ -107,8 +108,7 @@ class TopK:
 
     def local_result(self) -> KMostInfluentialResults:
         """The k best of this rank's blocks, best first."""
-        assert self._scores is not None and self._places is not None
+        assert self._scores is not None
+        assert self._places is not None
         order = (self._scores * self._sign).argsort(dim=1, descending=True, stable=True)
-        return KMostInfluentialResults(
-            self._places.gather(1, order), self._scores.gather(1, order)
-        )
+        return KMostInfluentialResults(self._places.gather(1, order), self._scores.gather(1, order))

@@ -1,0 +1,132 @@
+"""Slow, obvious and independent: what the package must equal, in float64.
+
+Nothing here uses the package. A batch is a tuple ``(*inputs, targets)`` or a dict; ``rows`` takes
+single examples out of it; a loss is called as the user's is, on one example at a time.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def one(batch: Any, i: int) -> Any:
+    """Example i of a batch, as a batch of one."""
+    if isinstance(batch, Mapping):
+        return {key: value[i : i + 1] for key, value in batch.items()}
+    return tuple(value[i : i + 1] for value in batch)
+
+
+def count(batch: Any) -> int:
+    return len(next(iter(batch.values()))) if isinstance(batch, Mapping) else len(batch[-1])
+
+
+def forward(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**{key: value for key, value in batch.items() if key != "labels"})
+    return model(*batch[:-1])
+
+
+def gradients(
+    model: nn.Module,
+    batch: Any,
+    loss: Callable[[Any, Any], Tensor],
+    names: Sequence[str] | None = None,
+) -> Tensor:
+    """The gradient of every example's loss, by a loop of single-example autograd: ``[n, P]``."""
+    chosen = dict(model.named_parameters())
+    names = list(chosen) if names is None else names
+    rows = []
+    for i in range(count(batch)):
+        example = one(batch, i)
+        targets = example if isinstance(example, Mapping) else example[-1]
+        total = loss(forward(model, example), targets).sum()
+        parameters = [chosen[name] for name in names]
+        found = torch.autograd.grad(total, parameters, allow_unused=True)
+        pieces = [
+            torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g
+            for g, p in zip(found, parameters, strict=True)
+        ]
+        rows.append(torch.cat([piece.flatten() for piece in pieces]))
+    return torch.stack(rows).detach()
+
+
+def tracin(
+    model: nn.Module,
+    train: Any,
+    test: Any,
+    loss: Callable[[Any, Any], Tensor],
+    checkpoints: Sequence[Mapping[str, Tensor]],
+    rates: Sequence[float],
+    names: Sequence[str] | None = None,
+    test_loss: Callable[[Any, Any], Tensor] | None = None,
+) -> Tensor:
+    """sum_c rate_c <test gradient, train gradient>, ``[m, n]``."""
+    scores = torch.zeros(count(test), count(train), dtype=torch.float64)
+    for state, rate in zip(checkpoints, rates, strict=True):
+        model.load_state_dict(state)
+        g = gradients(model, train, loss, names)
+        h = gradients(model, test, test_loss or loss, names)
+        scores += rate * (h @ g.T)
+    return scores
+
+
+def cosines(
+    model: nn.Module,
+    train: Any,
+    test: Any,
+    loss: Callable[[Any, Any], Tensor],
+    checkpoints: Sequence[Mapping[str, Tensor]],
+) -> Tensor:
+    """sum_c cos(test gradient, train gradient), ``[m, n]``."""
+    scores = torch.zeros(count(test), count(train), dtype=torch.float64)
+    for state in checkpoints:
+        model.load_state_dict(state)
+        g, h = gradients(model, train, loss), gradients(model, test, loss)
+        scores += torch.nn.functional.cosine_similarity(h[:, None], g[None], dim=2)
+    return scores
+
+
+def last_layer(
+    model: nn.Module,
+    layer: nn.Module,
+    train: Any,
+    test: Any,
+    loss: Callable[[Any, Any], Tensor],
+    checkpoints: Sequence[Mapping[str, Tensor]],
+    rates: Sequence[float],
+) -> Tensor:
+    """sum_c rate_c <d_test, d_train> (<a_test, a_train> + 1) for 2-D outputs, ``[m, n]``."""
+    scores = torch.zeros(count(test), count(train), dtype=torch.float64)
+    for state, rate in zip(checkpoints, rates, strict=True):
+        model.load_state_dict(state)
+        sides = [_inputs_and_deltas(model, layer, batch, loss) for batch in (test, train)]
+        (a, d), (b, e) = sides
+        scores += rate * (d @ e.T) * (a @ b.T + 1)
+    return scores
+
+
+def _inputs_and_deltas(
+    model: nn.Module, layer: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor]
+) -> tuple[Tensor, Tensor]:
+    seen = {}
+
+    def keep(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        output = output.detach().requires_grad_()
+        seen.update(inputs=args[0].detach(), output=output)
+        return output
+
+    handle = layer.register_forward_hook(keep)
+    try:
+        total = loss(forward(model, batch), batch[-1]).sum()
+    finally:
+        handle.remove()
+    (delta,) = torch.autograd.grad(total, seen["output"])
+    return seen["inputs"], delta
+
+
+def top_k(scores: Tensor, k: int, proponents: bool) -> tuple[Tensor, Tensor]:
+    """The k best of each row by a stable sort: indices and scores."""
+    order = scores.sort(dim=1, descending=proponents, stable=True)
+    return order.indices[:, :k], order.values[:, :k]

@@ -1,0 +1,305 @@
+"""Every method x every property x every case."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from captum.influence import DataInfluence
+from torch import nn
+from torch.utils.data import DataLoader
+
+import oracles
+from cases import CASES, RATES, Case, Examples, reduced
+from contract import METHODS, assert_close, assert_same, build, scores, snapshot
+from influence_kit import KMostInfluentialResults
+
+every_method = pytest.mark.parametrize("method", METHODS)
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+without_self = {"TracInCPFastRandProj", "TracInCPFastRandProj, projected"}
+self_methods = pytest.mark.parametrize("method", [m for m in METHODS if m not in without_self])
+
+
+def _oracle(method: str, case: Case) -> torch.Tensor | None:
+    model = case.model()
+    arguments = (model, case.train, case.test, case.loss, case.states)
+    if method == "TracInCP":
+        return oracles.tracin(*arguments, RATES)
+    if method == "GradDot":
+        return oracles.tracin(*arguments, [1.0] * len(RATES))
+    if method == "GradCos":
+        return oracles.cosines(*arguments)
+    if "projected" in method:
+        return None  # its oracle is in test_rand_proj: the matrices written out
+    names = [n for n, _ in model.named_parameters() if n.startswith(case.final + ".")]
+    return oracles.tracin(*arguments, RATES, names)
+
+
+@every_method
+@every_case
+def test_scores_equal_single_example_autograd(method: str, case: Case) -> None:
+    expected = _oracle(method, case)
+    if expected is not None:
+        assert_close(scores(build(method, case), case.test), expected)
+
+
+@every_method
+@every_case
+@pytest.mark.parametrize("size", [1, 7, 11, "auto"])
+def test_batch_size_does_not_matter(method: str, case: Case, size: int | str) -> None:
+    expected = scores(build(method, case), case.test)
+    assert_close(scores(build(method, case, batch_size=size), case.test), expected)
+
+
+@every_method
+@every_case
+def test_slabs_do_not_matter(method: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = build(method, case).influence(case.test, k=3)
+    monkeypatch.setattr("influence_kit.scoring.stream.SLAB_BYTES", 1)
+    monkeypatch.setattr("influence_kit.scoring.stream.FEWEST_SLAB_ROWS", 1)
+    monkeypatch.setattr("influence_kit.scoring.stream.BLOCK_BYTES", 1)
+    found = build(method, case).influence(case.test, k=3)
+    assert torch.equal(found.indices, expected.indices)
+    assert_close(found.influence_scores, expected.influence_scores)
+
+
+@every_method
+@every_case
+def test_a_small_workspace_does_not_matter(
+    method: str, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = scores(build(method, case), case.test)
+    for name in ("forms", "rows", "functional", "source"):
+        monkeypatch.setattr(f"influence_kit.gradients.{name}.workspace_bytes", lambda device: 300)
+    monkeypatch.setattr("influence_kit.gradients.forms.resident_bytes", lambda device: 300)
+    assert_close(scores(build(method, case), case.test), expected)
+
+
+@every_method
+@every_case
+def test_more_tests_than_train_and_one_of_each(method: str, case: Case) -> None:
+    whole = scores(build(method, case, data=Examples(case.test)), case.train)
+    assert whole.shape == (case.n, case.m)
+    few = Examples(oracles.one(case.test, 2))
+    single = scores(build(method, case, data=few), oracles.one(case.train, 5))
+    assert_close(single, whole[5:6, 2:3], relative=1e-9)
+
+
+@every_method
+@every_case
+@pytest.mark.parametrize("proponents", [True, False])
+@pytest.mark.parametrize("k", [0, 1, 4, 50])
+def test_k_is_the_sorted_scores(method: str, case: Case, proponents: bool, k: int) -> None:
+    influence = build(method, case)
+    indices, values = oracles.top_k(scores(influence, case.test), k, proponents)
+    found = influence.influence(case.test, k=k, proponents=proponents)
+    assert isinstance(found, KMostInfluentialResults)
+    assert found.indices.dtype == torch.int64
+    assert torch.equal(found.indices, indices)
+    assert torch.allclose(found.influence_scores, values, rtol=1e-10, atol=0)
+
+
+@every_method
+@every_case
+def test_aggregate_is_the_sum_of_rows(method: str, case: Case) -> None:
+    influence = build(method, case)
+    whole = scores(influence, case.test).sum(0, keepdim=True)
+    assert_close(influence.influence(case.test, k=None, aggregate=True), whole)
+    best = influence.influence(case.test, k=2, aggregate=True)
+    assert torch.equal(best.indices, oracles.top_k(whole, 2, True)[0])
+
+
+@self_methods
+@every_case
+def test_self_influence_is_the_diagonal(method: str, case: Case) -> None:
+    influence = build(method, case)
+    diagonal = scores(influence, case.train).diagonal()
+    assert_close(influence.self_influence(), diagonal)
+    assert_close(influence.self_influence(outer_loop_by_checkpoints=True), diagonal)
+    loader = DataLoader(Examples(case.test), batch_size=3)
+    on_test = build(method, case, data=Examples(case.test))
+    assert_close(influence.self_influence(case.test), on_test.self_influence())
+    assert_close(influence.self_influence(loader), on_test.self_influence())
+
+
+@every_method
+@every_case
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("declared", [True, False])
+def test_reductions_agree(method: str, case: Case, reduction: str, declared: bool) -> None:
+    loss = reduced(case.loss, reduction)
+    if not declared:
+        del loss.reduction  # type: ignore[attr-defined]
+    expected = scores(build(method, case), case.test)
+    assert_close(scores(build(method, case, loss_fn=loss), case.test), expected)
+
+
+@every_method
+@every_case
+def test_test_loss(method: str, case: Case) -> None:
+    def doubled(outputs: object, targets: object) -> torch.Tensor:
+        return 2 * case.loss(outputs, targets)
+
+    factor = 1 if method == "GradCos" else 2
+    expected = factor * scores(build(method, case), case.test)
+    assert_close(scores(build(method, case, test_loss_fn=doubled), case.test), expected)
+
+    def constant(outputs: object, targets: object) -> torch.Tensor:
+        return 0 * case.loss(outputs, targets).detach()
+
+    zero = scores(build(method, case, test_loss_fn=constant), case.test)
+    assert torch.equal(zero, torch.zeros(case.m, case.n, dtype=torch.float64))
+
+
+@every_method
+@every_case
+def test_layers_sum_to_the_score(method: str, case: Case) -> None:
+    influence = build(method, case)
+    by_layer = influence.influence_by_layer(case.test)
+    names = {name.rpartition(".")[0] for name in influence._parameters}
+    assert set(by_layer) == names
+    assert_close(sum(by_layer.values()), scores(influence, case.test))
+
+
+@every_method
+@every_case
+def test_intermediate_quantities_multiply_to_the_scores(method: str, case: Case) -> None:
+    influence = build(method, case)
+    test = influence.compute_intermediate_quantities(case.test)
+    train = influence.compute_intermediate_quantities(case.train)
+    assert_close(test @ train.T, scores(influence, case.test))
+    aggregated = influence.compute_intermediate_quantities(case.test, aggregate=True)
+    assert_close(aggregated, test.sum(0, keepdim=True))
+
+
+@every_method
+@every_case
+@pytest.mark.parametrize("call", ["scores", "top", "self", "layers", "vectors"])
+def test_the_users_objects_come_back(method: str, case: Case, call: str) -> None:
+    if call == "self" and method in without_self:
+        call = "scores"
+    model = case.model().train()
+    first = next(model.parameters())
+    first.grad = torch.ones_like(first)
+    torch.manual_seed(5)
+    before = snapshot(model)
+    influence = build(method, case, model=model, data=Examples(case.train))
+    torch.set_rng_state(before["random"])  # making the data above moved it
+    calls = {
+        "scores": lambda: influence.influence(test, k=None),
+        "top": lambda: influence.influence(test, k=2),
+        "self": influence.self_influence,
+        "layers": lambda: influence.influence_by_layer(test),
+        "vectors": lambda: influence.compute_intermediate_quantities(test),
+    }
+    test = case.test
+    torch.set_rng_state(before["random"])
+    calls[call]()
+    assert_same(before, snapshot(model))
+
+
+@every_method
+@every_case
+def test_kinds_of_data_and_inputs_agree(method: str, case: Case) -> None:
+    expected = scores(build(method, case), case.test)
+    loader = DataLoader(Examples(case.train), batch_size=3)
+    assert_close(scores(build(method, case, data=loader), case.test), expected)
+    inputs = DataLoader(Examples(case.test), batch_size=3)
+    assert_close(scores(build(method, case), inputs), expected)
+    batches = list(loader)
+    assert_close(scores(build(method, case, data=batches), case.test), expected)
+    if isinstance(case.test, tuple):
+        assert_close(scores(build(method, case), list(case.test)), expected)
+
+
+@every_method
+@every_case
+def test_permuting_the_training_set_permutes_columns(method: str, case: Case) -> None:
+    order = torch.randperm(case.n, generator=torch.Generator().manual_seed(3))
+    train = case.train
+    shuffled = (
+        {k: v[order] for k, v in train.items()}
+        if isinstance(train, dict)
+        else tuple(v[order] for v in train)
+    )
+    expected = scores(build(method, case), case.test)[:, order]
+    assert_close(scores(build(method, case, data=Examples(shuffled)), case.test), expected)
+
+
+@every_method
+def test_tuple_and_dict_agree(method: str) -> None:
+    expected = scores(build(method, CASES["mlp"]), CASES["mlp"].test)
+    assert_close(scores(build(method, CASES["dict"]), CASES["dict"].test), expected)
+
+
+@every_method
+@every_case
+def test_precision_is_the_models(method: str, case: Case) -> None:
+    expected = scores(build(method, case), case.test)
+
+    def single(batch: object) -> object:
+        change = lambda t: t.float() if t.is_floating_point() else t  # noqa: E731
+        if isinstance(batch, dict):
+            return {k: change(v) for k, v in batch.items()}
+        return tuple(change(v) for v in batch)  # type: ignore[attr-defined]
+
+    found = scores(
+        build(method, case, model=case.model().float(), data=Examples(single(case.train))),
+        single(case.test),
+    )
+    assert expected.dtype == torch.float64
+    assert found.dtype == torch.float32
+    assert_close(found.double(), expected, relative=1e-5)
+
+
+@every_method
+def test_is_a_captum_class(method: str) -> None:
+    influence = build(method, CASES["mlp"])
+    assert isinstance(influence, DataInfluence)
+    assert influence.get_name() == type(influence).__name__
+
+
+@every_method
+def test_progress_is_shown_when_asked(
+    method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    influence = build(method, CASES["mlp"])
+    influence.influence(CASES["mlp"].test, k=2, show_progress=True)
+    if method not in without_self:
+        name = influence.get_name()
+        shown = capsys.readouterr().err
+        assert f"Using {name} to perform computation for getting proponents. " in shown
+        influence.influence(CASES["mlp"].test, show_progress=True)
+        assert f"Using {name} to compute influence for training batches" in capsys.readouterr().err
+    influence.influence(CASES["mlp"].test, k=2)
+    assert capsys.readouterr().err == ""
+
+
+@every_method
+def test_checkpoints_may_be_set_anew(method: str) -> None:
+    case = CASES["mlp"]
+    influence = build(method, case)
+    whole = scores(influence, case.test)
+    influence.checkpoints = case.checkpoints()[:1]
+    first = scores(influence, case.test)
+    influence.checkpoints = case.checkpoints()[1:]
+    assert_close(first + scores(influence, case.test), whole)
+
+
+@every_method
+def test_duplicated_checkpoints_count_twice_and_warn(method: str) -> None:
+    case = CASES["mlp"]
+    first = case.checkpoints()[:1]
+    once = scores(build(method, case, checkpoints=first), case.test)
+    twice = build(method, case, checkpoints=[*first, copy.deepcopy(first[0])])
+    with pytest.warns(UserWarning, match="hold the same weights"):
+        assert_close(scores(twice, case.test), 2 * once)
+
+
+@every_method
+def test_no_warning_in_ordinary_use(method: str) -> None:
+    case = CASES["mlp"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*stores quantities related.*")
+        scores(build(method, case, loss_fn=nn.CrossEntropyLoss()), case.test)
