@@ -8,13 +8,14 @@ folders of Hugging Face's ``Trainer``. Nothing is unpickled but tensors and plai
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from influence_kit.errors import InvalidArgumentError
@@ -33,7 +34,7 @@ NO_RATE = "none found: 1"
 
 @dataclass(frozen=True)
 class Contents:
-    """A checkpoint read: ``learning_rate`` is 1 where none is stored, which ``rate_source`` says."""
+    """A checkpoint read: the rate is 1 where none is stored, which ``rate_source`` says."""
 
     weights: Mapping[str, Any]
     step: int | None = None
@@ -83,7 +84,11 @@ def read(checkpoint: Any) -> Contents:
         numbers = re.findall(r"\d+", path.stem)
         step = int(numbers[-1]) if numbers else None
         contents = Contents(
-            contents.weights, step, contents.learning_rate, contents.rate_source, contents.is_adapter
+            contents.weights,
+            step,
+            contents.learning_rate,
+            contents.rate_source,
+            contents.is_adapter,
         )
     return contents
 
@@ -91,17 +96,29 @@ def read(checkpoint: Any) -> Contents:
 def _torch_load(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # a damaged file makes torch raise anything
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused is None or not isinstance(error, pickle.UnpicklingError):
+            raise _damaged(path, error) from error
         raise InvalidArgumentError(
-            f"'{path}' holds Python objects beside tensors and is not unpickled unasked "
-            f"({str(error).splitlines()[0]}); save a state dict, or pass a `checkpoints_load_func`"
+            f"'{path}' holds a {refused[1]} beside tensors and is not unpickled unasked; save a "
+            "state dict, trust that class with torch.serialization.add_safe_globals, or pass a "
+            "`checkpoints_load_func`"
         ) from error
 
 
+def _damaged(path: Path, error: Exception) -> InvalidArgumentError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return InvalidArgumentError(f"'{path}' cannot be read as a checkpoint: is it whole? ({reason})")
+
+
 def _read_safetensors(path: Path) -> Contents:
-    with safe_open(path, framework="pt", device="cpu") as file:
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
-        metadata = file.metadata() or {}
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
     rate, source = _stored_rate({k: float(metadata[k]) for k in RATE_KEYS if k in metadata})
     steps = [int(float(metadata[key])) for key in STEP_KEYS if key in metadata]
     return Contents(weights, steps[0] if steps else None, rate, source)
@@ -148,7 +165,7 @@ def _trainer_state(path: Path) -> tuple[int | None, float, str]:
     if scheduler_file.is_file():
         rates = _torch_load(scheduler_file).get("_last_lr", [])
         if rates:
-            return step, float(rates[0]), "scheduler.pt: the rate of the next step"
+            return step, _only(rates), "scheduler.pt: the rate of the next step"
     return step, 1.0, NO_RATE
 
 
@@ -156,12 +173,12 @@ def _unwrap(saved: Any) -> Contents:
     """Weights and rate from a state dict, or from a dict around one."""
     if not isinstance(saved, Mapping):
         raise InvalidArgumentError(
-            f"a checkpoint holds a {type(saved).__name__}; expected a state dict, or a dict with one "
-            f"under {', '.join(WEIGHT_KEYS)}"
+            f"a checkpoint holds a {type(saved).__name__}; expected a state dict, or a dict with "
+            f"one under {', '.join(WEIGHT_KEYS)}"
         )
     wrapped = [key for key in WEIGHT_KEYS if isinstance(saved.get(key), Mapping)]
     extra = (*RATE_KEYS, *STEP_KEYS)
-    plain = {k: v for k, v in saved.items() if k not in extra or isinstance(v, Tensor) and v.dim()}
+    plain = {k: v for k, v in saved.items() if k not in extra or _is_array(v)}
     weights = saved[wrapped[0]] if wrapped else plain
     rate, source = _stored_rate(saved)
     if source == NO_RATE and wrapped:
@@ -170,11 +187,19 @@ def _unwrap(saved: Any) -> Contents:
     return Contents(weights, steps[0] if steps else None, rate, source)
 
 
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
 def _stored_rate(saved: Mapping[str, Any]) -> tuple[float, str]:
     for key in RATE_KEYS:
         value = saved.get(key)
-        if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1):
+        if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1):
             return float(value), f"stored as '{key}'"
+        if value is not None and not isinstance(value, Tensor):
+            raise InvalidArgumentError(
+                f"a checkpoint's '{key}' is {value!r}; it must be the learning rate, one number"
+            )
     return 1.0, NO_RATE
 
 
@@ -185,11 +210,17 @@ def _optimizer_rate(saved: Mapping[str, Any]) -> tuple[float, str]:
             state = state[0]
         groups = state.get("param_groups", []) if isinstance(state, Mapping) else []
         rates = [float(group["lr"]) for group in groups if "lr" in group]
-        if len(set(rates)) > 1:
-            raise InvalidArgumentError(
-                f"a checkpoint's optimizer state has several learning rates, {sorted(set(rates))}; "
-                "store the one that counts as 'learning_rate', or pass a `checkpoints_load_func`"
-            )
         if rates:
-            return rates[0], f"optimizer state '{key}': the rate of the next step"
+            return _only(rates), f"optimizer state '{key}': the rate of the next step"
     return 1.0, NO_RATE
+
+
+def _only(rates: Sequence[float]) -> float:
+    """The one rate of all groups of parameters."""
+    distinct = sorted({float(rate) for rate in rates})
+    if len(distinct) > 1:
+        raise InvalidArgumentError(
+            f"a checkpoint's optimizer state has several learning rates, {distinct}; store the one "
+            "that counts as 'learning_rate', or pass a `checkpoints_load_func`"
+        )
+    return distinct[0]

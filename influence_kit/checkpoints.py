@@ -5,11 +5,13 @@
 """
 
 import glob
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,9 @@ def find_checkpoints(checkpoints: Any, any_file: bool = False) -> list[Any]:
         return _find_paths(checkpoints, any_file)
     if isinstance(checkpoints, Mapping) or not isinstance(checkpoints, Iterable):
         raise InvalidArgumentError(
-            "Invalid checkpoints provided for TracIn class: expected a folder, a glob or an iterable "
-            f"of checkpoints, got a {type(checkpoints).__name__}; put a single one into a list"
+            "Invalid checkpoints provided for TracIn class: expected a folder, a glob or an "
+            f"iterable of checkpoints, got a {type(checkpoints).__name__}; put a single one into a "
+            "list"
         )
     found = list(checkpoints)
     if not found:
@@ -73,20 +76,20 @@ def _refuse_foreign(entries: Sequence[Path], any_file: bool) -> None:
     foreign = [path.name for path in entries if not checkpoint_files.is_readable(path)]
     if foreign and not any_file:
         raise InvalidArgumentError(
-            f"the checkpoint folder holds what is no checkpoint: {sorted(foreign)}; checkpoints end "
-            f"in {', '.join(checkpoint_files.SUFFIXES)} or are folders of Hugging Face's Trainer. "
-            "Pass a glob such as 'folder/*.pt', or a `checkpoints_load_func`"
+            f"the checkpoint folder holds what is no checkpoint: {sorted(foreign)}; checkpoints "
+            f"end in {', '.join(checkpoint_files.SUFFIXES)} or are folders of Hugging Face's "
+            "Trainer. Pass a glob such as 'folder/*.pt', or a `checkpoints_load_func`"
         )
 
 
 def _natural(path: str | Path) -> list[tuple[int, Any]]:
     """A sort key in which ck2 comes before ck10."""
     parts = re.split(r"(\d+)", str(path))
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in parts]
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
 
 
 def load_checkpoint(model: nn.Module, checkpoint: Any) -> float:
-    """Load a path or a state dict into the model; returns its learning rate (1 where none is stored).
+    """Load a path or a state dict into the model; returns its learning rate (1 if none is stored).
 
     Prefixes of wrappers (``module.``, ``model.``, ...) are stripped where that alone makes the keys
     fit. Weights tied to others may be missing.
@@ -125,8 +128,9 @@ def _fitting(model: nn.Module, contents: Contents, label: str) -> dict[str, Any]
     ]
     if missing or unexpected or shapes:
         raise InvalidArgumentError(
-            f"checkpoint {label} does not fit the model: missing keys {_shown(missing)}, unexpected "
-            f"keys {_shown(unexpected)}, other shapes {_shown(shapes)}; is it of this model?"
+            f"checkpoint {label} does not fit the model: missing keys {_shown(missing)}, "
+            f"unexpected keys {_shown(unexpected)}, other shapes {_shown(shapes)}; is it of this "
+            "model?"
         )
     return given
 
@@ -144,14 +148,17 @@ def _rename(contents: Contents, expected: set[str]) -> dict[str, Any]:
             key if key in expected else re.sub(r"\.(\w+)$", r".default.\1", key): value
             for key, value in best.items()
         }
-    for _ in range(2):  # a wrapper may wrap another
-        renamings = [best]
-        for prefix in PREFIXES:
-            if all(key.startswith(prefix) for key in best):
-                renamings.append({key.removeprefix(prefix): v for key, v in best.items()})
-        renamings.append({f"module.{key}": value for key, value in best.items()})
-        best = max(renamings, key=lambda weights: len(expected & set(weights)))
-    return best
+    renamings, stripped = [best], best
+    while prefix := next((p for p in PREFIXES if stripped and _all_start(stripped, p)), None):
+        # a wrapper may wrap another
+        stripped = {key.removeprefix(prefix): value for key, value in stripped.items()}
+        renamings.append(stripped)
+    renamings += [{p + key: value for key, value in best.items()} for p in PREFIXES]
+    return max(renamings, key=lambda weights: len(expected & set(weights)))
+
+
+def _all_start(weights: Mapping[str, Any], prefix: str) -> bool:
+    return all(key.startswith(prefix) for key in weights)
 
 
 def label_of(checkpoint: Any) -> str:
@@ -218,7 +225,7 @@ class CheckpointLoader:
         self._items = [_copied(item, own) for item in checkpoints]
         self._current: int | None = None
         self._rates: dict[int, float] = {}
-        self._prints: dict[int, tuple[float, float]] = {}
+        self._prints: dict[int, tuple[float, ...]] = {}
 
     def load(self, place: int) -> float:
         """Have checkpoint number ``place`` in the model; returns its learning rate."""
@@ -226,10 +233,10 @@ class CheckpointLoader:
             self._current = None
             with _same_parameters(self._model):
                 rate = self._load(self._model, self._items[place])
-            if isinstance(rate, bool) or not isinstance(rate, int | float | Tensor):
+            if not _is_number(rate):
                 raise InvalidArgumentError(
                     f"`checkpoints_load_func` returned {rate!r} for checkpoint {place}; it must "
-                    "return the learning rate, a number"
+                    "return the learning rate, a finite number"
                 )
             self._current = place
             if place not in self._rates:
@@ -245,9 +252,7 @@ class CheckpointLoader:
                 "weigh checkpoints by it; see checkpoint_table for where it was found",
                 stacklevel=2,
             )
-        weights = [p.detach().double() for p in self._model.parameters()]
-        sums = torch.stack([torch.stack([w.sum(), w.square().sum()]) for w in weights]).sum(0)
-        fingerprint = (float(sums[0]), float(sums[1]))
+        fingerprint = _fingerprint(self._model)
         for other, known in self._prints.items():
             if known == fingerprint:
                 warnings.warn(
@@ -257,6 +262,23 @@ class CheckpointLoader:
                 )
                 break
         self._prints[place] = fingerprint
+
+
+def _is_number(rate: Any) -> bool:
+    if isinstance(rate, bool) or not isinstance(rate, Real | Tensor):
+        return False
+    return (not isinstance(rate, Tensor) or rate.numel() == 1) and math.isfinite(float(rate))
+
+
+def _fingerprint(model: nn.Module) -> tuple[float, ...]:
+    """Numbers that differ where weights or buffers do, by value or by place."""
+    values = [
+        value.detach().double().flatten() for value in (*model.parameters(), *model.buffers())
+    ]
+    return tuple(
+        float(value @ torch.linspace(1, 2, len(value), dtype=value.dtype, device=value.device))
+        for value in values
+    )
 
 
 @contextmanager
@@ -273,13 +295,18 @@ def _same_parameters(model: nn.Module) -> Iterator[None]:
 
 
 def _is_live(item: Any, own: set[int]) -> bool:
-    if isinstance(item, Mapping):
-        return any(_is_live(value, own) for value in item.values())
+    if isinstance(item, Mapping | list | tuple):
+        parts = item.values() if isinstance(item, Mapping) else item
+        return any(_is_live(part, own) for part in parts)
     return isinstance(item, Tensor) and item.data_ptr() in own
 
 
 def _copied(item: Any, own: set[int]) -> Any:
-    """The item, or a copy of a dict that holds tensors whose memory is in ``own``."""
-    if isinstance(item, Mapping) and _is_live(item, own):
+    """The item, or a copy of a dict, list or tuple with tensors whose memory is in ``own``."""
+    if not _is_live(item, own):
+        return item
+    if isinstance(item, Mapping):
         return {key: _copied(value, own) for key, value in item.items()}
-    return item.clone() if _is_live(item, own) else item
+    if isinstance(item, list | tuple):
+        return type(item)(_copied(value, own) for value in item)
+    return item.clone()

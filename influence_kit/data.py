@@ -4,9 +4,10 @@ A tuple or list is called as ``model(*batch[:-1])`` with targets ``batch[-1]``. 
 ``model(**batch)``, less the keys that the forward does not take; its targets are the dict itself.
 """
 
+import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -65,9 +66,9 @@ def _tensors(item: Any) -> Iterator[Tensor]:
 def example_count(batch: Batch) -> int:
     """The number of examples: the length of the targets (of a dict: of its first tensor)."""
     items = batch if isinstance(batch, Mapping) else list(batch)[::-1]
-    for tensor in _tensors(items):
-        if tensor.dim() > 0:
-            return tensor.shape[0]
+    first = next((tensor for tensor in _tensors(items) if tensor.dim() > 0), None)
+    if first is not None and len(first):
+        return len(first)
     raise InvalidArgumentError(
         f"a batch must hold a tensor with one row an example; got {_describe(batch)}"
     )
@@ -87,16 +88,28 @@ def map_tensors(item: Any, change: Callable[[Tensor], Any]) -> Any:
     """The same nesting of tuples, lists and dicts with every tensor changed."""
     if isinstance(item, Tensor):
         return change(item)
-    if isinstance(item, Mapping):
-        return {key: map_tensors(value, change) for key, value in item.items()}
-    if isinstance(item, tuple | list) and any(True for _ in _tensors(item)):
-        return [map_tensors(value, change) for value in item]
+    if isinstance(item, Mapping) or any(True for _ in _tensors(item)):
+        return _rebuilt(item, lambda value: map_tensors(value, change))
     return item
+
+
+def _rebuilt(item: Any, change: Callable[[Any], Any]) -> Any:
+    """A tuple, list or dict of the same type (a ``BatchEncoding``, say), its items changed."""
+    if isinstance(item, Mapping):
+        values = {key: change(value) for key, value in item.items()}
+        if not isinstance(item, MutableMapping):
+            return values
+        same = copy.copy(item)
+        same.update(values)
+        return same
+    items = [change(value) for value in item]
+    return type(item)(*items) if hasattr(item, "_fields") else type(item)(items)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on ``device``."""
-    return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    moved: Batch = map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    return moved
 
 
 def nbytes(batch: Batch) -> int:
@@ -107,9 +120,8 @@ def nbytes(batch: Batch) -> int:
 def take(batch: Batch, rows: slice | Tensor) -> Batch:
     """The batch of some of its examples; what is not one item an example is kept whole."""
     n = example_count(batch)
-    if isinstance(batch, Mapping):
-        return {key: _take(value, rows, n) for key, value in batch.items()}
-    return tuple(_take(value, rows, n) for value in batch)
+    some: Batch = _rebuilt(batch, lambda value: _take(value, rows, n))
+    return some
 
 
 def example_axis(tensor: Tensor, n: int) -> int | None:
@@ -124,13 +136,13 @@ def _take(item: Any, rows: slice | Tensor, n: int) -> Any:
     if isinstance(item, Tensor):
         axis = example_axis(item, n)
         return item if axis is None else item[rows] if axis == 0 else item[:, rows]
-    if isinstance(item, Mapping):
-        return {key: _take(value, rows, n) for key, value in item.items()}
-    if isinstance(item, tuple | list):
-        if not any(True for _ in _tensors(item)) and len(item) == n:
-            index = range(n)[rows] if isinstance(rows, slice) else rows.tolist()
-            return [item[i] for i in index]
-        return [_take(value, rows, n) for value in item]
+    if isinstance(item, tuple | list) and not any(True for _ in _tensors(item)):
+        if len(item) != n:
+            return item
+        index = range(n)[rows] if isinstance(rows, slice) else rows.tolist()
+        return [item[i] for i in index]
+    if isinstance(item, tuple | list | Mapping):
+        return _rebuilt(item, lambda value: _take(value, rows, n))
     return item
 
 
@@ -145,7 +157,7 @@ def split(batch: Batch, size: int) -> Iterator[Batch]:
 
 
 def as_loader(data: Any, batch_size: int | None, name: str) -> Iterable[Batch]:
-    """A loader of batches in a fixed order: ``data`` itself, or its examples ``batch_size`` at a time.
+    """Batches in a fixed order: ``data`` itself, or its examples ``batch_size`` at a time.
 
     Args:
         data: a ``Dataset``, or a ``DataLoader`` or other re-iterable of batches.
@@ -153,7 +165,7 @@ def as_loader(data: Any, batch_size: int | None, name: str) -> Iterable[Batch]:
         name: what to call ``data`` in an error.
 
     Raises:
-        InvalidArgumentError: where the order changes between two passes, so that indices mean nothing.
+        InvalidArgumentError: where the order changes between passes, so that indices mean nothing.
     """
     if isinstance(data, Dataset):
         if batch_size is None:
@@ -169,21 +181,34 @@ def as_loader(data: Any, batch_size: int | None, name: str) -> Iterable[Batch]:
                 "batch get no score",
                 stacklevel=4,
             )
-    return data
+    batches: Iterable[Batch] = data
+    return batches
 
 
 def check_order(loader: object, name: str) -> None:
-    """Refuse a loader that shuffles."""
-    sampler = getattr(loader, "sampler", None)
-    inner = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    """Refuse a loader that shuffles, or that sees only this rank's share of the data."""
     shuffling = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
-    for candidate in (sampler, inner):
-        shuffled = isinstance(candidate, DistributedSampler) and candidate.shuffle
-        if shuffled or isinstance(candidate, shuffling):
+    for sampler in _samplers(loader):
+        distributed = isinstance(sampler, DistributedSampler)
+        if isinstance(sampler, shuffling) or (distributed and sampler.shuffle):
             raise InvalidArgumentError(
-                f"`{name}` is a DataLoader that shuffles ({type(candidate).__name__}): its indices "
+                f"`{name}` is a DataLoader that shuffles ({type(sampler).__name__}): its indices "
                 "would mean nothing; pass one with shuffle=False, or the Dataset itself"
             )
+        if distributed and sampler.num_replicas > 1:
+            raise InvalidArgumentError(
+                f"`{name}` is a DataLoader of one rank's share (DistributedSampler), whose indices "
+                "are not those of the data; pass one of all the data: each rank takes its share"
+            )
+
+
+def _samplers(loader: object) -> Iterator[Any]:
+    """A loader's samplers, and those that they draw from."""
+    for name in ("sampler", "batch_sampler"):
+        sampler = getattr(loader, name, None)
+        if sampler is not None:
+            yield sampler
+            yield from _samplers(sampler)
 
 
 def loader_length(loader: object) -> int | None:

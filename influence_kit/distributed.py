@@ -8,18 +8,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def _active() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def is_alone() -> bool:
+    """Whether there is no other rank."""
+    return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
 
 
 def is_mine(batch_number: int) -> bool:
     """Whether this rank computes the given batch of the training set."""
-    return not _active() or batch_number % dist.get_world_size() == dist.get_rank()
+    return is_alone() or batch_number % dist.get_world_size() == dist.get_rank()
 
 
 def gather_columns(tensor: Tensor) -> Tensor:
-    """The tensors ``[..., n_rank]`` of all ranks, side by side in rank order: ``[..., sum n_rank]``."""
-    if not _active():
+    """The tensors ``[..., n_rank]`` of all ranks, side by side in the order of ranks."""
+    if is_alone():
         return tensor
     device = tensor.device
     size = torch.tensor([tensor.shape[-1]], device=device)

@@ -1,16 +1,17 @@
 """One meaning for every loss: the sum over examples of the loss of each example alone.
 
 A loss per example, a sum or a mean over examples all describe the same losses l_1 .. l_n, and a
-gradient of ``Loss.total`` at something that belongs to example i is the gradient of l_i. A mean over
-anything else (tokens, with padding; examples weighted by class) does not, and is refused.
+gradient of ``Loss.total`` at something that belongs to example i is the gradient of l_i. A mean
+over anything else (tokens, with padding; examples weighted by class) does not, and is refused.
 """
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from influence_kit.data import Batch, targets_of
@@ -18,12 +19,16 @@ from influence_kit.errors import InvalidArgumentError
 
 LossFunction = Callable[[Any, Any], Tensor]
 IGNORED_LABEL = -100  # of torch's and Hugging Face's cross-entropy
+NO_EXAMPLE_LOSS = (
+    "A mean over tokens with padding or over examples weighted by class has no loss per example: "
+    "pass a loss with one value an example (reduction='none', shape [n] or [n, tokens])"
+)
 
 
 def declared_reduction(
     loss_fn: LossFunction | None, sample_wise: bool | None, name: str = "loss_fn"
 ) -> str | None:
-    """"none", "sum" or "mean", or None where only a call can tell.
+    """One of "none", "sum" and "mean", or None where only a call can tell.
 
     ``sample_wise`` None takes any loss; True and False keep the rules of Captum's
     ``sample_wise_grads_per_batch``.
@@ -81,16 +86,15 @@ class Loss:
         """The sum over the examples of their losses, a scalar."""
         value = self.values(outputs, batch)
         if value.dim() == 0:
-            if self.reduction == "none":
-                raise InvalidArgumentError(
-                    f"Loss function is applying a reduction. `{self.name}` was said to return one "
-                    f"loss an example and returned a scalar for {n} examples"
-                )
-            return value * n if self.reduction == "mean" else value
+            self._check_not_reduced(n)
+            if self.reduction != "mean":
+                return value
+            self._check_shares(targets_of(batch), n)
+            return value * n
         if self.reduction in ("sum", "mean"):
             raise InvalidArgumentError(
-                f'`{self.name}` was said to return the {self.reduction} over the batch and returned '
-                f"a tensor of shape {list(value.shape)}"
+                f"`{self.name}` was said to return the {self.reduction} over the batch and "
+                f"returned a tensor of shape {list(value.shape)}"
             )
         if value.shape[0] != n:
             raise InvalidArgumentError(
@@ -102,7 +106,7 @@ class Loss:
     def _model_loss(self, outputs: Any, targets: Any) -> Tensor:
         """Without a ``loss_fn``: the loss in the model's output, or the output itself."""
         if isinstance(targets, Mapping) and not isinstance(outputs, Tensor):
-            loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+            loss: Tensor | None = outputs.get("loss") if isinstance(outputs, Mapping) else None
             loss = getattr(outputs, "loss", None) if loss is None else loss
             if loss is None:
                 raise InvalidArgumentError(
@@ -113,7 +117,7 @@ class Loss:
         if isinstance(outputs, Tensor):
             return outputs
         raise InvalidArgumentError(
-            f"without a `loss_fn` the model's output is differentiated, which must be a tensor; the "
+            "without a `loss_fn` the model's output is differentiated, which must be a tensor; the "
             f"model returned a {type(outputs).__name__}: pass `loss_fn`"
         )
 
@@ -128,21 +132,26 @@ class Loss:
             closeness: relative difference that rounding explains.
 
         Raises:
-            InvalidArgumentError: where the loss of a batch is not the sum or mean of its examples' losses.
+            InvalidArgumentError: where a batch's loss is not the sum or mean of its examples'.
         """
         n = len(alone)
         value = self.values(*together)
         if value.dim() > 0:
             self.settled = True
             return
+        self._check_not_reduced(n)
         singles = torch.stack([self.values(*one).sum() for one in alone])
+        if not bool(singles.isfinite().all()):
+            return  # tells nothing; the scores will say which example it was
+        # a model of float64 may compute its loss in float32
+        closeness = max(closeness, torch.finfo(singles.dtype).eps ** 0.5)
         if self._is_models_own and self._take_formula(together, singles, closeness):
             return
-        scale = closeness * singles.abs().max() * n
+        scale = closeness * singles.abs().max()
         found = [
             word
-            for word, expected in (("mean", singles.mean()), ("sum", singles.sum()))
-            if self.reduction in (None, word) and bool((value - expected).abs() <= scale)
+            for word, count, expected in (("mean", 1, singles.mean()), ("sum", n, singles.sum()))
+            if self.reduction in (None, word) and bool((value - expected).abs() <= count * scale)
         ]
         if not found:
             self._refuse(value, singles)
@@ -153,16 +162,39 @@ class Loss:
 
     def _refuse(self, value: Tensor, singles: Tensor) -> None:
         word = self.reduction or "sum or mean"
+        alone = [round(loss, 6) for loss in singles.tolist()]
         raise InvalidArgumentError(
             f"`{self.name}` is not a {word} over examples: {len(singles)} examples together have "
-            f"{float(value):.6g}, each alone {[round(float(v), 6) for v in singles]}. A mean over "
-            "tokens with padding or over examples weighted by class has no loss per example: pass a "
-            "loss with one value an example (reduction='none', shape [n] or [n, tokens])"
+            f"{value.item():.6g}, each alone {alone}. {NO_EXAMPLE_LOSS}"
         )
 
-    def _take_formula(
-        self, together: tuple[Any, Batch], singles: Tensor, closeness: float
-    ) -> bool:
+    def _check_not_reduced(self, n: int) -> None:
+        """Refuse a scalar of a loss per example, but for one example (of a ``squeeze()``, say)."""
+        if self.reduction == "none" and n > 1:
+            raise InvalidArgumentError(
+                f"Loss function is applying a reduction. `{self.name}` was said to return one loss "
+                f"an example and returned a scalar for {n} examples"
+            )
+
+    def _check_shares(self, targets: Any, n: int) -> None:
+        """Refuse a mean of torch's cross-entropy in which a batch's examples count differently.
+
+        One batch is not enough to tell: it may hold one class alone, or no padding.
+        """
+        loss = self._formula
+        labels = isinstance(targets, Tensor) and not targets.is_floating_point()
+        if n == 1 or not labels or not isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss):
+            return
+        kept = targets != loss.ignore_index
+        weights = kept if loss.weight is None else loss.weight[targets.where(kept, 0)] * kept
+        shares = weights.reshape(n, -1).sum(1, dtype=torch.float64)
+        if not torch.allclose(shares, shares[:1], 1e-6):
+            raise InvalidArgumentError(
+                f"`{self.name}` is not a mean over examples: by their classes and tokens, the {n} "
+                f"of a batch count {[round(x, 6) for x in shares.tolist()]}. {NO_EXAMPLE_LOSS}"
+            )
+
+    def _take_formula(self, together: tuple[Any, Batch], singles: Tensor, closeness: float) -> bool:
         """Replace a model's own mean by a per-example formula that gives each example's loss."""
         outputs, batch = together
         logits = getattr(outputs, "logits", None)
@@ -170,33 +202,49 @@ class Loss:
         if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
             return False
         for formula in (_next_token_losses, _token_losses, _class_losses):
-            losses = formula(outputs, batch)
-            if losses is not None and torch.allclose(losses, singles.to(losses), closeness, 1e-12):
-                self._formula, self.reduction, self.settled = formula, "none", True
+            found = formula(logits, labels)
+            if found is None:
+                continue
+            # each example alone, and the batch: classes may have weights, which alone do not show
+            whole = found[0].sum() / found[1].sum()
+            expected = torch.cat([_example_means(formula, outputs, batch), whole.reshape(1)])
+            own = torch.cat([singles, self.values(*together).reshape(1)])
+            if torch.allclose(expected, own.to(expected), closeness, 1e-12):
+                self._formula = partial(_example_means, formula)
+                self.reduction, self.settled = "none", True
                 return True
         return False
 
 
-def _token_losses(outputs: Any, batch: Any, shift: int = 0) -> Tensor | None:
-    """Each sequence's mean cross-entropy over its labelled tokens, ``[n]``."""
-    logits, labels = outputs.logits, batch["labels"]
+OwnFormula = Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None]
+
+
+def _example_means(formula: OwnFormula, outputs: Any, batch: Any) -> Tensor:
+    """The formula's loss of each example, ``[n]``; 0 where nothing is labelled."""
+    found = formula(outputs.logits, batch["labels"])
+    assert found is not None
+    sums, counts = found
+    return sums / counts.clamp(min=1)
+
+
+def _token_losses(logits: Tensor, labels: Tensor, shift: int = 0) -> tuple[Tensor, Tensor] | None:
+    """Each sequence's cross-entropy over its labelled tokens, summed, and their number, ``[n]``."""
     if logits.dim() != 3 or labels.shape != logits.shape[:2]:
         return None
     logits, labels = logits[:, : logits.shape[1] - shift], labels[:, shift:]
     losses = F.cross_entropy(
         logits.transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none"
     )
-    return losses.sum(1) / (labels != IGNORED_LABEL).sum(1).clamp(min=1)
+    return losses.sum(1), (labels != IGNORED_LABEL).sum(1)
 
 
-def _next_token_losses(outputs: Any, batch: Any) -> Tensor | None:
+def _next_token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
     """The same where position t predicts label t + 1."""
-    return _token_losses(outputs, batch, shift=1)
+    return _token_losses(logits, labels, shift=1)
 
 
-def _class_losses(outputs: Any, batch: Any) -> Tensor | None:
-    """Cross-entropy of one class an example, ``[n]``."""
-    logits, labels = outputs.logits, batch["labels"]
+def _class_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Cross-entropy of one class an example, and 1, ``[n]``."""
     if logits.dim() != 2 or labels.dim() != 1 or labels.is_floating_point():
         return None
-    return F.cross_entropy(logits, labels, reduction="none")
+    return F.cross_entropy(logits, labels, reduction="none"), torch.ones_like(labels)

@@ -9,16 +9,16 @@ from torch import nn
 
 @contextmanager
 def borrowed(model: nn.Module, eval_mode: bool = True) -> Iterator[None]:
-    """Use the model inside, in evaluation mode if asked, and give it back unchanged, also after an error.
+    """Use the model inside, in evaluation mode if asked, and give it back unchanged.
+
+    So also after an error.
 
     Restored are parameters and buffers (their values, and which objects they are), ``training`` and
     ``requires_grad`` flags, ``.grad`` and the global random state, which iterating a DataLoader
     moves.
     """
     modules = list(model.modules())
-    parameters = [
-        (module, name, p) for module in modules for name, p in module._parameters.items()
-    ]
+    parameters = [(module, name, p) for module in modules for name, p in module._parameters.items()]
     buffers = [(module, name, b) for module in modules for name, b in module._buffers.items()]
     values = {
         id(t): (t, t.detach().clone()) for _, _, t in (*parameters, *buffers) if t is not None

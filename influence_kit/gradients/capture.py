@@ -136,21 +136,22 @@ class Capture:
     def forms(self, uses: Sequence[Use], n: int) -> dict[str, Form]:
         """The forms of all parameters that have a rule; one that was not used has none."""
         forms: dict[str, Form] = {}
+        dropped = set(self.without_rule)
         with torch.no_grad():
             for use in uses:
+                if dropped.issuperset(use.layer.names.values()):
+                    continue
                 for name, form in use_forms(use, use.layer.layout, n).items():
                     forms[name] = forms[name].plus(form) if name in forms else form
-        return forms
+        return {name: form for name, form in forms.items() if name not in dropped}
 
     def __call__(self, batch: Batch, loss: Loss) -> Gradients:
         """The gradients of each example's loss. Only inside ``attached``, after ``check``."""
         n = example_count(batch)
-        dropped = set(self.without_rule)
         forms = {}
-        if len(dropped) < len(self.parameters):
+        if len(self.without_rule) < len(self.parameters):
             forms = self.forms(self.uses(batch, loss, n), n)
-            forms = {name: form for name, form in forms.items() if name not in dropped}
-        if dropped:
+        if self.without_rule:
             chosen = {name: self.parameters[name] for name in self.without_rule}
             forms.update(self.functional(self.model, chosen, batch, loss, n))
         shapes = {name: parameter.shape for name, parameter in self.parameters.items()}

@@ -18,7 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from influence_kit.data import Batch, call_model, example_count, take
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients import functional
-from influence_kit.gradients.capture import Capture, Use, use_forms
+from influence_kit.gradients.capture import Capture, Layer, Use, use_forms
 from influence_kit.gradients.forms import Form
 from influence_kit.gradients.layouts import ROWS, SHARED, candidates
 from influence_kit.losses import Loss
@@ -104,9 +104,13 @@ class _Comparison:
     def __init__(self, capture: Capture, batch: Batch, loss: Loss) -> None:
         places = _spread(example_count(batch), EXAMPLES)
         self.capture, self.loss = capture, loss
-        # by layer: the shapes it saw, and the layouts that are still to be tried for them
+        # by layer: the shapes it saw, the likeliest layout for them, and the names that were wrong
+        # in all layouts so far with the layouts that are still to be tried
         self.shapes: dict[int, list[torch.Size]] = {}
-        self.untried: dict[int, Iterator[str]] = {}
+        self.first: dict[int, str] = {}
+        self.tried: dict[int, tuple[set[str], Iterator[str]]] = {}
+        # the layers whose outputs were given a batch dimension, in order
+        self.shared: list[Layer] = []
         self.small = take(batch, places)
         self.alone = [take(batch, slice(int(i), int(i) + 1)) for i in places]
         # with dropout on, the same example alone meets another mask
@@ -124,21 +128,32 @@ class _Comparison:
 
     def _settle_layouts(self) -> set[str]:
         """Find the layout of each layer; the names of the parameters for which none is right."""
-        ruled = [name for name in self.capture.parameters if name not in self.capture.without_rule]
+        known, failed = set(self.capture.without_rule), set()
         while True:
             uses = self._run()
             if self._propose(uses):
                 continue
-            wrong = self._wrong(self._forms(uses), ruled)
-            advanced = False
+            names = [name for name in self.capture.parameters if name not in known | failed]
+            wrong = self._wrong(self._forms(uses), names)
+            if not wrong:
+                return failed
             for layer in self.capture.layers:
-                following = None
-                if wrong & set(layer.names.values()):
-                    following = next(self.untried.get(id(layer), iter(())), None)
-                if following is not None:
-                    layer.layout, advanced = following, True
-            if not advanced:
-                return wrong
+                mine = wrong & set(layer.names.values())
+                if mine:
+                    failed |= self._advance(layer, mine)
+
+    def _advance(self, layer: Layer, wrong: set[str]) -> set[str]:
+        """Give a layer its next layout; the names that are wrong in all, when all have been tried."""
+        always, untried = self.tried.get(id(layer), (wrong, iter(())))
+        following = next(untried, None)
+        if following is not None:
+            self.tried[id(layer)] = (always & wrong, untried)
+            self._set(layer, following)
+            return set()
+        # back to the likeliest, which may be right for another parameter of the layer
+        self._set(layer, self.first.get(id(layer), ROWS))
+        self.tried[id(layer)] = (set(layer.names.values()), iter(()))
+        return (always & wrong) or wrong
 
     def _propose(self, uses: Sequence[Use]) -> bool:
         """Give each layer the likeliest layout for the shapes it saw.
@@ -152,22 +167,28 @@ class _Comparison:
             if self.shapes.get(id(layer)) != shapes:
                 self.shapes[id(layer)] = shapes
                 tensors = [t for u in mine for t in (*u.inputs, u.delta)]
-                self.untried[id(layer)] = iter(candidates(tensors, EXAMPLES))
-                layer.layout = next(self.untried[id(layer)], ROWS)
+                first, *others = candidates(tensors, EXAMPLES)
+                self.tried[id(layer)] = (set(layer.names.values()), iter(others))
+                self.first[id(layer)] = first
+                self._set(layer, first)
                 if layer.layout == SHARED:
                     return True
         return False
+
+    def _set(self, layer: Layer, layout: str) -> None:
+        layer.layout = layout
+        if layout == SHARED:
+            self.shared.append(layer)
 
     def _run(self) -> list[Use]:
         with self._same_random_state():
             try:
                 return self.capture.uses(self.small, self.loss, EXAMPLES)
             except RuntimeError:
-                shared = [layer for layer in self.capture.layers if layer.layout == SHARED]
-                if not shared:
+                if not self.shared:
                     raise
-        for layer in shared:  # the model does not take outputs with a batch dimension there
-            layer.layout = ROWS
+        # the model does not take an output with a batch dimension there
+        self.shared.pop().layout = ROWS
         return self._run()
 
     def _forms(self, uses: Sequence[Use]) -> dict[str, Form]:

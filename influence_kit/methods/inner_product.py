@@ -30,6 +30,7 @@ from influence_kit.data import (
     to_device,
 )
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.gradients.functional import exact
 from influence_kit.gradients.source import GradientSource, comfortable_rows
 from influence_kit.losses import Loss, LossFunction, declared_reduction
 from influence_kit.methods.chosen import check_layers, choose_parameters, group_by_layer
@@ -230,7 +231,7 @@ class InnerProductInfluence(DataInfluence):
                 for some in rounds:
                     reducer = AllScores()
                     with self._bar(f"{doing} batch", _times(batches, some), show_progress) as bar:
-                        Stream(some, loader, self._device, tick=bar.update).self_scores(
+                        Stream(some, loader, self._sample, tick=bar.update).self_scores(
                             batches, reducer
                         )
                     total = reducer.result() + total.to(self._device)
@@ -265,7 +266,7 @@ class InnerProductInfluence(DataInfluence):
             train, terms = self.train_dataloader, self.terms()
             with self._bar(doing, _times(train, terms), show_progress) as bar:
                 stream = Stream(
-                    terms, loader, self._device, self._train_count(), groups, bar.update
+                    terms, loader, self._sample, self._train_count(), groups, bar.update
                 )
                 stream.scores(test, train, reducer, aggregate)
 
@@ -273,7 +274,7 @@ class InnerProductInfluence(DataInfluence):
         """A side of the inputs (None: the training set) at each checkpoint, times the root of its weight."""
         with self._session() as loader:
             batches = self._batches(inputs, ordered=not aggregate)
-            stream = Stream(self.terms(), loader, self._device)
+            stream = Stream(self.terms(), loader, self._sample)
             blocks = []
             for term in stream.terms:
                 side = term.test if of_tests else term.train
@@ -296,6 +297,11 @@ class InnerProductInfluence(DataInfluence):
     @property
     def _device(self) -> torch.device:
         return next(iter(self._parameters.values())).device
+
+    @property
+    def _sample(self) -> Tensor:
+        """An empty tensor as scores are computed: where the model is, not in half precision."""
+        return exact(next(iter(self._parameters.values())).detach()).new_empty(0)
 
     @property
     def _dtype(self) -> torch.dtype:

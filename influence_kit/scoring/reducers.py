@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from influence_kit.distributed import gather_columns
+from influence_kit.distributed import gather_columns, is_alone
 
 
 class KMostInfluentialResults(NamedTuple):
@@ -51,11 +51,10 @@ class AllScores:
     def result(self) -> Tensor:
         """All blocks, side by side."""
         scores = self._blocks[0] if len(self._blocks) == 1 else torch.cat(self._blocks, dim=-1)
-        places = torch.cat(self._places).to(scores.device)
-        gathered = gather_columns(places)
-        if len(gathered) == len(places):
+        if is_alone():
             return scores
-        return gather_columns(scores)[..., torch.argsort(gathered)]
+        places = gather_columns(torch.cat(self._places).to(scores.device))
+        return gather_columns(scores)[..., torch.argsort(places)]
 
 
 class TopK:
@@ -67,35 +66,38 @@ class TopK:
     keeps_all = False
 
     def __init__(self, k: int, proponents: bool) -> None:
-        self._k, self._sign = k, 1 if proponents else -1
+        self._k, self._highest = k, proponents
         self._scores: Tensor | None = None
         self._places: Tensor | None = None
 
     def update(self, places: Tensor, block: Tensor) -> None:
         """Take a block."""
-        spread = places.to(block.device).expand(block.shape)
+        # first within the block, so that nothing of its size is copied
+        columns = self._best_columns(block)
+        scores, best = block.gather(1, columns), places.to(block.device)[columns]
         if self._scores is not None and self._places is not None:
-            block = torch.cat([self._scores, block], dim=1)
-            spread = torch.cat([self._places, spread], dim=1)
-        self._keep(block, spread)
+            scores = torch.cat([self._scores, scores], dim=1)
+            best = torch.cat([self._places, best], dim=1)
+        self._keep(scores, best)
 
     def _keep(self, scores: Tensor, places: Tensor) -> None:
-        """Keep the k best columns of each row, in ascending order of places (as they come in)."""
-        columns = self._best_columns(scores * self._sign).sort(dim=1).values
+        """Keep the k best columns of each row, whose places ascend, in that order."""
+        columns = self._best_columns(scores)
         self._scores, self._places = scores.gather(1, columns), places.gather(1, columns)
 
-    def _best_columns(self, keys: Tensor) -> Tensor:
-        k = min(self._k, keys.shape[1])
-        found = keys.topk(k, dim=1)
+    def _best_columns(self, scores: Tensor) -> Tensor:
+        """The columns ``[m, k]`` of the k best scores of each row, ascending; of equal ones the first."""
+        k = min(self._k, scores.shape[1])
+        found = scores.topk(k, dim=1, largest=self._highest)
         if k == 0:
             return found.indices
-        # topk takes any of the scores that equal the last one; take the first places
+        # topk takes any of the scores that equal the last one
         last = found.values[:, -1:]
-        tied = ((keys == last).sum(1) > (found.values == last).sum(1)).nonzero()[:, 0]
+        tied = ((scores == last).sum(1) > (found.values == last).sum(1)).nonzero()[:, 0]
         if len(tied):
-            ordered = keys[tied].argsort(dim=1, descending=True, stable=True)
+            ordered = scores[tied].argsort(dim=1, descending=self._highest, stable=True)
             found.indices[tied] = ordered[:, :k]
-        return found.indices
+        return found.indices.sort(dim=1).values
 
     def result(self) -> KMostInfluentialResults:
         """The k best of all ranks, best first."""
@@ -110,5 +112,5 @@ class TopK:
         """The k best of this rank's blocks, best first."""
         assert self._scores is not None
         assert self._places is not None
-        order = (self._scores * self._sign).argsort(dim=1, descending=True, stable=True)
+        order = self._scores.argsort(dim=1, descending=self._highest, stable=True)
         return KMostInfluentialResults(self._places.gather(1, order), self._scores.gather(1, order))

@@ -23,7 +23,7 @@ from influence_kit.scoring.term import Side, Term
 
 # a slab of raw data, and a block of scores that is reduced and dropped
 SLAB_BYTES = 256 * MIB
-BLOCK_BYTES = 4 * MIB
+BLOCK_BYTES = 2 * MIB
 # below this many rows a slab does too little between two loads of a checkpoint
 FEWEST_SLAB_ROWS = 1024
 
@@ -41,7 +41,7 @@ class Stream:
     Args:
         terms: the method.
         loader: puts checkpoints into the model.
-        device: the model's.
+        sample: a tensor with the dtype and device of the scores.
         total: how many training examples there are, 0 where unknown.
         groups: names of parameters by group, to split the scores by; None for whole scores.
         tick: called after each training batch of each term.
@@ -49,7 +49,7 @@ class Stream:
 
     terms: Sequence[Term]
     loader: CheckpointLoader
-    device: torch.device
+    sample: Tensor
     total: int = 0
     groups: Mapping[str, Sequence[str]] | None = None
     tick: Callable[[], None] = field(default=_nothing)
@@ -64,7 +64,7 @@ class Stream:
         empty = True
         for slab, is_last in slabs(train, rows, batches=1 if len(self.terms) == 1 else None):
             places, columns = _columns(slab)
-            block = self._empty_block(m, len(places), kept[0])
+            block = self._empty_block(m, len(places))
             for place, term in enumerate(self.terms):
                 test = kept.pop(place, None) or self.test_side(term.test, inputs, aggregate)
                 if place == 0 or not is_last:
@@ -73,11 +73,11 @@ class Stream:
             reducer.update(places, block)
             empty = False
         if empty:
-            reducer.update(torch.arange(0), self._empty_block(m, 0, kept[0]))
+            reducer.update(torch.arange(0), self._empty_block(m, 0))
 
-    def _empty_block(self, m: int, n: int, like: Gradients) -> Tensor:
+    def _empty_block(self, m: int, n: int) -> Tensor:
         leading = () if self.groups is None else (len(self.groups),)
-        return like.sample.new_zeros(*leading, m, n)
+        return self.sample.new_zeros(*leading, m, n)
 
     def _add(
         self, block: Tensor, columns: list[slice], slab: Slab, term: Term, test: Gradients
@@ -96,7 +96,7 @@ class Stream:
             self.tick()
 
     def _side(self, side: Side, batch: Batch) -> Gradients:
-        return side(to_device(batch, self.device))
+        return side(to_device(batch, self.sample.device))
 
     def test_side(self, side: Side, inputs: Iterable[Batch], aggregate: bool = False) -> Gradients:
         """A side of all inputs, or of their sum."""
@@ -125,9 +125,10 @@ class Stream:
 
     def self_scores(self, batches: Iterable[Batch], reducer: Reducer) -> None:
         """Hand each example's score with itself, ``[n]``, to the reducer."""
+        empty = True
         for slab, _ in slabs(batches, None, batches=1 if len(self.terms) == 1 else None):
             places, columns = _columns(slab)
-            scores = torch.zeros(0)
+            scores = self.sample.new_zeros(len(places))
             for term in self.terms:
                 weight = term.weight_at(self.loader.load(term.train.checkpoint))
                 for (start, batch), rows in zip(slab, columns, strict=True):
@@ -135,11 +136,12 @@ class Stream:
                     part = train.squared_norms()
                     if not torch.isfinite(part.sum()):
                         _refuse_non_finite(part, train, train, start, term.train.checkpoint)
-                    if not len(scores):
-                        scores = part.new_zeros(len(places))
                     scores[rows].add_(part, alpha=weight)
                     self.tick()
             reducer.update(places, scores)
+            empty = False
+        if empty:  # all batches went to other ranks
+            reducer.update(torch.arange(0), self.sample.new_zeros(0))
 
 
 def slabs(

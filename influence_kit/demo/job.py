@@ -1,0 +1,89 @@
+"""The demo from beginning to end."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from influence_kit.checkpoints import checkpoint_table
+from influence_kit.demo import report
+from influence_kit.demo.digits import (
+    Digits,
+    Settings,
+    accuracy,
+    flip_labels,
+    load_digits_split,
+    losses_by_checkpoint,
+    one_thread,
+    train_network,
+)
+from influence_kit.demo.findings import Detection, Explained, detect, explain
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.methods.tracin import TracInCP
+
+
+class Result(NamedTuple):
+    """What the demo found, and the files it wrote."""
+
+    digits: Digits
+    given_labels: Tensor
+    is_wrong: Tensor
+    test_accuracy: float
+    explained: Explained
+    detections: dict[str, Detection]
+    files: list[Path]
+
+
+@one_thread()
+def run(
+    output: str | Path = "influence_kit_demo",
+    settings: Settings | None = None,
+    say: Callable[[str], None] = print,
+    show_progress: bool = True,
+) -> Result:
+    """Train on digits with wrong labels, explain three test images, find the wrong labels.
+
+    Args:
+        output: the folder for checkpoints and pictures; made where it does not exist.
+        settings: how much to do; the defaults take some ten seconds.
+        say: takes each part of the report as it is ready.
+        show_progress: bars while training and scoring.
+
+    Raises:
+        InvalidArgumentError: where ``output`` is a file.
+        ModuleNotFoundError: where scikit-learn, which has the digits, is not installed.
+    """
+    settings, folder = settings or Settings(), _made(Path(output))
+    digits = load_digits_split(seed=settings.seed)
+    given, is_wrong = flip_labels(digits.train_labels, settings.wrong_share, settings.seed)
+    say(report.data_text(digits, is_wrong))
+
+    train = digits.train_images, given
+    model, checkpoints = train_network(*train, folder / "checkpoints", settings, show_progress)
+    test_accuracy = accuracy(model, digits.test_images, digits.test_labels)
+    say(f"Checkpoints saved while training:\n\n{checkpoint_table(checkpoints)}")
+    say(f"Accuracy on the test images: {test_accuracy:.1%}")
+
+    tracin = TracInCP(model, TensorDataset(*train), checkpoints, loss_fn=nn.CrossEntropyLoss())
+    test = digits.test_images, digits.test_labels
+    explained = explain(tracin, model, *test, settings.k, show_progress)
+    say(f"WHICH TRAINING IMAGES HELPED, WHICH HURT (TracInCP)\n\n{report.SCORE_MEANING}")
+    say(report.explained_text(explained, given, digits.train_labels))
+
+    suspicion = tracin.self_influence(show_progress=show_progress)
+    detections = detect(suspicion, losses_by_checkpoint(model, checkpoints, *train), is_wrong)
+    say(f"WHICH TRAINING LABELS ARE WRONG\n\n{report.detection_text(detections)}")
+
+    pictures = report.figures(digits, given, is_wrong, explained, detections)
+    files = [*checkpoints, *report.save(pictures, folder)]
+    say(f"Pictures: {', '.join(pictures)}, and the checkpoints, in\n{folder.resolve()}")
+    return Result(digits, given, is_wrong, test_accuracy, explained, detections, files)
+
+
+def _made(folder: Path) -> Path:
+    if folder.exists() and not folder.is_dir():
+        raise InvalidArgumentError(f"the output '{folder}' is a file; pass a folder to write into")
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    return folder

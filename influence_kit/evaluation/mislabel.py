@@ -1,0 +1,126 @@
+"""How well scores find wrong labels: somebody inspects the examples with the highest scores first.
+
+Letters: n examples, of which w have a wrong label.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influence_kit.errors import InvalidArgumentError
+
+Values = Tensor | np.ndarray | Sequence[float] | Sequence[bool]
+
+
+def mislabel_auc(scores: Values, is_wrong: Values) -> float:
+    """P(a wrong label's score > a right label's score) + P(they are equal) / 2, between 0 and 1.
+
+    The area under the ROC curve, as ``sklearn.metrics.roc_auc_score`` gives it: 0.5 is what random
+    scores reach, 1 is every wrong label before every right one.
+
+    Args:
+        scores: how suspicious each example is, ``[n]``, in any unit: only their order counts.
+        is_wrong: whether its label is wrong, ``[n]`` of booleans, or of 0 and 1.
+
+    Raises:
+        InvalidArgumentError: for other shapes, scores that are not finite, or where all labels are
+            right or all are wrong.
+
+    Example:
+        >>> mislabel_auc([0.9, 0.1, 0.5, 0.5], [True, False, True, False])
+        0.875
+    """
+    values, wrong = _checked(scores, is_wrong)
+    _, group, sizes = torch.unique(values, return_inverse=True, return_counts=True)
+    # tied examples share the mean of the ranks 1..n that they take up together
+    last_rank = sizes.cumsum(0).double()
+    rank = (last_rank - (sizes - 1) / 2)[group]
+    w = int(wrong.sum())
+    pairs_won = rank[wrong].sum() - w * (w + 1) / 2
+    return float(pairs_won / (w * (len(values) - w)))
+
+
+def recall_at(scores: Values, is_wrong: Values, fraction: float) -> float:
+    """The share of the w wrong labels among the first ``fraction`` of the examples inspected.
+
+    Examples are inspected by descending score, equal scores by place. Their number is
+    ``fraction * n``, to the nearest whole number (halves up).
+
+    Args:
+        scores: how suspicious each example is, ``[n]``.
+        is_wrong: whether its label is wrong, ``[n]``.
+        fraction: the share of the examples inspected, above 0 and at most 1.
+
+    Raises:
+        InvalidArgumentError: as ``mislabel_auc``, and for a fraction outside (0, 1].
+
+    Example:
+        >>> recall_at([0.9, 0.1, 0.5, 0.4], [True, False, False, True], fraction=0.5)
+        0.5
+    """
+    if not 0 < fraction <= 1:
+        raise InvalidArgumentError(
+            f"`fraction` is the share of the examples inspected; got {fraction}, expected a number "
+            "above 0 and at most 1"
+        )
+    found = detection_curve(scores, is_wrong)[1]
+    return float(found[int(fraction * (len(found) - 1) + 0.5)])
+
+
+def detection_curve(scores: Values, is_wrong: Values) -> tuple[Tensor, Tensor]:
+    """The share of wrong labels found (second) against the share of examples inspected (first).
+
+    Examples are inspected by descending score, equal scores by place.
+
+    Args:
+        scores: how suspicious each example is, ``[n]``.
+        is_wrong: whether its label is wrong, ``[n]``.
+
+    Returns:
+        Two float64 tensors ``[n + 1]``, each from 0 to 1; entry i is after i examples.
+
+    Raises:
+        InvalidArgumentError: as ``mislabel_auc``.
+
+    Example:
+        >>> detection_curve([0.9, 0.1, 0.5, 0.4], [True, False, False, True])[1].tolist()
+        [0.0, 0.5, 0.5, 1.0, 1.0]
+    """
+    values, wrong = _checked(scores, is_wrong)
+    order = torch.argsort(values, descending=True, stable=True)
+    start = torch.zeros(1, dtype=torch.float64)
+    found = torch.cat([start, wrong[order].double().cumsum(0)]) / wrong.sum()
+    inspected = torch.arange(len(values) + 1, dtype=torch.float64) / len(values)
+    return inspected, found
+
+
+def _checked(scores: Values, is_wrong: Values) -> tuple[Tensor, Tensor]:
+    """Scores as float64 ``[n]`` and marks as bool ``[n]``, on the CPU."""
+    values = torch.as_tensor(scores).detach().to("cpu", torch.float64)
+    marks = torch.as_tensor(is_wrong).detach().cpu()
+    if values.dim() != 1 or marks.shape != values.shape:
+        raise InvalidArgumentError(
+            f"`scores` has shape {list(values.shape)} and `is_wrong` {list(marks.shape)}; both "
+            "must be [n], one value an example"
+        )
+    other = marks[(marks != 0) & (marks != 1)]
+    if len(other):
+        raise InvalidArgumentError(
+            f"`is_wrong` holds {other[0].item()}; it must hold booleans, or 0 and 1 (1: the label "
+            "is wrong)"
+        )
+    bad = torch.nonzero(~torch.isfinite(values)).flatten()
+    if len(bad):
+        raise InvalidArgumentError(
+            f"{len(bad)} of {len(values)} scores are not finite; the first is that of example "
+            f"{int(bad[0])}: {values[bad[0]].item()}. An order needs finite scores"
+        )
+    wrong = marks.bool()
+    if not 0 < int(wrong.sum()) < len(wrong):
+        raise InvalidArgumentError(
+            f"`is_wrong` marks {int(wrong.sum())} of {len(wrong)} labels as wrong; there must be "
+            "at least one wrong and one right label"
+        )
+    return values, wrong

@@ -1,0 +1,51 @@
+"""Curves: how fast the wrong labels are found."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from influence_kit.errors import InvalidArgumentError
+
+Curve = tuple[Tensor | np.ndarray | Sequence[float], Tensor | np.ndarray | Sequence[float]]
+# told apart by dash as well as by colour, since good curves lie on each other
+STYLES = ("-", "--", "-.", ":")
+
+
+def detection_curves(curves: Mapping[str, Curve], until: float = 1.0) -> Figure:
+    """The share of wrong labels found against the share of examples inspected, a line a score.
+
+    The dotted diagonal is what inspecting in random order finds on average.
+
+    Args:
+        curves: ``{name: (inspected, found)}``, as ``evaluation.detection_curve`` returns them:
+            shares between 0 and 1.
+        until: the share inspected at which the picture ends, above 0 and at most 1.
+
+    Raises:
+        InvalidArgumentError: for no curve, one whose two halves differ in length, or an ``until``
+            outside (0, 1].
+    """
+    if not curves:
+        raise InvalidArgumentError("got no curve to draw; pass {name: (inspected, found)}")
+    if not 0 < until <= 1:
+        raise InvalidArgumentError(f"`until` is {until}; it must be a share above 0 and at most 1")
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for place, (name, (inspected, found)) in enumerate(curves.items()):
+        if len(inspected) != len(found):
+            raise InvalidArgumentError(
+                f"the curve '{name}' has {len(inspected)} shares inspected and {len(found)} found; "
+                "there must be as many of both"
+            )
+        axes.plot(inspected, found, STYLES[place % len(STYLES)], linewidth=2, label=name)
+    axes.plot([0, 1], [0, 1], ":", color="#777777", linewidth=1.2, label="random order")
+    axes.set(xlim=(0, until), ylim=(0, 1.02))
+    axes.set_xlabel("training examples inspected, highest score first")
+    axes.set_ylabel("wrong labels found")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center right")
+    return figure

@@ -1,0 +1,208 @@
+"""Grids of images: what helped and hurt a prediction, and which labels look wrong.
+
+Letters: m test and n training images, k of them a test image. An image is ``[height, width]``, or
+``[channels, height, width]`` with 1 or 3 channels. Three channels are colours between 0 and 1 (or
+integers of 8 bits); one channel may have any range, drawn from its lowest to its highest value.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from torch import Tensor
+
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.scoring.reducers import KMostInfluentialResults
+from influence_kit.viz.tables import score_text
+
+Images = Tensor | np.ndarray | Sequence[Any]
+
+# two colours that stay apart for colour-blind eyes; a word always says the same
+RIGHT, WRONG, NEUTRAL = "#1b6ca8", "#c8501e", "#333333"
+# sizes that stay legible where a page shows eleven thumbnails side by side
+INCHES, LINE_INCHES, FONT, LETTERS = 1.0, 0.14, 8, 16
+GAP = 0.2  # between groups of thumbnails, in thumbnails
+
+
+def proponents_and_opponents(
+    queries: Images,
+    query_titles: Sequence[str],
+    proponents: KMostInfluentialResults,
+    opponents: KMostInfluentialResults,
+    train_images: Images,
+    train_labels: Sequence[Any] | Tensor,
+    is_wrong: Sequence[bool] | Tensor | None = None,
+    cmap: str = "gray",
+) -> Figure:
+    """A row a test image: the image, its k proponents, and its k opponents, best first.
+
+    Args:
+        queries: the test images ``[m, ...]``.
+        query_titles: what to write above each, ``[m]``; may have several lines.
+        proponents: what ``influence(..., k=k)`` returned for the test images.
+        opponents: what ``influence(..., k=k, proponents=False)`` returned.
+        train_images: the training images ``[n, ...]``, or any sequence of them.
+        train_labels: their labels ``[n]``, shown by ``str``.
+        is_wrong: where known, whether each label is wrong, ``[n]``: those get the word and a frame.
+        cmap: matplotlib's colours for images of one channel; "gray_r" draws 0 as white.
+
+    Raises:
+        InvalidArgumentError: where the numbers of images, titles and results differ, or an image
+            cannot be drawn.
+    """
+    m = len(queries)
+    _check_rows(m, len(query_titles), proponents, opponents)
+    shown = [proponents, opponents]
+    columns = [max(results.indices.shape[1], 1) for results in shown]
+    widths = [1.1, GAP, columns[0], GAP, columns[1]]
+    figure = _figure(INCHES * 1.1 * sum(widths), (INCHES + 4 * LINE_INCHES) * m + 0.4)
+    left, *sides = figure.subfigures(1, 5, width_ratios=widths, squeeze=False)[0, ::2]
+    left.suptitle("test image", fontsize=10, weight="bold")
+    for axes, image, title in zip(_grid(left, m, 1).flat, queries, query_titles, strict=True):
+        _draw(axes, image, title, cmap)
+    heads = ("proponents: lowered its loss", "opponents: raised its loss")
+    for side, head, results in zip(sides, heads, shown, strict=True):
+        side.suptitle(head, fontsize=10, weight="bold")
+        _draw_results(side, results, train_images, train_labels, is_wrong, cmap)
+    return figure
+
+
+def suspects(
+    images: Images,
+    titles: Sequence[str],
+    given_labels: Sequence[Any] | Tensor,
+    true_labels: Sequence[Any] | Tensor | None = None,
+    columns: int = 8,
+    cmap: str = "gray",
+) -> Figure:
+    """The training images whose labels look most wrong, in the order given, row by row.
+
+    Args:
+        images: the suspicious images ``[m, ...]``, the most suspicious first.
+        titles: what to write above each, ``[m]``, such as its place and its score.
+        given_labels: the labels they were trained with, ``[m]``, shown by ``str``.
+        true_labels: what they should be, ``[m]``, where known. A label that differs is marked
+            "wrong" and framed, one that does not is marked "right".
+        columns: images a row.
+        cmap: matplotlib's colours for images of one channel; "gray_r" draws 0 as white.
+
+    Raises:
+        InvalidArgumentError: where the numbers differ, or an image cannot be drawn.
+    """
+    m = len(images)
+    counts = {"titles": len(titles), "given_labels": len(given_labels)}
+    if true_labels is not None:
+        counts["true_labels"] = len(true_labels)
+    wrong_counts = {name: count for name, count in counts.items() if count != m}
+    if m == 0 or wrong_counts or columns < 1:
+        raise InvalidArgumentError(
+            f"got {m} images, {counts} and {columns} columns; there must be at least one image and "
+            "one column, and one title and label an image"
+        )
+    columns = min(columns, m)
+    rows = -(-m // columns)
+    figure = _figure(INCHES * 1.1 * columns, (INCHES + 4.5 * LINE_INCHES) * rows)
+    for place, axes in enumerate(_grid(figure, rows, columns).flat):
+        if place >= m:
+            axes.set_visible(False)
+            continue
+        true = None if true_labels is None else true_labels[place]
+        text, colour = _verdict(given_labels[place], true)
+        _draw(axes, images[place], f"{titles[place]}\n{text}", cmap, colour)
+    return figure
+
+
+def _verdict(given: Any, true: Any) -> tuple[str, str]:
+    """What is said of a label, and its colour."""
+    if true is None:
+        return f"label {_text(given)}", NEUTRAL
+    if _text(given) == _text(true):
+        return f"label {_text(given)}: right", RIGHT
+    return f"label {_text(given)}: wrong\n(it is {_text(true)})", WRONG
+
+
+def _check_rows(
+    m: int, titles: int, proponents: KMostInfluentialResults, opponents: KMostInfluentialResults
+) -> None:
+    counts = {
+        "query_titles": titles,
+        "proponents": len(proponents.indices),
+        "opponents": len(opponents.indices),
+    }
+    if m == 0 or set(counts.values()) != {m}:
+        raise InvalidArgumentError(
+            f"got {m} test images, and {counts}; there must be at least one test image, and one "
+            "title and one row of each result a test image"
+        )
+
+
+def _draw_results(
+    side: SubFigure,
+    results: KMostInfluentialResults,
+    images: Images,
+    labels: Sequence[Any] | Tensor,
+    is_wrong: Sequence[bool] | Tensor | None,
+    cmap: str,
+) -> None:
+    m, k = results.indices.shape
+    if k == 0:
+        return
+    indices = results.indices.flatten().tolist()
+    scores = results.influence_scores.flatten().tolist()
+    for axes, index, score in zip(_grid(side, m, k).flat, indices, scores, strict=True):
+        wrong = is_wrong is not None and bool(is_wrong[index])
+        label = f"label {_text(labels[index])}{', wrong' if wrong else ''}"
+        colour = WRONG if wrong else NEUTRAL
+        _draw(axes, images[index], f"#{index}\n{score_text(score)}\n{label}", cmap, colour)
+
+
+def _figure(width: float, height: float) -> Figure:
+    pads = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.06)
+    return Figure(figsize=(width, height), layout=pads)
+
+
+def _grid(figure: Figure | SubFigure, rows: int, columns: int) -> np.ndarray:
+    return figure.subplots(rows, columns, squeeze=False)
+
+
+def _draw(axes: Axes, image: Any, title: str, cmap: str, colour: str = NEUTRAL) -> None:
+    """One image with its title; a frame where the colour says that something is wrong."""
+    axes.imshow(_pixels(image), cmap=cmap, interpolation="nearest")
+    wrapped = [textwrap.fill(line, LETTERS, break_on_hyphens=False) for line in title.splitlines()]
+    axes.set_title("\n".join(wrapped), fontsize=FONT, color=colour)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_color(colour if colour != NEUTRAL else "#bbbbbb")
+        spine.set_linewidth(2.5 if colour == WRONG else 0.8)
+
+
+def _pixels(image: Any) -> np.ndarray:
+    """An image as matplotlib takes it: ``[height, width]`` or ``[height, width, channels]``."""
+    tensor = torch.as_tensor(image).detach().cpu()
+    pixels: np.ndarray = tensor.float().numpy()
+    if pixels.ndim == 2:
+        return pixels
+    if pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
+        raise InvalidArgumentError(
+            f"an image has shape {list(pixels.shape)}; expected [height, width], or [channels, "
+            "height, width] with 1 or 3 channels"
+        )
+    pixels = np.moveaxis(pixels, 0, -1)
+    if tensor.dtype == torch.uint8:
+        return pixels / 255
+    if pixels.shape[-1] == 3 and not (pixels.min() >= 0 and pixels.max() <= 1):
+        raise InvalidArgumentError(
+            f"an image of 3 channels has values from {pixels.min():.3g} to {pixels.max():.3g}; "
+            "expected 0 to 1 (or integers of 8 bits): undo its normalization first"
+        )
+    return pixels
+
+
+def _text(label: Any) -> str:
+    return str(label.item() if isinstance(label, Tensor | np.generic) else label)

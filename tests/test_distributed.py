@@ -1,0 +1,52 @@
+"""Two ranks give the scores of one."""
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from cases import CASES
+from contract import METHODS, build
+
+
+def _results(method: str, size: int) -> dict[str, torch.Tensor]:
+    case = CASES["mlp"]
+    influence = build(method, case, batch_size=size)
+    best = influence.influence(case.test, k=3, proponents=False)
+    found = {
+        "scores": influence.influence(case.test, k=None),
+        "indices": best.indices,
+        "best": best.influence_scores,
+    }
+    if "RandProj" not in method:
+        found["self"] = influence.self_influence()
+        found["outer"] = influence.self_influence(outer_loop_by_checkpoints=True)
+        found["layers"] = torch.stack(list(influence.influence_by_layer(case.test).values()))
+    return found
+
+
+def _work(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=60),
+    )
+    found = {(m, size): _results(m, size) for m in METHODS for size in (2, 20)}
+    torch.save(found, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_give_the_scores_of_one_process(tmp_path: Path, world: int) -> None:
+    mp.spawn(_work, args=(world, str(tmp_path)), nprocs=world)
+    for rank in range(world):
+        for (method, size), found in torch.load(tmp_path / f"rank{rank}.pt").items():
+            for key, expected in _results(method, size).items():
+                assert torch.allclose(found[key], expected, rtol=1e-12, atol=1e-14), (method, key)
