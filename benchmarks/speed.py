@@ -1,0 +1,221 @@
+"""Times the floor, influence_kit and its peers side by side, and writes ``RESULTS.md``.
+
+The floor is what no exact method can do without, done plainly: the forward and backward passes of
+all training and test examples at every checkpoint, with the weights' ordinary gradients. Each round
+runs all contenders in turn; the smallest time of the rounds counts. The memory that a call adds is
+the growth of the peak of a fresh process.
+
+    python -m benchmarks.speed [--rounds 3] [--case MLP] [--no-peers]
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import captum
+import captum.influence
+import torch
+
+import influence_kit
+from benchmarks.models import CASES, Case
+from influence_kit import TracInCP
+
+RESULTS = Path(__file__).parent / "RESULTS.md"
+# Captum has no batch size of its own; this one is near its best on all three
+CAPTUM_BATCH = 64
+
+Contender = Callable[[], None]
+
+
+def floor(case: Case, batch_size: int, with_tests: bool) -> Contender:
+    """Forward and backward passes over the same examples and checkpoints."""
+    model, weights = case.build(), case.weights()
+    sides = [case.dataset().tensors] + ([case.data(case.q)] if with_tests else [])
+
+    def run() -> None:
+        for state in weights:
+            model.load_state_dict(state)
+            for inputs, targets in sides:
+                pieces = zip(inputs.split(batch_size), targets.split(batch_size), strict=True)
+                for x, y in pieces:
+                    model.zero_grad()
+                    case.loss_fn(model(x), y).backward()
+
+    return run
+
+
+def ours(case: Case, own: bool) -> Contender:
+    """influence_kit's TracInCP: the score matrix, or self-influence."""
+    influence = TracInCP(case.build(), case.dataset(), case.weights(), loss_fn=case.loss_fn)
+    return _call(influence, case, own)
+
+
+def captums(case: Case, own: bool) -> Contender:
+    """Captum's TracInCP on its fast path (sample-wise gradients, where it supports the model)."""
+    from torch.nn import CrossEntropyLoss
+
+    sample_wise = isinstance(case.loss_fn, CrossEntropyLoss)
+    loss_fn = case.loss_fn if sample_wise else _per_example(case)
+
+    def load(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> float:
+        model.load_state_dict(state)
+        return 1.0
+
+    influence = captum.influence.TracInCP(
+        case.build(),
+        case.dataset(),
+        case.weights(),
+        load,
+        loss_fn=loss_fn,
+        batch_size=CAPTUM_BATCH,
+        sample_wise_grads_per_batch=sample_wise,
+    )
+    return _call(influence, case, own)
+
+
+def _per_example(case: Case) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Token losses one an example: Captum's sample-wise path drops Embedding and LayerNorm."""
+
+    def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        tokens = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), targets, reduction="none"
+        )
+        return tokens.mean(1)
+
+    loss.reduction = "none"  # type: ignore[attr-defined]
+    return loss
+
+
+def _call(influence: captum.influence.DataInfluence, case: Case, own: bool) -> Contender:
+    if own:
+        return lambda: influence.self_influence()
+    torch.manual_seed(2)
+    test = case.data(case.q)
+    return lambda: influence.influence(test)
+
+
+def contenders(case: Case, own: bool, peers: bool) -> dict[str, Contender]:
+    """What is timed, by name. The floor has influence_kit's batch size."""
+    size = TracInCP(
+        case.build(), case.dataset(), case.weights(), loss_fn=case.loss_fn
+    ).train_dataloader.batch_size
+    found = {"floor": floor(case, size, not own), "influence_kit": ours(case, own)}
+    if peers:
+        found["captum"] = captums(case, own)
+    return found
+
+
+def timed(run: Contender) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def added_memory(case: Case, own: bool, name: str, threads: int) -> float | None:
+    """MiB by which one call raises the peak of a fresh process; None where nothing tells."""
+    if not sys.platform.startswith("linux"):
+        return None
+    request = json.dumps({"case": case.name, "own": own, "name": name, "threads": threads})
+    command = [sys.executable, "-m", "benchmarks.speed", "--memory", request]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def _print_added_memory(request: str) -> None:
+    wanted = json.loads(request)
+    torch.set_num_threads(wanted["threads"])
+    case = next(case for case in CASES if case.name == wanted["case"])
+    run = contenders(case, wanted["own"], peers=wanted["name"] == "captum")[wanted["name"]]
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = _peak()
+    run()
+    print((_peak() - before) / 2**10)
+
+
+def _peak() -> int:
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+
+def rows(case: Case, own: bool, threads: int, rounds: int, peers: bool) -> list[str]:
+    """The table's lines for one case."""
+    torch.set_num_threads(threads)
+    running = contenders(case, own, peers)
+    best = {name: timed(run) for name, run in running.items()}  # the first round warms up
+    for _ in range(rounds - 1):
+        for name, run in running.items():
+            best[name] = min(best[name], timed(run))
+    what = "self-influence" if own else f"{case.q} x {case.n} scores"
+    lines = []
+    for name, seconds in best.items():
+        memory = added_memory(case, own, name, threads)
+        shown = "-" if memory is None else f"{memory:.0f}"
+        lines.append(
+            f"| {case.name} | {what} | {threads} | {name} | {seconds:.2f} | "
+            f"{seconds / best['floor']:.2f} | {shown} |"
+        )
+        print(lines[-1], flush=True)
+    return lines
+
+
+HEAD = """# Speed
+
+Written by `make bench`. Seconds are the smallest of {rounds} rounds in which all contenders ran in
+turn; the ratio is to the floor, the plain forward and backward passes over the same examples and
+checkpoints; added memory is the growth of a fresh process's peak by one call. All scores are exact
+(float32). Checkpoints: MLP 3, CNN 1, GPT 1.
+
+{machine}
+
+| model | what | threads | who | seconds | x floor | added MiB |
+| --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+def _machine() -> str:
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = models[0].partition(":")[2].strip() if models else name
+    cores = len(__import__("os").sched_getaffinity(0)) if hasattr(platform, "uname") else "?"
+    return (
+        f"Machine: {name}, {cores} cores, {platform.system()}; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, captum {captum.__version__}, influence_kit "
+        f"{influence_kit.__version__}."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--case", default="", help="only the cases whose name contains this")
+    parser.add_argument("--no-peers", action="store_true", help="only the floor and influence_kit")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if arguments.memory:
+        _print_added_memory(arguments.memory)
+        return
+    lines = []
+    for case in CASES:
+        if arguments.case not in case.name:
+            continue
+        for own in (False, True):
+            for threads in (1, 2):
+                peers = not arguments.no_peers
+                lines += rows(case, own, threads, arguments.rounds, peers)
+    if not arguments.case and not arguments.no_peers:
+        head = HEAD.format(rounds=arguments.rounds, machine=_machine())
+        RESULTS.write_text(head + "\n".join(lines) + "\n")
+        print(f"written to {RESULTS.name}")
+
+
+if __name__ == "__main__":
+    main()
