@@ -36,6 +36,7 @@ setup(
         "numpy>=1.24",
         "safetensors>=0.4",
         "jinja2>=3.0",
+        "matplotlib>=3.8",
     ],
     extras_require=EXTRAS,
     classifiers=[

@@ -1,21 +1,16 @@
-"""Checkpoints of one training run: find them, order them, load them one at a time.
+"""Checkpoints of one training run: find them, order them, load one.
 
 ``checkpoint_table`` shows what there is; ``load_checkpoint`` is the default
 ``checkpoints_load_func``.
 """
 
 import glob
-import math
 import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from influence_kit import checkpoint_files
@@ -98,7 +93,7 @@ def load_checkpoint(model: nn.Module, checkpoint: Any) -> float:
         InvalidArgumentError: where keys or shapes do not fit, before anything is loaded.
 
     Example:
-        >>> model = torch.nn.Linear(2, 1)
+        >>> model = nn.Linear(2, 1)
         >>> load_checkpoint(model, {"state_dict": model.state_dict(), "learning_rate": 0.1})
         0.1
     """
@@ -207,106 +202,3 @@ def checkpoint_table(checkpoints: Any) -> CheckpointTable:
             CheckpointRow(name, contents.step, contents.learning_rate, contents.rate_source)
         )
     return table
-
-
-class CheckpointLoader:
-    """Puts checkpoints into the model, one at a time, and never the one that is there already.
-
-    Args:
-        model: the model, still as the user has it.
-        checkpoints: what ``load`` takes, in order.
-        load: ``load(model, checkpoint) -> learning rate``.
-    """
-
-    def __init__(self, model: nn.Module, checkpoints: Sequence[Any], load: LoadFunction) -> None:
-        own = {tensor.data_ptr() for tensor in model.state_dict().values() if tensor.numel()}
-        self._model, self._load = model, load
-        # a state dict that is the live model's would change with the next load
-        self._items = [_copied(item, own) for item in checkpoints]
-        self._current: int | None = None
-        self._rates: dict[int, float] = {}
-        self._prints: dict[int, tuple[float, ...]] = {}
-
-    def load(self, place: int) -> float:
-        """Have checkpoint number ``place`` in the model; returns its learning rate."""
-        if self._current != place:
-            self._current = None
-            with _same_parameters(self._model):
-                rate = self._load(self._model, self._items[place])
-            if not _is_number(rate):
-                raise InvalidArgumentError(
-                    f"`checkpoints_load_func` returned {rate!r} for checkpoint {place}; it must "
-                    "return the learning rate, a finite number"
-                )
-            self._current = place
-            if place not in self._rates:
-                self._rates[place] = float(rate)
-                self._warn(place)
-        return self._rates[place]
-
-    def _warn(self, place: int) -> None:
-        label = label_of(self._items[place])
-        if self._rates[place] == 0:
-            warnings.warn(
-                f"checkpoint {place} ({label}) has learning rate 0 and adds nothing to scores that "
-                "weigh checkpoints by it; see checkpoint_table for where it was found",
-                stacklevel=2,
-            )
-        fingerprint = _fingerprint(self._model)
-        for other, known in self._prints.items():
-            if known == fingerprint:
-                warnings.warn(
-                    f"checkpoints {other} and {place} ({label}) hold the same weights, which so "
-                    "count twice; state dicts kept while training go on need copy.deepcopy",
-                    stacklevel=2,
-                )
-                break
-        self._prints[place] = fingerprint
-
-
-def _is_number(rate: Any) -> bool:
-    if isinstance(rate, bool) or not isinstance(rate, Real | Tensor):
-        return False
-    return (not isinstance(rate, Tensor) or rate.numel() == 1) and math.isfinite(float(rate))
-
-
-def _fingerprint(model: nn.Module) -> tuple[float, ...]:
-    """Numbers that differ where weights or buffers do, by value or by place."""
-    values = [
-        value.detach().double().flatten() for value in (*model.parameters(), *model.buffers())
-    ]
-    return tuple(
-        float(value @ torch.linspace(1, 2, len(value), dtype=value.dtype, device=value.device))
-        for value in values
-    )
-
-
-@contextmanager
-def _same_parameters(model: nn.Module) -> Iterator[None]:
-    """Keep the model's parameter objects where a load function puts new ones in their place."""
-    owners = [(m, name, p) for m in model.modules() for name, p in m._parameters.items()]
-    yield
-    for module, name, parameter in owners:
-        loaded = module._parameters[name]
-        if loaded is not parameter and loaded is not None and parameter is not None:
-            with torch.no_grad():
-                parameter.copy_(loaded)
-            module._parameters[name] = parameter
-
-
-def _is_live(item: Any, own: set[int]) -> bool:
-    if isinstance(item, Mapping | list | tuple):
-        parts = item.values() if isinstance(item, Mapping) else item
-        return any(_is_live(part, own) for part in parts)
-    return isinstance(item, Tensor) and item.data_ptr() in own
-
-
-def _copied(item: Any, own: set[int]) -> Any:
-    """The item, or a copy of a dict, list or tuple with tensors whose memory is in ``own``."""
-    if not _is_live(item, own):
-        return item
-    if isinstance(item, Mapping):
-        return {key: _copied(value, own) for key, value in item.items()}
-    if isinstance(item, list | tuple):
-        return type(item)(_copied(value, own) for value in item)
-    return item.clone()

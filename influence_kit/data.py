@@ -31,6 +31,12 @@ def is_batch(inputs: object) -> bool:
     return isinstance(inputs, tuple | list | Mapping)
 
 
+def is_dataset(data: object) -> bool:
+    """Whether ``data`` holds examples, not batches: torch's Dataset, a list, a table of rows."""
+    by_place = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    return isinstance(data, Dataset) or (by_place and not isinstance(data, DataLoader))
+
+
 def targets_of(batch: Batch) -> Any:
     """What the loss takes beside the model's output: the last item, or the whole dict."""
     return batch if isinstance(batch, Mapping) else batch[-1]
@@ -160,14 +166,15 @@ def as_loader(data: Any, batch_size: int | None, name: str) -> Iterable[Batch]:
     """Batches in a fixed order: ``data`` itself, or its examples ``batch_size`` at a time.
 
     Args:
-        data: a ``Dataset``, or a ``DataLoader`` or other re-iterable of batches.
+        data: a ``Dataset`` or sequence of examples, or a ``DataLoader`` or other re-iterable of
+            batches.
         batch_size: examples a batch, where ``data`` is a ``Dataset``.
         name: what to call ``data`` in an error.
 
     Raises:
         InvalidArgumentError: where the order changes between passes, so that indices mean nothing.
     """
-    if isinstance(data, Dataset):
+    if is_dataset(data):
         if batch_size is None:
             raise InvalidArgumentError(
                 f"since the `{name}` argument was a `Dataset`, `batch_size` must be an int."

@@ -20,7 +20,9 @@ class Examples(Dataset):
         self.batch = batch
 
     def __len__(self) -> int:
-        return len(next(iter(self.batch.values()) if isinstance(self.batch, Mapping) else iter(self.batch)))
+        return len(
+            next(iter(self.batch.values()) if isinstance(self.batch, Mapping) else iter(self.batch))
+        )
 
     def __getitem__(self, i: int) -> Any:
         if isinstance(self.batch, Mapping):

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from cases import Case, Examples
 from torch import Tensor
 
-from cases import Case, Examples
 from influence_kit import GradCos, GradDot, TracInCP, TracInCPFast, TracInCPFastRandProj
 
 CLOSE = 1e-10
@@ -68,7 +68,9 @@ def snapshot(model: torch.nn.Module) -> dict[str, Any]:
         "objects": [id(p) for p in model.parameters()],
         "training": [m.training for m in model.modules()],
         "requires_grad": [p.requires_grad for p in model.parameters()],
-        "grad": [None if p.grad is None else (id(p.grad), p.grad.clone()) for p in model.parameters()],
+        "grad": [
+            None if p.grad is None else (id(p.grad), p.grad.clone()) for p in model.parameters()
+        ],
         "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
         "random": torch.get_rng_state(),
     }

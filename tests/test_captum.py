@@ -1,5 +1,8 @@
-"""Captum is an oracle where it is right, with what its own tests leave out: rates, several
-checkpoints, float64, biases, opponents, both reductions."""
+"""Captum is an oracle where it is right.
+
+With what its own tests leave out: rates, several checkpoints, float64, biases, opponents, both
+reductions.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,11 +10,11 @@ from typing import Any
 import captum.influence
 import pytest
 import torch
+from cases import CASES, Case, Examples, reduced
+from contract import assert_close
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cases import CASES, Case, Examples, reduced
-from contract import assert_close
 from influence_kit import TracInCP, TracInCPFast, TracInCPFastRandProj
 
 CNN, MLP = CASES["cnn"], CASES["mlp"]
@@ -145,9 +148,7 @@ def fast_pair(cls: Callable[..., Any], other: Callable[..., Any], **own: Any) ->
             states.append({"state_dict": state, "learning_rate": rate})
         loss = reduced(MLP.loss, "sum")
         data = Examples(MLP.train)
-        built.append(
-            maker(model, model.head, data, states, load, loss, 4, **own, **extra)
-        )
+        built.append(maker(model, model.head, data, states, load, loss, 4, **own, **extra))
     return built[0], built[1]
 
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from influence_kit import checkpoint_table, load_checkpoint
 from influence_kit.checkpoint_files import read
-from influence_kit.checkpoints import CheckpointLoader, find_checkpoints
+from influence_kit.checkpoint_loader import CheckpointLoader
+from influence_kit.checkpoints import find_checkpoints
 from influence_kit.errors import InvalidArgumentError
 
 

@@ -277,9 +277,9 @@ def test_a_loader_of_one_ranks_share_is_refused():
         DataLoader(DATA, 2, sampler=SequentialSampler(DATA)),
         DataLoader(DATA, 2, sampler=DistributedSampler(DATA, 1, 0, shuffle=False)),
         DataLoader(DATA, batch_sampler=[[0, 1], [2]]),
-        [(X, Y), (X, Y)],
+        {"a": (X, Y), "b": (X, Y)}.values(),
     ],
-    ids=["plain", "sequential", "all on one rank", "fixed batches", "list of batches"],
+    ids=["plain", "sequential", "all on one rank", "fixed batches", "iterable of batches"],
 )
 def test_a_loader_in_order_is_taken_as_it_is(loader):
     assert as_loader(loader, None, "train_dataset") is loader

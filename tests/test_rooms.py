@@ -19,6 +19,7 @@ FLOORS = [
         "data",
         "checkpoints",
         "checkpoint_files",
+        "checkpoint_loader",
         "losses",
         "distributed",
         "restore",

@@ -4,7 +4,7 @@ Letters: m test and n training images, k of them a test image, C checkpoints.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -97,8 +97,7 @@ def explain(
         )
     ]
     proponents, opponents = (
-        cast(KMostInfluentialResults, tracin.influence(batch, k, highest, show_progress))
-        for highest in (True, False)
+        tracin.influence(batch, k, highest, show_progress) for highest in (True, False)
     )
     return Explained(chosen, titles, proponents, opponents)
 

@@ -48,7 +48,7 @@ class Call:
 
     layer: Layer
     inputs: tuple[Tensor, ...]
-    edge: GradientEdge | None
+    edge: GradientEdge
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Capture:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Hooks on the layers, and gradients wanted of the chosen parameters alone, while inside."""
+        """Hooks on the layers, and gradients wanted of the chosen parameters alone."""
         wanted = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
         chosen = set(self.parameters.values())
         handles = []
@@ -109,8 +109,9 @@ class Capture:
             replaced = None
             if layer.layout == SHARED:
                 output = replaced = shared(output, self._examples)
-            edge = get_gradient_edge(output) if output.requires_grad else None
-            self._calls.append(Call(layer, tuple(x.detach() for x in inputs), edge))
+            if output.requires_grad:
+                detached = tuple(x.detach() for x in inputs)
+                self._calls.append(Call(layer, detached, get_gradient_edge(output)))
             return replaced
 
         return record
@@ -121,7 +122,7 @@ class Capture:
         try:
             with torch.enable_grad():
                 total = loss.total(call_model(self.model, batch), batch, n)
-            calls = [call for call in self._calls if call.edge is not None]
+            calls = self._calls
         finally:
             self._calls = None
         if not calls or not total.requires_grad:
@@ -166,9 +167,7 @@ def use_forms(use: Use, layout: str, n: int) -> dict[str, Form]:
     delta = arrange(use.delta, ROWS if layout == SHARED else layout, n)
     found = use.layer.rule(use.layer.module, inputs, functional.exact(delta), n)
     return {
-        name: found[attribute]
-        for attribute, name in use.layer.names.items()
-        if attribute in found
+        name: found[attribute] for attribute, name in use.layer.names.items() if attribute in found
     }
 
 

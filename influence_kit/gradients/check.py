@@ -3,7 +3,8 @@
 Three examples go through the model together and each alone. What the rules give must sum to
 autograd's gradient of the three, and be, row by row, the gradient of each alone. A parameter that
 fails (used outside its layer's forward, or in a way that its rule does not know) goes to
-``functional``; a model that mixes the examples of a batch has no gradient per example and is refused.
+``functional``; a model that mixes the examples of a batch has no gradient per example and is
+refused.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +41,10 @@ class Tolerance:
     whole: float
 
 
-_TOLERANCES = {torch.float64: Tolerance(1e-9, 1e-6, 1e-12), torch.float32: Tolerance(1e-4, 5e-2, 3e-6)}
+_TOLERANCES = {
+    torch.float64: Tolerance(1e-9, 1e-6, 1e-12),
+    torch.float32: Tolerance(1e-4, 5e-2, 3e-6),
+}
 _HALF = Tolerance(1e-1, 3e-1, 1e-2)
 
 
@@ -60,10 +64,10 @@ def refuse_mixing_layers(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise InvalidArgumentError(
-                f"layer '{name}' ({type(module).__name__}) normalizes by the statistics of the batch, "
-                "so that the gradient of one example depends on the others; put the model in "
-                "evaluation mode (eval_mode=True), with running statistics, or replace the layer by "
-                "GroupNorm"
+                f"layer '{name}' ({type(module).__name__}) normalizes by the statistics of the "
+                "batch, so that the gradient of one example depends on the others; put the model "
+                "in evaluation mode (eval_mode=True), with running statistics, or replace the "
+                "layer by GroupNorm"
             )
 
 
@@ -82,13 +86,18 @@ def _settle_loss(model: nn.Module, batch: Batch, loss: Loss) -> None:
     try:
         with torch.no_grad():
             small = take(batch, places)
-            ones = [take(batch, slice(int(i), int(i) + 1)) for i in places]
-            together = (call_model(model, small), small)
-            if loss.values(*together).dim() > 0:
+            if loss.values(call_model(model, small), small).dim() > 0:
                 loss.settled = True
-            else:
+                return
+            alone = [take(batch, slice(int(i), int(i) + 1)) for i in places]
+            runs = [(call_model(model, one), one) for one in alone]
+            # an example whose loss is NaN (nothing labelled in it, say) tells nothing
+            tells = [bool(torch.isfinite(loss.values(*run).sum())) for run in runs]
+            if any(tells):
+                small = take(batch, places[torch.tensor(tells)])
+                singles = [run for run, finite in zip(runs, tells, strict=True) if finite]
                 closeness = _tolerance(next(model.parameters())).alone / 50
-                loss.settle(together, [(call_model(model, one), one) for one in ones], closeness)
+                loss.settle((call_model(model, small), small), singles, closeness)
     finally:
         for module in training:
             module.training = True
@@ -128,7 +137,8 @@ class _Comparison:
 
     def _settle_layouts(self) -> set[str]:
         """Find the layout of each layer; the names of the parameters for which none is right."""
-        known, failed = set(self.capture.without_rule), set()
+        known = set(self.capture.without_rule)
+        failed: set[str] = set()
         while True:
             uses = self._run()
             if self._propose(uses):
@@ -143,7 +153,7 @@ class _Comparison:
                     failed |= self._advance(layer, mine)
 
     def _advance(self, layer: Layer, wrong: set[str]) -> set[str]:
-        """Give a layer its next layout; the names that are wrong in all, when all have been tried."""
+        """Give a layer its next layout; the names wrong in all of them, when all were tried."""
         always, untried = self.tried.get(id(layer), (wrong, iter(())))
         following = next(untried, None)
         if following is not None:
@@ -218,6 +228,8 @@ class _Comparison:
                     self.capture.model, values, batch, self.loss, n
                 )
             whole = torch.stack([g.norm() for g in expected]).norm()
+            if not torch.isfinite(whole):
+                continue  # the scores will say which example it was
             for name, gradient in zip(names, expected, strict=True):
                 tolerance = _tolerance(gradient)
                 form = forms.get(name)
@@ -254,8 +266,8 @@ class _Comparison:
                 return
         raise InvalidArgumentError(
             f"the gradient of {sorted(wrong)} for {EXAMPLES} examples together is not the sum of "
-            "those of each alone: the model or the loss mixes the examples of a batch, which leaves "
-            f"nothing to attribute to one of them{reasons}"
+            "those of each alone: the model or the loss mixes the examples of a batch, which "
+            f"leaves nothing to attribute to one of them{reasons}"
         )
 
     @contextmanager

@@ -138,4 +138,4 @@ class Convolved(Form):
 
 def _offset_first(formed: Tensor, kernel: int) -> Tensor:
     """``[m, l * r * k]`` as ``[k, m, l * r]``."""
-    return formed.unflatten(1, (-1, kernel)).permute(2, 0, 1).contiguous()
+    return formed.view(len(formed), -1, kernel).permute(2, 0, 1).contiguous()

@@ -69,11 +69,11 @@ class Form(ABC):
 
     @abstractmethod
     def inner(self, test: Form, total: int) -> Tensor:
-        """Inner products with the test gradients, ``[m, n]``; ``total`` training rows will come."""
+        """Inner products with the test gradients, ``[m, n]``; ``total`` training rows come."""
 
     @abstractmethod
     def joined(self, others: Sequence[Form]) -> Form | None:
-        """The examples of all forms, one after the other; None where they are of another kind."""
+        """The examples of all forms, in turn; None where they are of another kind."""
 
     def plus(self, other: Form) -> Form:
         """The sum with the same examples' gradients from another use of the parameter."""
@@ -110,7 +110,7 @@ class Form(ABC):
 
 
 def with_formed(test: Form, product: Callable[[Tensor], Tensor]) -> Tensor:
-    """``product`` of the test gradients written out ``[m, p]``, in tiles where they are too many."""
+    """``product`` of the test gradients written out ``[m, p]``, in tiles if they are too many."""
     if test.fits():
         return product(test.formed)
     tile = test.rows_that_fit()
@@ -121,7 +121,7 @@ def with_formed(test: Form, product: Callable[[Tensor], Tensor]) -> Tensor:
 def products(formed: Tensor, values: Tensor) -> Tensor:
     """Inner products of rows ``[m, p]`` and ``[n, p]``: ``[m, n]``.
 
-    A CPU's product of few long rows is up to twice as fast with the (few) training rows on the left.
+    A CPU's product of few long rows is up to twice as fast with the training rows on the left.
     """
     return (values @ formed.T).T
 
@@ -248,8 +248,8 @@ class Factored(Form):
         t, o, i = self.sizes
         touch, m = element_cost(self.deltas), test.n
         # each cost: for one training example
-        forming = 2 * t * o * i + 2 * touch * o * i + 2 * m * o * i
-        along = 2 * m * t * o * i + 2 * touch * m * t * min(o, i)
+        forming: float = 2 * t * o * i + 2 * touch * o * i + 2 * m * o * i
+        along: float = 2 * m * t * o * i + 2 * touch * m * t * min(o, i)
         plans = {self._inner_forming: forming, self._inner_along: along}
         if isinstance(test, Factored) and test.transposed == self.transposed:
             s = test.sizes[0]
@@ -286,7 +286,7 @@ class Factored(Form):
         return with_formed(test, product)
 
     def _inner_along(self, test: Form) -> Tensor:
-        """deltas . (V inputs) for each test gradient V: no training gradient is formed."""
+        """Deltas . (V inputs) for each test gradient V: no training gradient is formed."""
         t, o, i = self.sizes
 
         def product(formed: Tensor) -> Tensor:

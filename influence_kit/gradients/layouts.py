@@ -1,8 +1,9 @@
 """Where the examples stand in the tensors that a layer sees.
 
 Most layers see examples in the first dimension. Others see them second (time-first sequences),
-folded into it (``x.view(n * t, -1)``), or not at all (position ids ``[t]`` whose output is broadcast
-over the batch). Which it is cannot be read off one shape; ``check`` tries them against autograd.
+folded into it (``x.view(n * t, -1)``), or not at all (position ids ``[t]`` whose output is
+broadcast over the batch). Which it is cannot be read off one shape; ``check`` tries them against
+autograd.
 """
 
 from torch import Tensor
@@ -11,7 +12,7 @@ ROWS, SECOND, FOLDED, SHARED = "rows", "second", "folded", "shared"
 
 
 def arrange(tensor: Tensor, layout: str, n: int) -> Tensor:
-    """The tensor with its first dimension n times some whole number, an example's items together."""
+    """The tensor with a first dimension of n times some number, an example's items together."""
     if layout == SHARED:
         return shared(tensor, n)
     if layout == SECOND and tensor.dim() > 1 and tensor.shape[1] == n:

@@ -90,17 +90,19 @@ class Gradients:
         """All gradients written out side by side, ``[n, P]``."""
         columns = []
         for name, shape in self.parameters.items():
-            form = self.forms.get(name)
-            zero = self.sample.new_zeros(self.n, math.prod(shape)) if form is None else None
-            columns.append(form.dense() if form is not None else zero)
+            if name in self.forms:
+                columns.append(self.forms[name].dense())
+            else:
+                columns.append(self.sample.new_zeros(self.n, math.prod(shape)))
         return torch.cat(columns, dim=1)
 
     def non_finite(self) -> tuple[int, str] | None:
-        """The first example and parameter whose gradient is NaN or infinite; None where all are finite."""
+        """An example and a parameter whose gradient is NaN or infinite; None if all are finite."""
         for name, form in self.forms.items():
-            bad = torch.nonzero(~torch.isfinite(form.squared_norms()))
-            if len(bad):
-                return int(bad[0]), name
+            for example in torch.nonzero(~torch.isfinite(form.squared_norms()))[:, 0].tolist():
+                # squares overflow before gradients do
+                if not torch.isfinite(form.rows(slice(example, example + 1)).dense()).all():
+                    return example, name
         return None
 
 

@@ -101,7 +101,9 @@ class Rows(Form):
             repeats = counts[ids]
             mine = torch.repeat_interleave(repeats)
             first = torch.cumsum(repeats, 0) - repeats
-            theirs = order[torch.arange(len(mine), device=ids.device) - first[mine] + starts[ids][mine]]
+            theirs = order[
+                torch.arange(len(mine), device=ids.device) - first[mine] + starts[ids][mine]
+            ]
             products = (self.values[part][mine] * test.values[theirs]).sum(1)
             scores.index_add_(0, test.places[theirs] * self.n + self.places[part][mine], products)
         return scores.view(test.n, self.n)

@@ -15,6 +15,7 @@ subclasses too: ``capture`` compares each with autograd before it is trusted.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +25,14 @@ from influence_kit.gradients.convolved import Convolved
 from influence_kit.gradients.forms import Dense, Factored, Form
 from influence_kit.gradients.rows import Rows
 
-Rule = Callable[[nn.Module, Sequence[Tensor], Tensor, int], Mapping[str, Form]]
+# the first argument is a layer of the type that the rule is registered for
+Rule = Callable[[Any, Sequence[Tensor], Tensor, int], Mapping[str, Form]]
 
 _RULES: dict[type | str, Rule] = {}
 
 
 def gradient_rule(*layer_types: type | str) -> Callable[[Rule], Rule]:
-    """Register a rule for layer types, or for classes of packages not imported here by full name."""
+    """Register a rule for layer types (by full name for packages that are not imported here)."""
 
     def register(rule: Rule) -> Rule:
         for layer_type in layer_types:
@@ -55,7 +57,7 @@ def _per_example(values: Tensor, n: int, shape: torch.Size) -> Dense:
 
 
 @gradient_rule(nn.Linear)
-def linear(layer: nn.Module, inputs: Sequence[Tensor], delta: Tensor, n: int) -> dict[str, Form]:
+def linear(layer: nn.Linear, inputs: Sequence[Tensor], delta: Tensor, n: int) -> dict[str, Form]:
     """Y = W x + b: dW = sum_t delta_t x_t^T, db = sum_t delta_t."""
     weight = layer.weight
     deltas = delta.reshape(n, -1, weight.shape[0])
@@ -65,7 +67,7 @@ def linear(layer: nn.Module, inputs: Sequence[Tensor], delta: Tensor, n: int) ->
 
 @gradient_rule("transformers.pytorch_utils.Conv1D")
 def transposed_linear(
-    layer: nn.Module, inputs: Sequence[Tensor], delta: Tensor, n: int
+    layer: Any, inputs: Sequence[Tensor], delta: Tensor, n: int
 ) -> dict[str, Form]:
     """Y = W^T x + b, the weight stored as (in, out): GPT-2's ``Conv1D``."""
     weight = layer.weight
@@ -76,19 +78,21 @@ def transposed_linear(
 
 
 @gradient_rule(nn.Bilinear)
-def bilinear(layer: nn.Module, inputs: Sequence[Tensor], delta: Tensor, n: int) -> dict[str, Form]:
+def bilinear(
+    layer: nn.Bilinear, inputs: Sequence[Tensor], delta: Tensor, n: int
+) -> dict[str, Form]:
     """Y_k = x1^T A_k x2 + b_k: a linear layer over the products of the two inputs."""
     weight = layer.weight
-    products = (inputs[0].unsqueeze(-1) * inputs[1].unsqueeze(-2)).reshape(
-        n, -1, weight[0].numel()
-    )
+    products = (inputs[0].unsqueeze(-1) * inputs[1].unsqueeze(-2)).reshape(n, -1, weight[0].numel())
     deltas = delta.reshape(n, -1, weight.shape[0])
     form = Factored(deltas, products, weight.shape)
     return {"weight": form, "bias": Dense(deltas.sum(1), weight.shape[:1])}
 
 
 @gradient_rule(nn.Embedding)
-def embedding(layer: nn.Module, inputs: Sequence[Tensor], delta: Tensor, n: int) -> dict[str, Form]:
+def embedding(
+    layer: nn.Embedding, inputs: Sequence[Tensor], delta: Tensor, n: int
+) -> dict[str, Form]:
     """A looked-up row's gradient is delta; the padding row has none."""
     ids = inputs[0].reshape(n, -1)
     deltas = delta.reshape(n, ids.shape[1], -1)
@@ -98,19 +102,15 @@ def embedding(layer: nn.Module, inputs: Sequence[Tensor], delta: Tensor, n: int)
 
 
 @gradient_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
-def convolution(
-    layer: nn.Module, inputs: Sequence[Tensor], delta: Tensor, n: int
-) -> dict[str, Form]:
-    """The weight's gradient at kernel offset k: the output gradient times the input shifted by k."""
+def convolution(layer: Any, inputs: Sequence[Tensor], delta: Tensor, n: int) -> dict[str, Form]:
+    """The weight's gradient at kernel offset k: output gradient times the input shifted by k."""
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = F.pad(inputs[0], _padding(layer), mode=mode)
-    form = Convolved(
-        delta, padded, layer.weight.shape, layer.stride, layer.dilation, layer.groups
-    )
+    form = Convolved(delta, padded, layer.weight.shape, layer.stride, layer.dilation, layer.groups)
     return {"weight": _map_items(form, n), "bias": _channel_sums(delta, n)}
 
 
-def _padding(layer: nn.Module) -> list[int]:
+def _padding(layer: Any) -> list[int]:
     """The padding of each side, last dimension first, as ``F.pad`` takes it."""
     sides: list[int] = []
     sizes = zip(layer.kernel_size, layer.dilation, strict=True)
@@ -127,7 +127,7 @@ def _padding(layer: nn.Module) -> list[int]:
 
 @gradient_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def transposed_convolution(
-    layer: nn.Module, inputs: Sequence[Tensor], delta: Tensor, n: int
+    layer: Any, inputs: Sequence[Tensor], delta: Tensor, n: int
 ) -> dict[str, Form]:
     """The same with the two maps exchanged: the padded output gradient is the one that shifts."""
     # an output may end before the last window (stride > kernel): zeros there add nothing
@@ -138,7 +138,12 @@ def transposed_convolution(
         reach += layer.dilation[dim] * (layer.kernel_size[dim] - 1) + 1
         sides += [before, max(before, reach - before - delta.shape[2 + dim])]
     form = Convolved(
-        inputs[0], F.pad(delta, sides), layer.weight.shape, layer.stride, layer.dilation, layer.groups
+        inputs[0],
+        F.pad(delta, sides),
+        layer.weight.shape,
+        layer.stride,
+        layer.dilation,
+        layer.groups,
     )
     return {"weight": _map_items(form, n), "bias": _channel_sums(delta, n)}
 
@@ -157,9 +162,7 @@ def _channel_sums(values: Tensor, n: int) -> Dense:
 
 
 @gradient_rule(nn.LayerNorm, "torch.nn.modules.normalization.RMSNorm")  # RMSNorm: from torch 2.4
-def last_dims_norm(
-    layer: nn.Module, inputs: Sequence[Tensor], delta: Tensor, n: int
-) -> dict[str, Form]:
+def last_dims_norm(layer: Any, inputs: Sequence[Tensor], delta: Tensor, n: int) -> dict[str, Form]:
     """Y = w * x^ + b over the last dimensions: dw = sum_t delta_t x^_t, db = sum_t delta_t."""
     shape = torch.Size(layer.normalized_shape)
     if isinstance(layer, nn.LayerNorm):
@@ -175,7 +178,7 @@ def last_dims_norm(
 
 @gradient_rule(nn.GroupNorm)
 def group_norm(
-    layer: nn.Module, inputs: Sequence[Tensor], delta: Tensor, n: int
+    layer: nn.GroupNorm, inputs: Sequence[Tensor], delta: Tensor, n: int
 ) -> dict[str, Form]:
     """Y = w * x^ + b by channel, x^ normal within groups of channels."""
     normal = F.group_norm(inputs[0], layer.num_groups, eps=layer.eps)
@@ -183,9 +186,7 @@ def group_norm(
 
 
 @gradient_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-def instance_norm(
-    layer: nn.Module, inputs: Sequence[Tensor], delta: Tensor, n: int
-) -> dict[str, Form]:
+def instance_norm(layer: Any, inputs: Sequence[Tensor], delta: Tensor, n: int) -> dict[str, Form]:
     """Y = w * x^ + b by channel, x^ normal within each channel (or by the running statistics)."""
     own = layer.training or not layer.track_running_stats
     normal = F.instance_norm(
@@ -195,9 +196,7 @@ def instance_norm(
 
 
 @gradient_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-def batch_norm(
-    layer: nn.Module, inputs: Sequence[Tensor], delta: Tensor, n: int
-) -> dict[str, Form]:
+def batch_norm(layer: Any, inputs: Sequence[Tensor], delta: Tensor, n: int) -> dict[str, Form]:
     """Y = w * x^ + b by channel, x^ normal by the running statistics (evaluation mode)."""
     normal = F.batch_norm(inputs[0], layer.running_mean, layer.running_var, eps=layer.eps)
     return {"weight": _channel_sums(delta * normal, n), "bias": _channel_sums(delta, n)}

@@ -75,4 +75,4 @@ def comfortable_rows(model: nn.Module, batch: Batch, device: torch.device) -> in
     # what is kept, the gradients at the same places, and products of the two
     rows = rows_within(4 * workspace_bytes(device), 2 * sum(kept.values()))
     # matrix products like rows in powers of two
-    return min(MOST_ROWS, 2 ** round(math.log2(rows)))
+    return min(MOST_ROWS, 1 << round(math.log2(rows)))

@@ -6,7 +6,7 @@ from influence_kit.scoring.transforms import unit_norm
 
 
 class GradCos(InnerProductInfluence):
-    r"""score = sum over checkpoints of <g, g'> / (|g| |g'|), g = grad loss(test), g' = grad loss(train).
+    r"""score = sum over checkpoints of cos(grad loss(test), grad loss(train)).
 
     The norm is over all chosen parameters together (arXiv 2102.05262). Rows are test examples;
     positive is a proponent; each checkpoint adds a number between -1 and 1. An example whose

@@ -6,7 +6,7 @@ Letters: m test and n training examples, k examples asked for, P chosen paramete
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from captum.influence import DataInfluence
@@ -14,22 +14,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
-from influence_kit.checkpoints import (
-    CheckpointLoader,
-    LoadFunction,
-    find_checkpoints,
-    load_checkpoint,
-)
+from influence_kit.checkpoint_loader import CheckpointLoader
+from influence_kit.checkpoints import LoadFunction, find_checkpoints, load_checkpoint
 from influence_kit.data import (
     Batch,
     as_loader,
     check_order,
     is_batch,
+    is_dataset,
     loader_length,
     split,
     to_device,
 )
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.gradients.check import refuse_mixing_layers
 from influence_kit.gradients.functional import exact
 from influence_kit.gradients.source import GradientSource, comfortable_rows
 from influence_kit.losses import Loss, LossFunction, declared_reduction
@@ -49,8 +47,8 @@ class InnerProductInfluence(DataInfluence):
 
     Args:
         model: the model. It comes back from every call as it went in.
-        train_dataset: a ``Dataset``, or a ``DataLoader`` that does not shuffle, of batches
-            ``(*model_inputs, targets)`` or dicts.
+        train_dataset: a ``Dataset`` or sequence of examples, or a ``DataLoader`` (or other
+            re-iterable of batches) that does not shuffle; ``(*model_inputs, targets)`` or dicts.
         checkpoints: a folder, a glob, a list of paths, or any iterable of paths or state dicts.
         checkpoints_load_func: ``load(model, checkpoint) -> learning rate``, in place.
         layers: names of modules whose parameters count; None for all that require a gradient.
@@ -100,9 +98,9 @@ class InnerProductInfluence(DataInfluence):
             self._test_loss = Loss(test_loss_fn, self.test_reduction_type, "test_loss_fn")
         self._eval_mode = eval_mode
         self._look_at(layers)
-        self._train_data = train_dataset
+        self._train_data: Any = train_dataset
         self._train_loader: Iterable[Batch] | None = None
-        if not isinstance(train_dataset, Dataset):
+        if not is_dataset(train_dataset):
             self._train_loader = as_loader(train_dataset, None, "train_dataset")
 
     def _look_at(self, layers: Sequence[str] | None) -> None:
@@ -161,6 +159,26 @@ class InnerProductInfluence(DataInfluence):
 
     # What a user calls.
 
+    @overload
+    def influence(
+        self,
+        inputs: Any = None,
+        k: None = None,
+        proponents: bool = True,
+        show_progress: bool = False,
+        aggregate: bool = False,
+    ) -> Tensor: ...
+
+    @overload
+    def influence(
+        self,
+        inputs: Any,
+        k: int,
+        proponents: bool = True,
+        show_progress: bool = False,
+        aggregate: bool = False,
+    ) -> KMostInfluentialResults: ...
+
     def influence(
         self,
         inputs: Any = None,
@@ -190,8 +208,9 @@ class InnerProductInfluence(DataInfluence):
             doing = f"perform computation for getting {kind}. Processing training batches"
         reducer = AllScores() if k is None else TopK(k, proponents)
         self._stream_scores(inputs, reducer, doing, show_progress, aggregate)
-        result = reducer.result()
-        return result.to(self._dtype) if isinstance(reducer, AllScores) else result
+        if isinstance(reducer, AllScores):
+            return reducer.result().to(self._dtype)
+        return reducer.result()
 
     def influence_by_layer(
         self, inputs: Any, show_progress: bool = False, aggregate: bool = False
@@ -212,7 +231,7 @@ class InnerProductInfluence(DataInfluence):
         show_progress: bool = False,
         outer_loop_by_checkpoints: bool = False,
     ) -> Tensor:
-        """The score of each example with itself, ``[n]``: large for what the model finds hard to fit.
+        """The score of each example with itself, ``[n]``: large for what is hard to fit.
 
         Args:
             inputs: one batch or a DataLoader; None for the training set.
@@ -271,7 +290,7 @@ class InnerProductInfluence(DataInfluence):
                 stream.scores(test, train, reducer, aggregate)
 
     def _vectors(self, inputs: Any, of_tests: bool, aggregate: bool = False) -> Tensor:
-        """A side of the inputs (None: the training set) at each checkpoint, times the root of its weight."""
+        """A side of the inputs at each checkpoint, times the root of its weight, side by side."""
         with self._session() as loader:
             batches = self._batches(inputs, ordered=not aggregate)
             stream = Stream(self.terms(), loader, self._sample)
@@ -282,8 +301,8 @@ class InnerProductInfluence(DataInfluence):
                 weight = term.weight_at(loader.load(term.train.checkpoint))
                 if weight < 0:
                     raise InvalidArgumentError(
-                        f"checkpoint {term.train.checkpoint} has the negative learning rate {weight}, "
-                        "for which no vectors have the scores as dot products; use `influence`"
+                        f"checkpoint {term.train.checkpoint} has the negative rate {weight}, for "
+                        "which no vectors have the scores as dot products; use `influence`"
                     )
                 blocks.append(vectors * weight**0.5)
         return torch.cat(blocks, dim=1).to(self._dtype)
@@ -292,6 +311,7 @@ class InnerProductInfluence(DataInfluence):
     def _session(self) -> Iterator[CheckpointLoader]:
         """The model with hooks on, borrowed from the user; a loader for its checkpoints."""
         with borrowed(self.model, self._eval_mode), self._source.attached():
+            refuse_mixing_layers(self.model)
             yield CheckpointLoader(self.model, self.checkpoints, self.checkpoints_load_func)
 
     @property
@@ -312,7 +332,7 @@ class InnerProductInfluence(DataInfluence):
         return loader_length(data) or 0
 
     def _batches(self, inputs: Any, ordered: bool = True) -> Iterable[Batch]:
-        """The training set (None), the user's batch in pieces that fit memory, or the user's loader."""
+        """The training set (None), the batch in pieces that fit memory, or the user's loader."""
         if inputs is None:
             return self.train_dataloader
         if is_batch(inputs):
@@ -331,7 +351,8 @@ class InnerProductInfluence(DataInfluence):
         if isinstance(self._train_data, IterableDataset):
             return ROWS_OF_ITERABLE
         with borrowed(self.model, self._eval_mode):
-            for batch in DataLoader(self._train_data, batch_size=1):  # type: ignore[arg-type]
+            refuse_mixing_layers(self.model)
+            for batch in DataLoader(self._train_data, batch_size=1):
                 return comfortable_rows(self.model, to_device(batch, self._device), self._device)
         return 1
 
@@ -361,8 +382,8 @@ def check_k(k: object) -> None:
         raise InvalidArgumentError(f"k must not be negative; got {k}")
 
 
-def _check_batch_size(batch_size: Any, train_dataset: Any) -> BatchSize:
-    if not isinstance(train_dataset, Dataset):
+def _check_batch_size(batch_size: BatchSize, train_dataset: Any) -> BatchSize:
+    if not is_dataset(train_dataset):
         return batch_size
     if batch_size is None:
         raise InvalidArgumentError(

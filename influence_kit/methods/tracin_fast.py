@@ -33,10 +33,11 @@ class TracInCPFast(TracInCPBase):
 
     Example:
         >>> import torch
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> x, y = torch.randn(8, 3), torch.arange(8) % 2
         >>> train = torch.utils.data.TensorDataset(x, y)
-        >>> fast = TracInCPFast(model, "2", train, [model.state_dict()], loss_fn=torch.nn.CrossEntropyLoss())
+        >>> states = [model.state_dict()]
+        >>> fast = TracInCPFast(model, "2", train, states, loss_fn=nn.CrossEntropyLoss())
         >>> fast.influence((x[:4], y[:4])).shape
         torch.Size([4, 8])
     """
@@ -88,7 +89,7 @@ class TracInCPFast(TracInCPBase):
     def _name_of(self, layer: str | nn.Module) -> str:
         for name, module in self.model.named_modules():
             if module is layer or name == layer:
-                return name
+                return str(name)
         there = [name for name, _ in self.model.named_modules() if name]
         raise InvalidArgumentError(
             f'Invalid final_fc_layer str: "{layer}" provided! The model has the layers {there}'

@@ -1,4 +1,4 @@
-"""TracIn of the last layer through stored, randomly projected vectors: arXiv 2002.08484, section 4."""
+"""TracIn of the last layer through stored, projected vectors: arXiv 2002.08484, section 4."""
 
 import warnings
 from typing import Any
@@ -20,7 +20,10 @@ from influence_kit.scoring.term import Term
 
 
 class TracInCPFastRandProj(TracInCPFast):
-    r"""score = <v(test), v(train)>, v = (sqrt(learning rate) * (J^T d) (A^T [a, 1])^T) by checkpoint.
+    r"""score = <v(test), v(train)>, v = sqrt(learning rate) * (J^T d) (A^T [a, 1])^T.
+
+    v has a block like this for each checkpoint; d is the gradient of the loss at the layer's
+    output, a its input.
 
     The vectors of the whole training set are made once, kept in memory and searched. Without
     ``projection_dim``, J and A are left out and the scores are those of ``TracInCPFast``; with it
@@ -57,7 +60,7 @@ class TracInCPFastRandProj(TracInCPFast):
     ) -> None:
         warnings.warn(
             "WARNING: Using this implementation stores quantities related to the entire "
-            "`train_dataset` in memory: one vector an example and checkpoint; `TracInCPFast` does not",
+            "`train_dataset` in memory, a vector an example and checkpoint; TracInCPFast does not",
             stacklevel=2,
         )
         if projection_dim is not None and projection_dim < 1:
@@ -105,20 +108,21 @@ class TracInCPFastRandProj(TracInCPFast):
     def src_intermediate_quantities(self) -> Tensor:
         """The stored vectors of the training set, ``[n, C * D]``: made at the first question."""
         if self._stored is None or self._stored[0] is not self.checkpoints:
-            vectors = self._finite(self._vectors(None, of_tests=False))
+            vectors = self._finite(self._vectors(None, of_tests=False), "training")
             self._stored = (self.checkpoints, vectors)
             self.nearest_neighbors.setup(vectors)
         return self._stored[1]
 
-    def _finite(self, vectors: Tensor) -> Tensor:
-        bad = torch.nonzero(~torch.isfinite(vectors.sum(1)))[:, 0].tolist()
-        if bad:
+    def _finite(self, vectors: Tensor, kind: str) -> Tensor:
+        bad = torch.nonzero(~torch.isfinite(vectors).all(1))[:, 0].tolist()
+        if bad and self.layers:
             raise NonFiniteError(
-                f"the gradients of layer '{self.layers}' of the examples {bad[:10]} are NaN or infinite"
+                f"the gradients of layer '{self.layers[0]}' are NaN or infinite for the {kind} "
+                f"examples {bad[:10]}; look at those examples and at the loss there"
             )
         return vectors
 
-    def influence(
+    def influence(  # type: ignore[override] # k has Captum's default here, 5
         self,
         inputs: Any = None,
         k: int | None = 5,
@@ -128,7 +132,8 @@ class TracInCPFastRandProj(TracInCPFast):
     ) -> Tensor | KMostInfluentialResults:
         """The k best training examples for each test example; all scores where ``k`` is None."""
         check_k(k)
-        query = self._finite(self._vectors(given(inputs), of_tests=True, aggregate=aggregate))
+        query = self._vectors(given(inputs), of_tests=True, aggregate=aggregate)
+        query = self._finite(query, "test")
         stored = self.src_intermediate_quantities
         if k is None:
             step = rows_within(workspace_bytes(stored.device), stored[0].nbytes)
@@ -146,8 +151,8 @@ class TracInCPFastRandProj(TracInCPFast):
     ) -> Tensor:
         """Refused: a projection only disturbs it, and ``TracInCPFast`` needs no stored vectors."""
         message = (
-            "self influence is not computed from projected vectors: `TracInCPFast.self_influence` is "
-            "exact and takes less memory"
+            "self influence is not computed from projected vectors: "
+            "`TracInCPFast.self_influence` is exact and takes less memory"
         )
         warnings.warn(message, stacklevel=2)
         raise NotImplementedError(message)

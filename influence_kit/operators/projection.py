@@ -11,10 +11,10 @@ from influence_kit.gradients.per_example import Gradients
 
 @dataclass(frozen=True)
 class LayerProjection:
-    """The gradient of one linear layer, bias and all, as one matrix, multiplied from both sides.
+    """The gradient of one linear layer, bias and all, multiplied from both sides.
 
-    The gradient ``G = sum_t d_t [a_t, 1]^T`` becomes ``J^T G A = sum_t (J^T d_t) (A^T [a_t, 1])^T``;
-    with J and A None it is only put together.
+    ``G = sum_t d_t [a_t, 1]^T`` becomes ``J^T G A = sum_t (J^T d_t) (A^T [a_t, 1])^T``; with J and
+    A None it is only put together.
 
     Args:
         weight: name of the layer's weight.

@@ -86,7 +86,7 @@ class TopK:
         self._scores, self._places = scores.gather(1, columns), places.gather(1, columns)
 
     def _best_columns(self, scores: Tensor) -> Tensor:
-        """The columns ``[m, k]`` of the k best scores of each row, ascending; of equal ones the first."""
+        """The columns ``[m, k]`` of each row's k best, ascending; of equal scores the first."""
         k = min(self._k, scores.shape[1])
         found = scores.topk(k, dim=1, largest=self._highest)
         if k == 0:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from influence_kit.checkpoints import CheckpointLoader
+from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.data import Batch, example_count, nbytes, to_device
 from influence_kit.distributed import is_mine
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
@@ -147,7 +147,7 @@ class Stream:
 def slabs(
     source: Iterable[Batch], rows: int | None, batches: int | None
 ) -> Iterator[tuple[Slab, bool]]:
-    """This rank's batches with the place of their first example, grouped; and whether it is the last group.
+    """Groups of this rank's batches, each with its first place, and whether it is the last group.
 
     Args:
         source: batches, read once.
@@ -173,11 +173,9 @@ def slabs(
 
 
 def _columns(slab: Slab) -> tuple[Tensor, list[slice]]:
-    """The places of a slab's examples in the training set, and the columns of each of its batches."""
+    """The places of a slab's examples in the training set, and each batch's columns."""
     counts = [example_count(batch) for _, batch in slab]
-    places = [
-        torch.arange(start, start + n) for (start, _), n in zip(slab, counts, strict=True)
-    ]
+    places = [torch.arange(start, start + n) for (start, _), n in zip(slab, counts, strict=True)]
     ends = torch.tensor(counts).cumsum(0).tolist()
     columns = [slice(end - n, end) for end, n in zip(ends, counts, strict=True)]
     return torch.cat(places), columns
@@ -204,8 +202,8 @@ def _refuse_non_finite(
             layer = parameter.rpartition(".")[0] or parameter
             raise NonFiniteError(
                 f"the gradient of {kind} example {at + example} at '{parameter}' (layer '{layer}') "
-                f"is NaN or infinite at checkpoint {checkpoint}; look at that example and at the loss "
-                "there"
+                f"is NaN or infinite at checkpoint {checkpoint}; look at that example and at the "
+                "loss there"
             )
     raise NonFiniteError(
         f"the score of test example {row} with training example {start + column} overflows at "

@@ -4,13 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import oracles
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-import oracles
 from contract import assert_close
+from torch import Tensor, nn
+
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.source import GradientSource
 from influence_kit.losses import Loss
@@ -414,7 +413,7 @@ def test_batch_statistics_are_refused(layer: nn.Module) -> None:
         model.eval()
     source = GradientSource(model, dict(model.named_parameters()))
     batch = (torch.randn(N, 4).double(), torch.zeros(N))
-    with source.attached(), pytest.raises(InvalidArgumentError, match="layer '1'.*eval_mode=True"):
+    with source.attached(), pytest.raises(InvalidArgumentError, match=r"layer '1'.*eval_mode=True"):
         source(batch, Loss(squares, "none", "loss_fn"))
 
 

@@ -1,15 +1,15 @@
-"""Models of the transformers package, with random weights: dict batches and the model's own loss."""
+"""Models of the transformers package, weights random: dict batches, the model's own loss."""
 
 from typing import Any
 
+import oracles
 import pytest
 import torch
+from cases import Examples
+from contract import assert_close
 from torch import Tensor
 from torch.nn import functional as F
 
-import oracles
-from cases import Examples
-from contract import assert_close
 from influence_kit import TracInCP
 
 transformers = pytest.importorskip("transformers")

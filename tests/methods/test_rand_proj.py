@@ -1,11 +1,11 @@
 """TracInCPFastRandProj against its matrices written out, and against what it estimates."""
 
+import oracles
 import pytest
 import torch
-
-import oracles
 from cases import CASES, RATES, Examples
 from contract import assert_close, build
+
 from influence_kit import ExactNearestNeighbors, FaissNearestNeighbors, TracInCPFastRandProj
 from influence_kit.errors import InvalidArgumentError
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from cases import CASES, Examples
+from contract import assert_close, build, scores
 from torch import nn
 from torch.utils.data import DataLoader
 
-from cases import CASES, Examples
-from contract import assert_close, build, scores
 from influence_kit import TracInCP
 from influence_kit.scoring.stream import slabs
 
@@ -38,9 +38,7 @@ class Counting:
 
 def counted() -> tuple[Counting, TracInCP]:
     counting = Counting()
-    influence = TracInCP(
-        MLP.model(), counting, MLP.checkpoints(), counting.load, loss_fn=MLP.loss
-    )
+    influence = TracInCP(MLP.model(), counting, MLP.checkpoints(), counting.load, loss_fn=MLP.loss)
     return counting, influence
 
 
@@ -93,11 +91,15 @@ def test_examples_of_different_lengths() -> None:
     """Batches padded to their own longest sequence: the forms are joined over lengths."""
     case = CASES["gpt"]
     ids = torch.randint(0, 7, (6, 6), generator=torch.Generator().manual_seed(0))
-    ragged = [(ids[:2, :3], ids[:2, 1:4]), (ids[2:4, :5], ids[2:4, 1:6]), (ids[4:, :2], ids[4:, 1:3])]
+    ragged = [
+        (ids[:2, :3], ids[:2, 1:4]),
+        (ids[2:4, :5], ids[2:4, 1:6]),
+        (ids[4:, :2], ids[4:, 1:3]),
+    ]
     whole = build("TracInCP", case, data=Examples(case.train))
     rows = [scores(whole, batch) for batch in ragged]
     assert_close(scores(whole, DataLoader(ragged, batch_size=None)), torch.cat(rows))
-    columns = build("TracInCP", case, data=ragged)
+    columns = build("TracInCP", case, data=DataLoader(ragged, batch_size=None))
     assert_close(scores(columns, case.train), torch.cat(rows).T)
 
 
@@ -110,7 +112,7 @@ from influence_kit import TracInCP
 class Rows(Dataset):
     def __len__(self): return {n}
     def __getitem__(self, i): return i
-    
+
 def collate(places):
     places = torch.tensor(places)
     return torch.sin(places[:, None] * torch.arange(1.0, 11.0)), places % 5
