@@ -1,4 +1,4 @@
-"""The code of the documentation and of the README runs, and prints what the pages say it prints.
+"""The code of the documentation, the README and CONTRIBUTING runs, and prints what the pages say it prints.
 
 A page's ``python`` blocks run in order in one namespace, in an empty folder. A ``text`` block that
 follows one directly is what it prints; numbers may differ in the last digits.
@@ -55,7 +55,7 @@ def assert_prints(found: str, expected: str) -> None:
         assert float(one) == pytest.approx(float(other), rel=0 if whole else 0.02), found
 
 
-PAGES = sorted(SPHINX.glob("*.md")) + [ROOT / "README.rst"]
+PAGES = [*sorted(SPHINX.glob("*.md")), ROOT / "README.rst", ROOT / "CONTRIBUTING.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

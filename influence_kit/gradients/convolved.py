@@ -19,7 +19,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from influence_kit.gradients.forms import Dense, Factored, Form, element_cost, with_formed
+from influence_kit.gradients.factored import Factored
+from influence_kit.gradients.forms import Dense, Form, element_cost, with_formed
 
 
 @dataclass(frozen=True, eq=False)

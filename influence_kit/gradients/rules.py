@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from influence_kit.gradients.convolved import Convolved
-from influence_kit.gradients.forms import Dense, Factored, Form
+from influence_kit.gradients.factored import Factored
+from influence_kit.gradients.forms import Dense, Form
 from influence_kit.gradients.rows import Rows
 
 # the first argument is a layer of the type that the rule is registered for

@@ -7,7 +7,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.checkpoints import LoadFunction, load_checkpoint
 from influence_kit.losses import LossFunction
-from influence_kit.methods.inner_product import BatchSize, InnerProductInfluence
+from influence_kit.methods.base import BatchSize
+from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.scoring.term import Term
 
 

@@ -9,7 +9,7 @@ from influence_kit.checkpoints import LoadFunction, load_checkpoint
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.source import GradientSource
 from influence_kit.losses import LossFunction
-from influence_kit.methods.inner_product import BatchSize
+from influence_kit.methods.base import BatchSize
 from influence_kit.methods.tracin import TracInCPBase
 
 

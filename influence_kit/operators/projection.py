@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from influence_kit.gradients.forms import Dense, Factored, Form
+from influence_kit.gradients.factored import Factored
+from influence_kit.gradients.forms import Dense, Form
 from influence_kit.gradients.per_example import Gradients
 
 

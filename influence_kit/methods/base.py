@@ -1,0 +1,188 @@
+"""What every method is given, whatever it computes: model, data, checkpoints, losses, layers."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from captum.influence import DataInfluence
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from tqdm.auto import tqdm
+
+from influence_kit.checkpoint_loader import CheckpointLoader
+from influence_kit.checkpoints import LoadFunction, find_checkpoints, load_checkpoint
+from influence_kit.data import (
+    Batch,
+    as_loader,
+    check_order,
+    is_batch,
+    is_dataset,
+    loader_length,
+    split,
+    take,
+    to_device,
+)
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.gradients.check import refuse_mixing_layers
+from influence_kit.gradients.functional import exact
+from influence_kit.gradients.source import GradientSource, comfortable_rows
+from influence_kit.losses import Loss, LossFunction, declared_reduction
+from influence_kit.methods.chosen import check_layers, choose_parameters
+from influence_kit.restore import borrowed
+
+BatchSize = int | Literal["auto"] | None
+# where the examples of a data set cannot be looked at beforehand
+ROWS_OF_ITERABLE = 64
+
+
+class InfluenceBase(DataInfluence):
+    """The arguments of a method, checked, and a session with the model.
+
+    See ``InnerProductInfluence`` for the arguments.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: Dataset[Any] | DataLoader[Any],
+        checkpoints: Any,
+        checkpoints_load_func: LoadFunction = load_checkpoint,
+        layers: list[str] | None = None,
+        loss_fn: LossFunction | None = None,
+        batch_size: BatchSize = "auto",
+        test_loss_fn: LossFunction | None = None,
+        *,
+        eval_mode: bool = True,
+        sample_wise_grads_per_batch: bool | None = None,
+    ) -> None:
+        self.model = model
+        self.checkpoints_load_func = checkpoints_load_func
+        self.checkpoints = checkpoints
+        self.loss_fn = loss_fn
+        self.test_loss_fn = loss_fn if test_loss_fn is None else test_loss_fn
+        self.batch_size = _check_batch_size(batch_size, train_dataset)
+        self.sample_wise_grads_per_batch = sample_wise_grads_per_batch
+        self.reduction_type = declared_reduction(loss_fn, sample_wise_grads_per_batch)
+        self.test_reduction_type = self.reduction_type
+        self._train_loss = self._test_loss = Loss(loss_fn, self.reduction_type, "loss_fn")
+        if test_loss_fn is not None:
+            self.test_reduction_type = declared_reduction(
+                test_loss_fn, sample_wise_grads_per_batch, "test_loss_fn"
+            )
+            self._test_loss = Loss(test_loss_fn, self.test_reduction_type, "test_loss_fn")
+        self._eval_mode = eval_mode
+        self._look_at(layers)
+        self._train_data: Any = train_dataset
+        self._train_loader: Iterable[Batch] | None = None
+        if not is_dataset(train_dataset):
+            self._train_loader = as_loader(train_dataset, None, "train_dataset")
+
+    def _look_at(self, layers: Sequence[str] | None) -> None:
+        """Choose the parameters whose gradients count."""
+        self.layers = check_layers(self.model, layers)
+        self._parameters = choose_parameters(self.model, self.layers)
+        self._source = GradientSource(self.model, self._parameters)
+
+    # What a user reads and sets.
+
+    @property
+    def checkpoints(self) -> list[Any]:
+        """The checkpoints, in order; may be set to anything that the constructor takes."""
+        return self._checkpoints
+
+    @checkpoints.setter
+    def checkpoints(self, checkpoints: Any) -> None:
+        any_file = self.checkpoints_load_func is not load_checkpoint
+        self._checkpoints = find_checkpoints(checkpoints, any_file)
+
+    @property
+    def train_dataloader(self) -> Iterable[Batch]:
+        """The batches of the training set, in their order."""
+        if self._train_loader is None:
+            size = self.batch_size
+            if size == "auto":
+                size = self._auto_batch_size()
+            self._train_loader = as_loader(self._train_data, size, "train_dataset")
+        return self._train_loader
+
+    @property
+    def train_dataloader_len(self) -> int | None:
+        """The number of training batches; None where the loader does not tell."""
+        return loader_length(self.train_dataloader)
+
+    @property
+    def layer_modules(self) -> list[nn.Module] | None:
+        """The modules named by ``layers``."""
+        if self.layers is None:
+            return None
+        return [self.model.get_submodule(name) for name in self.layers]
+
+    # What a method works with.
+
+    @contextmanager
+    def _session(self) -> Iterator[CheckpointLoader]:
+        """The model with hooks on, borrowed from the user; a loader for its checkpoints."""
+        with borrowed(self.model, self._eval_mode), self._source.attached():
+            refuse_mixing_layers(self.model)
+            yield CheckpointLoader(self.model, self.checkpoints, self.checkpoints_load_func)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._parameters.values())).device
+
+    @property
+    def _sample(self) -> Tensor:
+        """An empty tensor as scores are computed: where the model is, not in half precision."""
+        return exact(next(iter(self._parameters.values())).detach()).new_empty(0)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(iter(self._parameters.values())).dtype
+
+    def _train_count(self) -> int:
+        data = getattr(self.train_dataloader, "dataset", None)
+        return loader_length(data) or 0
+
+    def _batches(self, inputs: Any, ordered: bool = True) -> Iterable[Batch]:
+        """The training set (None), the batch in pieces that fit memory, or the user's loader."""
+        if inputs is None:
+            return self.train_dataloader
+        if is_batch(inputs):
+            one = to_device(take(inputs, slice(0, 1)), self._device)
+            return list(split(inputs, comfortable_rows(self.model, one, self._device)))
+        if isinstance(inputs, Tensor) or not isinstance(inputs, Iterable):
+            raise InvalidArgumentError(
+                "`inputs` must be a batch (tuple, list or dict of tensors) or a DataLoader; got a "
+                f"{type(inputs).__name__}"
+            )
+        if ordered:
+            check_order(inputs, "inputs")
+        return inputs
+
+    def _auto_batch_size(self) -> int:
+        if isinstance(self._train_data, IterableDataset):
+            return ROWS_OF_ITERABLE
+        with borrowed(self.model, self._eval_mode):
+            refuse_mixing_layers(self.model)
+            for batch in DataLoader(self._train_data, batch_size=1):
+                return comfortable_rows(self.model, to_device(batch, self._device), self._device)
+        return 1
+
+    def _bar(self, doing: str, total: int | None, show: bool) -> "tqdm[Any]":
+        text = f"Using {self.get_name()} to {doing}"
+        return tqdm(desc=text, total=total, disable=not show)
+
+
+def _check_batch_size(batch_size: BatchSize, train_dataset: Any) -> BatchSize:
+    if not is_dataset(train_dataset):
+        return batch_size
+    if batch_size is None:
+        raise InvalidArgumentError(
+            "since the `train_dataset` argument was a `Dataset`, `batch_size` must be an int."
+        )
+    if batch_size != "auto" and (isinstance(batch_size, bool) or not isinstance(batch_size, int)):
+        raise InvalidArgumentError(f'`batch_size` must be an int or "auto"; got {batch_size!r}')
+    if batch_size != "auto" and batch_size < 1:
+        raise InvalidArgumentError(f"`batch_size` must be at least 1; got {batch_size}")
+    return batch_size
