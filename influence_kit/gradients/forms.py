@@ -88,7 +88,7 @@ class Form(ABC):
 
     @cached_property
     def formed(self) -> Tensor:
-        """``dense()``, kept: for the test side, which meets every training batch."""
+        """``dense()``, kept for the test side, which meets every training batch."""
         return self.dense()
 
     def rows_that_fit(self) -> int:

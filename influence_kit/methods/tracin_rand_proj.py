@@ -107,7 +107,7 @@ class TracInCPFastRandProj(TracInCPFast):
 
     @property
     def src_intermediate_quantities(self) -> Tensor:
-        """The stored vectors of the training set, ``[n, C * D]``: made at the first question."""
+        """The stored vectors of the training set, ``[n, C * D]``, made at the first question."""
         if self._stored is None or self._stored[0] is not self.checkpoints:
             vectors = self._finite(self._vectors(None, of_tests=False), "training")
             self._stored = (self.checkpoints, vectors)
