@@ -7,45 +7,22 @@ fails (used outside its layer's forward, or in a way that its rule does not know
 refused.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from influence_kit.data import Batch, call_model, example_count, take
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients import functional
 from influence_kit.gradients.capture import Capture, Layer, Use, use_forms
+from influence_kit.gradients.comparison import EXAMPLES, Comparison, spread, tolerance_of
 from influence_kit.gradients.forms import Form
 from influence_kit.gradients.layouts import ROWS, SHARED, candidates
 from influence_kit.losses import Loss
 
-EXAMPLES = 3
 LOSS_EXAMPLES = 8
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """Differences that rounding explains, relative to a parameter's gradient and to the whole.
-
-    ``sums`` where both sides ran the same batch; ``alone`` where batch sizes differ, so that a unit
-    near a kink may fall on its other side; ``whole`` for gradients that are zero but for rounding.
-    """
-
-    sums: float
-    alone: float
-    whole: float
-
-
-_TOLERANCES = {
-    torch.float64: Tolerance(1e-9, 1e-6, 1e-12),
-    torch.float32: Tolerance(1e-4, 5e-2, 3e-6),
-}
-_HALF = Tolerance(1e-1, 3e-1, 1e-2)
 
 
 def check(capture: Capture, batch: Batch, loss: Loss) -> None:
@@ -56,7 +33,11 @@ def check(capture: Capture, batch: Batch, loss: Loss) -> None:
     """
     refuse_mixing_layers(capture.model)
     _settle_loss(capture.model, batch, loss)
-    _Comparison(capture, batch, loss).settle()
+    comparison = Comparison(capture.model, capture.parameters, batch, loss)
+    failed = _LayoutSearch(capture, comparison).run() | set(capture.without_rule)
+    capture.without_rule = [name for name in capture.parameters if name in failed]
+    if failed:
+        _settle_functional(capture, comparison)
 
 
 def refuse_mixing_layers(model: nn.Module) -> None:
@@ -71,16 +52,9 @@ def refuse_mixing_layers(model: nn.Module) -> None:
             )
 
 
-def _spread(n: int, count: int) -> Tensor:
-    """``count`` places from first to last of n, repeated where n is smaller."""
-    if n < count:
-        return torch.arange(count) % n
-    return torch.linspace(0, n - 1, count).round().long()
-
-
 def _settle_loss(model: nn.Module, batch: Batch, loss: Loss) -> None:
     """Let a reduced loss be compared with the losses of single examples, in evaluation mode."""
-    places = _spread(example_count(batch), min(example_count(batch), LOSS_EXAMPLES))
+    places = spread(example_count(batch), min(example_count(batch), LOSS_EXAMPLES))
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -96,23 +70,18 @@ def _settle_loss(model: nn.Module, batch: Batch, loss: Loss) -> None:
             if any(tells):
                 small = take(batch, places[torch.tensor(tells)])
                 singles = [run for run, finite in zip(runs, tells, strict=True) if finite]
-                closeness = _tolerance(next(model.parameters())).alone / 50
+                closeness = tolerance_of(next(model.parameters())).alone / 50
                 loss.settle((call_model(model, small), small), singles, closeness)
     finally:
         for module in training:
             module.training = True
 
 
-def _tolerance(parameter: Tensor) -> Tolerance:
-    return _TOLERANCES.get(parameter.dtype, _HALF)
+class _LayoutSearch:
+    """Finds where the examples stand in the tensors of each layer, by trying."""
 
-
-class _Comparison:
-    """One capture against autograd on three examples of one batch."""
-
-    def __init__(self, capture: Capture, batch: Batch, loss: Loss) -> None:
-        places = _spread(example_count(batch), EXAMPLES)
-        self.capture, self.loss = capture, loss
+    def __init__(self, capture: Capture, comparison: Comparison) -> None:
+        self.capture, self.comparison = capture, comparison
         # by layer: the shapes it saw, the likeliest layout for them, and the names that were wrong
         # in all layouts so far with the layouts that are still to be tried
         self.shapes: dict[int, list[torch.Size]] = {}
@@ -120,22 +89,8 @@ class _Comparison:
         self.tried: dict[int, tuple[set[str], Iterator[str]]] = {}
         # the layers whose outputs were given a batch dimension, in order
         self.shared: list[Layer] = []
-        self.small = take(batch, places)
-        self.alone = [take(batch, slice(int(i), int(i) + 1)) for i in places]
-        # with dropout on, the same example alone meets another mask
-        self.random = any(
-            module.training and (isinstance(module, _DropoutNd) or getattr(module, "dropout", 0))
-            for module in capture.model.modules()
-        )
 
-    def settle(self) -> None:
-        capture = self.capture
-        failed = self._settle_layouts() | set(capture.without_rule)
-        capture.without_rule = [name for name in capture.parameters if name in failed]
-        if failed:
-            self._settle_functional({name: capture.parameters[name] for name in failed})
-
-    def _settle_layouts(self) -> set[str]:
+    def run(self) -> set[str]:
         """Find the layout of each layer; the names of the parameters for which none is right."""
         known = set(self.capture.without_rule)
         failed: set[str] = set()
@@ -144,7 +99,7 @@ class _Comparison:
             if self._propose(uses):
                 continue
             names = [name for name in self.capture.parameters if name not in known | failed]
-            wrong = self._wrong(self._forms(uses), names)
+            wrong = self.comparison.wrong(self._forms(uses), names)
             if not wrong:
                 return failed
             for layer in self.capture.layers:
@@ -191,9 +146,10 @@ class _Comparison:
             self.shared.append(layer)
 
     def _run(self) -> list[Use]:
-        with self._same_random_state():
+        comparison = self.comparison
+        with comparison.same_random_state():
             try:
-                return self.capture.uses(self.small, self.loss, EXAMPLES)
+                return self.capture.uses(comparison.together, comparison.loss, EXAMPLES)
             except RuntimeError:
                 if not self.shared:
                     raise
@@ -215,63 +171,27 @@ class _Comparison:
                 forms[name] = forms[name].plus(form) if name in forms else form
         return {name: form for name, form in forms.items() if name not in unfit}
 
-    def _wrong(self, forms: Mapping[str, Form], names: Sequence[str]) -> set[str]:
-        """The names whose forms are not what autograd gives; each reference is made in turn."""
-        parameters = self.capture.parameters
-        wrong: set[str] = set()
-        if not names:
-            return wrong
-        for rows, batch, n in self._references():
-            with self._same_random_state():
-                values = [parameters[name] for name in names]
-                expected = functional.single_gradients(
-                    self.capture.model, values, batch, self.loss, n
-                )
-            whole = torch.stack([g.norm() for g in expected]).norm()
-            if not torch.isfinite(whole):
-                continue  # the scores will say which example it was
-            for name, gradient in zip(names, expected, strict=True):
-                tolerance = _tolerance(gradient)
-                form = forms.get(name)
-                difference = gradient.flatten().to(functional.exact(gradient).dtype)
-                if form is not None:
-                    difference = difference - form.rows(rows).dense().sum(0)
-                relative = tolerance.sums if n > 1 else tolerance.alone
-                if not difference.norm() <= relative * gradient.norm() + tolerance.whole * whole:
-                    wrong.add(name)
-        return wrong
 
-    def _references(self) -> Iterator[tuple[slice, Batch, int]]:
-        """Which of the three examples, as which batch."""
-        yield slice(0, EXAMPLES), self.small, EXAMPLES
-        if not self.random:
-            for i, batch in enumerate(self.alone):
-                yield slice(i, i + 1), batch, 1
-
-    def _settle_functional(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Use ``vmap`` where it runs and is right, else one example at a time."""
-        reasons = ""
-        for way in (functional.vmapped, functional.one_by_one):
-            self.capture.functional = way
-            try:
-                with self._same_random_state():
-                    forms = way(self.capture.model, parameters, self.small, self.loss, EXAMPLES)
-            except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-                if way is functional.one_by_one:
-                    raise
-                reasons = f" ({error})"
-                continue
-            wrong = self._wrong(forms, list(parameters))
-            if not wrong or (self.random and way is functional.one_by_one):
-                return
-        raise InvalidArgumentError(
-            f"the gradient of {sorted(wrong)} for {EXAMPLES} examples together is not the sum of "
-            "those of each alone: the model or the loss mixes the examples of a batch, which "
-            f"leaves nothing to attribute to one of them{reasons}"
-        )
-
-    @contextmanager
-    def _same_random_state(self) -> Iterator[None]:
-        devices = {p.device for p in self.capture.parameters.values() if p.device.type == "cuda"}
-        with torch.random.fork_rng(devices=list(devices)):
-            yield
+def _settle_functional(capture: Capture, comparison: Comparison) -> None:
+    """Use ``vmap`` where it runs and is right, else one example at a time."""
+    parameters = {name: capture.parameters[name] for name in capture.without_rule}
+    together, loss = comparison.together, comparison.loss
+    reasons = ""
+    for way in (functional.vmapped, functional.one_by_one):
+        capture.functional = way
+        try:
+            with comparison.same_random_state():
+                forms = way(capture.model, parameters, together, loss, EXAMPLES)
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            if way is functional.one_by_one:
+                raise
+            reasons = f" ({error})"
+            continue
+        wrong = comparison.wrong(forms, list(parameters))
+        if not wrong or (comparison.random and way is functional.one_by_one):
+            return
+    raise InvalidArgumentError(
+        f"the gradient of {sorted(wrong)} for {EXAMPLES} examples together is not the sum of "
+        "those of each alone: the model or the loss mixes the examples of a batch, which "
+        f"leaves nothing to attribute to one of them{reasons}"
+    )

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from influence_kit.data import Batch, call_model, example_count, take
 from influence_kit.gradients.capture import Capture
-from influence_kit.gradients.check import EXAMPLES, check
+from influence_kit.gradients.check import check
+from influence_kit.gradients.comparison import EXAMPLES
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.losses import Loss
 from influence_kit.memory import rows_within, workspace_bytes
