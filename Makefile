@@ -49,4 +49,4 @@ bench: $(VENV)/.test  ## time the floor, influence_kit and Captum; writes benchm
 	$(BIN)/python -m benchmarks.speed
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) build dist *.egg-info sphinx/_build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info sphinx/_build sphinx/tutorials .pytest_cache .mypy_cache .ruff_cache

@@ -93,6 +93,7 @@ def load_checkpoint(model: nn.Module, checkpoint: Any) -> float:
         InvalidArgumentError: where keys or shapes do not fit, before anything is loaded.
 
     Example:
+        >>> from torch import nn
         >>> model = nn.Linear(2, 1)
         >>> load_checkpoint(model, {"state_dict": model.state_dict(), "learning_rate": 0.1})
         0.1

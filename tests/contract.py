@@ -1,18 +1,34 @@
 """What every method must do, on every case: a new method joins by one line in ``METHODS``.
 
-A test takes ``make``: it builds the method on a case, with any argument changed.
+A test builds the method on a case with ``build``, with any argument changed.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import oracles
 import torch
-from cases import Case, Examples
+from cases import RATES, Case, Examples
 from torch import Tensor
 
 from influence_kit import GradCos, GradDot, TracInCP, TracInCPFast, TracInCPFastRandProj
 
 CLOSE = 1e-10
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method under the contract.
+
+    ``make`` builds it from a case, a model, data, checkpoints and keyword arguments; ``oracle`` is
+    the same scores from single-example gradients (None where a test file of its own has them).
+    """
+
+    make: Callable[..., Any]
+    oracle: Callable[[Case], Tensor] | None
+    has_self_influence: bool = True
+    doubles_with_the_test_loss: bool = True
 
 
 def _whole_model(cls: type) -> Callable[..., Any]:
@@ -29,13 +45,37 @@ def _last_layer(cls: type, **own: Any) -> Callable[..., Any]:
     return make
 
 
+def _given(case: Case) -> tuple[Any, ...]:
+    return case.model(), case.train, case.test, case.loss, case.states
+
+
+def _tracin(case: Case) -> Tensor:
+    return oracles.tracin(*_given(case), RATES)
+
+
+def _dots(case: Case) -> Tensor:
+    return oracles.tracin(*_given(case), [1.0] * len(RATES))
+
+
+def _cosines(case: Case) -> Tensor:
+    return oracles.cosines(*_given(case))
+
+
+def _tracin_of_last(case: Case) -> Tensor:
+    names = [n for n, _ in case.model().named_parameters() if n.startswith(case.final + ".")]
+    return oracles.tracin(*_given(case), RATES, names)
+
+
+_rand_proj = _last_layer(TracInCPFastRandProj)
+_projected = _last_layer(TracInCPFastRandProj, projection_dim=4)
+
 METHODS = {
-    "TracInCP": _whole_model(TracInCP),
-    "GradDot": _whole_model(GradDot),
-    "GradCos": _whole_model(GradCos),
-    "TracInCPFast": _last_layer(TracInCPFast),
-    "TracInCPFastRandProj": _last_layer(TracInCPFastRandProj),
-    "TracInCPFastRandProj, projected": _last_layer(TracInCPFastRandProj, projection_dim=4),
+    "TracInCP": Method(_whole_model(TracInCP), _tracin),
+    "GradDot": Method(_whole_model(GradDot), _dots),
+    "GradCos": Method(_whole_model(GradCos), _cosines, doubles_with_the_test_loss=False),
+    "TracInCPFast": Method(_last_layer(TracInCPFast), _tracin_of_last),
+    "TracInCPFastRandProj": Method(_rand_proj, _tracin_of_last, has_self_influence=False),
+    "TracInCPFastRandProj, projected": Method(_projected, None, has_self_influence=False),
 }
 
 
@@ -45,7 +85,7 @@ def build(method: str, case: Case, **changed: Any) -> Any:
     data = changed.pop("data", None) or Examples(case.train)
     checkpoints = changed.pop("checkpoints", None) or case.checkpoints()
     arguments = {"loss_fn": case.loss, "batch_size": 4} | changed
-    return METHODS[method](case, model, data, checkpoints, **arguments)
+    return METHODS[method].make(case, model, data, checkpoints, **arguments)
 
 
 def scores(influence: Any, inputs: Any) -> Tensor:

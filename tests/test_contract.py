@@ -7,7 +7,7 @@ import oracles
 import pytest
 import torch
 from captum.influence import DataInfluence
-from cases import CASES, RATES, Case, Examples, reduced
+from cases import CASES, Case, Examples, reduced
 from contract import METHODS, assert_close, assert_same, build, scores, snapshot
 from torch import nn
 from torch.utils.data import DataLoader
@@ -16,31 +16,18 @@ from influence_kit import KMostInfluentialResults
 
 every_method = pytest.mark.parametrize("method", METHODS)
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-without_self = {"TracInCPFastRandProj", "TracInCPFastRandProj, projected"}
-self_methods = pytest.mark.parametrize("method", [m for m in METHODS if m not in without_self])
+with_oracle = pytest.mark.parametrize("method", [m for m, v in METHODS.items() if v.oracle])
+self_methods = pytest.mark.parametrize(
+    "method", [m for m, v in METHODS.items() if v.has_self_influence]
+)
 
 
-def _oracle(method: str, case: Case) -> torch.Tensor | None:
-    model = case.model()
-    arguments = (model, case.train, case.test, case.loss, case.states)
-    if method == "TracInCP":
-        return oracles.tracin(*arguments, RATES)
-    if method == "GradDot":
-        return oracles.tracin(*arguments, [1.0] * len(RATES))
-    if method == "GradCos":
-        return oracles.cosines(*arguments)
-    if "projected" in method:
-        return None  # its oracle is in test_rand_proj: the matrices written out
-    names = [n for n, _ in model.named_parameters() if n.startswith(case.final + ".")]
-    return oracles.tracin(*arguments, RATES, names)
-
-
-@every_method
+@with_oracle
 @every_case
 def test_scores_equal_single_example_autograd(method: str, case: Case) -> None:
-    expected = _oracle(method, case)
-    if expected is not None:
-        assert_close(scores(build(method, case), case.test), expected)
+    oracle = METHODS[method].oracle
+    assert oracle is not None
+    assert_close(scores(build(method, case), case.test), oracle(case))
 
 
 @every_method
@@ -140,7 +127,7 @@ def test_test_loss(method: str, case: Case) -> None:
     def doubled(outputs: object, targets: object) -> torch.Tensor:
         return 2 * case.loss(outputs, targets)
 
-    factor = 1 if method == "GradCos" else 2
+    factor = 2 if METHODS[method].doubles_with_the_test_loss else 1
     expected = factor * scores(build(method, case), case.test)
     assert_close(scores(build(method, case, test_loss_fn=doubled), case.test), expected)
 
@@ -176,7 +163,7 @@ def test_intermediate_quantities_multiply_to_the_scores(method: str, case: Case)
 @every_case
 @pytest.mark.parametrize("call", ["scores", "top", "self", "layers", "vectors"])
 def test_the_users_objects_come_back(method: str, case: Case, call: str) -> None:
-    if call == "self" and method in without_self:
+    if call == "self" and not METHODS[method].has_self_influence:
         call = "scores"
     model = case.model().train()
     first = next(model.parameters())
@@ -263,7 +250,7 @@ def test_is_a_captum_class(method: str) -> None:
 def test_progress_is_shown_when_asked(method: str, capsys: pytest.CaptureFixture[str]) -> None:
     influence = build(method, CASES["mlp"])
     influence.influence(CASES["mlp"].test, k=2, show_progress=True)
-    if method not in without_self:
+    if METHODS[method].has_self_influence:
         name = influence.get_name()
         shown = capsys.readouterr().err
         assert f"Using {name} to perform computation for getting proponents. " in shown

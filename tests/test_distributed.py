@@ -20,7 +20,7 @@ def _results(method: str, size: int) -> dict[str, torch.Tensor]:
         "indices": best.indices,
         "best": best.influence_scores,
     }
-    if "RandProj" not in method:
+    if METHODS[method].has_self_influence:
         found["self"] = influence.self_influence()
         found["outer"] = influence.self_influence(outer_loop_by_checkpoints=True)
         found["layers"] = torch.stack(list(influence.influence_by_layer(case.test).values()))

@@ -1,4 +1,4 @@
-"""The code of the documentation, the README and CONTRIBUTING runs, and prints what the pages say it prints.
+"""The code of the documentation runs, and prints what the pages say; so of README, CONTRIBUTING.
 
 A page's ``python`` blocks run in order in one namespace, in an empty folder. A ``text`` block that
 follows one directly is what it prints; numbers may differ in the last digits.
@@ -28,7 +28,7 @@ NUMBER = re.compile(r" *[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 @dataclass(frozen=True)
 class Block:
-    """One piece of code, the line of its page where it stands, and what it prints, if that is said."""
+    """A piece of code, its line in the page, and what it prints, where the page says so."""
 
     line: int
     code: str
@@ -59,6 +59,7 @@ PAGES = [*sorted(SPHINX.glob("*.md")), ROOT / "README.rst", ROOT / "CONTRIBUTING
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already require gradients")  # Captum's
 def test_the_code_of_a_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,6 +77,14 @@ class Form(ABC):
         """The sum with the same examples' gradients from another use of the parameter."""
         return Sum((self, other))
 
+    def paired(self, other: Form) -> Tensor:
+        """The inner product of each gradient with the other form's of the same example, ``[n]``."""
+        parts = [
+            (self.rows(rows).dense() * other.rows(rows).dense()).sum(1)
+            for rows in self.example_slices(2 * self.p)
+        ]
+        return torch.cat(parts)
+
     def compact(self) -> Form:
         """The same gradients in the form that takes the least memory."""
         return self

@@ -64,6 +64,13 @@ class Gradients:
             norms += form.squared_norms()
         return norms
 
+    def paired(self, other: Gradients) -> Tensor:
+        """The inner product of each example with the same example of the other, ``[n]``."""
+        products = self.sample.new_zeros(self.n)
+        for name in self.forms.keys() & other.forms.keys():
+            products += self.forms[name].paired(other.forms[name])
+        return products
+
     def inner(self, test: Gradients, total: int) -> Tensor:
         """Inner products with the test gradients, ``[m, n]``.
 

@@ -10,8 +10,8 @@ A rule is a pure function registered for a layer type::
 It takes the layer, the tensors the layer was called with, the gradient ``delta`` of the summed loss
 at its output, and the number ``n`` of examples; the first dimension of all is n times some whole
 number, an example's items side by side. It returns a form for each parameter of its own, by
-attribute name; ``None`` values (a layer without bias) are left out by the caller. A rule may serve
-subclasses too: ``capture`` compares each with autograd before it is trusted.
+attribute name; forms of parameters that are not asked for (frozen, or None) are ignored. A rule may
+serve subclasses too: ``check`` compares each with autograd before it is trusted.
 """
 
 from collections.abc import Callable, Mapping, Sequence

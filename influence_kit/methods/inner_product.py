@@ -197,13 +197,19 @@ class InnerProductInfluence(InfluenceBase):
             stream = Stream(self.terms(), loader, self._sample)
             blocks = []
             for term in stream.terms:
+                if not term.is_symmetric:
+                    raise NotImplementedError(
+                        f"{self.get_name()} treats test and training examples differently, so that "
+                        "no one vector an example has the scores as dot products; use `influence`"
+                    )
                 side = term.test if of_tests else term.train
                 vectors = stream.vectors(side, batches, aggregate)
                 weight = term.weight_at(loader.load(term.train.checkpoint))
                 if weight < 0:
                     raise InvalidArgumentError(
                         f"checkpoint {term.train.checkpoint} has the negative rate {weight}, for "
-                        "which no vectors have the scores as dot products; use `influence`"
+                        "which no vectors have the scores as dot products; `TracInCP` and "
+                        "`TracInCPFast` take it in `influence`"
                     )
                 blocks.append(vectors * weight**0.5)
         return torch.cat(blocks, dim=1).to(self._dtype)

@@ -33,6 +33,7 @@ class TracInCPFast(TracInCPBase):
 
     Example:
         >>> import torch
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> x, y = torch.randn(8, 3), torch.arange(8) % 2
         >>> train = torch.utils.data.TensorDataset(x, y)

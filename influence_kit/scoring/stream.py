@@ -132,8 +132,7 @@ class Stream:
             for term in self.terms:
                 weight = term.weight_at(self.loader.load(term.train.checkpoint))
                 for (start, batch), rows in zip(slab, columns, strict=True):
-                    train = self._side(term.train, batch)
-                    part = train.squared_norms()
+                    train, part = term.self_products(to_device(batch, self.sample.device))
                     if not torch.isfinite(part.sum()):
                         _refuse_non_finite(part, train, train, start, term.train.checkpoint)
                     scores[rows].add_(part, alpha=weight)

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from influence_kit.data import Batch
 from influence_kit.gradients.per_example import Gradients
 
@@ -26,10 +28,13 @@ class Side:
 
     def __call__(self, batch: Batch) -> Gradients:
         """The side of every example of a batch."""
-        found = self.features(batch)
+        return self.transformed(self.features(batch))
+
+    def transformed(self, gradients: Gradients) -> Gradients:
+        """The side of features that are there already."""
         for transform in self.transforms:
-            found = transform(found)
-        return found
+            gradients = transform(gradients)
+        return gradients
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,22 @@ class Term:
     test: Side
     train: Side
     weight: float | Literal["learning rate"] = "learning rate"
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether both sides do the same to the features."""
+        return self.test.transforms == self.train.transforms
+
+    def self_products(self, batch: Batch) -> tuple[Gradients, Tensor]:
+        """The training side of a batch and each example's product with its own test side, ``[n]``.
+
+        Both sides are made of the training features: an example's influence on its own loss.
+        """
+        features = self.train.features(batch)
+        train = self.train.transformed(features)
+        if self.is_symmetric:
+            return train, train.squared_norms()
+        return train, train.paired(self.test.transformed(features))
 
     def weight_at(self, learning_rate: float) -> float:
         """The weight, given the checkpoint's learning rate."""
