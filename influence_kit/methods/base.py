@@ -52,9 +52,9 @@ class InfluenceBase(DataInfluence):
         loss_fn: LossFunction | None = None,
         batch_size: BatchSize = "auto",
         test_loss_fn: LossFunction | None = None,
+        sample_wise_grads_per_batch: bool | None = None,
         *,
         eval_mode: bool = True,
-        sample_wise_grads_per_batch: bool | None = None,
     ) -> None:
         self.model = model
         self.checkpoints_load_func = checkpoints_load_func

@@ -35,9 +35,9 @@ class InnerProductInfluence(InfluenceBase):
         batch_size: training examples at a time, where ``train_dataset`` is a ``Dataset``. "auto"
             finds a number from what one example takes in memory. The scores do not depend on it.
         test_loss_fn: the loss of test examples; ``loss_fn`` where None.
-        eval_mode: put the model into evaluation mode while scores are computed.
         sample_wise_grads_per_batch: None takes a loss of any reduction. True wants "sum" or "mean",
             False wants "none", as in Captum; the speed is the same.
+        eval_mode: put the model into evaluation mode while scores are computed.
 
     Raises:
         InvalidArgumentError: (a ``ValueError``) for arguments that cannot be meant.

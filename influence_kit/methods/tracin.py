@@ -1,13 +1,5 @@
 """TracIn with checkpoints: Pruthi et al. 2020, arXiv 2002.08484."""
 
-from typing import Any
-
-from torch import nn
-from torch.utils.data import DataLoader, Dataset
-
-from influence_kit.checkpoints import LoadFunction, load_checkpoint
-from influence_kit.losses import LossFunction
-from influence_kit.methods.base import BatchSize
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.scoring.term import Term
 
@@ -50,30 +42,3 @@ class TracInCP(TracInCPBase):
         >>> tracin.self_influence().shape
         torch.Size([8])
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        train_dataset: Dataset[Any] | DataLoader[Any],
-        checkpoints: Any,
-        checkpoints_load_func: LoadFunction = load_checkpoint,
-        layers: list[str] | None = None,
-        loss_fn: LossFunction | None = None,
-        batch_size: BatchSize = "auto",
-        test_loss_fn: LossFunction | None = None,
-        sample_wise_grads_per_batch: bool | None = None,
-        *,
-        eval_mode: bool = True,
-    ) -> None:
-        super().__init__(
-            model,
-            train_dataset,
-            checkpoints,
-            checkpoints_load_func,
-            layers,
-            loss_fn,
-            batch_size,
-            test_loss_fn,
-            eval_mode=eval_mode,
-            sample_wise_grads_per_batch=sample_wise_grads_per_batch,
-        )
