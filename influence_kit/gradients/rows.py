@@ -76,8 +76,8 @@ class Rows(Form):
         pairs = int(test.id_counts[self.ids].sum())
         seen, entries = len(test.seen_ids), self.shape[1]
         touch = element_cost(self.values)
-        joining = 2 * touch * entries * pairs
-        writing = self.n * seen * entries * (2 * touch + 2 * test.n)
+        joining = 5 * touch * entries * pairs
+        writing = self.n * seen * entries * (touch + 2 * test.n)
         return self._inner_joined(test) if joining < writing else self._inner_written(test)
 
     def _inner_gathered(self, formed: Tensor) -> Tensor:
