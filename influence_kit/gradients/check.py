@@ -150,7 +150,7 @@ class _LayoutSearch:
         with comparison.same_random_state():
             try:
                 return self.capture.uses(comparison.together, comparison.loss, EXAMPLES)
-            except RuntimeError:
+            except Exception:  # the model's, or the loss's word on a changed shape
                 if not self.shared:
                     raise
         # the model does not take an output with a batch dimension there

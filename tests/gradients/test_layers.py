@@ -158,6 +158,7 @@ LAYERS = {
     "linear, two position axes": LayerCase(lambda: nn.Linear(4, 3), floats((N, 3, 2, 4))),
     "linear, one example": LayerCase(lambda: nn.Linear(4, 3), floats((1, 4))),
     "linear, two examples": LayerCase(lambda: nn.Linear(4, 3), floats((2, 4))),
+    "linear, few positions, wide": LayerCase(lambda: nn.Linear(64, 64), floats((N, 3, 64))),
     "transposed linear": LayerCase(NamedLikeGPT2Linear, floats((N, 6, 3))),
     "bilinear": LayerCase(lambda: nn.Bilinear(3, 4, 2), floats((N, 3), (N, 4))),
     "bilinear, positions": LayerCase(lambda: nn.Bilinear(3, 4, 2), floats((N, 5, 3), (N, 5, 4))),
@@ -238,6 +239,26 @@ LAYERS = {
             norm=nn.LayerNorm(3),
         ),
         ids(N, 4),
+    ),
+    "positions shared by the batch, given an axis later": LayerCase(
+        lambda: Apply(
+            lambda m, x: m.head(m.table(x) + m.places(torch.arange(4)).unsqueeze(0)),
+            table=nn.Embedding(6, 3),
+            places=nn.Embedding(4, 3),
+            head=nn.Linear(3, 2),
+        ),
+        ids(N, 4),
+        ("places.weight",),
+    ),
+    "positions shared by the batch, of a fixed shape": LayerCase(
+        lambda: Apply(
+            lambda m, x: m.head(m.table(x) + m.places(torch.arange(4)).view(4, 3)),
+            table=nn.Embedding(6, 3),
+            places=nn.Embedding(4, 3),
+            head=nn.Linear(3, 2),
+        ),
+        ids(N, 4),
+        ("places.weight",),
     ),
     "folded positions": LayerCase(
         lambda: Apply(lambda m, x: m.a(x.view(-1, 4)).view(len(x), -1), a=nn.Linear(4, 3)),

@@ -3,7 +3,7 @@
 import oracles
 import pytest
 import torch
-from cases import CASES, RATES, Examples
+from cases import CASES, RATES, Examples, TanhMLP
 from contract import assert_close, build
 
 from influence_kit import ExactNearestNeighbors, FaissNearestNeighbors, TracInCPFastRandProj
@@ -96,3 +96,33 @@ def test_a_new_last_layer_forgets_the_stored_vectors() -> None:
     influence.final_fc_layer = "body.2"
     expected = build("TracInCP", MLP, layers=["body.2"]).influence(MLP.test)
     assert_close(influence.influence(MLP.test, k=None), expected)
+
+
+def test_a_last_layer_without_factors_is_projected_alike() -> None:
+    """A layer whose weight is also used outside its forward: its gradients come written out."""
+
+    class Penalized(TanhMLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 0.1 * x.sum(1, keepdim=True) * self.head.weight.sum(1)
+
+    arguments = (Examples(MLP.train), MLP.checkpoints())
+    plain = TracInCPFastRandProj(Penalized().double(), "head", *arguments, loss_fn=MLP.loss)
+    exact = oracles.tracin(
+        Penalized().double(),
+        MLP.train,
+        MLP.test,
+        MLP.loss,
+        MLP.states,
+        RATES,
+        ["head.weight", "head.bias"],
+    )
+    with pytest.warns(UserWarning, match="no gradient rule fits the parameters head.weight"):
+        assert_close(plain.influence(MLP.test, k=None), exact)
+    projected = TracInCPFastRandProj(
+        Penalized().double(), "head", *arguments, loss_fn=MLP.loss, projection_dim=9
+    )
+    j, a = projected.projection_quantities
+    vectors = plain.compute_intermediate_quantities(MLP.test).view(MLP.m, len(RATES), 3, 6)
+    expected = (j.T @ vectors @ a).flatten(1)
+    with pytest.warns(UserWarning, match="no gradient rule fits"):
+        assert_close(projected.compute_intermediate_quantities(MLP.test), expected)
