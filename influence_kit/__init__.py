@@ -1,14 +1,19 @@
 """Training-data attribution for PyTorch: which training examples made my model do this?"""
 
 from influence_kit.checkpoints import checkpoint_table, load_checkpoint
+from influence_kit.errors import CurvatureError
+from influence_kit.methods.conjugate_gradients import CGInfluenceFunction
+from influence_kit.methods.explicit import ExplicitInfluenceFunction
 from influence_kit.methods.grad_cos import GradCos
 from influence_kit.methods.grad_dot import GradDot
 from influence_kit.methods.inner_product import InnerProductInfluence
+from influence_kit.methods.lissa import LiSSAInfluenceFunction
 from influence_kit.methods.nearest_neighbors import (
     ExactNearestNeighbors,
     FaissNearestNeighbors,
     NearestNeighbors,
 )
+from influence_kit.methods.nystrom import NystromInfluenceFunction
 from influence_kit.methods.tracin import TracInCP, TracInCPBase
 from influence_kit.methods.tracin_fast import TracInCPFast
 from influence_kit.methods.tracin_rand_proj import TracInCPFastRandProj
@@ -17,13 +22,18 @@ from influence_kit.scoring.reducers import KMostInfluentialResults
 __version__ = "0.1.0"
 
 __all__ = [
+    "CGInfluenceFunction",
+    "CurvatureError",
     "ExactNearestNeighbors",
+    "ExplicitInfluenceFunction",
     "FaissNearestNeighbors",
     "GradCos",
     "GradDot",
     "InnerProductInfluence",
     "KMostInfluentialResults",
+    "LiSSAInfluenceFunction",
     "NearestNeighbors",
+    "NystromInfluenceFunction",
     "TracInCP",
     "TracInCPBase",
     "TracInCPFast",

@@ -51,6 +51,10 @@ class CheckpointLoader:
                 self._warn(place)
         return self._rates[place]
 
+    def fingerprint(self, place: int) -> tuple[float, ...]:
+        """Numbers that tell the weights of a checkpoint, which has been loaded."""
+        return self._prints[place]
+
     def _warn(self, place: int) -> None:
         label = label_of(self._items[place])
         if self._rates[place] == 0:

@@ -33,3 +33,17 @@ def gather_columns(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in widths]
     dist.all_gather(parts, padded)
     return torch.cat([part[..., :w] for part, w in zip(parts, widths, strict=True)], dim=-1)
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of the ranks' tensors, in place; every rank must call it."""
+    if not is_alone():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def from_first_rank(tensor: Tensor) -> Tensor:
+    """The first rank's tensor, in place: for what ranks would compute slightly differently."""
+    if not is_alone():
+        dist.broadcast(tensor, src=0)
+    return tensor

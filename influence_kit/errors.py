@@ -15,3 +15,7 @@ class UnknownLayerError(ValueError, AttributeError):
 
 class NonFiniteError(ValueError):
     """A score that is NaN or infinite, with the example and the layer it came from."""
+
+
+class CurvatureError(ValueError):
+    """A curvature that is singular or indefinite in spite of the damping, or makes a solver fail."""

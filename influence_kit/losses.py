@@ -73,6 +73,17 @@ class Loss:
         self._is_models_own = loss_fn is None
         self.settled = False
 
+    @property
+    def shift(self) -> int:
+        """By how many positions labels are behind logits: 1 for a language model's own loss."""
+        formula = self._formula
+        return int(isinstance(formula, partial) and _next_token_losses in formula.args)
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether it is the cross-entropy of independent sigmoids."""
+        return isinstance(self._formula, nn.BCEWithLogitsLoss)
+
     def values(self, outputs: Any, batch: Batch) -> Tensor:
         """What the loss returns, checked to be a tensor."""
         value = self._formula(outputs, targets_of(batch))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -84,6 +84,31 @@ class Form(ABC):
             for rows in self.example_slices(2 * self.p)
         ]
         return torch.cat(parts)
+
+    def combined(self, weights: Tensor) -> Tensor:
+        """Weighted sums over the examples, weights ``[k, n]``: ``[k, p]``."""
+        total = weights.new_zeros(len(weights), self.p)
+        for rows in self.example_slices(self.p):
+            total.addmm_(weights[:, rows], self.rows(rows).dense())
+        return total
+
+    def meet(self, train: Mapping[str, Form], name: str, total: int) -> Tensor | None:
+        """Products ``[m, n]`` of these test gradients, the form ``name``, with the train side's.
+
+        A form that stands for several parameters at once takes more than one of the others. None
+        where there is nothing to multiply.
+        """
+        form = train.get(name)
+        return None if form is None else form.inner(self, total)
+
+    def meet_own(self, others: Mapping[str, Form], name: str) -> Tensor | None:
+        """The same, of each example with the same example of the other side, ``[n]``."""
+        form = others.get(name)
+        return None if form is None else self.paired(form)
+
+    def by_parameter(self, name: str) -> dict[str, Tensor]:
+        """The gradients written out ``[n, p]``, by parameter, of the form ``name``."""
+        return {name: self.dense()}
 
     def compact(self) -> Form:
         """The same gradients in the form that takes the least memory."""

@@ -67,8 +67,10 @@ class Gradients:
     def paired(self, other: Gradients) -> Tensor:
         """The inner product of each example with the same example of the other, ``[n]``."""
         products = self.sample.new_zeros(self.n)
-        for name in self.forms.keys() & other.forms.keys():
-            products += self.forms[name].paired(other.forms[name])
+        for name, form in self.forms.items():
+            found = form.meet_own(other.forms, name)
+            if found is not None:
+                products += found
         return products
 
     def inner(self, test: Gradients, total: int) -> Tensor:
@@ -78,30 +80,43 @@ class Gradients:
             test: the test side, which keeps what it has prepared for the next training batch.
             total: how many training examples will come in all (decides what to prepare).
         """
-        return self._inner(test, total, list(self.forms))
+        return self.inner_of(test, total, list(self.parameters))
 
     def inner_by_group(
         self, test: Gradients, total: int, groups: Mapping[str, Sequence[str]]
     ) -> Tensor:
         """Inner products by group of parameters, ``[groups, m, n]``."""
-        return torch.stack([self._inner(test, total, names) for names in groups.values()])
+        return torch.stack([self.inner_of(test, total, names) for names in groups.values()])
 
-    def _inner(self, test: Gradients, total: int, names: Sequence[str]) -> Tensor:
+    def inner_of(self, test: Gradients, total: int, names: Sequence[str]) -> Tensor:
+        """Inner products over the named parameters, ``[m, n]``."""
         scores = self.sample.new_zeros(test.n, self.n)
         for name in names:
-            if name in self.forms and name in test.forms:
-                scores += self.forms[name].inner(test.forms[name], total)
+            form = test.forms.get(name)
+            found = None if form is None else form.meet(self.forms, name, total)
+            if found is not None:
+                scores += found
         return scores
+
+    def combined(self, weights: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Weighted sums over the examples, weights ``[k, n]``: ``[k, p]`` by parameter."""
+        sums = {}
+        for name in names:
+            form = self.forms.get(name)
+            zeros = self.sample.new_zeros(len(weights), math.prod(self.parameters[name]))
+            sums[name] = zeros if form is None else form.combined(weights)
+        return sums
 
     def flat(self) -> Tensor:
         """All gradients written out side by side, ``[n, P]``."""
-        columns = []
-        for name, shape in self.parameters.items():
-            if name in self.forms:
-                columns.append(self.forms[name].dense())
-            else:
-                columns.append(self.sample.new_zeros(self.n, math.prod(shape)))
-        return torch.cat(columns, dim=1)
+        columns = {
+            name: self.sample.new_zeros(self.n, math.prod(shape))
+            for name, shape in self.parameters.items()
+            if name not in self.forms
+        }
+        for name, form in self.forms.items():
+            columns.update(form.by_parameter(name))
+        return torch.cat([columns[name] for name in self.parameters], dim=1)
 
     def non_finite(self) -> tuple[int, str] | None:
         """An example and a parameter whose gradient is NaN or infinite; None if all are finite."""

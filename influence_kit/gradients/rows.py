@@ -70,6 +70,14 @@ class Rows(Form):
         norms = self.values.new_zeros(self.n)
         return norms.index_add_(0, self.places, self.values.square().sum(1))
 
+    def combined(self, weights: Tensor) -> Tensor:
+        total = weights.new_zeros(len(weights), *self.shape)
+        row = len(weights) * self.shape[1] * self.values.element_size()
+        for part in self._stored_slices(row):
+            scaled = weights[:, self.places[part], None] * self.values[part]
+            total.index_add_(1, self.ids[part], scaled)
+        return total.flatten(1)
+
     def inner(self, test: Form, total: int) -> Tensor:
         if not isinstance(test, Rows):
             return with_formed(test, self._inner_gathered)

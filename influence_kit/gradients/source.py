@@ -39,13 +39,17 @@ class GradientSource:
 
     def __call__(self, batch: Batch, loss: Loss) -> Gradients:
         """The gradients of each example of a batch that is on the model's device."""
+        self.prepare(batch, loss)
+        return self.capture(batch, loss)
+
+    def prepare(self, batch: Batch, loss: Loss) -> None:
+        """Check capture and loss, where that has not been done."""
         distinct = min(example_count(batch), EXAMPLES)
         known, seen = self._checked.get(id(loss), (loss, 0))
         if seen < distinct or not known.settled:
             check(self.capture, batch, loss)
             self._checked[id(loss)] = (loss, distinct)
             self._say_slow()
-        return self.capture(batch, loss)
 
     def _say_slow(self) -> None:
         names = [name for name in self.capture.without_rule if name not in self._said]
@@ -61,7 +65,15 @@ class GradientSource:
 
 
 def comfortable_rows(model: nn.Module, batch: Batch, device: torch.device) -> int:
-    """How many examples like the batch's first to run at once, from what one keeps for backward."""
+    """How many examples like the batch's first to run at once."""
+    # what is kept, the gradients at the same places, and products of the two
+    rows = rows_within(4 * workspace_bytes(device), 2 * kept_bytes(model, batch))
+    # matrix products like rows in powers of two
+    return min(MOST_ROWS, 1 << round(math.log2(rows)))
+
+
+def kept_bytes(model: nn.Module, batch: Batch) -> int:
+    """What the model keeps for backward of the batch's first example."""
     kept: dict[int, int] = {}
     parameters = {parameter.data_ptr() for parameter in model.parameters()}
 
@@ -73,7 +85,4 @@ def comfortable_rows(model: nn.Module, batch: Batch, device: torch.device) -> in
     one = take(batch, slice(0, 1))
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
         call_model(model, one)
-    # what is kept, the gradients at the same places, and products of the two
-    rows = rows_within(4 * workspace_bytes(device), 2 * sum(kept.values()))
-    # matrix products like rows in powers of two
-    return min(MOST_ROWS, 1 << round(math.log2(rows)))
+    return sum(kept.values())

@@ -1,5 +1,6 @@
 """What every method is given, whatever it computes: model, data, checkpoints, losses, layers."""
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -41,6 +42,8 @@ class InfluenceBase(DataInfluence):
 
     See ``InnerProductInfluence`` for the arguments.
     """
+
+    __signature__: inspect.Signature
 
     def __init__(
         self,
@@ -84,6 +87,18 @@ class InfluenceBase(DataInfluence):
         self._parameters = choose_parameters(self.model, self.layers)
         self._source = GradientSource(self.model, self._parameters)
 
+    def __init_subclass__(cls) -> None:
+        """Show the common arguments in the signature of a class that passes them on."""
+        super().__init_subclass__()
+        own = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in own):
+            named = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
+            common = inspect.signature(cls.__mro__[1]).parameters.values()
+            known = {parameter.name for parameter in named}
+            kept = [parameter for parameter in common if parameter.name not in known]
+            rank = {parameter: parameter.kind for parameter in (*kept, *named)}
+            cls.__signature__ = inspect.Signature(sorted(rank, key=rank.__getitem__))
+
     # What a user reads and sets.
 
     @property
@@ -95,15 +110,17 @@ class InfluenceBase(DataInfluence):
     def checkpoints(self, checkpoints: Any) -> None:
         any_file = self.checkpoints_load_func is not load_checkpoint
         self._checkpoints = find_checkpoints(checkpoints, any_file)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what was made at other checkpoints."""
+        return
 
     @property
     def train_dataloader(self) -> Iterable[Batch]:
         """The batches of the training set, in their order."""
         if self._train_loader is None:
-            size = self.batch_size
-            if size == "auto":
-                size = self._auto_batch_size()
-            self._train_loader = as_loader(self._train_data, size, "train_dataset")
+            self._train_loader = self._loader_of(self._train_data, "train_dataset")
         return self._train_loader
 
     @property
@@ -160,12 +177,17 @@ class InfluenceBase(DataInfluence):
             check_order(inputs, "inputs")
         return inputs
 
-    def _auto_batch_size(self) -> int:
-        if isinstance(self._train_data, IterableDataset):
+    def _loader_of(self, data: Any, name: str) -> Iterable[Batch]:
+        """Batches of a data set, of the size asked for."""
+        size = self._auto_batch_size(data) if self.batch_size == "auto" else self.batch_size
+        return as_loader(data, size, name)
+
+    def _auto_batch_size(self, data: Any) -> int:
+        if isinstance(data, IterableDataset):
             return ROWS_OF_ITERABLE
         with borrowed(self.model, self._eval_mode):
             refuse_mixing_layers(self.model)
-            for batch in DataLoader(self._train_data, batch_size=1):
+            for batch in DataLoader(data, batch_size=1):
                 return comfortable_rows(self.model, to_device(batch, self._device), self._device)
         return 1
 

@@ -80,3 +80,42 @@ def group_by_layer(
         owner = next(owners, name.rpartition(".")[0] or name)
         groups.setdefault(owner, []).append(name)
     return groups
+
+
+def choose_blocks(
+    model: nn.Module, names: Sequence[str], layers: Sequence[str] | None, blocks: Any
+) -> Mapping[str, list[str]]:
+    """Names of parameters by block of a curvature.
+
+    Args:
+        model: the model.
+        names: the chosen parameters.
+        layers: as given to the method.
+        blocks: "full", "layer", "parameter", or names by block.
+    """
+    if blocks == "full":
+        return {"full": list(names)}
+    if blocks == "layer":
+        return group_by_layer(model, names, layers)
+    if blocks == "parameter":
+        return {name: [name] for name in names}
+    if not isinstance(blocks, Mapping) or not blocks:
+        raise InvalidArgumentError(
+            '`blocks` must be "full", "layer", "parameter", or a dict of block names to lists of '
+            f"parameter names; got {blocks!r}"
+        )
+    seen: list[str] = []
+    for block, own in blocks.items():
+        unknown = [own] if isinstance(own, str) else [name for name in own if name not in names]
+        if unknown or not own:
+            raise InvalidArgumentError(
+                f"block '{block}' must be a list of names of chosen parameters; got {own!r}, and "
+                f"there are {list(names)}"
+            )
+        seen += own
+    twice = sorted({name for name in seen if seen.count(name) > 1})
+    if twice:
+        raise InvalidArgumentError(
+            f"the parameters {twice} stand in more than one place of `blocks`"
+        )
+    return {block: list(own) for block, own in blocks.items()}

@@ -10,6 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.data import Batch, loader_length
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.methods.base import InfluenceBase
@@ -142,8 +143,7 @@ class InnerProductInfluence(InfluenceBase):
         """
         doing = "compute self influence. Processing"
         with self._session() as loader:
-            batches = self._batches(inputs)
-            terms = self.terms()
+            terms, batches = self._plan(loader, inputs)
             rounds = [[term] for term in terms] if outer_loop_by_checkpoints else [terms]
             outer = self._bar(f"{doing} checkpoint", len(rounds), show_progress and len(rounds) > 1)
             total = torch.zeros(())
@@ -172,6 +172,12 @@ class InnerProductInfluence(InfluenceBase):
 
     # How it is done.
 
+    def _plan(
+        self, loader: CheckpointLoader, inputs: Any, ordered: bool = True
+    ) -> tuple[list[Term], Iterable[Batch]]:
+        """The terms, and the inputs in batches."""
+        return self.terms(), self._batches(inputs, ordered)
+
     def _stream_scores(
         self,
         inputs: Any,
@@ -182,8 +188,8 @@ class InnerProductInfluence(InfluenceBase):
         groups: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         with self._session() as loader:
-            test = self._batches(given(inputs), ordered=not aggregate)
-            train, terms = self.train_dataloader, self.terms()
+            terms, test = self._plan(loader, given(inputs), ordered=not aggregate)
+            train = self.train_dataloader
             with self._bar(doing, _times(train, terms), show_progress) as bar:
                 stream = Stream(
                     terms, loader, self._sample, self._train_count(), groups, bar.update
@@ -193,8 +199,8 @@ class InnerProductInfluence(InfluenceBase):
     def _vectors(self, inputs: Any, of_tests: bool, aggregate: bool = False) -> Tensor:
         """A side of the inputs at each checkpoint, times the root of its weight, side by side."""
         with self._session() as loader:
-            batches = self._batches(inputs, ordered=not aggregate)
-            stream = Stream(self.terms(), loader, self._sample)
+            terms, batches = self._plan(loader, inputs, ordered=not aggregate)
+            stream = Stream(terms, loader, self._sample)
             blocks = []
             for term in stream.terms:
                 if not term.is_symmetric:

@@ -111,11 +111,11 @@ class Stream:
                 parts.append(part)
         if not parts:
             raise InvalidArgumentError("`inputs` holds no examples")
-        return join_examples(parts)
+        return side.solved(join_examples(parts))
 
     def vectors(self, side: Side, inputs: Iterable[Batch], aggregate: bool = False) -> Tensor:
         """A side of all inputs written out, ``[n, P]``, or of their sum, ``[1, P]``."""
-        if aggregate:
+        if aggregate or side.solve is not None:
             return self.test_side(side, inputs, aggregate).flat()
         self.loader.load(side.checkpoint)
         parts = [self._side(side, batch).flat() for batch in inputs]

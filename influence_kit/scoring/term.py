@@ -19,12 +19,15 @@ class Side:
     Args:
         checkpoint: the number of the checkpoint that must be in the model.
         features: a batch's features, per example and parameter.
-        transforms: applied to the features in order.
+        transforms: applied to the features of each batch, in order.
+        solve: a linear map that is applied once to all examples of the side together (or to their
+            sum): one that costs passes over a data set.
     """
 
     checkpoint: int
     features: Callable[[Batch], Gradients]
     transforms: tuple[Transform, ...] = ()
+    solve: Transform | None = None
 
     def __call__(self, batch: Batch) -> Gradients:
         """The side of every example of a batch."""
@@ -35,6 +38,10 @@ class Side:
         for transform in self.transforms:
             gradients = transform(gradients)
         return gradients
+
+    def solved(self, gradients: Gradients) -> Gradients:
+        """The side of all its examples, finished."""
+        return gradients if self.solve is None else self.solve(gradients)
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Term:
     @property
     def is_symmetric(self) -> bool:
         """Whether both sides do the same to the features."""
-        return self.test.transforms == self.train.transforms
+        return (self.test.transforms, self.test.solve) == (self.train.transforms, self.train.solve)
 
     def self_products(self, batch: Batch) -> tuple[Gradients, Tensor]:
         """The training side of a batch and each example's product with its own test side, ``[n]``.
@@ -65,7 +72,7 @@ class Term:
         train = self.train.transformed(features)
         if self.is_symmetric:
             return train, train.squared_norms()
-        return train, train.paired(self.test.transformed(features))
+        return train, self.test.solved(self.test.transformed(features)).paired(train)
 
     def weight_at(self, learning_rate: float) -> float:
         """The weight, given the checkpoint's learning rate."""

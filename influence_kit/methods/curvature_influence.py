@@ -1,0 +1,99 @@
+"""Influence functions with a choice of curvature and blocks."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.gradients.per_example import Gradients
+from influence_kit.methods.chosen import choose_blocks
+from influence_kit.methods.influence_function import DampingArgument, Facts, InfluenceFunction
+from influence_kit.operators.curvature import (
+    Curvature,
+    DataSet,
+    GaussNewton,
+    HessianOfLoss,
+    OuterProducts,
+)
+from influence_kit.operators.partition import Partition
+from influence_kit.scoring.term import Transform
+
+CurvatureName = Literal["ggn", "hessian", "fisher", "empirical_fisher"]
+BlockArgument = Literal["full", "layer", "parameter"] | Mapping[str, Sequence[str]]
+CURVATURES = ("ggn", "hessian", "fisher", "empirical_fisher")
+
+
+class CurvatureInfluence(InfluenceFunction):
+    """An influence function whose curvature is known by products with vectors.
+
+    Args:
+        curvature: "ggn" (Gauss-Newton, J^T H J: the Hessian for models that are linear in their
+            parameters, and never negative for a loss that is convex in the outputs), "hessian" (may
+            be indefinite away from a minimum), "fisher" (outer products of gradients at labels
+            drawn from the model) or "empirical_fisher" (at the labels of the data).
+        blocks: "full", "layer", "parameter", or names of parameters by block: what is between
+            blocks is taken for zero, and a parameter that no block has for frozen.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        damping: DampingArgument = "auto",
+        curvature: CurvatureName = "ggn",
+        blocks: BlockArgument = "full",
+        hessian_dataset: Dataset[Any] | DataLoader[Any] | None = None,
+        relative: Literal["theta", "l"] | None = None,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        if curvature not in CURVATURES:
+            raise InvalidArgumentError(
+                f"`curvature` must be one of {', '.join(CURVATURES)}; got {curvature!r}"
+            )
+        self.curvature = curvature
+        self.blocks = blocks
+        super().__init__(
+            *args,
+            damping=damping,
+            hessian_dataset=hessian_dataset,
+            relative=relative,
+            seed=seed,
+            **kwargs,
+        )
+
+    @cached_property
+    def _partition(self) -> Partition:
+        shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
+        return Partition(choose_blocks(self.model, list(shapes), self.layers, self.blocks), shapes)
+
+    @property
+    def block_names(self) -> list[str]:
+        return list(self._partition.blocks)
+
+    def _curvature(self, data: DataSet) -> Curvature:
+        """The curvature at the checkpoint that is in the model."""
+        if self.curvature in ("ggn", "hessian"):
+            kind = GaussNewton if self.curvature == "ggn" else HessianOfLoss
+            return kind(self.model, self._train_loss, data, self._partition, self._sample)
+        return OuterProducts(
+            self._curvature_features(self.curvature), data, self._partition, self._sample
+        )
+
+    def _measure(self, data: DataSet) -> Facts:
+        return {}
+
+    def _means(self, facts: Facts, data: DataSet) -> Tensor:
+        sizes = torch.tensor(self._partition.sizes, device=self._device)
+        return self._curvature(data).traces(self.seed) / sizes
+
+    def _through(self, solve: Any) -> Transform:
+        """A map of vectors ``[k, P]`` as a map of gradients."""
+
+        def transform(gradients: Gradients) -> Gradients:
+            return self._partition.gradients(solve(self._partition.flat(gradients)), gradients)
+
+        return transform

@@ -1,0 +1,270 @@
+"""Curvature of the mean loss over a data set, known by its products with vectors.
+
+C = 1/n sum_j C_j, C_j of example j: its loss's Hessian, its Gauss-Newton matrix J^T H J, or the
+outer product of its gradient. Sums run over examples, so that neither the batch size nor a short
+last batch matters.
+
+Letters: n examples, k vectors, P elements of all blocks, B blocks.
+"""
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from influence_kit.data import (
+    Batch,
+    call_arguments,
+    example_count,
+    map_tensors,
+    split,
+    to_device,
+)
+from influence_kit.distributed import is_mine, sum_over_ranks
+from influence_kit.errors import InvalidArgumentError, NonFiniteError
+from influence_kit.gradients.per_example import Gradients
+from influence_kit.gradients.source import kept_bytes
+from influence_kit.losses import Loss
+from influence_kit.memory import rows_within, workspace_bytes
+from influence_kit.operators.operator import Operator
+from influence_kit.operators.partition import Partition
+from influence_kit.operators.products import (
+    Mode,
+    Tree,
+    gauss_newton_product,
+    hessian_product,
+)
+
+Features = Callable[[Tensor, Batch], Gradients]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Batches that are read again and again.
+
+    Args:
+        batches: the batches, in a fixed order.
+        device: where they are wanted.
+    """
+
+    batches: Iterable[Batch]
+    device: torch.device
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Batch]]:
+        """Each batch, with the places of its examples ``[n]``."""
+        start = 0
+        for batch in self.batches:
+            n = example_count(batch)
+            yield torch.arange(start, start + n, device=self.device), to_device(batch, self.device)
+            start += n
+        if start == 0:
+            raise InvalidArgumentError("`hessian_dataset` holds no examples")
+
+    def first(self) -> Batch:
+        """The first batch."""
+        return next(iter(self))[1]
+
+    def of_this_rank(self) -> Iterator[tuple[Tensor, Batch]]:
+        """The same, of the batches that this rank computes."""
+        return (item for number, item in enumerate(self) if is_mine(number))
+
+    @cached_property
+    def count(self) -> int:
+        """The letter n."""
+        return sum(example_count(batch) for batch in self.batches)
+
+
+class Curvature(Operator):
+    """The mean over a data set of the examples' curvatures, block-diagonal.
+
+    Args:
+        data: the data set.
+        partition: the parameters, in blocks.
+        sample: a tensor with the dtype and device of vectors.
+    """
+
+    def __init__(self, data: DataSet, partition: Partition, sample: Tensor) -> None:
+        super().__init__(partition.sizes, sample)
+        self.data = data
+        self.partition = partition
+
+    @abstractmethod
+    def batch_product(self, places: Tensor, batch: Batch, vectors: Tensor) -> Tensor:
+        """The sum over a batch's examples of C_j times each vector, ``[k, P]``."""
+
+    def product(self, vectors: Tensor) -> Tensor:
+        total = torch.zeros_like(vectors)
+        for places, batch in self.data:
+            total += self.batch_product(places, batch, vectors)
+        _refuse_non_finite(total)
+        return total / self.data.count
+
+
+def _refuse_non_finite(total: Tensor) -> None:
+    if not torch.isfinite(total.sum()):
+        raise NonFiniteError(
+            "a product with the curvature is NaN or infinite: some example of `hessian_dataset` "
+            "has a loss or gradient that is not finite at this checkpoint (a target out of range, "
+            "log(0), an overflow); `TracInCP(...).self_influence()` names it"
+        )
+
+
+class LossCurvature(Curvature):
+    """Curvature by differentiating the batch's loss as a function of the parameters.
+
+    Args:
+        model: the model, with the checkpoint in it.
+        loss: the loss, settled.
+        data, partition, sample: as in ``Curvature``.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Loss, data: DataSet, partition: Partition, sample: Tensor
+    ) -> None:
+        super().__init__(data, partition, sample)
+        self.model = model
+        self.loss = loss
+        self.mode: Mode = "forward"
+        self._kept = 0
+
+    @abstractmethod
+    def block_product(self, batch: Batch, parameters: Tree, vectors: Tree) -> dict[str, Tensor]:
+        """The sum over a batch of C_j restricted to the named parameters, times each vector."""
+
+    def batch_product(self, places: Tensor, batch: Batch, vectors: Tensor) -> Tensor:
+        # the activations of every example are held once a vector
+        self._kept = self._kept or kept_bytes(self.model, batch)
+        budget = 8 * workspace_bytes(self.sample.device)
+        at_once = rows_within(budget, self._kept)
+        parts = []
+        for some in vectors.split(at_once):
+            rows = rows_within(budget, self._kept * len(some))
+            pieces = [self._piece_product(piece, some) for piece in split(batch, rows)]
+            parts.append(sum(pieces[1:], pieces[0]))
+        return torch.cat(parts)
+
+    def _piece_product(self, batch: Batch, vectors: Tensor) -> Tensor:
+        found: dict[str, Tensor] = {}
+        trees = self.partition.split(vectors)
+        for names in self.partition.blocks.values():
+            parameters = {name: self.model.get_parameter(name).detach() for name in names}
+            block = {name: trees[name].to(parameters[name].dtype) for name in names}
+            found.update(self._either_mode(batch, parameters, block))
+        columns = [found[name].flatten(1) for name in self.partition.names]
+        return torch.cat([c if c.dim() > 1 else c[:, None] for c in columns], dim=1).to(vectors)
+
+    def _either_mode(self, batch: Batch, parameters: Tree, vectors: Tree) -> dict[str, Tensor]:
+        if self.mode == "forward":
+            try:
+                return self.block_product(batch, parameters, vectors)
+            except RuntimeError as error:
+                self.mode = "reverse"
+                found = self.block_product(batch, parameters, vectors)
+                warnings.warn(
+                    "the model has an operation without forward-mode derivative or batching rule "
+                    f"({str(error).splitlines()[0]}): curvature is computed by two reverse passes, "
+                    "which is exact and slower",
+                    stacklevel=2,
+                )
+                return found
+        return self.block_product(batch, parameters, vectors)
+
+    def _outputs(self, batch: Batch, values: Tree) -> Any:
+        args, kwargs = call_arguments(self.model, batch)
+        return functional_call(self.model, dict(values), args, kwargs)
+
+
+class HessianOfLoss(LossCurvature):
+    """C_j: the Hessian of example j's loss. It may be indefinite."""
+
+    def block_product(self, batch: Batch, parameters: Tree, vectors: Tree) -> dict[str, Tensor]:
+        n = example_count(batch)
+
+        def total(values: Tree) -> Tensor:
+            return self.loss.total(self._outputs(batch, values), batch, n)
+
+        return hessian_product(total, parameters, vectors, self.mode)
+
+
+class GaussNewton(LossCurvature):
+    """C_j = J^T H J: J of the model's outputs, H the Hessian of the loss in the outputs.
+
+    Positive semi-definite for a loss that is convex in the outputs; the Hessian itself for models
+    that are linear in their parameters.
+    """
+
+    def block_product(self, batch: Batch, parameters: Tree, vectors: Tree) -> dict[str, Tensor]:
+        n = example_count(batch)
+        with torch.no_grad():
+            shown = self._outputs(batch, parameters)
+
+        def outputs(values: Tree) -> tuple[Tensor, ...]:
+            return tuple(_floating(self._outputs(batch, values)))
+
+        def total(values: Any) -> Tensor:
+            supply = iter(values)
+            rebuilt = map_tensors(shown, lambda t: next(supply) if t.is_floating_point() else t)
+            return self.loss.total(rebuilt, batch, n)
+
+        return gauss_newton_product(outputs, total, parameters, vectors, self.mode)
+
+
+def _floating(outputs: Any) -> list[Tensor]:
+    """The floating-point tensors of a model's outputs, in their order."""
+    found: list[Tensor] = []
+    map_tensors(outputs, lambda t: found.append(t) if t.is_floating_point() else None)
+    return found
+
+
+class OuterProducts(Curvature):
+    """C_j = g_j g_j^T: the empirical Fisher for gradients of the loss.
+
+    The Fisher for gradients at labels drawn from the model.
+
+    Args:
+        features: gradients g of a batch, given the places of its examples.
+        data, partition, sample: as in ``Curvature``.
+    """
+
+    def __init__(
+        self, features: Features, data: DataSet, partition: Partition, sample: Tensor
+    ) -> None:
+        super().__init__(data, partition, sample)
+        self.features = features
+
+    def batch_product(self, places: Tensor, batch: Batch, vectors: Tensor) -> Tensor:
+        gradients = self.features(places, batch)
+        tests = self.partition.gradients(vectors, gradients)
+        columns: list[Tensor] = []
+        for names in self.partition.blocks.values():
+            weights = gradients.inner_of(tests, gradients.n, names)
+            columns += gradients.combined(weights, names).values()
+        return torch.cat(columns, dim=1)
+
+    def _blocks(self, places: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = self.partition.flat(self.features(places, batch)).split(
+            self.sizes, dim=1
+        )
+        return found
+
+    def dense(self) -> list[Tensor]:
+        totals = [self.sample.new_zeros(s, s, dtype=torch.float64) for s in self.sizes]
+        for places, batch in self.data.of_this_rank():
+            for total, rows in zip(totals, self._blocks(places, batch), strict=True):
+                total += rows.T @ rows
+        for total in totals:
+            _refuse_non_finite(sum_over_ranks(total))
+        return [total / self.data.count for total in totals]
+
+    def diagonal(self, seed: int = 0) -> Tensor:
+        total = self.sample.new_zeros(self.size, dtype=torch.float64)
+        for places, batch in self.data.of_this_rank():
+            total += self.partition.flat(self.features(places, batch)).square().sum(0)
+        _refuse_non_finite(sum_over_ranks(total))
+        return total / self.data.count

@@ -1,0 +1,247 @@
+"""Labels drawn from the model, for the Fisher matrix: a label depends on its example's place alone.
+
+Known likelihoods: softmax (integer labels), independent sigmoids (``BCEWithLogitsLoss``), and the
+normal distribution with fixed variance (squared error). A loss is compared with what it is taken
+for; any other is refused.
+
+Letters: n examples, c classes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from influence_kit.data import Batch, call_model, map_tensors
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.losses import Loss
+
+LABEL_KEYS = ("labels", "label", "targets", "target", "y")
+# relative difference of slopes that rounding in float32 explains
+CLOSE = 1e-3
+
+
+def uniform(seed: int, places: Tensor, each: int) -> Tensor:
+    """Numbers in (0, 1) for the examples at some places, float64 ``[n, each]``.
+
+    A hash (splitmix64) of seed, place and position: the same for any batch size, on any device.
+    """
+    state = places[:, None] * (1 << 32) + torch.arange(each, device=places.device)
+    state = state + torch.tensor(seed, device=places.device) * _signed(0xD1B54A32D192ED03)
+    state = (state + 1) * _signed(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        state = (state ^ ((state >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
+    return (((state >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53
+
+
+def _signed(value: int) -> int:
+    """An unsigned 64-bit number as the signed one of the same bits."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+@dataclass
+class ModelLabels:
+    """Puts labels that are drawn from the model in the place of the data's.
+
+    Args:
+        model: the model.
+        loss: the loss at the data's labels, settled.
+        seed: of the draws.
+    """
+
+    model: nn.Module
+    loss: Loss
+    seed: int
+    likelihood: Likelihood | None = None
+
+    def __call__(self, places: Tensor, batch: Batch) -> Batch:
+        """The batch of the examples at some places ``[n]``, with other labels."""
+        with torch.no_grad():
+            outputs = call_model(self.model, batch)
+            logits, labels = self._logits(outputs), self._labels(batch)
+        if self.likelihood is None:
+            likelihood = self._likelihood(logits, labels)
+            self._check(likelihood, outputs, places, batch)
+            self.likelihood = likelihood
+        u = self._uniform(labels, places, self.seed)
+        return self._with_labels(batch, self.likelihood.draw(logits, labels, u))
+
+    def _uniform(self, labels: Tensor, places: Tensor, seed: int) -> Tensor:
+        return uniform(seed, places, labels.numel() // len(places)).view(labels.shape)
+
+    def _logits(self, outputs: Any) -> Tensor:
+        found = outputs
+        if not isinstance(outputs, Tensor):
+            found = outputs.get("logits") if isinstance(outputs, Mapping) else None
+            found = getattr(outputs, "logits", None) if found is None else found
+        if not isinstance(found, Tensor):
+            raise self._refusal(f"the model returns a {type(outputs).__name__} without `logits`")
+        return found
+
+    def _key(self, batch: Batch) -> Any:
+        if not isinstance(batch, Mapping):
+            return len(batch) - 1
+        found = [key for key in LABEL_KEYS if key in batch]
+        if not found:
+            raise self._refusal(f"none of the keys {list(batch)} is known to hold the labels")
+        return found[0]
+
+    def _labels(self, batch: Batch) -> Tensor:
+        labels = batch[self._key(batch)]
+        if not isinstance(labels, Tensor):
+            raise self._refusal(f"the labels are a {type(labels).__name__}, not a tensor")
+        return labels
+
+    def _with_labels(self, batch: Batch, labels: Tensor) -> Batch:
+        key = self._key(batch)
+        if isinstance(batch, Mapping):
+            changed: Batch = {**batch, key: labels}
+            return changed
+        return (*batch[:-1], labels)
+
+    def _likelihood(self, logits: Tensor, labels: Tensor) -> Likelihood:
+        if not labels.is_floating_point():
+            axis = _class_axis(logits, labels, self.loss.shift)
+            if axis is None:
+                raise self._refusal(
+                    f"logits of shape {list(logits.shape)} do not fit integer labels of shape "
+                    f"{list(labels.shape)}"
+                )
+            return Softmax(axis, self.loss.shift)
+        if logits.shape != labels.shape:
+            raise self._refusal(
+                f"outputs of shape {list(logits.shape)} do not fit targets of shape "
+                f"{list(labels.shape)}"
+            )
+        return Sigmoid() if self.loss.is_binary else Normal()
+
+    def _check(self, likelihood: Likelihood, outputs: Any, places: Tensor, batch: Batch) -> None:
+        """Compare the loss's slope at two draws with that of the likelihood it is taken for."""
+        known, labels = self._logits(outputs), self._labels(batch)
+        logits = known.detach().requires_grad_()
+        shown = map_tensors(outputs, lambda t: logits if t is known else t)
+        factors = []
+        for seed in (self.seed, self.seed + 1):
+            drawn = likelihood.draw(known, labels, self._uniform(labels, places, seed))
+            with torch.enable_grad():
+                total = self.loss.total(shown, self._with_labels(batch, drawn), len(places))
+            found = torch.zeros_like(logits)
+            if total.requires_grad:
+                found = torch.autograd.grad(total, logits, materialize_grads=True)[0]
+            expected = likelihood.slope(known, labels, drawn)
+            axis = likelihood.axis
+            product, square = found * expected, expected.square()
+            if axis is not None:
+                product, square = product.sum(axis, keepdim=True), square.sum(axis, keepdim=True)
+            factor = product / square.clamp(min=torch.finfo(square.dtype).tiny)
+            rest = (found - factor * expected).abs().max()
+            if not bool((factor >= 0).all()) or rest > CLOSE * found.abs().max():
+                raise self._refusal("its slope is another")
+            factors.append(factor)
+        if not torch.allclose(*factors, CLOSE, CLOSE * float(factors[0].abs().max())):
+            raise self._refusal("it weighs labels differently")
+        if not likelihood.settles(factors[0]):
+            raise self._refusal("it weighs outputs differently")
+
+    def _refusal(self, why: str) -> InvalidArgumentError:
+        return InvalidArgumentError(
+            f"no labels can be drawn from the model for curvature='fisher': `{self.loss.name}` is "
+            "not the negative log-likelihood of a softmax, sigmoid or normal distribution of the "
+            f"outputs ({why}); use curvature='empirical_fisher' (labels of the data), or "
+            "`ExplicitInfluenceFunction` and its kin with curvature='ggn'"
+        )
+
+
+def _class_axis(logits: Tensor, labels: Tensor, shift: int) -> int | None:
+    """The dimension of the logits that counts classes; None where the shapes do not fit."""
+    if logits.dim() != labels.dim() + 1:
+        return None
+    if logits.shape[:-1] == labels.shape:
+        return -1
+    without = (*logits.shape[:1], *logits.shape[2:])
+    return 1 if without == tuple(labels.shape) and not shift else None
+
+
+class Likelihood(ABC):
+    """A distribution of the labels, given the logits."""
+
+    # the dimension of the logits over which one label is drawn; None where each has its own
+    axis: int | None = None
+
+    @abstractmethod
+    def draw(self, logits: Tensor, labels: Tensor, u: Tensor) -> Tensor:
+        """Labels like ``labels``, from uniform numbers of their shape."""
+
+    @abstractmethod
+    def slope(self, logits: Tensor, labels: Tensor, drawn: Tensor) -> Tensor:
+        """The gradient of -log likelihood in the logits, up to a factor a position."""
+
+    def settles(self, factors: Tensor) -> bool:
+        """Take note of the loss's slope divided by ``slope``; whether it can be taken."""
+        return True
+
+
+class Softmax(Likelihood):
+    """Softmax over a dimension; with ``shift`` the logits at t are those of label t + 1."""
+
+    def __init__(self, axis: int, shift: int) -> None:
+        self.axis: int = axis
+        self.shift = shift
+
+    def _log_probabilities(self, logits: Tensor) -> Tensor:
+        return logits.movedim(self.axis, -1).log_softmax(-1)
+
+    def draw(self, logits: Tensor, labels: Tensor, u: Tensor) -> Tensor:
+        """By the inverse of the cumulative distribution; labels below 0 stay (they are ignored)."""
+        cumulative = self._log_probabilities(logits).double().exp().cumsum(-1)
+        if self.shift:
+            cumulative, u = cumulative[:, : -self.shift], u[:, self.shift :]
+        levels = u.unsqueeze(-1) * cumulative[..., -1:]
+        drawn = torch.searchsorted(cumulative.contiguous(), levels.contiguous()).squeeze(-1)
+        drawn = drawn.clamp(max=logits.shape[self.axis] - 1).to(labels.dtype)
+        if self.shift:
+            drawn = torch.cat([labels[:, : self.shift], drawn], dim=1)
+        return torch.where(labels < 0, labels, drawn)
+
+    def slope(self, logits: Tensor, labels: Tensor, drawn: Tensor) -> Tensor:
+        probabilities = self._log_probabilities(logits).exp()
+        targets = drawn
+        if self.shift:
+            targets = torch.full_like(drawn, -1)
+            targets[:, : -self.shift] = drawn[:, self.shift :]
+        chosen = torch.zeros_like(probabilities)
+        chosen.scatter_(-1, targets.clamp(min=0).unsqueeze(-1), 1.0)
+        slope = (probabilities - chosen) * (targets >= 0).unsqueeze(-1)
+        return slope.movedim(-1, self.axis)
+
+
+class Sigmoid(Likelihood):
+    """Independent labels 0 and 1."""
+
+    def draw(self, logits: Tensor, labels: Tensor, u: Tensor) -> Tensor:
+        return (u < logits.double().sigmoid()).to(labels.dtype)
+
+    def slope(self, logits: Tensor, labels: Tensor, drawn: Tensor) -> Tensor:
+        return logits.sigmoid() - drawn
+
+
+@dataclass
+class Normal(Likelihood):
+    """A normal distribution about the outputs, of the precision at which the loss is -log of it."""
+
+    precision: float = 1.0
+
+    def draw(self, logits: Tensor, labels: Tensor, u: Tensor) -> Tensor:
+        return (logits + torch.special.ndtri(u).to(logits) / self.precision**0.5).to(labels.dtype)
+
+    def slope(self, logits: Tensor, labels: Tensor, drawn: Tensor) -> Tensor:
+        return logits - drawn
+
+    def settles(self, factors: Tensor) -> bool:
+        self.precision = float(factors.median())
+        return self.precision > 0 and torch.allclose(factors, factors.median(), CLOSE)

@@ -1,0 +1,71 @@
+"""A symmetric matrix that is known by its products with vectors.
+
+Letters: k vectors, P rows of the matrix, B blocks on its diagonal.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from influence_kit.memory import rows_within, workspace_bytes
+
+# probes of the Hutchinson estimate of traces and diagonals
+PROBES = 32
+
+
+class Operator(ABC):
+    """A symmetric matrix of blocks on the diagonal; what is off the blocks is zero.
+
+    Args:
+        sizes: the number of rows of each block.
+        sample: a tensor with the dtype and device of vectors.
+    """
+
+    def __init__(self, sizes: Sequence[int], sample: Tensor) -> None:
+        self.sizes = list(sizes)
+        self.sample = sample
+
+    @abstractmethod
+    def product(self, vectors: Tensor) -> Tensor:
+        """The matrix times each vector, ``[k, P]`` to ``[k, P]``."""
+
+    @property
+    def size(self) -> int:
+        """The letter P."""
+        return sum(self.sizes)
+
+    def dense(self) -> list[Tensor]:
+        """The blocks, written out, in float64."""
+        blocks = [self.sample.new_zeros(size, size, dtype=torch.float64) for size in self.sizes]
+        step = rows_within(4 * workspace_bytes(self.sample.device), 8 * self.size)
+        for start in range(0, max(self.sizes), step):
+            # a unit vector of every block at once
+            stop = min(start + step, max(self.sizes))
+            units = torch.cat(
+                [torch.eye(stop, size, dtype=torch.float64)[start:] for size in self.sizes], dim=1
+            ).to(self.sample)
+            columns = self.product(units).double().split(self.sizes, dim=1)
+            for block, part in zip(blocks, columns, strict=True):
+                block[start:stop] = part[: max(0, len(block) - start)]
+        return [(block + block.T) / 2 for block in blocks]
+
+    def diagonal(self, seed: int = 0) -> Tensor:
+        """An unbiased estimate of the diagonal ``[P]`` by probes of random signs."""
+        probes = self.signs(PROBES, seed)
+        return (probes * self.product(probes)).double().mean(0)
+
+    def traces(self, seed: int = 0) -> Tensor:
+        """The trace of each block ``[B]``, estimated in the same way."""
+        return torch.stack([part.sum() for part in self.diagonal(seed).split(self.sizes)])
+
+    def normal(self, count: int, seed: int) -> Tensor:
+        """Random normal vectors, the same on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (count, self.size)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(self.sample)
+
+    def signs(self, count: int, seed: int) -> Tensor:
+        """Random signs, the same on every device."""
+        return torch.where(self.normal(count, seed) >= 0, 1.0, -1.0).to(self.sample)

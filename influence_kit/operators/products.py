@@ -1,0 +1,134 @@
+"""Products of curvature matrices with many vectors at once, for functions of parameters.
+
+Forward-over-reverse, batched by ``torch.func.vmap``; reverse-over-reverse where a function has an
+operation without forward mode. Both are exact.
+
+Letters: k vectors. ``Tree``: tensors by name.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.func import grad, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Mode = Literal["forward", "reverse"]
+Tree = Mapping[str, Tensor]
+
+
+def differentiable_attention() -> AbstractContextManager[None]:
+    """Inside, attention is computed in steps that can be differentiated twice."""
+    context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+    return context
+
+
+def hessian_product(
+    function: Callable[[Tree], Tensor], parameters: Tree, vectors: Tree, mode: Mode = "forward"
+) -> dict[str, Tensor]:
+    """H v for each vector, H the Hessian of a scalar function of parameters.
+
+    Args:
+        function: parameters by name to a scalar.
+        parameters: where to take the Hessian.
+        vectors: ``[k, *shape]`` by name.
+        mode: "forward" or "reverse" over reverse.
+    """
+    with differentiable_attention():
+        if mode == "reverse":
+            return _hessian_reverse(function, parameters, vectors)
+        slope = grad(function)
+        return _vmapped(lambda vector: jvp(slope, (parameters,), (vector,))[1], vectors)
+
+
+def gauss_newton_product(
+    outputs: Callable[[Tree], Sequence[Tensor]],
+    loss: Callable[[Sequence[Tensor]], Tensor],
+    parameters: Tree,
+    vectors: Tree,
+    mode: Mode = "forward",
+) -> dict[str, Tensor]:
+    """J^T H J v for each vector, J the Jacobian of the outputs, H the Hessian of the loss there.
+
+    Args:
+        outputs: parameters by name to a tuple of tensors.
+        loss: these tensors to a scalar.
+        parameters, vectors, mode: as in ``hessian_product``.
+    """
+    with differentiable_attention():
+        if mode == "reverse":
+            return _gauss_newton_reverse(outputs, loss, parameters, vectors)
+        slope = grad(loss)
+        _, pull_back = vjp(outputs, parameters)
+
+        def product(vector: Tree) -> dict[str, Tensor]:
+            values, along = jvp(outputs, (parameters,), (vector,))
+            found: dict[str, Tensor] = pull_back(jvp(slope, (values,), (along,))[1])[0]
+            return found
+
+        return _vmapped(product, vectors)
+
+
+def _vmapped(product: Callable[[Tree], dict[str, Tensor]], vectors: Tree) -> dict[str, Tensor]:
+    with warnings.catch_warnings():
+        # an operation that vmap does in a loop is right, and slow
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        with torch.no_grad():
+            return vmap(product, randomness="same")(vectors)
+
+
+def _leaves(parameters: Tree) -> dict[str, Tensor]:
+    return {name: value.detach().requires_grad_() for name, value in parameters.items()}
+
+
+def _pull(results: Sequence[Tensor], leaves: Sequence[Tensor], back: Sequence[Tensor], keep: bool):
+    """Gradients of the results along ``back``; zeros where a leaf has no part in them."""
+    pairs = [(r, b) for r, b in zip(results, back, strict=True) if r.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return torch.autograd.grad(
+        [r for r, _ in pairs],
+        leaves,
+        [b for _, b in pairs],
+        retain_graph=True,
+        create_graph=keep,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+
+
+def _hessian_reverse(
+    function: Callable[[Tree], Tensor], parameters: Tree, vectors: Tree
+) -> dict[str, Tensor]:
+    leaves = _leaves(parameters)
+    points = list(leaves.values())
+    with torch.enable_grad():
+        value = function(leaves)
+        slopes = _pull([value], points, [torch.ones_like(value)], keep=True)
+    rows = [_pull(slopes, points, row, keep=False) for row in zip(*vectors.values(), strict=True)]
+    return {name: torch.stack(column) for name, column in zip(leaves, zip(*rows), strict=True)}
+
+
+def _gauss_newton_reverse(
+    outputs: Callable[[Tree], Sequence[Tensor]],
+    loss: Callable[[Sequence[Tensor]], Tensor],
+    parameters: Tree,
+    vectors: Tree,
+) -> dict[str, Tensor]:
+    """J v as the derivative of u -> J^T u, which is linear in u."""
+    leaves = _leaves(parameters)
+    points = list(leaves.values())
+    with torch.enable_grad():
+        values = outputs(leaves)
+        duals = [torch.zeros_like(value).requires_grad_() for value in values]
+        pulled = _pull(values, points, duals, keep=True)
+        heads = [value.detach().requires_grad_() for value in values]
+        slopes = _pull([loss(heads)], heads, [torch.ones((), device=heads[0].device)], keep=True)
+    rows = []
+    for row in zip(*vectors.values(), strict=True):
+        along = _pull(pulled, duals, row, keep=False)
+        rows.append(_pull(values, points, _pull(slopes, heads, along, keep=False), keep=False))
+    return {name: torch.stack(column) for name, column in zip(leaves, zip(*rows), strict=True)}

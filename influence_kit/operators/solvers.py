@@ -1,0 +1,270 @@
+"""(C + damping)^-1 v for a symmetric operator C and many vectors v at once.
+
+Every solver keeps the blocks of its operator apart. Damping is one number, or one a block, and is
+added to the eigenvalues of C.
+
+Letters: k vectors, P rows of C, B blocks.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from influence_kit.errors import CurvatureError, InvalidArgumentError
+from influence_kit.operators.operator import Operator
+from influence_kit.operators.partition import dots, spread
+
+Damping = float | Tensor | Sequence[float]
+Solve = Callable[[Tensor], Tensor]
+# an iteration that has grown by this factor does not come back
+DIVERGED = 1e6
+
+
+def damping_by_block(damping: Damping, blocks: int, positive: bool = False) -> Tensor:
+    """Damping by block, float64 ``[B]``, checked."""
+    values = torch.as_tensor(damping, dtype=torch.float64)
+    values = values.expand(blocks) if values.dim() == 0 else values
+    if values.shape != (blocks,):
+        raise InvalidArgumentError(
+            f"got {list(values.shape)} values of damping for {blocks} blocks"
+        )
+    if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
+        raise InvalidArgumentError(f"damping must be finite and not negative; got {damping}")
+    if positive and bool((values <= 0).any()):
+        raise InvalidArgumentError(
+            "damping must be positive here, since directions without curvature are divided by it; "
+            f"got {values.tolist()}"
+        )
+    return values
+
+
+class Cholesky:
+    """The exact inverse of damped blocks that are written out.
+
+    Args:
+        blocks: the blocks of C.
+        damping: added to their eigenvalues.
+        names: what to call the blocks in errors.
+
+    Raises:
+        CurvatureError: where a damped block is singular or has negative eigenvalues, with their
+            range.
+    """
+
+    def __init__(
+        self, blocks: Sequence[Tensor], damping: Damping, names: Sequence[str] | None = None
+    ) -> None:
+        values = damping_by_block(damping, len(blocks)).tolist()
+        names = [str(number) for number in range(len(blocks))] if names is None else names
+        self.sizes = [len(block) for block in blocks]
+        self.factors = [_cholesky(*one) for one in zip(blocks, values, names, strict=True)]
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """(C + damping)^-1 v for each row v of ``[k, P]``."""
+        parts = zip(self.factors, vectors.double().split(self.sizes, dim=1), strict=True)
+        solved = [torch.cholesky_solve(part.T, factor).T for factor, part in parts]
+        return torch.cat(solved, dim=1).to(vectors)
+
+
+def _cholesky(block: Tensor, damping: float, name: str) -> Tensor:
+    """The Cholesky factor of a damped block."""
+    damped = block.double().clone()
+    damped.diagonal().add_(damping)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    # a singular matrix may pass by rounding, and its inverse is noise
+    rounding = len(damped) * torch.finfo(damped.dtype).eps * damped.diagonal().max()
+    if not failed and factor.diagonal().min() ** 2 > rounding:
+        return factor
+    values = torch.linalg.eigvalsh(block.double())
+    least, most = float(values[0]), float(values[-1])
+    negative = int((values < -1e-12 * max(abs(least), abs(most))).sum())
+    what = f"has {negative} negative eigenvalues" if negative else "is singular"
+    raise CurvatureError(
+        f"the curvature of block '{name}' {what}: its {len(values)} eigenvalues go from "
+        f"{least:.4g} to {most:.4g}, and damping {damping:.4g} does not make it positive definite. "
+        f"Use a damping above {max(-least, 0) + 1e-8 * abs(most):.3g}"
+        + (", or curvature='ggn', which has no negative eigenvalues" if negative else "")
+    )
+
+
+def conjugate_gradients(
+    operator: Operator,
+    vectors: Tensor,
+    damping: Damping,
+    max_iter: int = 100,
+    tol: float = 1e-6,
+    preconditioner: Solve | None = None,
+) -> Tensor:
+    """(C + damping)^-1 v by conjugate gradients, for all rows at once (Martens 2010).
+
+    A row is done when the norm of its residual is at most ``tol`` times that of v, block by block;
+    it then leaves. One product with C an iteration, none before the first.
+
+    Args:
+        operator: C.
+        vectors: ``[k, P]``.
+        damping: added to C.
+        max_iter: the most iterations; a warning tells of rows that are not done by then.
+        tol: relative residual.
+        preconditioner: a cheap approximation of (C + damping)^-1.
+
+    Raises:
+        CurvatureError: where C + damping has a direction of negative curvature.
+    """
+    by_block = damping_by_block(damping, len(operator.sizes))
+    solution = torch.zeros_like(vectors)
+    state = _Descent(operator, vectors, by_block, preconditioner)
+    for _ in range(max_iter):
+        going = state.relative() > tol
+        keep = going.any(dim=1)
+        if not bool(keep.all()):
+            solution[state.rows] = state.x
+            state.leave(keep)
+        if not len(state.rows):
+            return solution
+        # a block that is done stays as it is while another of its row goes on
+        state.step(going[keep])
+    solution[state.rows] = state.x
+    left = state.relative()
+    if bool((left > tol).any()):
+        warnings.warn(
+            f"conjugate gradients stopped after {max_iter} iterations with relative residuals up "
+            f"to {float(left.max()):.2g} (asked: {tol:.2g}) in {int((left > tol).any(1).sum())} of "
+            f"{len(vectors)} rows: raise `max_iter` or the damping, or use a preconditioner",
+            stacklevel=2,
+        )
+    return solution
+
+
+class _Descent:
+    """Where conjugate gradients stand, for the rows that are not done."""
+
+    def __init__(
+        self, operator: Operator, vectors: Tensor, damping: Tensor, preconditioner: Solve | None
+    ) -> None:
+        self.operator, self.sizes = operator, operator.sizes
+        self.lift = spread(damping, operator.sizes).to(vectors)
+        self.preconditioner = preconditioner
+        self.rows = torch.arange(len(vectors), device=vectors.device)
+        self.x, self.residual = torch.zeros_like(vectors), vectors.clone()
+        # a row that is zero is done at once
+        self.norms = dots(vectors, vectors, self.sizes).sqrt()
+        self.z = self._conditioned()
+        self.direction = self.z.clone()
+        self.rz = dots(self.residual, self.z, self.sizes)
+
+    def _conditioned(self) -> Tensor:
+        return self.residual if self.preconditioner is None else self.preconditioner(self.residual)
+
+    def relative(self) -> Tensor:
+        """The norm of the residual by that of the right-hand side, ``[k, B]``."""
+        norms = dots(self.residual, self.residual, self.sizes).sqrt()
+        return torch.where(self.norms > 0, norms / self.norms, 0.0)
+
+    def leave(self, keep: Tensor) -> None:
+        """Go on with some of the rows."""
+        for name in ("rows", "x", "residual", "direction", "norms", "rz"):
+            setattr(self, name, getattr(self, name)[keep])
+
+    def step(self, going: Tensor) -> None:
+        """One iteration for the blocks ``[k, B]`` that are going."""
+        image = self.operator.product(self.direction) + self.lift * self.direction
+        bend = dots(self.direction, image, self.sizes)
+        self._check(bend, going)
+        alpha = spread(torch.where(going, self.rz / bend, 0.0), self.sizes).to(self.x)
+        self.x = self.x + alpha * self.direction
+        self.residual = self.residual - alpha * image
+        self.z = self._conditioned()
+        new = dots(self.residual, self.z, self.sizes)
+        beta = spread(torch.where(going, new / self.rz, 0.0), self.sizes).to(self.x)
+        self.direction, self.rz = self.z + beta * self.direction, new
+        if bool((self.relative() > DIVERGED).any()):
+            raise CurvatureError(
+                "conjugate gradients diverge: the residual has grown by a factor of "
+                f"{DIVERGED:.0e}; use float64 or a larger damping"
+            )
+
+    def _check(self, bend: Tensor, going: Tensor) -> None:
+        squares = dots(self.direction, self.direction, self.sizes)
+        if bool((going & ~(bend > 0)).any()):
+            least = float((bend / squares)[going].min())
+            raise CurvatureError(
+                f"the damped curvature is {least:.4g} along a direction, so that it is not "
+                "positive definite and conjugate gradients do not apply: use curvature='ggn', "
+                "which has no negative eigenvalues, or a larger damping"
+            )
+
+
+def lissa(
+    operator: Operator,
+    vectors: Tensor,
+    damping: Damping,
+    depth: int = 1000,
+    repeats: int = 1,
+    scale: float | str = "auto",
+    steps: Callable[[int], Callable[[Tensor], Tensor]] | None = None,
+    tol: float = 0.0,
+) -> Tensor:
+    """(C + damping)^-1 v by the Neumann series (LiSSA, arXiv 1602.03943).
+
+    ``h <- v + h - (C_s h + damping h) / scale``, the result ``h / scale`` averaged over repeats.
+    The fixed point is (C + damping)^-1 v for any scale above the largest eigenvalue of
+    C + damping; with ``steps`` C_s is a sample of C.
+
+    Args:
+        operator: C.
+        vectors: ``[k, P]``.
+        damping: added to C.
+        depth: the most iterations.
+        repeats: how often to run, with other samples.
+        scale: a number, or "auto": 1.1 times the largest damped eigenvalue by power iteration.
+        steps: the product with C_s for a repeat, a new sample a call; None for C itself.
+        tol: stop where no row moves by more than this, relatively (0: run all iterations).
+
+    Raises:
+        CurvatureError: where the series diverges.
+    """
+    by_block = damping_by_block(damping, len(operator.sizes))
+    lift = spread(by_block, operator.sizes).to(vectors)
+    if scale == "auto":
+        scale = 1.1 * (largest_eigenvalue(operator) + float(lift.max()))
+    if not isinstance(scale, int | float) or not scale > 0:
+        raise InvalidArgumentError(f'`scale` must be a positive number or "auto"; got {scale!r}')
+    total = torch.zeros_like(vectors)
+    limit = DIVERGED * vectors.norm(dim=1).clamp(min=torch.finfo(vectors.dtype).tiny)
+    for repeat in range(repeats):
+        product = operator.product if steps is None else steps(repeat)
+        h = vectors.clone()
+        for _ in range(depth):
+            move = vectors - (product(h) + lift * h) / scale
+            h = h + move
+            norms = h.norm(dim=1)
+            # a series that converges stays below |v| scale / (least damped eigenvalue)
+            bound = limit * max(1.0, scale / max(float(lift.min()), 1e-30))
+            if not bool((norms <= bound).all()):
+                raise CurvatureError(
+                    f"LiSSA diverges at scale {scale:.4g}: the scale must be above the largest "
+                    "eigenvalue of curvature + damping (of every sample of it), and the curvature "
+                    "must not be negative below -damping; use a larger `scale`, a larger damping, "
+                    "a larger `hessian_batch_size`, or curvature='ggn'"
+                )
+            if tol and bool((move.norm(dim=1) <= tol * norms).all()):
+                break
+        total += h / scale
+    return total / repeats
+
+
+def largest_eigenvalue(operator: Operator, iterations: int = 20, seed: int = 0) -> float:
+    """The largest absolute eigenvalue, by power iteration (from below)."""
+    vector = operator.normal(1, seed)
+    vector /= vector.norm()
+    value = 0.0
+    for _ in range(iterations):
+        image = operator.product(vector)
+        value = float(image.norm())
+        if value == 0:
+            return 0.0
+        vector = image / value
+    return value
