@@ -7,6 +7,7 @@ from influence_kit.methods.explicit import ExplicitInfluenceFunction
 from influence_kit.methods.grad_cos import GradCos
 from influence_kit.methods.grad_dot import GradDot
 from influence_kit.methods.inner_product import InnerProductInfluence
+from influence_kit.methods.kfac import EKFACInfluenceFunction, KFACInfluenceFunction
 from influence_kit.methods.lissa import LiSSAInfluenceFunction
 from influence_kit.methods.nearest_neighbors import (
     ExactNearestNeighbors,
@@ -24,12 +25,14 @@ __version__ = "0.1.0"
 __all__ = [
     "CGInfluenceFunction",
     "CurvatureError",
+    "EKFACInfluenceFunction",
     "ExactNearestNeighbors",
     "ExplicitInfluenceFunction",
     "FaissNearestNeighbors",
     "GradCos",
     "GradDot",
     "InnerProductInfluence",
+    "KFACInfluenceFunction",
     "KMostInfluentialResults",
     "LiSSAInfluenceFunction",
     "NearestNeighbors",

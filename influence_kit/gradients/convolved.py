@@ -57,7 +57,7 @@ class Convolved(Form):
         """The letter k."""
         return math.prod(self.shape[2:])
 
-    def _shifted(self) -> Iterator[Tensor]:
+    def shifted(self) -> Iterator[Tensor]:
         """For each kernel offset the right map under it, ``[n, r, t]``."""
         for offset in itertools.product(*(range(size) for size in self.shape[2:])):
             window = [slice(None), slice(None)]
@@ -70,7 +70,7 @@ class Convolved(Form):
     def by_offset(self) -> Iterator[Tensor]:
         """For each kernel offset the gradients there, ``[n, l * (r / g)]``."""
         left = self.left.flatten(2).unflatten(1, (self.groups, -1)).flatten(0, 1)
-        for shifted in self._shifted():
+        for shifted in self.shifted():
             right = shifted.unflatten(1, (self.groups, -1)).flatten(0, 1)
             yield torch.bmm(left, right.transpose(1, 2)).view(self.n, -1)
 
@@ -79,7 +79,7 @@ class Convolved(Form):
 
     def factored(self) -> Factored:
         """The same gradients with the right map unfolded (one group): small maps want this."""
-        inputs = torch.stack(list(self._shifted()), dim=2).flatten(1, 2).transpose(1, 2)
+        inputs = torch.stack(list(self.shifted()), dim=2).flatten(1, 2).transpose(1, 2)
         return Factored(self.left.flatten(2).transpose(1, 2), inputs, self.shape)
 
     def compact(self) -> Form:

@@ -1,0 +1,285 @@
+"""The inverse of a damped Kronecker-factored curvature, applied to the test side.
+
+A layer's test gradients become ``Q_S [(Q_S^T G Q_A) / (Lambda + damping)] Q_A^T``. Their products
+with training gradients are taken in whichever basis is cheaper. Where neither side has more than
+one position, the grid W = 1 / (Lambda + damping) may be replaced by a few outer products that all
+pairs share: the singular vectors of W weighted by the typical size of what it multiplies. The error
+is measured on pairs of every training batch, and where it is above ``rtol`` the exact product is
+taken.
+
+Letters: m test and n training examples, s and t their positions, g groups, o outputs and i inputs
+(with the bias) of a layer, r outer products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from influence_kit.gradients.factored import Factored
+from influence_kit.gradients.forms import Dense, Form
+from influence_kit.gradients.per_example import Gradients
+from influence_kit.gradients.rows import Rows
+from influence_kit.memory import rows_within, workspace_bytes
+from influence_kit.operators.kronecker import Forms, MatrixLayer, rotated
+
+# training examples of a batch on which the shared form is compared with the exact one
+CHECKED = 16
+# singular values below this part of the largest are noise in float64
+NOISE = 1e-13
+
+
+@dataclass(frozen=True)
+class Eigenbasis:
+    """The eigenvectors of one layer's curvature and the damped inverse of its eigenvalues.
+
+    Args:
+        layer: the layer.
+        left, right: Q_S ``[g, o, o]`` and Q_A ``[g, i, i]``.
+        weights: W, ``[g, o, i]``.
+        sizes: the eigenvalues of S ``[g, o]`` and A ``[g, i]``: the mean squares of what W meets.
+        rtol: relative error that the shared form may have; 0 for none at all.
+    """
+
+    layer: MatrixLayer
+    left: Tensor
+    right: Tensor
+    weights: Tensor
+    sizes: tuple[Tensor, Tensor]
+    rtol: float
+
+    @cached_property
+    def shared(self) -> tuple[Tensor, Tensor] | None:
+        """Vectors u ``[r, o]`` and v ``[r, i]`` with W about sum_r u_r v_r^T; None if too many."""
+        if self.rtol <= 0 or self.layer.groups > 1:
+            return None
+        scales = [size[0].sqrt().clamp(min=1e-6 * float(size.max()) ** 0.5) for size in self.sizes]
+        scales = [scale.square() for scale in scales]
+        if not all(bool((scale > 0).all()) for scale in scales):
+            return None
+        weighted = scales[0][:, None] * self.weights[0].double() * scales[1]
+        left, values, right = torch.linalg.svd(weighted, full_matrices=False)
+        tails = values.square().flip(0).cumsum(0).flip(0).sqrt()
+        rank = int((tails > 0.1 * self.rtol * tails[0]).sum())
+        o, i = self.weights.shape[1:]
+        if rank * (o + i) > o * i / 2 or float(values[rank - 1]) < NOISE * float(values[0]):
+            return None
+        roots = values[:rank].sqrt()
+        u, v = (left[:, :rank] * roots).T / scales[0], right[:rank] * roots[:, None] / scales[1]
+        return u.to(self.weights), v.to(self.weights)
+
+
+@dataclass(frozen=True)
+class Table:
+    """The same of an embedding, whose left basis is that of the ids: W is ``[v, e]``."""
+
+    weight: str
+    right: Tensor
+    weights: Tensor
+
+    def __call__(self, form: Rows) -> Rows:
+        """Rows through the inverse; they stay the same rows."""
+        values = (form.values @ self.right) * self.weights[form.ids]
+        return replace(form, values=values @ self.right.T)
+
+
+class KroneckerInverse:
+    """Gradients through the inverse, layer by layer.
+
+    Args:
+        bases: of each layer, by the name of its weight.
+    """
+
+    def __init__(self, bases: Mapping[str, Eigenbasis | Table]) -> None:
+        self.bases = bases
+
+    def __call__(self, gradients: Gradients) -> Gradients:
+        """The test side; parameters of other layers are left out."""
+        forms: dict[str, Form] = {}
+        for name, basis in self.bases.items():
+            form = gradients.forms.get(name)
+            if isinstance(basis, Table) and isinstance(form, Rows):
+                forms[name] = basis(form)
+            elif isinstance(basis, Table) and form is not None:
+                forms[name] = self._written(form, basis)
+            elif isinstance(basis, Eigenbasis) and form is not None:
+                names = [n for n in (name, basis.layer.bias) if n is not None]
+                source = {n: gradients.forms[n] for n in names}
+                forms[name] = Preconditioned(source, basis)
+        return replace(gradients, forms=forms)
+
+    @staticmethod
+    def _written(form: Form, table: Table) -> Dense:
+        """An embedding's gradients that are not held as rows (a sum over many examples)."""
+        values = form.dense().view(-1, *table.weights.shape) @ table.right
+        return Dense(((values * table.weights) @ table.right.T).flatten(1), form.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Preconditioned(Form):
+    """Gradients of a layer, weight and bias together, through the inverse; not yet multiplied.
+
+    Args:
+        source: the gradients, by parameter.
+        basis: the layer's eigenvectors and weights.
+    """
+
+    source: Forms
+    basis: Eigenbasis
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """A row of the layer's matrices, flat."""
+        return torch.Size([self.basis.weights.numel()])
+
+    @property
+    def n(self) -> int:
+        return self.source[self.basis.layer.weight].n
+
+    @property
+    def sample(self) -> Tensor:
+        return self.basis.weights
+
+    def _map(self, change: Callable[[Form], Form]) -> Preconditioned:
+        return replace(self, source={name: change(form) for name, form in self.source.items()})
+
+    def rows(self, rows: slice) -> Preconditioned:
+        return self._map(lambda form: form.rows(rows))
+
+    def scaled(self, factors: Tensor) -> Preconditioned:
+        return self._map(lambda form: form.scaled(factors))
+
+    def summed(self) -> Preconditioned:
+        return self._map(lambda form: form.summed())
+
+    def joined(self, others: Sequence[Form]) -> Form | None:
+        return None
+
+    def _rotated(self, forms: Forms) -> Tensor:
+        """Gradients in the eigenbasis, ``[n, g, o, i]``."""
+        basis = self.basis
+        return torch.cat(list(rotated(basis.layer, basis.left, basis.right, forms)))
+
+    @cached_property
+    def weighted(self) -> Tensor:
+        """The gradients in the eigenbasis times W, ``[m, g, o, i]``."""
+        return self._rotated(self.source).mul_(self.basis.weights)
+
+    @cached_property
+    def matrices(self) -> Tensor:
+        """The gradients through the inverse, in the basis of the parameters, ``[m, g, o, i]``."""
+        return self.basis.left @ (self.weighted @ self.basis.right.transpose(1, 2))
+
+    @cached_property
+    def _parts(self) -> dict[str, Dense]:
+        shapes = {name: form.shape for name, form in self.source.items()}
+        split = self.basis.layer.split(self.matrices).items()
+        return {name: Dense(values.contiguous(), shapes[name]) for name, values in split}
+
+    def dense(self) -> Tensor:
+        return self.matrices.flatten(1)
+
+    def by_parameter(self, name: str) -> dict[str, Tensor]:
+        return {name: part.values for name, part in self._parts.items()}
+
+    def squared_norms(self) -> Tensor:
+        return self.weighted.square().sum((1, 2, 3))
+
+    def inner(self, test: Form, total: int) -> Tensor:
+        return Dense(self.dense(), self.shape).inner(test, total)
+
+    def meet_own(self, others: Mapping[str, Form], name: str) -> Tensor | None:
+        if name not in others:
+            return None
+        layer = self.basis.layer
+        mine, theirs = (self._single(forms) for forms in (self.source, others))
+        if mine is not None and theirs is not None:
+            grid = self.basis.weights[0]
+            return ((mine[0] * theirs[0]) @ grid * (mine[1] * theirs[1])).sum(1)
+        chunks = zip(
+            rotated(layer, self.basis.left, self.basis.right, self.source),
+            rotated(layer, self.basis.left, self.basis.right, others),
+            strict=True,
+        )
+        return torch.cat([(a * b * self.basis.weights).sum((1, 2, 3)) for a, b in chunks])
+
+    def _single(self, forms: Mapping[str, Form]) -> tuple[Tensor, Tensor] | None:
+        """Rotated d ``[n, o]`` and a ``[n, i]`` of gradients of one position; None of others."""
+        form = forms[self.basis.layer.weight]
+        if not isinstance(form, Factored) or form.deltas.shape[1] != 1:
+            return None
+        factors = self.basis.layer.factors(forms)
+        assert factors is not None
+        return factors[0][:, 0] @ self.basis.left[0], factors[1][:, 0] @ self.basis.right[0]
+
+    @cached_property
+    def _own_single(self) -> tuple[Tensor, Tensor] | None:
+        return self._single(self.source)
+
+    def meet(self, train: Mapping[str, Form], name: str, total: int) -> Tensor | None:
+        form = train.get(name)
+        if form is None:
+            return None
+        if not isinstance(form, Factored) or not self._rotate_train(form, total):
+            return self._meet_parameters(train, total)
+        factors = self.basis.layer.factors(train)
+        assert factors is not None
+        deltas, inputs = factors[0] @ self.basis.left[0], factors[1] @ self.basis.right[0]
+        exact = Factored(deltas, inputs, self.basis.weights.shape[1:])
+        scores = self._meet_shared(exact)
+        return exact.inner(self._in_eigenbasis, total) if scores is None else scores
+
+    def _rotate_train(self, form: Factored, total: int) -> bool:
+        """Whether to rotate the training factors rather than the test gradients back."""
+        t, o, i = form.deltas.shape[1], self.basis.layer.outputs, self.basis.layer.inputs
+        return t * (o * o + i * i) * max(total, form.n) < self.n * o * i * (o + i)
+
+    def _meet_parameters(self, train: Mapping[str, Form], total: int) -> Tensor:
+        found = [
+            train[name].inner(part, total) for name, part in self._parts.items() if name in train
+        ]
+        return sum(found[1:], found[0])
+
+    @cached_property
+    def _in_eigenbasis(self) -> Dense:
+        return Dense(self.weighted.flatten(1), self.basis.weights.shape[1:])
+
+    def _meet_shared(self, train: Factored) -> Tensor | None:
+        """Products by the shared outer products; None where they do not apply or err too much."""
+        own = self._own_single
+        if own is None or train.deltas.shape[1] != 1 or self.basis.shared is None:
+            return None
+        some = train.rows(slice(0, CHECKED))
+        exact = _through_grid(own, some, self.basis.weights[0])
+        error = _through_vectors(own, some, *self.basis.shared) - exact
+        if not float(error.norm()) <= self.basis.rtol * float(exact.norm()):
+            return None
+        return _through_vectors(own, train, *self.basis.shared)
+
+
+def _through_grid(test: tuple[Tensor, Tensor], train: Factored, grid: Tensor) -> Tensor:
+    """sum_oi d_o d'_o W_oi a_i a'_i for each pair, ``[m, n]``."""
+    rows = [
+        ((d * test[0]) @ grid * (a * test[1])).sum(1)
+        for d, a in zip(train.deltas[:, 0], train.inputs[:, 0], strict=True)
+    ]
+    return torch.stack(rows, dim=1)
+
+
+def _through_vectors(
+    test: tuple[Tensor, Tensor], train: Factored, left: Tensor, right: Tensor
+) -> Tensor:
+    """The same with W = sum_r u_r v_r^T."""
+    scores = train.deltas.new_zeros(train.n, len(test[0]))
+    step = rows_within(workspace_bytes(scores.device), 3 * scores.element_size() * scores.shape[1])
+    for start in range(0, train.n, step):
+        rows = slice(start, start + step)
+        deltas, inputs = train.deltas[rows, 0], train.inputs[rows, 0]
+        for u, v in zip(left, right, strict=True):
+            part = deltas @ (test[0] * u).T
+            scores[rows].addcmul_(part, inputs @ (test[1] * v).T)
+    return scores.T

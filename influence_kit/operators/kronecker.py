@@ -1,0 +1,349 @@
+"""Kronecker-factored curvature of a layer: what is measured of it in passes over gradients.
+
+The gradient of a layer's weight, its bias as a last column, is a matrix G = sum_t d_t [a_t, 1]^T
+over positions t. K-FAC (arXiv 1503.05671) takes E[vec G vec G^T] for S (x) A, with
+
+    A = mean over positions of [a, 1] [a, 1]^T,     S = mean over examples of sum_t d_t d_t^T,
+
+each position an example of its own; EK-FAC (arXiv 1806.03884) keeps the eigenvectors Q_S, Q_A and
+takes for the eigenvalues Lambda = mean over examples of (Q_S^T G Q_A)^2, over whole examples.
+Positions of a sequence at which no gradient arrives (padding) are not counted. Groups of a
+convolution are matrices of their own. For an embedding G has a row for each id that the example
+looked up: A is diagonal over ids, and S the mean over examples of the sum of its rows' squares.
+
+Letters: n examples, t positions, g groups, o outputs and i inputs (with the bias) of a group, v
+rows and e entries of an embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from influence_kit.distributed import from_first_rank, sum_over_ranks
+from influence_kit.errors import NonFiniteError
+from influence_kit.gradients.convolved import Convolved
+from influence_kit.gradients.factored import Factored
+from influence_kit.gradients.forms import Dense, Form
+from influence_kit.gradients.per_example import Gradients
+from influence_kit.gradients.rows import Rows
+
+Forms = Mapping[str, Form]
+
+
+def with_ones(inputs: Tensor) -> Tensor:
+    """A last entry 1 for the bias."""
+    return torch.cat([inputs, torch.ones_like(inputs[..., :1])], dim=-1)
+
+
+@dataclass(frozen=True)
+class MatrixLayer:
+    """A linear layer or convolution.
+
+    Args:
+        weight: name of its weight.
+        bias: name of its bias, None where it has none that counts.
+        groups: the letter g.
+        transposed: whether the weight is stored as (inputs, outputs).
+        outputs: the letter o.
+        inputs: the letter i, with the bias.
+    """
+
+    weight: str
+    bias: str | None
+    groups: int
+    transposed: bool
+    outputs: int
+    inputs: int
+
+    @staticmethod
+    def of(names: Sequence[str], facts: Mapping[str, Tensor]) -> MatrixLayer:
+        """The layer of these parameters, weight first, of which ``facts`` are known."""
+        return MatrixLayer(
+            names[0],
+            names[1] if len(names) > 1 else None,
+            int(facts["groups"]),
+            bool(facts["transposed"]),
+            facts["left"].shape[-1],
+            facts["right"].shape[-1],
+        )
+
+    def factors(self, forms: Forms) -> tuple[Tensor, Tensor] | None:
+        """D ``[n, t, o]`` and a ``[n, t, i]``; None where the gradient has no such factors."""
+        form = forms.get(self.weight)
+        if isinstance(form, Convolved) and self.groups == 1:
+            form = form.factored()
+        if not isinstance(form, Factored):
+            return None
+        return form.deltas, form.inputs if self.bias is None else with_ones(form.inputs)
+
+    def matrices(self, forms: Forms) -> Tensor:
+        """G, ``[n, g, o, i]``."""
+        form = forms[self.weight]
+        inputs = self.inputs - (self.bias is not None)
+        if self.transposed:
+            weights = form.dense().view(-1, 1, inputs, self.outputs).transpose(2, 3)
+        else:
+            weights = form.dense().view(-1, self.groups, self.outputs, inputs)
+        if self.bias is None:
+            return weights
+        biases = forms[self.bias].dense().view(-1, self.groups, self.outputs, 1)
+        return torch.cat([weights, biases], dim=3)
+
+    def split(self, matrices: Tensor) -> dict[str, Tensor]:
+        """Matrices ``[n, g, o, i]`` by parameter, ``[n, p]``."""
+        if self.bias is None:
+            weights = matrices
+        else:
+            weights = matrices[..., :-1]
+        if self.transposed:
+            weights = weights.transpose(2, 3)
+        found = {self.weight: weights.flatten(1)}
+        if self.bias is not None:
+            found[self.bias] = matrices[..., -1].flatten(1)
+        return found
+
+
+class Measured(ABC):
+    """Sums over gradients of one layer: first the factors, then the grid of eigenvalues."""
+
+    weight: str
+
+    @abstractmethod
+    def add_factors(self, gradients: Gradients) -> None:
+        """Take a batch into the factors."""
+
+    @abstractmethod
+    def decompose(self, n: int) -> None:
+        """Find the eigenvectors, once all batches are in."""
+
+    @abstractmethod
+    def add_squares(self, gradients: Gradients) -> None:
+        """Take a batch into the grid of EK-FAC."""
+
+    @abstractmethod
+    def facts(self, n: int, corrected: bool) -> dict[str, Tensor]:
+        """Bases, their eigenvalues, and the grid: of EK-FAC if ``corrected``, else of K-FAC."""
+
+
+class MeasuredMatrix(Measured):
+    """Of a linear layer or convolution."""
+
+    def __init__(self, layer: MatrixLayer, sample: Tensor) -> None:
+        self.layer, self.weight = layer, layer.weight
+        g, o, i = layer.groups, layer.outputs, layer.inputs
+        zeros = lambda *shape: sample.new_zeros(*shape, dtype=torch.float64)  # noqa: E731
+        self.left, self.right, self.squares = zeros(g, o, o), zeros(g, i, i), zeros(g, o, i)
+        self.positions = zeros(1)
+        self.sample = sample
+
+    def add_factors(self, gradients: Gradients) -> None:
+        form = gradients.forms.get(self.weight)
+        if form is None:
+            return
+        if isinstance(form, Convolved):
+            self._add_maps(form)
+            return
+        assert isinstance(form, Factored)
+        deltas, inputs = form.deltas, form.inputs
+        if self.layer.bias is not None:
+            inputs = with_ones(inputs)
+        if deltas.shape[1] > 1:
+            # padding: no gradient arrives there
+            counted = (deltas != 0).any(dim=2)
+            inputs = inputs * counted.unsqueeze(2)
+            self.positions += counted.sum()
+        else:
+            self.positions += len(deltas)
+        deltas, inputs = deltas.flatten(0, 1), inputs.flatten(0, 1)
+        self.left += deltas.T @ deltas
+        self.right += inputs.T @ inputs
+
+    def _add_maps(self, form: Convolved) -> None:
+        g, t = self.layer.groups, form.positions
+        for rows in form.example_slices(form.shape[1] * g * form.kernel * t):
+            part = form.rows(rows)
+            left = part.left.flatten(2).transpose(0, 1).reshape(g, self.layer.outputs, -1)
+            self.left += left @ left.transpose(1, 2)
+            self.right += _map_products(part, self.layer.bias is not None)
+        self.positions += form.n * t
+
+    def decompose(self, n: int) -> None:
+        for total in (self.left, self.right, self.positions):
+            sum_over_ranks(total)
+        self.left /= n
+        self.right /= self.positions.clamp(min=1)
+        if not torch.isfinite(self.left.sum() + self.right.sum()):
+            raise NonFiniteError(
+                f"the inputs or gradients of '{self.weight}' are NaN or infinite for some example "
+                "of `hessian_dataset`; `TracInCP(...).self_influence()` names it"
+            )
+        self.left_values, left = torch.linalg.eigh(self.left)
+        self.right_values, right = torch.linalg.eigh(self.right)
+        self.left = from_first_rank(left.contiguous()).to(self.sample)
+        self.right = from_first_rank(right.contiguous()).to(self.sample)
+
+    def add_squares(self, gradients: Gradients) -> None:
+        if self.weight not in gradients.forms:
+            return
+        factors = self.layer.factors(gradients.forms)
+        if factors is not None and factors[0].shape[1] == 1:
+            deltas, inputs = factors[0][:, 0] @ self.left[0], factors[1][:, 0] @ self.right[0]
+            self.squares[0] += deltas.square_().T @ inputs.square_()
+            return
+        for part in rotated(self.layer, self.left, self.right, gradients.forms):
+            self.squares += part.square_().sum(0)
+
+    def facts(self, n: int, corrected: bool) -> dict[str, Tensor]:
+        if corrected:
+            grid = sum_over_ranks(self.squares) / n
+        else:
+            grid = self.left_values.clamp(min=0).unsqueeze(2) * self.right_values.clamp(
+                min=0
+            ).unsqueeze(1)
+        return {
+            "left": self.left,
+            "right": self.right,
+            "left_values": self.left_values,
+            "right_values": self.right_values,
+            "grid": grid,
+            "groups": torch.tensor([self.layer.groups]),
+            "transposed": torch.tensor([self.layer.transposed]),
+        }
+
+
+def rotated(layer: MatrixLayer, left: Tensor, right: Tensor, forms: Forms) -> Iterable[Tensor]:
+    """Q_S^T G Q_A, ``[n, g, o, i]`` in chunks of examples: factors or matrices, the cheaper."""
+    n, o, i = forms[layer.weight].n, layer.outputs, layer.inputs
+    form = forms[layer.weight]
+    for rows in form.example_slices(2 * layer.groups * o * i):
+        some = {name: forms[name].rows(rows) for name in (layer.weight, layer.bias) if name}
+        t = _positions(form)
+        if t and layer.groups == 1 and t * (o * o + i * i) < o * i * (o + i):
+            factors = layer.factors(some)
+            assert factors is not None
+            deltas, inputs = factors[0] @ left[0], factors[1] @ right[0]
+            yield torch.bmm(deltas.transpose(1, 2), inputs).unsqueeze(1)
+        else:
+            # the smaller side first
+            matrices = layer.matrices(some)
+            yield left.transpose(1, 2) @ (matrices @ right)
+
+
+def _positions(form: Form) -> int:
+    """The letter t; 0 where the form has none."""
+    if isinstance(form, Convolved):
+        return form.positions
+    return form.deltas.shape[1] if isinstance(form, Factored) else 0
+
+
+def _map_products(form: Convolved, bias: bool) -> Tensor:
+    """The sum over examples and positions of [a, 1] [a, 1]^T, a the map under the kernel."""
+    g, k = form.groups, form.kernel
+    # [g, k, r / g, n * t]: an offset of the kernel after the other
+    shifted = torch.stack(
+        [x.transpose(0, 1).reshape(g, -1, x.shape[0] * x.shape[2]) for x in form.shifted()], dim=1
+    )
+    channels, inputs = shifted.shape[2], k * shifted.shape[2]
+    flat = shifted.flatten(1, 2)
+    total = flat.new_zeros(g, inputs, inputs)
+    for offset in range(k):
+        # the upper triangle, by blocks
+        first = offset * channels
+        total[:, first : first + channels, first:] = shifted[:, offset] @ flat[:, first:].transpose(
+            1, 2
+        )
+    total = total.triu() + total.triu(1).transpose(1, 2)
+    # as the weight has it: offsets run fastest
+    order = torch.arange(inputs, device=flat.device).view(k, channels).T.flatten()
+    total = total[:, order][:, :, order]
+    if not bias:
+        return total
+    sums = flat.sum(2)[:, order]
+    joined = total.new_empty(g, inputs + 1, inputs + 1)
+    joined[:, :-1, :-1] = total
+    joined[:, -1, :-1] = joined[:, :-1, -1] = sums
+    joined[:, -1, -1] = flat.shape[2]
+    return joined
+
+
+class MeasuredTable(Measured):
+    """Of an embedding: the left basis is that of the ids."""
+
+    def __init__(self, weight: str, shape: torch.Size, sample: Tensor) -> None:
+        self.weight = weight
+        zeros = lambda *shape: sample.new_zeros(*shape, dtype=torch.float64)  # noqa: E731
+        self.counts, self.right, self.squares = (
+            zeros(shape[0]),
+            zeros(shape[1], shape[1]),
+            zeros(*shape),
+        )
+        self.sample = sample
+
+    def add_factors(self, gradients: Gradients) -> None:
+        form = gradients.forms.get(self.weight)
+        if isinstance(form, Rows):
+            counted = (form.values != 0).any(dim=1)
+            self.counts += torch.bincount(form.ids[counted], minlength=len(self.counts))
+            self.right += form.values.T @ form.values
+
+    def decompose(self, n: int) -> None:
+        self.counts = sum_over_ranks(self.counts)
+        self.right = sum_over_ranks(self.right) / n
+        self.counts = self.counts / self.counts.sum().clamp(min=1)
+        if not torch.isfinite(self.right.sum()):
+            raise NonFiniteError(
+                f"the gradients of '{self.weight}' are NaN or infinite for some example of "
+                "`hessian_dataset`; `TracInCP(...).self_influence()` names it"
+            )
+        self.right_values, right = torch.linalg.eigh(self.right)
+        self.right = from_first_rank(right.contiguous()).to(self.sample)
+
+    def add_squares(self, gradients: Gradients) -> None:
+        form = gradients.forms.get(self.weight)
+        if isinstance(form, Rows):
+            self.squares.index_add_(0, form.ids, (form.values @ self.right).square().double())
+
+    def facts(self, n: int, corrected: bool) -> dict[str, Tensor]:
+        if corrected:
+            grid = sum_over_ranks(self.squares) / n
+        else:
+            grid = self.counts[:, None] * self.right_values.clamp(min=0)
+        return {"right": self.right, "grid": grid}
+
+
+def measured_layer(names: Sequence[str], gradients: Gradients) -> Measured | str | None:
+    """What measures a layer, by the kind of its gradients; a word where there is no such form.
+
+    Args:
+        names: the layer's chosen parameters.
+        gradients: a batch's gradients.
+
+    Returns:
+        None where the batch did not use the layer.
+    """
+    forms = {name: gradients.forms[name] for name in names if name in gradients.forms}
+    if not forms:
+        return None
+    weight = next((name for name in forms if not isinstance(forms[name], Dense)), None)
+    if weight is None:
+        return "its gradient is not a sum of outer products"
+    form, rest = forms[weight], [name for name in names if name != weight]
+    if isinstance(form, Rows) and not rest:
+        return MeasuredTable(weight, form.shape, gradients.sample)
+    if not isinstance(form, Factored | Convolved) or len(rest) > 1:
+        return "its parameters are used by layers of several kinds"
+    bias = rest[0] if rest else None
+    groups = form.groups if isinstance(form, Convolved) else 1
+    transposed = isinstance(form, Factored) and form.transposed
+    rows, columns = form.shape[0], math.prod(form.shape[1:])
+    outputs, inputs = (columns, rows) if transposed else (rows, columns)
+    layer = MatrixLayer(
+        weight, bias, groups, transposed, outputs // groups, inputs + (bias is not None)
+    )
+    return MeasuredMatrix(layer, gradients.sample)

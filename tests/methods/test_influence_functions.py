@@ -1,0 +1,905 @@
+"""Influence functions against dense matrices: curvature x solver x blocks, and their arguments.
+
+A damping that is large against the curvature hides it: where not said otherwise, tests damp by the
+median eigenvalue.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import influence_oracles as dense
+import oracles
+import pytest
+import torch
+from cases import CASES, Case, Examples, cross_entropy, reduced
+from contract import assert_close
+from influence_oracles import LayerRecord
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+import influence_kit
+
+NAMES = ["mlp", "cnn", "gpt"]
+EXACT = ["hessian", "ggn", "empirical_fisher"]  # the Fisher is drawn
+BLOCKS: dict[str, Any] = {
+    "mlp": {"first": ["body.0.weight", "body.0.bias"], "last": ["head.bias", "head.weight"]},
+    "cnn": {"one": ["0.weight", "3.bias"], "two": ["6.weight"]},
+    "gpt": {"tied": ["tokens.weight", "out.weight"], "norm": ["norm.weight", "norm.bias"]},
+}
+KINDS_OF_BLOCKS = ["full", "layer", "parameter", "some"]
+
+SOLVERS: dict[str, dict[str, Any]] = {
+    "ExplicitInfluenceFunction": {},
+    "CGInfluenceFunction": {"tol": 1e-12, "max_iter": 2000},
+    "LiSSAInfluenceFunction": {"recursion_depth": 1000, "num_repeat": 1},
+    "NystromInfluenceFunction": {"rank": 400},
+}
+ITERATIVE = ["CGInfluenceFunction", "LiSSAInfluenceFunction"]
+KRONECKER = {
+    "KFACInfluenceFunction": dense.kfac_matrix,
+    "EKFACInfluenceFunction": dense.ekfac_matrix,
+}
+# those layers of a model that have a Kronecker form
+KRONECKER_LAYERS: dict[str, list[str]] = {
+    "mlp": ["body.0", "body.2", "head"],
+    "cnn": ["0", "3", "6"],
+    "gpt": ["positions", "qkv", "out"],
+}
+ALL = [*SOLVERS, "DataInf", *KRONECKER]
+
+every_case = pytest.mark.parametrize("name", NAMES)
+every_curvature = pytest.mark.parametrize("curvature", EXACT)
+every_kind_of_blocks = pytest.mark.parametrize("blocks", KINDS_OF_BLOCKS)
+every_solver = pytest.mark.parametrize("solver", SOLVERS)
+every_method = pytest.mark.parametrize("method", ALL)
+both_kronecker = pytest.mark.parametrize("method", KRONECKER)
+both_relative = pytest.mark.parametrize("relative", ["l", "theta"])
+
+
+# What the oracles know of a case at a checkpoint.
+
+
+@cache
+def model_at(name: str, place: int = 0) -> nn.Module:
+    model = CASES[name].model()
+    model.load_state_dict(CASES[name].states[place])
+    return model
+
+
+@cache
+def train_gradients(name: str, place: int = 0) -> Tensor:
+    return oracles.gradients(model_at(name, place), CASES[name].train, CASES[name].loss)
+
+
+@cache
+def query_gradients(name: str, place: int = 0) -> Tensor:
+    return oracles.gradients(model_at(name, place), CASES[name].test, CASES[name].loss)
+
+
+@cache
+def curvature_of(name: str, kind: str, place: int = 0) -> Tensor:
+    case = CASES[name]
+    return dense.CURVATURES[kind](model_at(name, place), case.train, case.loss)
+
+
+def named_blocks(name: str, kind: str, layers: list[str] | None = None) -> dense.Blocks:
+    chosen = None if layers is None else _names_in(name, layers)
+    return dense.blocks_of(model_at(name), BLOCKS[name] if kind == "some" else kind, chosen)
+
+
+def _names_in(name: str, layers: list[str]) -> list[str]:
+    names = [n for n, _ in model_at(name).named_parameters()]
+    return [n for n in names if n.rpartition(".")[0] in layers]
+
+
+def damping_for(solver: str, curvature: Tensor) -> float:
+    """The median eigenvalue; where iterations must converge in a test's time, 1/30 of the largest.
+
+    A plain dot product is far from the scores at either, as a test below shows.
+    """
+    least = dense.eigenvalues(curvature).max().item() / 30 if solver in ITERATIVE else 0.0
+    return max(dense.telling_damping(curvature), least)
+
+
+@cache
+def solved(
+    name: str, kind: str, blocks: str, damping: float, layers: tuple[str, ...] = (), place: int = 0
+) -> Tensor:
+    """M^-1 by dense inverses."""
+    chosen = named_blocks(name, blocks, list(layers) or None)
+    return dense.block_inverse(model_at(name), curvature_of(name, kind, place), chosen, damping)
+
+
+def make(method: str, name: str, **changed: Any) -> Any:
+    """A method on a case's first checkpoint; ``changed`` replaces any argument."""
+    case = CASES[name]
+    changed.setdefault("layers", KRONECKER_LAYERS[name] if method in KRONECKER else None)
+    if method in KRONECKER:
+        changed.setdefault("curvature", "empirical_fisher")
+    if changed.get("blocks") == "some":
+        changed["blocks"] = BLOCKS[name]
+    data = changed.pop("data", None) or Examples(case.train)
+    checkpoints = changed.pop("checkpoints", None) or case.states[:1]
+    model = changed.pop("model", None) or case.model()
+    arguments = {"loss_fn": case.loss, "batch_size": 4, **SOLVERS.get(method, {})} | changed
+    return getattr(influence_kit, method)(model, data, checkpoints, **arguments)
+
+
+def inverse_for(method: str, name: str, damping: float, place: int = 0) -> Tensor:
+    """M^-1 of any method with the arguments that ``make`` gives it."""
+    if method in SOLVERS:
+        return solved(name, "ggn", "full", damping, place=place)
+    model = model_at(name, place)
+    if method == "DataInf":
+        blocks = named_blocks(name, "layer")
+        dampings = dict.fromkeys(blocks, damping)
+        return dense.datainf_inverse(model, train_gradients(name, place), blocks, dampings)
+    blocks = named_blocks(name, "layer", KRONECKER_LAYERS[name])
+    return dense.block_inverse(model, kronecker(method, name, place), blocks, damping)
+
+
+@cache
+def kronecker(method: str, name: str, place: int = 0) -> Tensor:
+    case, model = CASES[name], model_at(name, place)
+    return dense.kronecker_curvature(
+        model, case.train, case.loss, KRONECKER_LAYERS[name], KRONECKER[method]
+    )
+
+
+def damping_of(method: str, name: str) -> float:
+    """A telling damping of any method."""
+    if method in KRONECKER:
+        return dense.telling_damping(kronecker(method, name))
+    if method == "DataInf":  # g g^T of one example has the eigenvalue norm(g)^2
+        return train_gradients(name).square().sum(1).median().item() / 10
+    return damping_for(method, curvature_of(name, "ggn"))
+
+
+def tolerance(method: str) -> float:
+    return 1e-6 if method in ITERATIVE else 1e-8
+
+
+def check(method: str, name: str, influence: Any, inverse: Tensor) -> None:
+    expected = dense.scores(inverse, query_gradients(name), train_gradients(name))
+    assert_close(influence.influence(CASES[name].test), expected, tolerance(method))
+
+
+# The oracles against each other, and against mathematics.
+
+
+@every_case
+def test_oracle_ggn_is_the_fisher_of_a_softmax(name: str) -> None:
+    assert_close(curvature_of(name, "ggn"), curvature_of(name, "fisher"), 1e-12)
+
+
+def test_oracle_hessian_is_the_ggn_of_a_linear_model() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    batch = CASES["mlp"].train
+    expected = dense.full_hessian(model, batch, cross_entropy)
+    assert_close(dense.gauss_newton(model, batch, cross_entropy), expected, 1e-12)
+
+
+def test_oracle_hessian_is_the_slope_of_the_gradient() -> None:
+    model, case = CASES["gpt"].model(), CASES["gpt"]
+    direction = torch.randn_like(dense.flat(model))
+    start, sides = dense.flat(model), []
+    for step in (1e-5, -1e-5):
+        nn.utils.vector_to_parameters(start + step * direction, model.parameters())
+        sides.append(oracles.gradients(model, case.train, case.loss).mean(0))
+    nn.utils.vector_to_parameters(start, model.parameters())
+    product = dense.full_hessian(model, case.train, case.loss) @ direction
+    assert_close((sides[0] - sides[1]) / 2e-5, product, 1e-8)
+
+
+@every_case
+def test_oracle_of_datainf_is_the_papers_formula(name: str) -> None:
+    g, blocks = train_gradients(name), named_blocks(name, "layer")
+    damping = dense.datainf_damping(model_at(name), g, blocks)
+    expected = torch.zeros(g.shape[1], g.shape[1], dtype=g.dtype)
+    for block, names in blocks.items():
+        index, value = dense.places(model_at(name), names), damping[block]
+        rows = g[:, index]
+        shares = rows.T @ (rows / (value + rows.square().sum(1, keepdim=True)))
+        expected[index[:, None], index] = (torch.eye(len(index)) - shares / len(g)) / value
+    assert_close(dense.datainf_inverse(model_at(name), g, blocks, damping), expected, 1e-10)
+
+
+def test_oracle_of_datainf_is_the_empirical_fisher_of_one_example() -> None:
+    g, blocks = train_gradients("mlp")[:1], named_blocks("mlp", "layer")
+    damping = dense.datainf_damping(model_at("mlp"), g, blocks)
+    expected = dense.block_inverse(model_at("mlp"), g.T @ g, blocks, damping)
+    assert_close(dense.datainf_inverse(model_at("mlp"), g, blocks, damping), expected)
+
+
+@every_case
+def test_oracle_of_layers_has_the_gradients_of_autograd(name: str) -> None:
+    model, case = model_at(name), CASES[name]
+    for layer in KRONECKER_LAYERS[name]:
+        module = model.get_submodule(layer)
+        seen = dense.record(model, module, case.train, case.loss)
+        order = dense.parameter_order(module, seen.joined[0].shape)
+        names = [f"{layer}.{own}" for own, _ in module.named_parameters()]
+        found = torch.stack([joined.flatten()[order] for joined in seen.joined])
+        assert_close(found, oracles.gradients(model, case.train, case.loss, names))
+
+
+@both_kronecker
+def test_oracle_of_kronecker_is_the_empirical_fisher_of_one_position(method: str) -> None:
+    case, model = CASES["mlp"], model_at("mlp")
+    one, layers = oracles.one(case.train, 3), KRONECKER_LAYERS["mlp"]
+    found = dense.kronecker_curvature(model, one, case.loss, layers, KRONECKER[method])
+    g = oracles.gradients(model, one, case.loss)
+    blocks = dense.blocks_of(model, "layer").values()
+    for index in (dense.places(model, names) for names in blocks):
+        assert_close(found[index][:, index], g[:, index].T @ g[:, index])
+
+
+@every_case
+def test_oracle_of_ekfac_does_not_see_signs_and_is_nearer_than_kfac(name: str) -> None:
+    model, case = model_at(name), CASES[name]
+    for layer in KRONECKER_LAYERS[name]:
+        seen = dense.record(model, model.get_submodule(layer), case.train, case.loss)
+        rows = torch.stack([joined.flatten() for joined in seen.joined])
+        exact = rows.T @ rows / len(rows)
+        ekfac, kfac = dense.ekfac_matrix(seen), dense.kfac_matrix(seen)
+        signs = torch.randint(2, (len(exact),)) * 2 - 1
+        assert_close(dense.ekfac_matrix(seen, signs), ekfac, 1e-12)
+        torch.testing.assert_close(ekfac.trace(), exact.trace())
+        assert (ekfac - exact).norm() <= (kfac - exact).norm()
+
+
+@every_method
+@every_case
+def test_dampings_of_these_tests_leave_the_curvature_its_say(method: str, name: str) -> None:
+    damping = damping_of(method, name)
+    h, g = query_gradients(name), train_gradients(name)
+    inverse = inverse_for(method, name, damping)
+    expected, plain = (
+        dense.scores(inverse, h, g),
+        h @ (inverse.diagonal() > 0).diag().double() @ g.T,
+    )
+    best = (expected * plain).sum() / plain.square().sum() * plain
+    assert (expected - best).abs().max() > 0.1 * expected.abs().max()
+
+
+# Curvature x solver x blocks.
+
+
+@every_case
+@every_curvature
+@every_kind_of_blocks
+def test_explicit(name: str, curvature: str, blocks: str) -> None:
+    damping = dense.telling_damping(curvature_of(name, curvature))
+    method = "ExplicitInfluenceFunction"
+    influence = make(method, name, curvature=curvature, blocks=blocks, damping=damping)
+    check(method, name, influence, solved(name, curvature, blocks, damping))
+
+
+@every_case
+@every_curvature
+@every_kind_of_blocks
+def test_cg(name: str, curvature: str, blocks: str) -> None:
+    method = "CGInfluenceFunction"
+    damping = damping_for(method, curvature_of(name, curvature))
+    influence = make(method, name, curvature=curvature, blocks=blocks, damping=damping)
+    check(method, name, influence, solved(name, curvature, blocks, damping))
+
+
+@pytest.mark.parametrize(
+    ("name", "curvature", "blocks"),
+    [
+        *(("mlp", curvature, "full") for curvature in EXACT),
+        *(("mlp", "ggn", blocks) for blocks in KINDS_OF_BLOCKS[1:]),
+        ("cnn", "ggn", "full"),
+        ("gpt", "ggn", "layer"),
+    ],
+)
+def test_lissa(name: str, curvature: str, blocks: str) -> None:
+    method = "LiSSAInfluenceFunction"
+    damping = damping_for(method, curvature_of(name, curvature))
+    influence = make(method, name, curvature=curvature, blocks=blocks, damping=damping)
+    check(method, name, influence, solved(name, curvature, blocks, damping))
+
+
+@every_case
+@pytest.mark.parametrize("curvature", ["ggn", "empirical_fisher"])
+@every_kind_of_blocks
+def test_nystrom_of_full_rank(name: str, curvature: str, blocks: str) -> None:
+    damping = dense.telling_damping(curvature_of(name, curvature))
+    method = "NystromInfluenceFunction"
+    influence = make(method, name, curvature=curvature, blocks=blocks, damping=damping)
+    check(method, name, influence, solved(name, curvature, blocks, damping))
+
+
+@every_case
+def test_nystrom_of_the_curvatures_own_rank_is_exact(name: str) -> None:
+    kind, rank = "empirical_fisher", CASES[name].n
+    damping = dense.telling_damping(curvature_of(name, kind))
+    influence = make(
+        "NystromInfluenceFunction", name, curvature=kind, rank=rank + 2, damping=damping
+    )
+    check("NystromInfluenceFunction", name, influence, solved(name, kind, "full", damping))
+
+
+@every_case
+@pytest.mark.parametrize("size", [1, 7, 11])
+@every_method
+def test_batch_sizes(method: str, name: str, size: int) -> None:
+    if method in ITERATIVE and (name != "mlp" or size == 7):
+        pytest.skip("many passes over the data")
+    damping = damping_of(method, name)
+    influence = make(method, name, damping=damping, batch_size=size)
+    check(method, name, influence, inverse_for(method, name, damping))
+
+
+@pytest.mark.parametrize("preconditioner", [None, "jacobi", "nystrom"])
+@pytest.mark.parametrize("blocks", ["full", "layer"])
+def test_preconditioners_of_cg_do_not_change_scores(preconditioner: str, blocks: str) -> None:
+    method = "CGInfluenceFunction"
+    damping = damping_for(method, curvature_of("mlp", "ggn"))
+    arguments = {"preconditioner": preconditioner, "blocks": blocks, "damping": damping}
+    inverse = solved("mlp", "ggn", blocks, damping)
+    check(method, "mlp", make(method, "mlp", **arguments), inverse)
+
+
+def test_lissa_in_batches_is_right_on_average() -> None:
+    method = "LiSSAInfluenceFunction"
+    damping = dense.eigenvalues(curvature_of("mlp", "ggn")).max().item() / 5
+    expected = dense.scores(
+        solved("mlp", "ggn", "full", damping), query_gradients("mlp"), train_gradients("mlp")
+    )
+    settings = {"hessian_batch_size": 4, "recursion_depth": 150, "num_repeat": 1, "scale": 10.0}
+    found = torch.stack(
+        [
+            make(method, "mlp", damping=damping, seed=seed, **settings).influence(CASES["mlp"].test)
+            for seed in range(20)
+        ]
+    )
+    error = found.std(0) / len(found) ** 0.5
+    assert error.max() < 0.1 * expected.abs().max()
+    # of 44 scores, by Student's t with 19 degrees of freedom, one in 500 runs
+    assert ((found.mean(0) - expected).abs() <= 5.5 * error).all()
+
+
+# Solvers and the right-hand sides.
+
+
+@every_solver
+@pytest.mark.parametrize("m", [1, 2, 23])
+def test_one_two_and_more_tests_than_parameters(solver: str, m: int) -> None:
+    case, layers = CASES["mlp"], ["head"]
+    torch.manual_seed(30)
+    test = case.batch(m)
+    damping = damping_for(solver, curvature_of("mlp", "ggn"))
+    h = oracles.gradients(model_at("mlp"), test, case.loss)
+    inverse = solved("mlp", "ggn", "full", damping, tuple(layers))
+    expected = dense.scores(inverse, h, train_gradients("mlp"))
+    found = make(solver, "mlp", layers=layers, damping=damping).influence(test)
+    assert_close(found, expected, tolerance(solver))
+
+
+@every_solver
+def test_every_row_is_as_close_whatever_its_size(solver: str) -> None:
+    def by_class(outputs: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(outputs, targets) * 1000.0 ** (targets - 1)
+
+    case = CASES["mlp"]
+    damping = damping_for(solver, curvature_of("mlp", "ggn"))
+    h = oracles.gradients(model_at("mlp"), case.test, by_class)
+    inverse = solved("mlp", "ggn", "full", damping)
+    expected = dense.scores(inverse, h, train_gradients("mlp"))
+    found = make(solver, "mlp", damping=damping, test_loss_fn=by_class).influence(case.test)
+    for row, wanted in zip(found, expected, strict=True):
+        assert_close(row, wanted, tolerance(solver))
+
+
+@every_solver
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_test_example_without_a_gradient_scores_zero(solver: str, kept: int) -> None:
+    def some(outputs: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(outputs, targets) * (targets == 0) * kept
+
+    case = CASES["mlp"]
+    damping = damping_for(solver, curvature_of("mlp", "ggn"))
+    found = make(solver, "mlp", damping=damping, test_loss_fn=some).influence(case.test)
+    zero = (case.test[1] != 0) | (kept == 0)
+    assert (found[zero] == 0).all()
+    inverse = solved("mlp", "ggn", "full", damping)
+    expected = dense.scores(inverse, query_gradients("mlp"), train_gradients("mlp"))
+    if kept:
+        assert_close(found[~zero], expected[~zero], tolerance(solver))
+
+
+def test_least_squares_in_closed_form() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(13, 4, dtype=torch.float64), torch.randn(13, 1, dtype=torch.float64)
+    model = nn.Linear(4, 1, bias=False).double()
+    influence = influence_kit.ExplicitInfluenceFunction(
+        model,
+        TensorDataset(x, y),
+        [model.state_dict()],
+        loss_fn=lambda outputs, targets: (outputs - targets).square().sum(1) / 2,
+        damping=0.3,
+    )
+    g = (model(x) - y).detach() * x
+    expected = g[:5] @ torch.linalg.solve(x.T @ x / 13 + 0.3 * torch.eye(4, dtype=x.dtype), g.T)
+    assert_close(influence.influence((x[:5], y[:5])), expected)
+
+
+# The Fisher of drawn labels.
+
+
+def drawn_fisher(name: str, repeats: int, seed: int) -> Tensor:
+    """The Fisher of labels drawn here, ``repeats`` times for each example."""
+    case, model = CASES[name], model_at(name)
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for i in range(case.n):
+        all_labels, weights = label_gradients(name, i)
+        classes = oracles.forward(model, oracles.one(case.train, i)).shape[-1]
+        draws = weights.view(-1, classes).multinomial(repeats, True, generator=generator)
+        by_position = all_labels.view(-1, classes, all_labels.shape[1])
+        rows.append(sum(g[d] for g, d in zip(by_position, draws, strict=True)))
+    g = torch.cat(rows)
+    return g.T @ g / len(g)
+
+
+@cache
+def label_gradients(name: str, i: int) -> tuple[Tensor, Tensor]:
+    return dense.label_gradients(model_at(name), oracles.one(CASES[name].train, i))
+
+
+def repeated(name: str, times: int) -> Examples:
+    """The training set so many times over: each copy draws its own labels."""
+    return Examples(tuple(torch.cat([part] * times) for part in CASES[name].train))
+
+
+def within_sampling(found: Tensor, drawn: Tensor, exact: Tensor) -> None:
+    """Scores of drawn labels are where other draws ``[draws, m, n]`` are, around the exact ones."""
+    mean, deviation = drawn.mean(0), drawn.std(0)
+    assert deviation.max() < 0.1 * exact.abs().max(), "too few draws to tell"
+    assert ((mean - exact).abs() < deviation + 1e-12).all()
+    # one of 44 normal deviates is beyond 5 in 40 000 runs
+    assert ((found - mean).abs() <= 5 * deviation + 1e-12).all()
+    assert not torch.allclose(found, exact, rtol=1e-6), "not drawn at all"
+
+
+@pytest.mark.parametrize("name", ["mlp", "gpt"])
+def test_drawn_fisher_approaches_the_sum_over_all_labels(name: str) -> None:
+    times, exact = 60, curvature_of(name, "fisher")
+    damping = dense.eigenvalues(exact).max().item() / 10
+    h, g, blocks = query_gradients(name), train_gradients(name), named_blocks(name, "full")
+
+    def scores(curvature: Tensor) -> Tensor:
+        return dense.scores(dense.block_inverse(model_at(name), curvature, blocks, damping), h, g)
+
+    drawn = torch.stack([scores(drawn_fisher(name, times, seed)) for seed in range(60)])
+    influence = make(
+        "ExplicitInfluenceFunction",
+        name,
+        curvature="fisher",
+        damping=damping,
+        hessian_dataset=repeated(name, times),
+        batch_size=64,
+    )
+    within_sampling(influence.influence(CASES[name].test), drawn, scores(exact))
+
+
+def with_all_labels(name: str) -> tuple[Any, Tensor]:
+    """Each training example with each label, ``n * classes`` in all, and the probabilities."""
+    inputs, labels = CASES[name].train
+    p = model_at(name)(inputs).detach().softmax(1)
+    every = torch.arange(p.shape[1]).repeat(len(labels))
+    return (inputs.repeat_interleave(p.shape[1], 0), every), p
+
+
+def weighted(seen: LayerRecord, weights: Tensor) -> LayerRecord:
+    """The record of examples that count by weights with the mean 1."""
+    roots = weights.sqrt()
+    deltas = [d * r for d, r in zip(seen.deltas, roots, strict=True)]
+    joined = [g * r for g, r in zip(seen.joined, roots, strict=True)]
+    return LayerRecord(seen.inputs, deltas, joined, seen.counted)
+
+
+@both_kronecker
+def test_kronecker_of_drawn_labels_approaches_the_sum_over_all(method: str) -> None:
+    name, times, layers = "mlp", 60, KRONECKER_LAYERS["mlp"]
+    case, model, (every, p) = CASES[name], model_at(name), with_all_labels(name)
+    records = {
+        layer: dense.record(model, model.get_submodule(layer), every, case.loss) for layer in layers
+    }
+    generator = torch.Generator().manual_seed(0)
+
+    def scores(weights: Tensor) -> Tensor:
+        inverse = torch.zeros(83, 83, dtype=torch.float64)
+        for layer in layers:
+            seen = weighted(records[layer], weights.flatten() * p.shape[1])
+            matrix = KRONECKER[method](seen) + 0.02 * torch.eye(
+                seen.joined[0].numel(), dtype=p.dtype
+            )
+            order = dense.parameter_order(model.get_submodule(layer), seen.joined[0].shape)
+            index = dense.places(model, _names_in(name, [layer]))
+            inverse[index[:, None], index] = torch.linalg.inv(matrix)[order][:, order]
+        return dense.scores(inverse, query_gradients(name), train_gradients(name))
+
+    def counts() -> Tensor:
+        draws = p.multinomial(times, True, generator=generator)
+        return F.one_hot(draws, p.shape[1]).double().mean(1)
+
+    influence = make(
+        method,
+        name,
+        curvature="fisher",
+        damping=0.02,
+        hessian_dataset=repeated(name, times),
+        batch_size=64,
+    )
+    drawn = torch.stack([scores(counts()) for _ in range(60)])
+    within_sampling(influence.influence(case.test), drawn, scores(p))
+
+
+@pytest.mark.parametrize("method", ["ExplicitInfluenceFunction", *ITERATIVE, *KRONECKER])
+@pytest.mark.parametrize("name", ["mlp", "gpt"])
+def test_drawn_labels_depend_on_the_seed_alone(method: str, name: str) -> None:
+    if method == "LiSSAInfluenceFunction" and name == "gpt":
+        pytest.skip("many passes over the data")
+    arguments = {"curvature": "fisher", "damping": damping_of(method, name)}
+    test = CASES[name].test
+    torch.manual_seed(0)
+    first = make(method, name, **arguments).influence(test)
+    torch.manual_seed(1)
+    for size in (1, 7, 11):
+        again = make(method, name, batch_size=size, **arguments).influence(test)
+        assert_close(again, first, 1e-9)
+    other = make(method, name, seed=1, **arguments).influence(test)
+    assert (other - first).abs().max() > 1e-3 * first.abs().max()
+
+
+@pytest.mark.parametrize("solver", ITERATIVE)
+def test_solvers_draw_the_same_labels(solver: str) -> None:
+    arguments = {"curvature": "fisher", "damping": damping_of(solver, "mlp"), "seed": 5}
+    expected = make("ExplicitInfluenceFunction", "mlp", **arguments).influence(CASES["mlp"].test)
+    found = make(solver, "mlp", **arguments).influence(CASES["mlp"].test)
+    assert_close(found, expected, 1e-6)
+
+
+# DataInf, K-FAC and EK-FAC where a model has more than one kind of layer.
+
+
+@every_case
+@pytest.mark.parametrize("method", ["DataInf", *KRONECKER])
+def test_layerwise_methods(method: str, name: str) -> None:
+    damping = damping_of(method, name)
+    check(method, name, make(method, name, damping=damping), inverse_for(method, name, damping))
+
+
+class Tagger(nn.Module):
+    """Position by position, so that a padded one has no gradient anywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.hidden = nn.Embedding(7, 4), nn.Linear(4, 5)
+        self.head = nn.Linear(5, 3, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.hidden(self.tokens(ids)).tanh())
+
+
+def padded_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs.transpose(1, 2), targets, reduction="none", ignore_index=-100)
+
+
+def sequences(n: int, padded: bool) -> tuple[Tensor, Tensor]:
+    ids, tags = torch.randint(0, 7, (n, 6)), torch.randint(0, 3, (n, 6))
+    lengths = torch.randint(2, 7, (n, 1))
+    return ids, torch.where(torch.arange(6) < lengths, tags, -100) if padded else tags
+
+
+@both_kronecker
+@pytest.mark.parametrize(
+    ("layers", "padded"),
+    [(["hidden", "head"], True), (["hidden", "head"], False), (["tokens", "hidden"], False)],
+    ids=["padded", "whole", "embedding"],
+)
+@pytest.mark.parametrize("size", [1, 4])
+def test_kronecker_of_sequences(method: str, layers: list[str], padded: bool, size: int) -> None:
+    torch.manual_seed(0)
+    model, train, test = Tagger().double(), sequences(11, padded), sequences(4, padded)
+    case = Case(Tagger, lambda n: sequences(n, padded), padded_loss, "head")
+    curvature = dense.kronecker_curvature(model, train, padded_loss, layers, KRONECKER[method])
+    damping = dense.telling_damping(curvature)
+    names = [n for n, _ in model.named_parameters() if n.rpartition(".")[0] in layers]
+    blocks = dense.blocks_of(model, "layer", names)
+    inverse = dense.block_inverse(model, curvature, blocks, damping)
+    h, g = (oracles.gradients(model, side, padded_loss) for side in (test, train))
+    influence = getattr(influence_kit, method)(
+        case.build().double(),
+        Examples(train),
+        [model.state_dict()],
+        layers=layers,
+        loss_fn=padded_loss,
+        batch_size=size,
+        damping=damping,
+        curvature="empirical_fisher",
+    )
+    assert_close(influence.influence(test), dense.scores(inverse, h, g), 1e-8)
+
+
+# Arguments.
+
+
+@every_method
+def test_several_checkpoints_are_averaged(method: str) -> None:
+    case, damping = CASES["mlp"], damping_of(method, "mlp")
+    each = [
+        dense.scores(
+            inverse_for(method, "mlp", damping, place),
+            query_gradients("mlp", place),
+            train_gradients("mlp", place),
+        )
+        for place in range(3)
+    ]
+    # learning rates are not weights here
+    influence = make(method, "mlp", damping=damping, checkpoints=case.checkpoints())
+    expected = torch.stack(each).mean(0)
+    assert_close(influence.influence(case.test), expected, tolerance(method))
+
+
+@pytest.mark.parametrize("solver", [s for s in SOLVERS if s != "LiSSAInfluenceFunction"])
+@every_kind_of_blocks
+def test_a_damping_for_each_block(solver: str, blocks: str) -> None:
+    names = named_blocks("mlp", blocks)
+    start = damping_for(solver, curvature_of("mlp", "ggn"))
+    # the name of the one block of all is not given: a number serves
+    damping = {block: start * (place + 1) for place, block in enumerate(names)}
+    given = start if blocks == "full" else damping
+    influence = make(solver, "mlp", blocks=blocks, damping=given)
+    inverse = dense.block_inverse(model_at("mlp"), curvature_of("mlp", "ggn"), names, damping)
+    check(solver, "mlp", influence, inverse)
+    (used,) = influence.damping_used
+    assert list(used.values()) == list(damping.values())
+    assert blocks == "full" or used == damping
+
+
+@pytest.mark.parametrize("method", ["DataInf", *KRONECKER])
+def test_a_damping_for_each_layer(method: str) -> None:
+    start, layers = damping_of(method, "mlp"), KRONECKER_LAYERS["mlp"]
+    damping = {layer: start * (place + 1) for place, layer in enumerate(layers)}
+    influence = make(method, "mlp", damping=damping)
+    model, blocks = model_at("mlp"), named_blocks("mlp", "layer")
+    if method == "DataInf":
+        inverse = dense.datainf_inverse(model, train_gradients("mlp"), blocks, damping)
+    else:
+        inverse = dense.block_inverse(model, kronecker(method, "mlp"), blocks, damping)
+    check(method, "mlp", influence, inverse)
+    assert influence.damping_used == [damping]
+
+
+def close_dampings(found: Mapping[str, float], expected: Mapping[str, float]) -> None:
+    assert list(found) == list(expected) or len(found) == 1
+    for value, wanted in zip(found.values(), expected.values(), strict=True):
+        assert value == pytest.approx(wanted, rel=1e-8)
+
+
+@pytest.mark.parametrize("solver", ["ExplicitInfluenceFunction", "CGInfluenceFunction"])
+@pytest.mark.parametrize("curvature", ["ggn", "empirical_fisher"])
+@every_case
+@every_kind_of_blocks
+def test_automatic_damping(solver: str, name: str, curvature: str, blocks: str) -> None:
+    if solver == "CGInfluenceFunction" and name != "mlp":
+        pytest.skip("the same as of the explicit method")
+    matrix, names = curvature_of(name, curvature), named_blocks(name, blocks)
+    expected = {
+        block: dense.auto_damping(matrix, dense.places(model_at(name), own))
+        for block, own in names.items()
+    }
+    influence = make(solver, name, curvature=curvature, blocks=blocks)
+    influence.fit()
+    (used,) = influence.damping_used
+    close_dampings(used, expected)
+    check(solver, name, influence, dense.block_inverse(model_at(name), matrix, names, expected))
+
+
+@every_case
+@pytest.mark.parametrize("method", ["DataInf", *KRONECKER])
+def test_automatic_damping_by_layer(method: str, name: str) -> None:
+    influence, model = make(method, name), model_at(name)
+    influence.fit()
+    if method == "DataInf":
+        blocks = named_blocks(name, "layer")
+        damping = dense.datainf_damping(model, train_gradients(name), blocks)
+        inverse = dense.datainf_inverse(model, train_gradients(name), blocks, damping)
+    else:
+        blocks = named_blocks(name, "layer", KRONECKER_LAYERS[name])
+        matrix = kronecker(method, name)
+        damping = {b: dense.auto_damping(matrix, dense.places(model, o)) for b, o in blocks.items()}
+        inverse = dense.block_inverse(model, matrix, blocks, damping)
+    close_dampings(influence.damping_used[0], damping)
+    check(method, name, influence, inverse)
+
+
+@every_method
+@pytest.mark.parametrize("size", [4, 9])
+def test_another_data_set_for_the_curvature(method: str, size: int) -> None:
+    case, model, damping = CASES["mlp"], model_at("mlp"), damping_of(method, "mlp")
+    torch.manual_seed(40)
+    other = case.batch(9)
+    blocks = named_blocks("mlp", "full" if method in SOLVERS else "layer")
+    if method == "DataInf":
+        g = oracles.gradients(model, other, case.loss)
+        inverse = dense.datainf_inverse(model, g, blocks, dict.fromkeys(blocks, damping))
+    else:
+        matrix = (
+            dense.gauss_newton(model, other, case.loss)
+            if method in SOLVERS
+            else dense.kronecker_curvature(
+                model, other, case.loss, KRONECKER_LAYERS["mlp"], KRONECKER[method]
+            )
+        )
+        inverse = dense.block_inverse(model, matrix, blocks, damping)
+    arguments = {"damping": damping, "hessian_dataset": Examples(other), "batch_size": size}
+    check(method, "mlp", make(method, "mlp", **arguments), inverse)
+
+
+def squares(outputs: Tensor, targets: Tensor) -> Tensor:
+    return outputs.square().flatten(1).sum(1)
+
+
+@every_method
+@pytest.mark.parametrize("relative", [None, "l", "theta"])
+def test_a_test_loss_of_its_own(method: str, relative: str | None) -> None:
+    case, damping = CASES["mlp"], damping_of(method, "mlp")
+    arguments = {"damping": damping, "test_loss_fn": squares, "relative": relative}
+    h = oracles.gradients(model_at("mlp"), case.test, squares)
+    inverse = inverse_for(method, "mlp", damping)
+    expected = dense.scores(inverse, h, train_gradients("mlp"), relative)
+    found = make(method, "mlp", **arguments).influence(case.test)
+    assert_close(found, expected, tolerance(method))
+
+
+@every_method
+@pytest.mark.parametrize("layers", [["head"], ["body.2", "head"]])
+def test_some_layers(method: str, layers: list[str]) -> None:
+    damping, model = damping_of(method, "mlp"), model_at("mlp")
+    inverse = inverse_for(method, "mlp", damping)
+    if method in SOLVERS:
+        inverse = solved("mlp", "ggn", "full", damping, tuple(layers))
+    rest = dense.places(
+        model, [n for n, _ in model.named_parameters() if n not in _names_in("mlp", layers)]
+    )
+    inverse = inverse.clone()
+    inverse[rest] = 0
+    check(method, "mlp", make(method, "mlp", damping=damping, layers=layers), inverse)
+
+
+@every_case
+@every_method
+@both_relative
+def test_relative(method: str, name: str, relative: str) -> None:
+    if method in ITERATIVE and name != "mlp":
+        pytest.skip("the same solver as without")
+    damping = damping_of(method, name)
+    inverse = inverse_for(method, name, damping)
+    expected = dense.scores(inverse, query_gradients(name), train_gradients(name), relative)
+    influence = make(method, name, damping=damping, relative=relative)
+    assert_close(influence.influence(CASES[name].test), expected, tolerance(method))
+
+
+@both_relative
+def test_relative_of_several_checkpoints_and_blocks(relative: str) -> None:
+    case, method, damping = CASES["mlp"], "ExplicitInfluenceFunction", 0.01
+    each = [
+        dense.scores(
+            solved("mlp", "ggn", "layer", damping, place=place),
+            query_gradients("mlp", place),
+            train_gradients("mlp", place),
+            relative,
+        )
+        for place in range(3)
+    ]
+    arguments = {"blocks": "layer", "damping": damping, "relative": relative}
+    influence = make(method, "mlp", checkpoints=case.states, **arguments)
+    assert_close(influence.influence(case.test), torch.stack(each).mean(0), 1e-8)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@every_curvature
+@pytest.mark.parametrize("name", ["mlp", "gpt"])
+def test_reduced_losses(name: str, curvature: str, reduction: str) -> None:
+    damping = dense.telling_damping(curvature_of(name, curvature))
+    loss, method = reduced(CASES[name].loss, reduction), "ExplicitInfluenceFunction"
+    influence = make(method, name, curvature=curvature, damping=damping, loss_fn=loss)
+    check(method, name, influence, solved(name, curvature, "full", damping))
+
+
+@every_method
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_dict_batches(method: str, reduction: str) -> None:
+    case, damping = CASES["dict"], damping_of(method, "mlp")
+    influence = make(
+        method,
+        "mlp",
+        model=case.model(),
+        data=Examples(case.train),
+        loss_fn=reduced(case.loss, reduction),
+        damping=damping,
+    )
+    expected = dense.scores(
+        inverse_for(method, "mlp", damping), query_gradients("mlp"), train_gradients("mlp")
+    )
+    assert_close(influence.influence(case.test), expected, tolerance(method))
+
+
+# The other results.
+
+
+@every_case
+@every_method
+def test_intermediate_quantities_are_the_solved_test_side(method: str, name: str) -> None:
+    if method in ITERATIVE and name != "mlp":
+        pytest.skip("the same solver as above")
+    damping, layers = damping_of(method, name), make(method, name).layers
+    influence = make(method, name, damping=damping)
+    found = influence.compute_intermediate_quantities(CASES[name].test)
+    names = [n for n, _ in model_at(name).named_parameters()]
+    index = dense.places(model_at(name), names if layers is None else _names_in(name, layers))
+    expected = (query_gradients(name) @ inverse_for(method, name, damping))[:, index]
+    assert_close(found, expected, tolerance(method))
+    assert_close(influence.influence(found), influence.influence(CASES[name].test), 1e-10)
+
+
+@every_method
+def test_intermediate_quantities_serve_on_other_training_data(method: str) -> None:
+    case, damping = CASES["mlp"], damping_of(method, "mlp")
+    arguments: dict[str, Any] = {"damping": damping, "checkpoints": case.checkpoints()}
+    influence = make(method, "mlp", **arguments)
+    found = influence.compute_intermediate_quantities(case.test)
+    assert found.shape == (case.m, 3 * 83)
+    few = Examples(tuple(part[:5] for part in case.train))
+    other = make(method, "mlp", data=few, **arguments).influence(found)
+    assert_close(other, influence.influence(case.test)[:, :5], 1e-10)
+
+
+@every_method
+@pytest.mark.parametrize("relative", [None, "l", "theta"])
+def test_intermediate_quantities_of_a_relative_score(method: str, relative: str | None) -> None:
+    arguments = {"damping": damping_of(method, "mlp"), "relative": relative}
+    influence = make(method, "mlp", **arguments)
+    found = influence.influence(influence.compute_intermediate_quantities(CASES["mlp"].test))
+    assert_close(found, influence.influence(CASES["mlp"].test), 1e-10)
+
+
+@every_method
+@pytest.mark.parametrize("relative", [None, "l", "theta"])
+def test_layers_add_up(method: str, relative: str | None) -> None:
+    case = CASES["mlp"]
+    influence = make(method, "mlp", damping=damping_of(method, "mlp"), relative=relative)
+    by_layer = influence.influence_by_layer(case.test)
+    assert list(by_layer) == ["body.0", "body.2", "head"]
+    assert_close(sum(by_layer.values()), influence.influence(case.test), 1e-10)
+
+
+@every_method
+def test_a_layers_share_is_the_product_over_its_parameters(method: str) -> None:
+    case, damping, model = CASES["mlp"], damping_of(method, "mlp"), model_at("mlp")
+    by_layer = make(method, "mlp", damping=damping).influence_by_layer(case.test)
+    sides = query_gradients("mlp") @ inverse_for(method, "mlp", damping)
+    for layer, names in named_blocks("mlp", "layer").items():
+        index = dense.places(model, names)
+        expected = sides[:, index] @ train_gradients("mlp")[:, index].T
+        assert_close(by_layer[layer], expected, 10 * tolerance(method))
+
+
+@every_method
+@pytest.mark.parametrize("relative", [None, "l", "theta"])
+def test_self_influence_is_the_diagonal(method: str, relative: str | None) -> None:
+    case, damping = CASES["mlp"], damping_of(method, "mlp")
+    g, inverse = train_gradients("mlp"), inverse_for(method, "mlp", damping)
+    expected = dense.scores(inverse, g, g, relative).diagonal()
+    influence = make(method, "mlp", damping=damping, relative=relative)
+    assert_close(influence.self_influence(), expected, tolerance(method))
+    some = tuple(part[:3] for part in case.train)
+    assert_close(influence.self_influence(some), expected[:3], tolerance(method))
