@@ -12,8 +12,9 @@ all training and test examples. Contenders run in turn; the smallest time of the
 ``off`` says how far scores are from the reference, the largest difference over the largest
 reference score: from kronfluence's scores for EK-FAC (they have to be the same), from a dense solve
 in float64 for CG. In float32 a near tie in a max pool or at a ReLU's zero may fall either way and
-move the scores of its example by up to 1e-2, and rounded factors move all by up to 4e-4 (kronfluence
-in float32 from itself in float64); ``--check`` compares EK-FAC in float64 as well (in brackets).
+move the scores of its example by up to 1e-2, and rounding in the factors moves all by up to 4e-4
+(kronfluence in float32 from itself in float64); ``--check`` compares EK-FAC in float64 as well (in
+brackets).
 
 dattri's CG starts from the right-hand side, not from zero: its k iterations cost k + 1 products and
 come no nearer than k + 1 iterations from zero, so its scores differ until both have converged. It
@@ -105,16 +106,23 @@ PROBLEMS = [
 def ours(problem: Problem) -> Scorer:
     """influence_kit's EK-FAC or CG."""
     model, train, test = problem.model(), problem.train(), problem.test()
+    checkpoints = [model.state_dict()]
     shared = {"loss_fn": problem.case.loss_fn, "damping": problem.damping}
 
     def run() -> Tensor:
         if problem.method == "EK-FAC":
             influence = influence_kit.EKFACInfluenceFunction(
-                model, train, curvature="empirical_fisher", **shared
+                model, train, checkpoints, curvature="empirical_fisher", **shared
             )
         else:
             influence = influence_kit.CGInfluenceFunction(
-                model, train, curvature="hessian", max_iter=ITERATIONS, tol=0.0, **shared
+                model,
+                train,
+                checkpoints,
+                curvature="hessian",
+                max_iter=ITERATIONS,
+                tol=0.0,
+                **shared,
             )
         return influence.influence(test)
 
@@ -186,8 +194,7 @@ def dattris(problem: Problem, iterations: int = ITERATIONS, mode: str = "rev-rev
     from dattri.algorithm.influence_function import IFAttributorCG
     from dattri.task import AttributionTask
 
-    model, weights = problem.model(), problem.case.weights()
-    train, test = problem.train(), TensorDataset(*problem.test())
+    model, train, test = problem.model(), problem.train(), TensorDataset(*problem.test())
 
     def loss(parameters: dict[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
         # the mean: of one example for a gradient, of all of them for the Hessian
@@ -200,7 +207,7 @@ def dattris(problem: Problem, iterations: int = ITERATIONS, mode: str = "rev-rev
 
     def run() -> Tensor:
         attributor = IFAttributorCG(
-            AttributionTask(loss_func=single, model=model, checkpoints=weights),
+            AttributionTask(loss_func=single, model=model, checkpoints=[model.state_dict()]),
             max_iter=iterations,
             regularization=problem.damping,
             mode=mode,
@@ -334,7 +341,8 @@ than {long:.0f} s: of one round); the ratio is to the floor, the plain forward a
 over the same examples; added memory is the growth of a fresh process's peak by one call. float32,
 the same absolute damping for all. Off: the largest difference over the largest score, for EK-FAC
 (empirical Fisher) from kronfluence, in brackets with both in float64 (in float32 near ties in max
-pools and ReLUs fall either way, and factors are rounded); for CG (Hessian) from a dense solve in float64.
+pools and ReLUs fall either way, and factors are rounded); for CG (Hessian) from a dense solve in
+float64.
 
 {machine} Peers: {peers}.
 

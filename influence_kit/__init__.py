@@ -3,6 +3,7 @@
 from influence_kit.checkpoints import checkpoint_table, load_checkpoint
 from influence_kit.errors import CurvatureError
 from influence_kit.methods.conjugate_gradients import CGInfluenceFunction
+from influence_kit.methods.datainf import DataInf
 from influence_kit.methods.explicit import ExplicitInfluenceFunction
 from influence_kit.methods.grad_cos import GradCos
 from influence_kit.methods.grad_dot import GradDot
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CGInfluenceFunction",
     "CurvatureError",
+    "DataInf",
     "EKFACInfluenceFunction",
     "ExactNearestNeighbors",
     "ExplicitInfluenceFunction",

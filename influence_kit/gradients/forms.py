@@ -115,6 +115,15 @@ class Form(ABC):
         return self
 
     @property
+    def nbytes(self) -> int:
+        """What its tensors take in memory."""
+        return sum(
+            value.numel() * value.element_size()
+            for value in vars(self).values()
+            if isinstance(value, Tensor)
+        )
+
+    @property
     def p(self) -> int:
         """Number of elements of the parameter."""
         return math.prod(self.shape)
@@ -229,6 +238,10 @@ class Sum(Form):
 
     def _map(self, change: Callable[[Form], Form]) -> Sum:
         return Sum(tuple(change(part) for part in self.parts))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
 
     def dense(self) -> Tensor:
         return sum((part.dense() for part in self.parts[1:]), self.parts[0].dense())

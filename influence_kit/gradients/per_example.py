@@ -59,9 +59,14 @@ class Gradients:
 
     def squared_norms(self) -> Tensor:
         """The squared norm of each example's whole gradient, ``[n]``."""
+        return self.squared_norms_of(list(self.forms))
+
+    def squared_norms_of(self, names: Sequence[str]) -> Tensor:
+        """The same of the named parameters."""
         norms = self.sample.new_zeros(self.n)
-        for form in self.forms.values():
-            norms += form.squared_norms()
+        for name in names:
+            if name in self.forms:
+                norms += self.forms[name].squared_norms()
         return norms
 
     def paired(self, other: Gradients) -> Tensor:
@@ -117,6 +122,11 @@ class Gradients:
         for name, form in self.forms.items():
             columns.update(form.by_parameter(name))
         return torch.cat([columns[name] for name in self.parameters], dim=1)
+
+    @property
+    def nbytes(self) -> int:
+        """What the forms take in memory."""
+        return sum(form.nbytes for form in self.forms.values())
 
     def non_finite(self) -> tuple[int, str] | None:
         """An example and a parameter whose gradient is NaN or infinite; None if all are finite."""

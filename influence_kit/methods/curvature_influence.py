@@ -1,7 +1,6 @@
 """Influence functions with a choice of curvature and blocks."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -9,7 +8,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.gradients.per_example import Gradients
 from influence_kit.methods.chosen import choose_blocks
 from influence_kit.methods.influence_function import DampingArgument, Facts, InfluenceFunction
 from influence_kit.operators.curvature import (
@@ -19,8 +17,6 @@ from influence_kit.operators.curvature import (
     HessianOfLoss,
     OuterProducts,
 )
-from influence_kit.operators.partition import Partition
-from influence_kit.scoring.term import Transform
 
 CurvatureName = Literal["ggn", "hessian", "fisher", "empirical_fisher"]
 BlockArgument = Literal["full", "layer", "parameter"] | Mapping[str, Sequence[str]]
@@ -65,14 +61,8 @@ class CurvatureInfluence(InfluenceFunction):
             **kwargs,
         )
 
-    @cached_property
-    def _partition(self) -> Partition:
-        shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
-        return Partition(choose_blocks(self.model, list(shapes), self.layers, self.blocks), shapes)
-
-    @property
-    def block_names(self) -> list[str]:
-        return list(self._partition.blocks)
+    def _blocks_of(self, names: list[str]) -> Mapping[str, list[str]]:
+        return choose_blocks(self.model, names, self.layers, self.blocks)
 
     def _curvature(self, data: DataSet) -> Curvature:
         """The curvature at the checkpoint that is in the model."""
@@ -89,11 +79,3 @@ class CurvatureInfluence(InfluenceFunction):
     def _means(self, facts: Facts, data: DataSet) -> Tensor:
         sizes = torch.tensor(self._partition.sizes, device=self._device)
         return self._curvature(data).traces(self.seed) / sizes
-
-    def _through(self, solve: Any) -> Transform:
-        """A map of vectors ``[k, P]`` as a map of gradients."""
-
-        def transform(gradients: Gradients) -> Gradients:
-            return self._partition.gradients(solve(self._partition.flat(gradients)), gradients)
-
-        return transform

@@ -5,8 +5,9 @@ Letters: m test and n training examples, P chosen parameters, C checkpoints (in 
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
 from numbers import Real
 from typing import Any, Literal
 
@@ -20,10 +21,13 @@ from influence_kit.data import Batch, as_loader, is_dataset
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
+from influence_kit.memory import resident_bytes
+from influence_kit.methods.chosen import group_by_layer
 from influence_kit.methods.inner_product import InnerProductInfluence, given
-from influence_kit.operators.curvature import DataSet
+from influence_kit.operators.curvature import DataSet, Remembered
 from influence_kit.operators.curvature import Features as PlacedFeatures
 from influence_kit.operators.labels import ModelLabels
+from influence_kit.operators.partition import Partition
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term, Transform
 from influence_kit.scoring.transforms import unit_influence
@@ -74,14 +78,13 @@ class InfluenceFunction(InnerProductInfluence):
 
     # What a method says.
 
-    @property
-    @abstractmethod
-    def block_names(self) -> list[str]:
-        """The blocks of the curvature, each with a damping of its own."""
+    def _blocks_of(self, names: list[str]) -> Mapping[str, list[str]]:
+        """The names of parameters by block of the curvature: by layer, unless a method says."""
+        return group_by_layer(self.model, names, None)
 
-    @abstractmethod
     def _measure(self, data: DataSet) -> Facts:
         """What is to be known of the curvature at the checkpoint that is in the model."""
+        return {}
 
     @abstractmethod
     def _means(self, facts: Facts, data: DataSet) -> Tensor:
@@ -104,6 +107,11 @@ class InfluenceFunction(InnerProductInfluence):
         ]
 
     # What a user reads, sets and calls.
+
+    @property
+    def block_names(self) -> list[str]:
+        """The blocks of the curvature, each with a damping of its own."""
+        return list(self._partition.blocks)
 
     @property
     def damping(self) -> DampingArgument:
@@ -156,10 +164,24 @@ class InfluenceFunction(InnerProductInfluence):
 
     # How it is done.
 
+    @cached_property
+    def _partition(self) -> Partition:
+        shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
+        return Partition(self._blocks_of(list(shapes)), shapes)
+
+    def _through(self, solve: Callable[[Tensor], Tensor]) -> Transform:
+        """A map of vectors ``[k, P]`` as a map of gradients."""
+
+        def transform(gradients: Gradients) -> Gradients:
+            return self._partition.gradients(solve(self._partition.flat(gradients)), gradients)
+
+        return transform
+
     def _forget(self) -> None:
         self._facts: dict[int, Facts] = {}
         self._prints: dict[int, tuple[float, ...]] = {}
         self._inverses: dict[int, Transform] = {}
+        self._remembered: list[Remembered] = []
 
     def _plan(
         self, loader: CheckpointLoader, inputs: Any, ordered: bool = True
@@ -259,7 +281,17 @@ class InfluenceFunction(InnerProductInfluence):
                 batch = labels(places, batch)
             return self._source(batch, self._train_loss)
 
-        return features
+        self._remembered.append(Remembered(features, resident_bytes(self._device)))
+        return self._remembered[-1]
+
+    @contextmanager
+    def _session(self) -> Iterator[CheckpointLoader]:
+        with super()._session() as loader:
+            try:
+                yield loader
+            finally:
+                for remembered in self._remembered:
+                    remembered.forget()
 
     def _vectors(self, inputs: Any, of_tests: bool = True, aggregate: bool = False) -> Tensor:
         with self._session() as loader:

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.methods.chosen import group_by_layer
 from influence_kit.methods.influence_function import Facts, InfluenceFunction
 from influence_kit.operators.curvature import DataSet
 from influence_kit.operators.eigenbasis import Eigenbasis, KroneckerInverse, Table
@@ -51,14 +50,6 @@ class KroneckerInfluence(InfluenceFunction):
         self.rtol = rtol
         super().__init__(*args, **kwargs)
 
-    @property
-    def _groups(self) -> dict[str, list[str]]:
-        return dict(group_by_layer(self.model, list(self._parameters), None))
-
-    @property
-    def block_names(self) -> list[str]:
-        return list(self._groups)
-
     def _measure(self, data: DataSet) -> Facts:
         features = self._curvature_features(self.curvature)
         layers = self._measured_layers(features(*next(iter(data))))
@@ -82,7 +73,7 @@ class KroneckerInfluence(InfluenceFunction):
     def _measured_layers(self, gradients: Gradients) -> dict[str, Measured]:
         """What measures each layer, of the kind that the first batch's gradients show."""
         layers, without = {}, {}
-        for name, names in self._groups.items():
+        for name, names in self._partition.blocks.items():
             module = self.model.get_submodule(name) if name not in names else None
             found = measured_layer(names, gradients)
             if isinstance(module, TRANSPOSED):
@@ -96,7 +87,7 @@ class KroneckerInfluence(InfluenceFunction):
         if without:
             reasons = "; ".join(f"'{name}': {reason}" for name, reason in without.items())
             raise InvalidArgumentError(
-                f"no Kronecker form for {len(without)} of {len(self._groups)} layers ({reasons}). "
+                f"no Kronecker form for {len(without)} of {len(self._partition.blocks)} layers ({reasons}). "
                 f"Leave them out: layers={list(layers)}"
             )
         return layers
@@ -106,7 +97,7 @@ class KroneckerInfluence(InfluenceFunction):
 
     def _make_inverse(self, facts: Facts, damping: Tensor, data: DataSet) -> Transform:
         values = damping_by_block(damping, len(self.block_names), positive=True).tolist()
-        groups = zip(self._groups.items(), values, strict=True)
+        groups = zip(self._partition.blocks.items(), values, strict=True)
         return KroneckerInverse(
             dict(self._basis(name, names, facts, value) for (name, names), value in groups)
         )

@@ -80,6 +80,38 @@ class DataSet:
         return sum(example_count(batch) for batch in self.batches)
 
 
+class Remembered:
+    """Features of batches, kept for later passes over the same data while memory lasts.
+
+    Args:
+        features: gradients of a batch, given the places of its examples.
+        budget: bytes that may be kept.
+    """
+
+    def __init__(self, features: Features, budget: int) -> None:
+        self.features = features
+        self.left = budget
+        self._kept: dict[int, Gradients] = {}
+
+    def __call__(self, places: Tensor, batch: Batch) -> Gradients:
+        """The features of the batch whose examples have these places, one after the other."""
+        first = int(places[0])
+        if first in self._kept:
+            return self._kept[first]
+        gradients = self.features(places, batch)
+        size = gradients.nbytes
+        if size <= self.left:
+            self.left -= size
+            self._kept[first] = gradients
+        return gradients
+
+    def forget(self) -> None:
+        """Free what is kept."""
+        for gradients in self._kept.values():
+            self.left += gradients.nbytes
+        self._kept.clear()
+
+
 class Curvature(Operator):
     """The mean over a data set of the examples' curvatures, block-diagonal.
 

@@ -82,25 +82,23 @@ class MatrixLayer:
             return None
         return form.deltas, form.inputs if self.bias is None else with_ones(form.inputs)
 
-    def matrices(self, forms: Forms) -> Tensor:
-        """G, ``[n, g, o, i]``."""
+    def times(self, forms: Forms, right: Tensor) -> Tensor:
+        """G times a matrix a group ``[g, i, *]``: ``[n, g, o, *]``."""
         form = forms[self.weight]
         inputs = self.inputs - (self.bias is not None)
         if self.transposed:
             weights = form.dense().view(-1, 1, inputs, self.outputs).transpose(2, 3)
         else:
             weights = form.dense().view(-1, self.groups, self.outputs, inputs)
-        if self.bias is None:
-            return weights
-        biases = forms[self.bias].dense().view(-1, self.groups, self.outputs, 1)
-        return torch.cat([weights, biases], dim=3)
+        product = weights @ right[:, :inputs]
+        if self.bias is not None:
+            biases = forms[self.bias].dense().view(-1, self.groups, self.outputs, 1)
+            product.addcmul_(biases, right[:, inputs:])
+        return product
 
     def split(self, matrices: Tensor) -> dict[str, Tensor]:
         """Matrices ``[n, g, o, i]`` by parameter, ``[n, p]``."""
-        if self.bias is None:
-            weights = matrices
-        else:
-            weights = matrices[..., :-1]
+        weights = matrices if self.bias is None else matrices[..., :-1]
         if self.transposed:
             weights = weights.transpose(2, 3)
         found = {self.weight: weights.flatten(1)}
@@ -219,8 +217,7 @@ class MeasuredMatrix(Measured):
 
 def rotated(layer: MatrixLayer, left: Tensor, right: Tensor, forms: Forms) -> Iterable[Tensor]:
     """Q_S^T G Q_A, ``[n, g, o, i]`` in chunks of examples: factors or matrices, the cheaper."""
-    n, o, i = forms[layer.weight].n, layer.outputs, layer.inputs
-    form = forms[layer.weight]
+    o, i, form = layer.outputs, layer.inputs, forms[layer.weight]
     for rows in form.example_slices(2 * layer.groups * o * i):
         some = {name: forms[name].rows(rows) for name in (layer.weight, layer.bias) if name}
         t = _positions(form)
@@ -230,9 +227,7 @@ def rotated(layer: MatrixLayer, left: Tensor, right: Tensor, forms: Forms) -> It
             deltas, inputs = factors[0] @ left[0], factors[1] @ right[0]
             yield torch.bmm(deltas.transpose(1, 2), inputs).unsqueeze(1)
         else:
-            # the smaller side first
-            matrices = layer.matrices(some)
-            yield left.transpose(1, 2) @ (matrices @ right)
+            yield left.transpose(1, 2) @ layer.times(some, right)
 
 
 def _positions(form: Form) -> int:

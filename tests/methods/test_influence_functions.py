@@ -33,10 +33,12 @@ KINDS_OF_BLOCKS = ["full", "layer", "parameter", "some"]
 SOLVERS: dict[str, dict[str, Any]] = {
     "ExplicitInfluenceFunction": {},
     "CGInfluenceFunction": {"tol": 1e-12, "max_iter": 2000},
-    "LiSSAInfluenceFunction": {"recursion_depth": 1000, "num_repeat": 1},
+    "LiSSAInfluenceFunction": {"recursion_depth": 1000, "hessian_batch_size": None},
     "NystromInfluenceFunction": {"rank": 400},
 }
 ITERATIVE = ["CGInfluenceFunction", "LiSSAInfluenceFunction"]
+# many products with a curvature are quick where they are products with kept gradients
+USUAL = {solver: "empirical_fisher" if solver in ITERATIVE else "ggn" for solver in SOLVERS}
 KRONECKER = {
     "KFACInfluenceFunction": dense.kfac_matrix,
     "EKFACInfluenceFunction": dense.ekfac_matrix,
@@ -116,8 +118,8 @@ def make(method: str, name: str, **changed: Any) -> Any:
     """A method on a case's first checkpoint; ``changed`` replaces any argument."""
     case = CASES[name]
     changed.setdefault("layers", KRONECKER_LAYERS[name] if method in KRONECKER else None)
-    if method in KRONECKER:
-        changed.setdefault("curvature", "empirical_fisher")
+    if method in KRONECKER or method in SOLVERS:
+        changed.setdefault("curvature", USUAL.get(method, "empirical_fisher"))
     if changed.get("blocks") == "some":
         changed["blocks"] = BLOCKS[name]
     data = changed.pop("data", None) or Examples(case.train)
@@ -130,7 +132,7 @@ def make(method: str, name: str, **changed: Any) -> Any:
 def inverse_for(method: str, name: str, damping: float, place: int = 0) -> Tensor:
     """M^-1 of any method with the arguments that ``make`` gives it."""
     if method in SOLVERS:
-        return solved(name, "ggn", "full", damping, place=place)
+        return solved(name, USUAL[method], "full", damping, place=place)
     model = model_at(name, place)
     if method == "DataInf":
         blocks = named_blocks(name, "layer")
@@ -154,7 +156,7 @@ def damping_of(method: str, name: str) -> float:
         return dense.telling_damping(kronecker(method, name))
     if method == "DataInf":  # g g^T of one example has the eigenvalue norm(g)^2
         return train_gradients(name).square().sum(1).median().item() / 10
-    return damping_for(method, curvature_of(name, "ggn"))
+    return damping_for(method, curvature_of(name, USUAL[method]))
 
 
 def tolerance(method: str) -> float:
@@ -299,8 +301,11 @@ def test_cg(name: str, curvature: str, blocks: str) -> None:
 )
 def test_lissa(name: str, curvature: str, blocks: str) -> None:
     method = "LiSSAInfluenceFunction"
-    damping = damping_for(method, curvature_of(name, curvature))
-    influence = make(method, name, curvature=curvature, blocks=blocks, damping=damping)
+    # few steps, since each is a pass
+    damping = dense.telling_damping(curvature_of(name, curvature))
+    damping = max(damping, dense.eigenvalues(curvature_of(name, curvature)).max().item() / 6)
+    settings = {"recursion_depth": 150, "batch_size": 11, "damping": damping}
+    influence = make(method, name, curvature=curvature, blocks=blocks, **settings)
     check(method, name, influence, solved(name, curvature, blocks, damping))
 
 
@@ -373,9 +378,9 @@ def test_one_two_and_more_tests_than_parameters(solver: str, m: int) -> None:
     case, layers = CASES["mlp"], ["head"]
     torch.manual_seed(30)
     test = case.batch(m)
-    damping = damping_for(solver, curvature_of("mlp", "ggn"))
+    damping = damping_for(solver, curvature_of("mlp", USUAL[solver]))
     h = oracles.gradients(model_at("mlp"), test, case.loss)
-    inverse = solved("mlp", "ggn", "full", damping, tuple(layers))
+    inverse = solved("mlp", USUAL[solver], "full", damping, tuple(layers))
     expected = dense.scores(inverse, h, train_gradients("mlp"))
     found = make(solver, "mlp", layers=layers, damping=damping).influence(test)
     assert_close(found, expected, tolerance(solver))
@@ -387,9 +392,9 @@ def test_every_row_is_as_close_whatever_its_size(solver: str) -> None:
         return cross_entropy(outputs, targets) * 1000.0 ** (targets - 1)
 
     case = CASES["mlp"]
-    damping = damping_for(solver, curvature_of("mlp", "ggn"))
+    damping = damping_for(solver, curvature_of("mlp", USUAL[solver]))
     h = oracles.gradients(model_at("mlp"), case.test, by_class)
-    inverse = solved("mlp", "ggn", "full", damping)
+    inverse = solved("mlp", USUAL[solver], "full", damping)
     expected = dense.scores(inverse, h, train_gradients("mlp"))
     found = make(solver, "mlp", damping=damping, test_loss_fn=by_class).influence(case.test)
     for row, wanted in zip(found, expected, strict=True):
@@ -403,11 +408,11 @@ def test_a_test_example_without_a_gradient_scores_zero(solver: str, kept: int) -
         return cross_entropy(outputs, targets) * (targets == 0) * kept
 
     case = CASES["mlp"]
-    damping = damping_for(solver, curvature_of("mlp", "ggn"))
+    damping = damping_for(solver, curvature_of("mlp", USUAL[solver]))
     found = make(solver, "mlp", damping=damping, test_loss_fn=some).influence(case.test)
     zero = (case.test[1] != 0) | (kept == 0)
     assert (found[zero] == 0).all()
-    inverse = solved("mlp", "ggn", "full", damping)
+    inverse = solved("mlp", USUAL[solver], "full", damping)
     expected = dense.scores(inverse, query_gradients("mlp"), train_gradients("mlp"))
     if kept:
         assert_close(found[~zero], expected[~zero], tolerance(solver))
@@ -652,12 +657,14 @@ def test_several_checkpoints_are_averaged(method: str) -> None:
 @every_kind_of_blocks
 def test_a_damping_for_each_block(solver: str, blocks: str) -> None:
     names = named_blocks("mlp", blocks)
-    start = damping_for(solver, curvature_of("mlp", "ggn"))
+    start = damping_for(solver, curvature_of("mlp", USUAL[solver]))
     # the name of the one block of all is not given: a number serves
     damping = {block: start * (place + 1) for place, block in enumerate(names)}
     given = start if blocks == "full" else damping
     influence = make(solver, "mlp", blocks=blocks, damping=given)
-    inverse = dense.block_inverse(model_at("mlp"), curvature_of("mlp", "ggn"), names, damping)
+    inverse = dense.block_inverse(
+        model_at("mlp"), curvature_of("mlp", USUAL[solver]), names, damping
+    )
     check(solver, "mlp", influence, inverse)
     (used,) = influence.damping_used
     assert list(used.values()) == list(damping.values())
@@ -733,7 +740,7 @@ def test_another_data_set_for_the_curvature(method: str, size: int) -> None:
         inverse = dense.datainf_inverse(model, g, blocks, dict.fromkeys(blocks, damping))
     else:
         matrix = (
-            dense.gauss_newton(model, other, case.loss)
+            dense.CURVATURES[USUAL[method]](model, other, case.loss)
             if method in SOLVERS
             else dense.kronecker_curvature(
                 model, other, case.loss, KRONECKER_LAYERS["mlp"], KRONECKER[method]
@@ -766,7 +773,7 @@ def test_some_layers(method: str, layers: list[str]) -> None:
     damping, model = damping_of(method, "mlp"), model_at("mlp")
     inverse = inverse_for(method, "mlp", damping)
     if method in SOLVERS:
-        inverse = solved("mlp", "ggn", "full", damping, tuple(layers))
+        inverse = solved("mlp", USUAL[method], "full", damping, tuple(layers))
     rest = dense.places(
         model, [n for n, _ in model.named_parameters() if n not in _names_in("mlp", layers)]
     )

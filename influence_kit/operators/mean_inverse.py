@@ -1,0 +1,62 @@
+"""The mean of the inverses of damped rank-one curvatures: DataInf, arXiv 2310.00902."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from influence_kit.gradients.per_example import Gradients
+from influence_kit.operators.curvature import DataSet, Features
+from influence_kit.operators.partition import Partition, spread
+from influence_kit.operators.solvers import Damping, damping_by_block
+
+
+class MeanInverse:
+    """v -> 1/n sum_j (g_j g_j^T + damping)^-1 v, block by block, in one pass for all vectors.
+
+    By Sherman and Morrison each inverse is (I - g_j g_j^T / (damping + |g_j|^2)) / damping, so that
+    the pass takes inner products and a weighted sum of the gradients, and stores none.
+
+    Args:
+        features: gradients of a batch, given the places of its examples.
+        data: the data set.
+        partition: the parameters, in blocks.
+        damping: added to the eigenvalues; positive.
+    """
+
+    def __init__(
+        self, features: Features, data: DataSet, partition: Partition, damping: Damping
+    ) -> None:
+        self.features, self.data, self.partition = features, data, partition
+        self.damping = damping_by_block(damping, len(partition.blocks), positive=True)
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """The mean of the inverses times each row of ``[k, P]``."""
+        total = torch.zeros_like(vectors)
+        for places, batch in self.data:
+            total += self._batch_sum(self.features(places, batch), vectors)
+        lift = spread(self.damping, self.partition.sizes).to(vectors)
+        return (vectors - total / self.data.count) / lift
+
+    def _batch_sum(self, gradients: Gradients, vectors: Tensor) -> Tensor:
+        """The sum over a batch of g_j <g_j, v> / (damping + |g_j|^2)."""
+        tests = self.partition.gradients(vectors, gradients)
+        columns: list[Tensor] = []
+        for names, damping in zip(
+            self.partition.blocks.values(), self.damping.tolist(), strict=True
+        ):
+            weights = gradients.inner_of(tests, gradients.n, names)
+            weights = weights / (damping + gradients.squared_norms_of(names))
+            columns += gradients.combined(weights, names).values()
+        return torch.cat(columns, dim=1)
+
+
+def mean_eigenvalues(features: Features, data: DataSet, partition: Partition) -> Tensor:
+    """The mean over examples of |g|^2 / p for each block, ``[B]``: of g g^T's mean eigenvalue."""
+    blocks: Sequence[Sequence[str]] = list(partition.blocks.values())
+    total = torch.zeros(len(blocks), dtype=torch.float64)
+    for places, batch in data:
+        gradients = features(places, batch)
+        norms = [gradients.squared_norms_of(names).double().sum() for names in blocks]
+        total += torch.stack(norms).cpu()
+    return total / data.count / torch.tensor(partition.sizes)
