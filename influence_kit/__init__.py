@@ -2,6 +2,7 @@
 
 from influence_kit.checkpoints import checkpoint_table, load_checkpoint
 from influence_kit.errors import CurvatureError
+from influence_kit.methods.arnoldi import ArnoldiInfluenceFunction
 from influence_kit.methods.conjugate_gradients import CGInfluenceFunction
 from influence_kit.methods.datainf import DataInf
 from influence_kit.methods.explicit import ExplicitInfluenceFunction
@@ -10,6 +11,7 @@ from influence_kit.methods.grad_dot import GradDot
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.kfac import EKFACInfluenceFunction, KFACInfluenceFunction
 from influence_kit.methods.lissa import LiSSAInfluenceFunction
+from influence_kit.methods.naive import NaiveInfluenceFunction
 from influence_kit.methods.nearest_neighbors import (
     ExactNearestNeighbors,
     FaissNearestNeighbors,
@@ -24,6 +26,7 @@ from influence_kit.scoring.reducers import KMostInfluentialResults
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArnoldiInfluenceFunction",
     "CGInfluenceFunction",
     "CurvatureError",
     "DataInf",
@@ -37,6 +40,7 @@ __all__ = [
     "KFACInfluenceFunction",
     "KMostInfluentialResults",
     "LiSSAInfluenceFunction",
+    "NaiveInfluenceFunction",
     "NearestNeighbors",
     "NystromInfluenceFunction",
     "TracInCP",

@@ -117,8 +117,8 @@ def arnoldi(operator: Operator, steps: int, tol: float = 0.0, seed: int = 0) -> 
     """Eigenpairs of the restriction of C to Krylov subspaces (arXiv 2112.03052).
 
     Lanczos with full reorthogonalisation from a random start, one product a step; the restriction
-    is symmetric and so are its eigenpairs (``eigh``). A block stops where the next direction is
-    shorter than ``tol`` times the norm of the image it is left over from.
+    is symmetric and so are its eigenpairs (``eigh``). A block stops where what is left of an image
+    for the next direction is shorter than ``tol``, or lost in rounding.
     """
     start = operator.normal(1, seed).split(operator.sizes, dim=1)
     bases = [[part[0].double() / part.double().norm()] for part in start]
@@ -148,7 +148,7 @@ def _extend(basis: list[Tensor], images: list[Tensor], image: Tensor, tol: float
     for _ in range(2):  # twice is enough for orthogonality to rounding
         left = left - known @ (known.T @ left)
     norm = float(left.norm())
-    if len(basis) >= len(image) or norm <= max(tol, 1e-10) * float(image.norm()):
+    if len(basis) >= len(image) or norm <= max(tol, 1e-10 * float(image.norm())):
         return False
     basis.append(left / norm)
     return True

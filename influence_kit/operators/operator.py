@@ -69,3 +69,19 @@ class Operator(ABC):
     def signs(self, count: int, seed: int) -> Tensor:
         """Random signs, the same on every device."""
         return torch.where(self.normal(count, seed) >= 0, 1.0, -1.0).to(self.sample)
+
+
+class Scaled(Operator):
+    """A number times an operator.
+
+    Args:
+        operator: what is scaled.
+        factor: the number.
+    """
+
+    def __init__(self, operator: Operator, factor: float) -> None:
+        super().__init__(operator.sizes, operator.sample)
+        self.operator, self.factor = operator, factor
+
+    def product(self, vectors: Tensor) -> Tensor:
+        return self.operator.product(vectors) * self.factor

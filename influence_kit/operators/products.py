@@ -56,7 +56,9 @@ def gauss_newton_product(
     Args:
         outputs: parameters by name to a tuple of tensors.
         loss: these tensors to a scalar.
-        parameters, vectors, mode: as in ``hessian_product``.
+        parameters: where to take it.
+        vectors: ``[k, *shape]`` by name.
+        mode: "forward" or "reverse" over reverse.
     """
     with differentiable_attention():
         if mode == "reverse":
@@ -76,6 +78,8 @@ def _vmapped(product: Callable[[Tree], dict[str, Tensor]], vectors: Tree) -> dic
     with warnings.catch_warnings():
         # an operation that vmap does in a loop is right, and slow
         warnings.filterwarnings("ignore", message="There is a performance drop")
+        # torch's own, from its table of forward derivatives
+        warnings.filterwarnings("ignore", message=".*torch.jit.script")
         with torch.no_grad():
             return vmap(product, randomness="same")(vectors)
 
@@ -109,7 +113,10 @@ def _hessian_reverse(
         value = function(leaves)
         slopes = _pull([value], points, [torch.ones_like(value)], keep=True)
     rows = [_pull(slopes, points, row, keep=False) for row in zip(*vectors.values(), strict=True)]
-    return {name: torch.stack(column) for name, column in zip(leaves, zip(*rows), strict=True)}
+    return {
+        name: torch.stack(column)
+        for name, column in zip(leaves, zip(*rows, strict=True), strict=True)
+    }
 
 
 def _gauss_newton_reverse(
@@ -131,4 +138,7 @@ def _gauss_newton_reverse(
     for row in zip(*vectors.values(), strict=True):
         along = _pull(pulled, duals, row, keep=False)
         rows.append(_pull(values, points, _pull(slopes, heads, along, keep=False), keep=False))
-    return {name: torch.stack(column) for name, column in zip(leaves, zip(*rows), strict=True)}
+    return {
+        name: torch.stack(column)
+        for name, column in zip(leaves, zip(*rows, strict=True), strict=True)
+    }
