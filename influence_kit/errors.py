@@ -18,4 +18,4 @@ class NonFiniteError(ValueError):
 
 
 class CurvatureError(ValueError):
-    """A curvature that is singular or indefinite in spite of the damping, or makes a solver fail."""
+    """A damped curvature that is singular or indefinite, or a solver that fails on it."""

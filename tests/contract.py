@@ -9,10 +9,25 @@ from typing import Any
 
 import oracles
 import torch
-from cases import RATES, Case, Examples
+from cases import CASES, RATES, Case, Examples
 from torch import Tensor
 
-from influence_kit import GradCos, GradDot, TracInCP, TracInCPFast, TracInCPFastRandProj
+from influence_kit import (
+    ArnoldiInfluenceFunction,
+    CGInfluenceFunction,
+    DataInf,
+    EKFACInfluenceFunction,
+    ExplicitInfluenceFunction,
+    GradCos,
+    GradDot,
+    KFACInfluenceFunction,
+    LiSSAInfluenceFunction,
+    NaiveInfluenceFunction,
+    NystromInfluenceFunction,
+    TracInCP,
+    TracInCPFast,
+    TracInCPFastRandProj,
+)
 
 CLOSE = 1e-10
 
@@ -23,12 +38,19 @@ class Method:
 
     ``make`` builds it from a case, a model, data, checkpoints and keyword arguments; ``oracle`` is
     the same scores from single-example gradients (None where a test file of its own has them).
+    ``over_checkpoints``: what scores are over several, a sum, a mean, or of the first alone.
+    ``quantities``: intermediate quantities are vectors whose dot products are the scores, or a test
+    side that ``influence`` takes. ``close``: what rounding may make of equal scores, in float64 and
+    float32, where a matrix is inverted.
     """
 
     make: Callable[..., Any]
     oracle: Callable[[Case], Tensor] | None
     has_self_influence: bool = True
     doubles_with_the_test_loss: bool = True
+    over_checkpoints: str = "sum"
+    quantities: str = "dots"
+    close: tuple[float, float] = (CLOSE, 1e-5)
 
 
 def _whole_model(cls: type) -> Callable[..., Any]:
@@ -43,6 +65,45 @@ def _last_layer(cls: type, **own: Any) -> Callable[..., Any]:
         return cls(model, case.final, data, checkpoints, **own, **arguments)
 
     return make
+
+
+# the curvature is that of the case's training set, also where scores are of other data
+def _curved(cls: type, **own: Any) -> Callable[..., Any]:
+    def make(case: Case, model: Any, data: Any, checkpoints: Any, **arguments: Any) -> Any:
+        return cls(model, data, checkpoints, **_hessian_data(case, model) | own | arguments)
+
+    return make
+
+
+def _at_one(cls: type, **own: Any) -> Callable[..., Any]:
+    def make(case: Case, model: Any, data: Any, checkpoints: Any, **arguments: Any) -> Any:
+        arguments = _hessian_data(case, model) | own | arguments
+        return cls(model, data, checkpoints[0], **arguments)
+
+    return make
+
+
+def _kronecker(cls: type) -> Callable[..., Any]:
+    make = _curved(cls, curvature="empirical_fisher")
+
+    def make_of_layers(case: Case, *given: Any, **arguments: Any) -> Any:
+        layers = {"layers": ["positions", "qkv", "out"]} if case is CASES["gpt"] else {}
+        return make(case, *given, **layers | arguments)
+
+    return make_of_layers
+
+
+def _hessian_data(case: Case, model: torch.nn.Module) -> dict[str, Any]:
+    dtype = next(model.parameters()).dtype
+    return {"hessian_dataset": Examples(cast(case.train, dtype))}
+
+
+def cast(batch: Any, dtype: torch.dtype) -> Any:
+    """The batch with its floating-point tensors in another precision."""
+    change = lambda t: t.to(dtype) if t.is_floating_point() else t  # noqa: E731
+    if isinstance(batch, dict):
+        return {key: change(value) for key, value in batch.items()}
+    return tuple(change(value) for value in batch)
 
 
 def _given(case: Case) -> tuple[Any, ...]:
@@ -69,6 +130,21 @@ def _tracin_of_last(case: Case) -> Tensor:
 _rand_proj = _last_layer(TracInCPFastRandProj)
 _projected = _last_layer(TracInCPFastRandProj, projection_dim=4)
 
+
+
+def _inverted(make: Callable[..., Any]) -> Method:
+    """Influence functions; their dense oracles are in ``test_influence_functions``."""
+    close = (1e-8, 2e-3)
+    return Method(make, None, over_checkpoints="mean", quantities="test side", close=close)
+
+
+def _of_captum(make: Callable[..., Any]) -> Method:
+    """Captum's two; their oracle is Captum."""
+    return Method(make, None, over_checkpoints="first", close=(1e-8, 2e-3))
+
+
+FEW_PASSES = {"curvature": "empirical_fisher"}
+
 METHODS = {
     "TracInCP": Method(_whole_model(TracInCP), _tracin),
     "GradDot": Method(_whole_model(GradDot), _dots),
@@ -76,6 +152,31 @@ METHODS = {
     "TracInCPFast": Method(_last_layer(TracInCPFast), _tracin_of_last),
     "TracInCPFastRandProj": Method(_rand_proj, _tracin_of_last, has_self_influence=False),
     "TracInCPFastRandProj, projected": Method(_projected, None, has_self_influence=False),
+    "ExplicitInfluenceFunction": _inverted(_curved(ExplicitInfluenceFunction)),
+    "ExplicitInfluenceFunction, relative": _inverted(
+        _curved(ExplicitInfluenceFunction, relative="l", blocks="layer")
+    ),
+    # settings with few iterations: what they converge to is tested elsewhere
+    "CGInfluenceFunction": _inverted(
+        _curved(CGInfluenceFunction, **FEW_PASSES, tol=1e-12, preconditioner="nystrom")
+    ),
+    "LiSSAInfluenceFunction": _inverted(
+        _curved(
+            LiSSAInfluenceFunction,
+            **FEW_PASSES,
+            hessian_batch_size=None,
+            recursion_depth=9,
+            scale=40.0,
+        )
+    ),
+    "NystromInfluenceFunction": _inverted(_curved(NystromInfluenceFunction, rank=20)),
+    "DataInf": _inverted(_curved(DataInf)),
+    "KFACInfluenceFunction": _inverted(_kronecker(KFACInfluenceFunction)),
+    "EKFACInfluenceFunction": _inverted(_kronecker(EKFACInfluenceFunction)),
+    "NaiveInfluenceFunction": _of_captum(_at_one(NaiveInfluenceFunction, hessian_reg=1.0)),
+    "ArnoldiInfluenceFunction": _of_captum(
+        _at_one(ArnoldiInfluenceFunction, projection_dim=5, arnoldi_dim=30, hessian_reg=1.0)
+    ),
 }
 
 

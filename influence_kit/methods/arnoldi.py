@@ -100,3 +100,7 @@ class ArnoldiInfluenceFunction(EmbeddingInfluence):
     def _pairs(self, hessian: Operator) -> EigenPairs:
         (pair,) = arnoldi(hessian, self.arnoldi_dim, self.arnoldi_tol, self.seed)
         return pair
+
+    def _settings(self) -> dict[str, Any]:
+        own = {"arnoldi_dim": self.arnoldi_dim, "arnoldi_tol": self.arnoldi_tol}
+        return {**super()._settings(), **own}

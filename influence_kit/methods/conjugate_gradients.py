@@ -1,4 +1,4 @@
-"""Influence functions by conjugate gradients: Martens 2010; Koh and Liang 2017, arXiv 1703.04730."""
+"""Influence functions by conjugate gradients: Koh and Liang 2017, arXiv 1703.04730."""
 
 from functools import partial
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from influence_kit.methods.curvature_influence import CurvatureInfluence
 from influence_kit.methods.influence_function import Facts
 from influence_kit.operators.curvature import DataSet
 from influence_kit.operators.low_rank import JacobiPreconditioner, NystromPreconditioner
-from influence_kit.operators.solvers import conjugate_gradients
+from influence_kit.operators.solvers import Solve, conjugate_gradients
 from influence_kit.scoring.term import Transform
 
 # of the Nystroem preconditioner
@@ -71,7 +71,8 @@ class CGInfluenceFunction(CurvatureInfluence):
         self.max_iter, self.tol, self.preconditioner = max_iter, tol, preconditioner
 
     def _make_inverse(self, facts: Facts, damping: Tensor, data: DataSet) -> Transform:
-        operator, conditioner = self._curvature(data), None
+        operator = self._curvature(data)
+        conditioner: Solve | None = None
         if self.preconditioner == "jacobi":
             conditioner = JacobiPreconditioner(operator, damping, self.seed)
         elif self.preconditioner == "nystrom":

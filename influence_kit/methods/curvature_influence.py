@@ -79,3 +79,6 @@ class CurvatureInfluence(InfluenceFunction):
     def _means(self, facts: Facts, data: DataSet) -> Tensor:
         sizes = torch.tensor(self._partition.sizes, device=self._device)
         return self._curvature(data).traces(self.seed) / sizes
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "curvature": self.curvature}

@@ -19,7 +19,7 @@ from influence_kit.operators.curvature import DataSet, HessianOfLoss
 from influence_kit.operators.low_rank import EigenPairs, LowRank, as_tensors, from_tensors
 from influence_kit.operators.operator import Operator, Scaled
 from influence_kit.scoring.stream import Stream
-from influence_kit.scoring.term import Side, Term, Transform
+from influence_kit.scoring.term import Side, Transform
 
 
 class EmbeddingInfluence(InfluenceFunction):
@@ -123,6 +123,7 @@ class EmbeddingInfluence(InfluenceFunction):
             show_progress: a bar over the checkpoint.
             return_on_cpu: have the result on the CPU.
             test: take the gradients of ``test_loss_fn``.
+            inputs: the same as ``inputs_dataset``.
         """
         chosen = given(inputs_dataset if inputs is None else inputs)
         with self._session() as loader:
@@ -179,15 +180,13 @@ class EmbeddingInfluence(InfluenceFunction):
             gradients.n, {"embedding": Dense(values, shape)}, {"embedding": shape}, gradients.sample
         )
 
-    def _given_terms(self, quantities: Tensor) -> list[Term]:
-        projection = self._projection_of_given(quantities)
-        return super()._given_terms(quantities.to(projection) @ projection.T)
+    _needs_fit_for_quantities = True
 
-    def _projection_of_given(self, quantities: Tensor) -> Tensor:
-        projection = self.R
+    def _checked_quantities(self, quantities: Tensor) -> Tensor:
+        projection = self._projection()
         if quantities.dim() != 2 or quantities.shape[1] != projection.shape[1]:
             raise InvalidArgumentError(
                 f"`inputs` is a tensor of shape {list(quantities.shape)}; embeddings made by "
                 f"`compute_intermediate_quantities` have shape [m, {projection.shape[1]}] here"
             )
-        return projection
+        return quantities.to(projection) @ projection.T

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from numbers import Real
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,17 +18,27 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Self
 
 from influence_kit.checkpoint_loader import CheckpointLoader
-from influence_kit.data import Batch, as_loader, is_dataset
+from influence_kit.data import Batch, as_loader, call_model, example_count, is_dataset, take
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.memory import resident_bytes
-from influence_kit.methods.chosen import group_by_layer
-from influence_kit.methods.inner_product import InnerProductInfluence, given
+from influence_kit.methods.chosen import check_layers, group_by_layer
+from influence_kit.methods.inner_product import InnerProductInfluence, check_k, given
+from influence_kit.methods.perturbation import (
+    MostInfluentialFeatures,
+    Perturbation,
+    Perturbed,
+    check_places,
+    chosen_rows,
+    joined,
+    most_influential,
+)
 from influence_kit.operators.curvature import DataSet, Remembered
 from influence_kit.operators.curvature import Features as PlacedFeatures
 from influence_kit.operators.labels import ModelLabels
 from influence_kit.operators.partition import Partition
+from influence_kit.saved import LOSSES, hash_of, read_folder, write_folder
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term, Transform
 from influence_kit.scoring.transforms import unit_influence
@@ -38,6 +49,8 @@ AUTO_SHARE = 0.1
 Facts = dict[str, Tensor]
 Features = Callable[[Any], Gradients]
 MEANS = "mean_eigenvalues"
+# examples whose losses tell one loss from another
+FEW = 8
 
 
 class InfluenceFunction(InnerProductInfluence):
@@ -150,6 +163,38 @@ class InfluenceFunction(InnerProductInfluence):
                 bar.update()
         return self
 
+    def save(self, folder: str | Path) -> None:
+        """Write what was measured of the curvature to a folder; measures it where it is not yet.
+
+        The damping is not part of it.
+        """
+        tensors = {}
+        with self._session() as loader:
+            for place in range(len(self.checkpoints)):
+                self._fit_at(place, loader)
+                for name, value in self._facts[place].items():
+                    tensors[f"{place}/{name}"] = value
+            write_folder(folder, tensors, self._description(loader))
+
+    def load(self, folder: str | Path) -> Self:
+        """Take what ``save`` has written, in place of ``fit``.
+
+        Raises:
+            InvalidArgumentError: where it was saved for another model, data set, loss or setting.
+        """
+        self._forget()
+        with self._session() as loader:
+            tensors = read_folder(folder, self._description(loader))
+            for place in range(len(self.checkpoints)):
+                loader.load(place)
+                self._prints[place] = loader.fingerprint(place)
+                self._facts[place] = {
+                    name.partition("/")[2]: value.to(self._device)
+                    for name, value in tensors.items()
+                    if name.startswith(f"{place}/")
+                }
+        return self
+
     def compute_intermediate_quantities(self, inputs: Any, aggregate: bool = False) -> Tensor:
         """The test side through the inverse: what ``influence`` takes in place of ``inputs``.
 
@@ -162,7 +207,124 @@ class InfluenceFunction(InnerProductInfluence):
         """
         return self._vectors(inputs, aggregate=aggregate)
 
+    def perturbation_influence(
+        self,
+        inputs: Any,
+        train_indices: Any = None,
+        k: int | None = None,
+        layer: str | None = None,
+        show_progress: bool = False,
+    ) -> Tensor | MostInfluentialFeatures:
+        r"""The gradient of each score in the training input: which features make it what it is.
+
+        .. math::
+            \frac{\partial}{\partial x_j} \, \langle M^{-1} \nabla_\theta \ell_{test}(z'_i), \,
+            \nabla_\theta \ell(z_j) \rangle, \qquad M = C + \lambda I
+
+        M^-1 and the test gradient held fixed (Koh and Liang 2017, arXiv 1703.04730, section 2.2);
+        the mean over checkpoints. Units are those of the score over those of the feature. Positive:
+        raising the feature makes the example more helpful; shifting x_j by a small delta and
+        training anew changes the test loss by about -<result[i, j], delta> / n.
+
+        The cost is one forward-over-reverse pass a pair and checkpoint, many pairs at a time. Of
+        several ranks each computes all of it.
+
+        Args:
+            inputs: test examples: one batch, a DataLoader, or what
+                ``compute_intermediate_quantities`` returns.
+            train_indices: places of training examples, in any order; all of them where None.
+            k: how many features to return for each test example; None for the whole tensor.
+            layer: the layer whose output x_j is; None for the model's only floating-point input
+                (the targets stay as they are).
+            show_progress: a bar over the training set.
+
+        Returns:
+            ``[m, n, *shape]``: shape of one example's x_j, examples in the order of
+            ``train_indices``. With ``k`` ``MostInfluentialFeatures``, in memory for m * k.
+
+        Raises:
+            InvalidArgumentError: for places outside the training set; where not just one input is
+                floating-point (tokens: name the embedding as ``layer``); for the whole tensor of
+                inputs of different shapes.
+            UnknownLayerError: for a layer that the model does not have.
+            NotImplementedError: with ``relative``, whose norm depends on x_j, too.
+
+        Example:
+            >>> import torch
+            >>> from influence_kit import ExplicitInfluenceFunction
+            >>> _ = torch.manual_seed(0)
+            >>> model = torch.nn.Linear(3, 2)
+            >>> x, y = torch.randn(8, 3), torch.arange(8) % 2
+            >>> train = torch.utils.data.TensorDataset(x, y)
+            >>> loss = torch.nn.CrossEntropyLoss()
+            >>> exact = ExplicitInfluenceFunction(model, train, [model.state_dict()], loss_fn=loss)
+            >>> exact.perturbation_influence((x[:4], y[:4])).shape
+            torch.Size([4, 8, 3])
+            >>> exact.perturbation_influence((x[:4], y[:4]), k=5).indices.shape
+            torch.Size([4, 5, 2])
+        """
+        check_k(k)
+        if self.relative is not None:
+            raise NotImplementedError(
+                f'with relative="{self.relative}" scores are divided by a norm that depends on the '
+                "training input, too; `perturbation_influence` needs relative=None"
+            )
+        check_layers(self.model, None if layer is None else [layer])
+        places = check_places(train_indices, self._train_count())
+        perturbed = Perturbed(self.model, layer)
+        with self._session() as loader:
+            # what cannot be perturbed is refused before the curvature is measured
+            perturbed.value(DataSet(self.train_dataloader, self._device).first())
+            terms, batches = self._plan(loader, given(inputs))
+            stream = Stream(terms, loader, self._sample)
+            vectors = [
+                stream.test_side(term.test, batches).flat() * term.weight_at(1.0) for term in terms
+            ]
+            found = Perturbation(self._source, self._train_loss, perturbed, loader, vectors)
+            doing = "compute perturbation influence for training batches"
+            with self._bar(doing, self.train_dataloader_len, show_progress) as bar:
+                rows = chosen_rows(self.train_dataloader, places, bar.update)
+                if k is not None:
+                    return most_influential(found.blocks(rows), k)
+                return joined(found.blocks(rows), places).to(self._dtype)
+
     # How it is done.
+
+    def _settings(self) -> dict[str, Any]:
+        """What ``fit`` depends on beside model, data and loss."""
+        return {"seed": self.seed, "blocks": dict(self._partition.blocks)}
+
+    def _description(self, loader: CheckpointLoader) -> dict[str, Any]:
+        """What a saved curvature belongs to."""
+        prints = []
+        for place in range(len(self.checkpoints)):
+            loader.load(place)
+            prints.append(list(loader.fingerprint(place)))
+        data = DataSet(self._hessian_loader, self._device)
+        return {
+            "method": self.get_name(),
+            "settings": self._settings(),
+            "dtype": str(self._dtype),
+            "weights of the checkpoints": prints,
+            "examples": data.count,
+            "hash of the examples": hash_of(self._hessian_loader),
+            LOSSES: self._first_losses(data),
+        }
+
+    def _first_losses(self, data: DataSet) -> list[float]:
+        """The losses of a few examples, by which another loss is told."""
+        losses: list[float] = []
+        for _, batch in data:
+            self._source.prepare(batch, self._train_loss)
+            for place in range(min(example_count(batch), FEW - len(losses))):
+                one = take(batch, slice(place, place + 1))
+                with torch.no_grad():
+                    losses.append(
+                        float(self._train_loss.total(call_model(self.model, one), one, 1))
+                    )
+            if len(losses) == FEW:
+                break
+        return losses
 
     @cached_property
     def _partition(self) -> Partition:
@@ -187,26 +349,37 @@ class InfluenceFunction(InnerProductInfluence):
         self, loader: CheckpointLoader, inputs: Any, ordered: bool = True
     ) -> tuple[list[Term], Iterable[Batch]]:
         ready = isinstance(inputs, Tensor)
-        if not ready or self.relative:
+        if not ready or self._needs_fit_for_quantities:
             # before the data is shared out: every rank takes part in measuring
             for place in range(len(self.checkpoints)):
                 self._fit_at(place, loader)
         if ready:
-            return self._given_terms(inputs), [inputs]
+            # the "batch" that the features of these terms take
+            quantities: Any = self._checked_quantities(inputs)
+            return self._given_terms(), [quantities]
         return super()._plan(loader, inputs, ordered)
 
-    def _given_terms(self, quantities: Tensor) -> list[Term]:
-        """The terms for a test side that has been through the inverse."""
-        shapes = {name: p.shape for name, p in self._parameters.items()}
-        sizes = [math.prod(shape) for shape in shapes.values()]
-        count = len(self.checkpoints)
-        expected = sum(sizes) * count
-        if quantities.dim() != 2 or quantities.shape[1] != expected:
+    @property
+    def _needs_fit_for_quantities(self) -> bool:
+        """Whether a test side that has been through the inverse still wants the inverse."""
+        return self.relative is not None
+
+    def _checked_quantities(self, quantities: Tensor) -> Tensor:
+        """A test side ``[m, C * P]`` that has been through the inverse."""
+        each, count = sum(p.numel() for p in self._parameters.values()), len(self.checkpoints)
+        if quantities.dim() != 2 or quantities.shape[1] != each * count:
             raise InvalidArgumentError(
                 f"`inputs` is a tensor of shape {list(quantities.shape)}; a test side made by "
-                f"`compute_intermediate_quantities` has shape [m, {expected}] here ({count} "
-                f"checkpoints x {sum(sizes)} parameters). Examples are a tuple, list or dict"
+                f"`compute_intermediate_quantities` has shape [m, {each * count}] here ({count} "
+                f"checkpoints x {each} parameters). Examples are a tuple, list or dict"
             )
+        return quantities
+
+    def _given_terms(self) -> list[Term]:
+        """The terms for a test side that has been through the inverse."""
+        shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        count = len(self.checkpoints)
 
         def features(place: int) -> Features:
             def take(block: Tensor) -> Gradients:
@@ -225,7 +398,7 @@ class InfluenceFunction(InnerProductInfluence):
         return self.train_at(place, partial(unit_influence, self._inverse_at(place), self.relative))
 
     def _inverse_at(self, place: int) -> Transform:
-        """Gradients through the inverse at a checkpoint, which is in the model when it is called."""
+        """Gradients through the inverse at a checkpoint, to be called when the model has it."""
 
         def apply(gradients: Gradients) -> Gradients:
             return self._inverses[place](gradients)

@@ -1,5 +1,6 @@
 """Influence functions by Kronecker-factored curvature: K-FAC and EK-FAC."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -50,6 +51,9 @@ class KroneckerInfluence(InfluenceFunction):
         self.rtol = rtol
         super().__init__(*args, **kwargs)
 
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "curvature": self.curvature}
+
     def _measure(self, data: DataSet) -> Facts:
         features = self._curvature_features(self.curvature)
         layers = self._measured_layers(features(*next(iter(data))))
@@ -87,8 +91,8 @@ class KroneckerInfluence(InfluenceFunction):
         if without:
             reasons = "; ".join(f"'{name}': {reason}" for name, reason in without.items())
             raise InvalidArgumentError(
-                f"no Kronecker form for {len(without)} of {len(self._partition.blocks)} layers ({reasons}). "
-                f"Leave them out: layers={list(layers)}"
+                f"no Kronecker form for {len(without)} of {len(without) + len(layers)} layers "
+                f"({reasons}). Leave them out: layers={list(layers)}"
             )
         return layers
 
@@ -103,7 +107,7 @@ class KroneckerInfluence(InfluenceFunction):
         )
 
     def _basis(
-        self, name: str, names: list[str], facts: Facts, damping: float
+        self, name: str, names: Sequence[str], facts: Facts, damping: float
     ) -> tuple[str, Eigenbasis | Table]:
         """The eigenbasis of a layer, under its weight's name."""
         own = {

@@ -95,14 +95,14 @@ class LiSSAInfluenceFunction(CurvatureInfluence):
     def _samples(self, operator: Curvature) -> Callable[[int], Callable[[Tensor], Tensor]]:
         """Products with the curvature of examples drawn anew for each call."""
         loader = self._hessian_loader
-        examples = getattr(loader, "dataset", None)
+        examples: Any = getattr(loader, "dataset", None)
         if not hasattr(examples, "__getitem__") or not hasattr(examples, "__len__"):
             raise InvalidArgumentError(
                 f"no examples can be drawn from a {type(loader).__name__} without a data set that "
                 "has places; use `hessian_batch_size=None`, which takes all of them each time"
             )
         collate = getattr(loader, "collate_fn", default_collate)
-        count = self.hessian_batch_size
+        count = self.hessian_batch_size or len(examples)
 
         def start(repeat: int) -> Callable[[Tensor], Tensor]:
             generator = torch.Generator().manual_seed(self.seed + repeat)

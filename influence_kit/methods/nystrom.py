@@ -51,6 +51,9 @@ class NystromInfluenceFunction(CurvatureInfluence):
         super().__init__(*args, **kwargs)
         self.rank = rank
 
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "rank": self.rank}
+
     def _measure(self, data: DataSet) -> Facts:
         return as_tensors(nystrom(self._curvature(data), self.rank, self.seed))
 

@@ -143,9 +143,10 @@ class ModelLabels:
             if not bool((factor >= 0).all()) or rest > CLOSE * found.abs().max():
                 raise self._refusal("its slope is another")
             factors.append(factor)
-        if not torch.allclose(*factors, CLOSE, CLOSE * float(factors[0].abs().max())):
+        first, second = factors
+        if not torch.allclose(first, second, CLOSE, CLOSE * float(first.abs().max())):
             raise self._refusal("it weighs labels differently")
-        if not likelihood.settles(factors[0]):
+        if not likelihood.settles(first):
             raise self._refusal("it weighs outputs differently")
 
     def _refusal(self, why: str) -> InvalidArgumentError:
@@ -237,7 +238,8 @@ class Normal(Likelihood):
     precision: float = 1.0
 
     def draw(self, logits: Tensor, labels: Tensor, u: Tensor) -> Tensor:
-        return (logits + torch.special.ndtri(u).to(logits) / self.precision**0.5).to(labels.dtype)
+        noise: Tensor = torch.special.ndtri(u).to(logits) / self.precision**0.5
+        return (logits + noise).to(labels.dtype)
 
     def slope(self, logits: Tensor, labels: Tensor, drawn: Tensor) -> Tensor:
         return logits - drawn

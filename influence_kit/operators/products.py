@@ -64,10 +64,10 @@ def gauss_newton_product(
         if mode == "reverse":
             return _gauss_newton_reverse(outputs, loss, parameters, vectors)
         slope = grad(loss)
-        _, pull_back = vjp(outputs, parameters)
+        _, pull_back = vjp(outputs, parameters)  # type: ignore[misc]
 
         def product(vector: Tree) -> dict[str, Tensor]:
-            values, along = jvp(outputs, (parameters,), (vector,))
+            values, along = jvp(outputs, (parameters,), (vector,))  # type: ignore[misc]
             found: dict[str, Tensor] = pull_back(jvp(slope, (values,), (along,))[1])[0]
             return found
 
@@ -88,7 +88,9 @@ def _leaves(parameters: Tree) -> dict[str, Tensor]:
     return {name: value.detach().requires_grad_() for name, value in parameters.items()}
 
 
-def _pull(results: Sequence[Tensor], leaves: Sequence[Tensor], back: Sequence[Tensor], keep: bool):
+def _pull(
+    results: Sequence[Tensor], leaves: Sequence[Tensor], back: Sequence[Tensor], keep: bool
+) -> Sequence[Tensor]:
     """Gradients of the results along ``back``; zeros where a leaf has no part in them."""
     pairs = [(r, b) for r, b in zip(results, back, strict=True) if r.requires_grad]
     if not pairs:

@@ -63,7 +63,8 @@ class Cholesky:
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """(C + damping)^-1 v for each row v of ``[k, P]``."""
-        parts = zip(self.factors, vectors.double().split(self.sizes, dim=1), strict=True)
+        columns: tuple[Tensor, ...] = vectors.double().split(self.sizes, dim=1)
+        parts = zip(self.factors, columns, strict=True)
         solved = [torch.cholesky_solve(part.T, factor).T for factor, part in parts]
         return torch.cat(solved, dim=1).to(vectors)
 

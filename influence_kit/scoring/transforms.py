@@ -17,7 +17,7 @@ def unit_norm(gradients: Gradients) -> Gradients:
 def unit_influence(
     inverse: Callable[[Gradients], Gradients], form: Literal["theta", "l"], gradients: Gradients
 ) -> Gradients:
-    """RelatIF: divided by the root of g^T M g ("l") or by the norm of M g ("theta"), M an inverse."""
+    """RelatIF: over the root of g^T M g ("l") or the norm of M g ("theta"), M an inverse."""
     solved = inverse(gradients)
     squares = solved.squared_norms() if form == "theta" else solved.paired(gradients)
     return _divided(gradients, squares.sqrt())

@@ -1,0 +1,192 @@
+"""Curvature of any function of parameters, as an operator; and its inverse by any solver.
+
+``parameters`` is a tensor, or a tuple, list or dict of tensors; functions take the same. Vectors
+``[k, P]`` have the parameters side by side, in their order.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vjp, vmap
+
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.operators.low_rank import LowRank, arnoldi, nystrom
+from influence_kit.operators.operator import Operator
+from influence_kit.operators.partition import Partition
+from influence_kit.operators.products import (
+    Mode,
+    Tree,
+    differentiable_attention,
+    gauss_newton_product,
+    hessian_product,
+)
+from influence_kit.operators.solvers import Cholesky, Damping, Solve, conjugate_gradients, lissa
+
+Parameters = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+Solver = Literal["cholesky", "cg", "lissa", "arnoldi", "nystrom"]
+
+
+class FunctionOperator(Operator):
+    """A symmetric matrix over the parameters of a function.
+
+    Args:
+        parameters: where the function is taken.
+        tree_product: vectors by name to products by name.
+    """
+
+    def __init__(
+        self, parameters: Parameters, tree_product: Callable[[Tree, Tree], dict[str, Tensor]]
+    ) -> None:
+        self.tree = {name: value.detach() for name, value in named(parameters).items()}
+        self.tree_product = tree_product
+        shapes = {name: value.shape for name, value in self.tree.items()}
+        self.partition = Partition({"full": list(shapes)}, shapes)
+        super().__init__(self.partition.sizes, next(iter(self.tree.values())))
+
+    def product(self, vectors: Tensor) -> Tensor:
+        found = self.tree_product(self.tree, self.partition.split(vectors))
+        return torch.cat([found[name].reshape(len(vectors), -1) for name in self.tree], dim=1)
+
+
+def named(parameters: Parameters) -> dict[str, Tensor]:
+    """The tensors by name; by place where they have none."""
+    if isinstance(parameters, Tensor):
+        return {"0": parameters}
+    if isinstance(parameters, Mapping):
+        return dict(parameters)
+    return {str(place): value for place, value in enumerate(parameters)}
+
+
+def _as_given(parameters: Parameters, tree: Tree) -> Any:
+    """Tensors by name in the structure of ``parameters``."""
+    if isinstance(parameters, Tensor):
+        return tree["0"]
+    if isinstance(parameters, Mapping):
+        return dict(tree)
+    return tuple(tree.values())
+
+
+def hessian(
+    function: Callable[[Any], Tensor], parameters: Parameters, mode: Mode = "forward"
+) -> Operator:
+    """The Hessian of a scalar function.
+
+    Args:
+        function: parameters to a scalar.
+        parameters: where to take it.
+        mode: "forward" or "reverse" over reverse.
+
+    Example:
+        >>> import torch
+        >>> operator = hessian(lambda x: x.sin().sum(), torch.tensor([0.5, 1.0]))
+        >>> operator.product(torch.eye(2)).diagonal()
+        tensor([-0.4794, -0.8415])
+    """
+
+    def product(tree: Tree, vectors: Tree) -> dict[str, Tensor]:
+        return hessian_product(
+            lambda values: function(_as_given(parameters, values)), tree, vectors, mode
+        )
+
+    return FunctionOperator(parameters, product)
+
+
+def gauss_newton(
+    outputs: Callable[[Any], Tensor],
+    loss: Callable[[Tensor], Tensor],
+    parameters: Parameters,
+    mode: Mode = "forward",
+) -> Operator:
+    """J^T H J: J the Jacobian of the outputs, H the Hessian of the loss in the outputs.
+
+    Args:
+        outputs: parameters to a tensor.
+        loss: that tensor to a scalar.
+        parameters: where to take it.
+        mode: "forward" or "reverse" over reverse.
+    """
+
+    def product(tree: Tree, vectors: Tree) -> dict[str, Tensor]:
+        return gauss_newton_product(
+            lambda values: (outputs(_as_given(parameters, values)),),
+            lambda values: loss(values[0]),
+            tree,
+            vectors,
+            mode,
+        )
+
+    return FunctionOperator(parameters, product)
+
+
+def fisher(losses: Callable[[Any], Tensor], parameters: Parameters) -> Operator:
+    """The mean over examples of g g^T, g the gradient of an example's loss.
+
+    The empirical Fisher for losses at the labels of the data, an estimate of the Fisher for losses
+    at labels drawn from the model.
+
+    Args:
+        losses: parameters to the losses of the examples, ``[n]``.
+        parameters: where to take it.
+
+    Example:
+        >>> import torch
+        >>> inputs = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> operator = fisher(lambda w: inputs @ w, torch.zeros(2))
+        >>> operator.product(torch.eye(2))
+        tensor([[0.5000, 0.0000],
+                [0.0000, 2.0000]])
+    """
+
+    def product(tree: Tree, vectors: Tree) -> dict[str, Tensor]:
+        def function(values: Tree) -> Tensor:
+            return losses(_as_given(parameters, values))
+
+        with differentiable_attention(), torch.no_grad():
+            found, pull_back = vjp(function, dict(tree))  # type: ignore[misc]
+            along = vmap(lambda v: jvp(function, (dict(tree),), (v,))[1])(dict(vectors))
+            result: dict[str, Tensor] = vmap(pull_back)(along / len(found))[0]
+            return result
+
+    return FunctionOperator(parameters, product)
+
+
+def inverse(
+    operator: Operator, solver: Solver = "cholesky", damping: Damping = 0.0, **options: Any
+) -> Solve:
+    """Vectors ``[k, P]`` to (C + damping)^-1 times them, for an operator C.
+
+    Args:
+        operator: C.
+        solver: "cholesky" (C written out), "cg" (options ``max_iter``, ``tol``,
+            ``preconditioner``), "lissa" (``depth``, ``repeats``, ``scale``, ``tol``), "arnoldi"
+            (``steps``, ``tol``, ``seed``, and ``complement``: whether directions outside the
+            subspace count with eigenvalue 0) or "nystrom" (``rank``, ``seed``).
+        damping: added to the eigenvalues: a number, or one a block.
+        options: of the solver.
+
+    Raises:
+        CurvatureError: where C + damping is singular or indefinite, or the solver fails.
+
+    Example:
+        >>> import torch
+        >>> operator = hessian(lambda x: (x**2).sum(), torch.ones(3))
+        >>> inverse(operator, "cg", damping=2.0)(torch.ones(1, 3))
+        tensor([[0.2500, 0.2500, 0.2500]])
+    """
+    if solver == "cholesky":
+        return Cholesky(operator.dense(), damping, **options)
+    if solver == "cg":
+        return partial(conjugate_gradients, operator, damping=damping, **options)
+    if solver == "lissa":
+        return partial(lissa, operator, damping=damping, **options)
+    if solver == "arnoldi":
+        complement = options.pop("complement", False)
+        return LowRank(arnoldi(operator, **options), damping, complement)
+    if solver == "nystrom":
+        return LowRank(nystrom(operator, **options), damping, complement=True)
+    raise InvalidArgumentError(
+        f'`solver` must be "cholesky", "cg", "lissa", "arnoldi" or "nystrom"; got {solver!r}'
+    )

@@ -1,0 +1,100 @@
+"""Tensors in a folder beside a manifest that says what they belong to.
+
+A folder holds ``tensors.safetensors`` and ``manifest.json``; the manifest is written last, so that
+a folder that has one is whole. Reading refuses a folder whose manifest describes something else.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from influence_kit.data import Batch, map_tensors
+from influence_kit.errors import InvalidArgumentError
+
+TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"
+FORMAT = 1
+LOSSES = "losses of the first examples"
+# relative differences of recorded numbers that another machine's order of summation explains: of
+# sums in float64, and of losses in the model's precision
+CLOSE, CLOSE_LOSSES = 1e-9, 1e-4
+
+
+def write_folder(
+    folder: str | Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
+) -> None:
+    """Write tensors and what they belong to; a folder written before is replaced."""
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / MANIFEST).unlink(missing_ok=True)
+    part = path / f"{TENSORS}.part"
+    save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, part)
+    part.replace(path / TENSORS)
+    text = json.dumps({"format": FORMAT, **description}, indent=2)
+    part = path / f"{MANIFEST}.part"
+    with part.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path / MANIFEST)
+
+
+def read_folder(folder: str | Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a folder, which must belong to what is described.
+
+    Raises:
+        InvalidArgumentError: where there is no such folder, or it belongs to something else; with
+            every difference.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise InvalidArgumentError(
+            f"{folder} holds no {MANIFEST}: it is no folder that `save` has finished writing"
+        )
+    manifest = json.loads(path.read_text())
+    expected = json.loads(json.dumps({"format": FORMAT, **description}))
+    found = [
+        f"{key}: {_short(manifest.get(key))} there, {_short(expected.get(key))} here"
+        for key in sorted(manifest.keys() | expected.keys())
+        if not _same(manifest.get(key), expected.get(key), CLOSE_LOSSES if key == LOSSES else CLOSE)
+    ]
+    if found:
+        raise InvalidArgumentError(
+            f"{folder} was saved for something else: {'; '.join(found)}. Fit again, or use the "
+            "model, data, loss and settings it was saved with"
+        )
+    return load_file(Path(folder) / TENSORS)
+
+
+def _same(left: Any, right: Any, close: float) -> bool:
+    if isinstance(left, float) or isinstance(right, float):
+        numbers = isinstance(left, float | int) and isinstance(right, float | int)
+        return numbers and math.isclose(left, right, rel_tol=close, abs_tol=close)
+    if isinstance(left, list) and isinstance(right, list):
+        pairs = zip(left, right, strict=False)
+        return len(left) == len(right) and all(_same(a, b, close) for a, b in pairs)
+    return bool(left == right)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def hash_of(batches: Iterable[Batch]) -> str:
+    """A hash of all tensors of a data set, whatever the batches they come in."""
+    hashes: dict[int, Any] = {}
+    for batch in batches:
+        tensors: list[Tensor] = []
+        map_tensors(batch, tensors.append)
+        for place, tensor in enumerate(tensors):
+            own = hashes.setdefault(place, hashlib.sha256(str(tensor.dtype).encode()))
+            own.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return hashlib.sha256(b"".join(h.digest() for h in hashes.values())).hexdigest()
