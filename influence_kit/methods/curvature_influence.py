@@ -68,7 +68,7 @@ class CurvatureInfluence(InfluenceFunction):
         """The curvature at the checkpoint that is in the model."""
         if self.curvature in ("ggn", "hessian"):
             kind = GaussNewton if self.curvature == "ggn" else HessianOfLoss
-            return kind(self.model, self._train_loss, data, self._partition, self._sample)
+            return kind(self._source, self._train_loss, data, self._partition, self._sample)
         return OuterProducts(
             self._curvature_features(self.curvature), data, self._partition, self._sample
         )

@@ -142,7 +142,7 @@ class EmbeddingInfluence(InfluenceFunction):
         return {"full": names}
 
     def _measure(self, data: DataSet) -> Facts:
-        mean = HessianOfLoss(self.model, self._train_loss, data, self._partition, self._sample)
+        mean = HessianOfLoss(self._source, self._train_loss, data, self._partition, self._sample)
         facts = as_tensors([self._pairs(Scaled(mean, data.count))])
         return {
             name: value.cpu() if self.projection_on_cpu else value for name, value in facts.items()

@@ -22,7 +22,6 @@ from influence_kit.data import Batch, as_loader, call_model, example_count, is_d
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.memory import resident_bytes
 from influence_kit.methods.chosen import check_layers, group_by_layer
 from influence_kit.methods.inner_product import InnerProductInfluence, check_k, given
 from influence_kit.methods.perturbation import (
@@ -34,7 +33,7 @@ from influence_kit.methods.perturbation import (
     joined,
     most_influential,
 )
-from influence_kit.operators.curvature import DataSet, Remembered
+from influence_kit.operators.curvature import DataSet, Memory, Remembered
 from influence_kit.operators.curvature import Features as PlacedFeatures
 from influence_kit.operators.labels import ModelLabels
 from influence_kit.operators.partition import Partition
@@ -343,7 +342,7 @@ class InfluenceFunction(InnerProductInfluence):
         self._facts: dict[int, Facts] = {}
         self._prints: dict[int, tuple[float, ...]] = {}
         self._inverses: dict[int, Transform] = {}
-        self._remembered: list[Remembered] = []
+        self._memory = Memory()
 
     def _plan(
         self, loader: CheckpointLoader, inputs: Any, ordered: bool = True
@@ -416,7 +415,6 @@ class InfluenceFunction(InnerProductInfluence):
             )
         data = DataSet(self._hessian_loader, self._device)
         if place not in self._facts:
-            self._source.prepare(data.first(), self._train_loss)
             self._facts[place] = self._measure(data)
             self._prints[place] = loader.fingerprint(place)
         if place not in self._inverses:
@@ -454,8 +452,7 @@ class InfluenceFunction(InnerProductInfluence):
                 batch = labels(places, batch)
             return self._source(batch, self._train_loss)
 
-        self._remembered.append(Remembered(features, resident_bytes(self._device)))
-        return self._remembered[-1]
+        return Remembered(features, self._memory)
 
     @contextmanager
     def _session(self) -> Iterator[CheckpointLoader]:
@@ -463,8 +460,7 @@ class InfluenceFunction(InnerProductInfluence):
             try:
                 yield loader
             finally:
-                for remembered in self._remembered:
-                    remembered.forget()
+                self._memory.clear()
 
     def _vectors(self, inputs: Any, of_tests: bool = True, aggregate: bool = False) -> Tensor:
         with self._session() as loader:

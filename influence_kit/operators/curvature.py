@@ -10,12 +10,11 @@ Letters: n examples, k vectors, P elements of all blocks, B blocks.
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from influence_kit.data import (
@@ -29,9 +28,9 @@ from influence_kit.data import (
 from influence_kit.distributed import is_mine, sum_over_ranks
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.gradients.source import kept_bytes
+from influence_kit.gradients.source import GradientSource, kept_bytes
 from influence_kit.losses import Loss
-from influence_kit.memory import rows_within, workspace_bytes
+from influence_kit.memory import resident_bytes, rows_within, workspace_bytes
 from influence_kit.operators.operator import Operator
 from influence_kit.operators.partition import Partition
 from influence_kit.operators.products import (
@@ -44,7 +43,7 @@ from influence_kit.operators.products import (
 Features = Callable[[Tensor, Batch], Gradients]
 
 
-@dataclass(frozen=True)
+@dataclass
 class DataSet:
     """Batches that are read again and again.
 
@@ -55,6 +54,7 @@ class DataSet:
 
     batches: Iterable[Batch]
     device: torch.device
+    _count: int | None = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Batch]]:
         """Each batch, with the places of its examples ``[n]``."""
@@ -65,6 +65,7 @@ class DataSet:
             start += n
         if start == 0:
             raise InvalidArgumentError("`hessian_dataset` holds no examples")
+        self._count = start
 
     def first(self) -> Batch:
         """The first batch."""
@@ -74,42 +75,62 @@ class DataSet:
         """The same, of the batches that this rank computes."""
         return (item for number, item in enumerate(self) if is_mine(number))
 
-    @cached_property
+    @property
     def count(self) -> int:
-        """The letter n."""
-        return sum(example_count(batch) for batch in self.batches)
+        """The letter n: known after a pass, which it takes where there was none."""
+        if self._count is None:
+            for _ in self:
+                pass
+        assert self._count is not None
+        return self._count
 
 
+@dataclass
+class Memory:
+    """Gradients of batches, kept for later passes while memory lasts: those of one source."""
+
+    owner: object = None
+    left: int = 0
+    kept: dict[tuple[int, int], Gradients] = field(default_factory=dict)
+
+    def of(self, owner: object, device: torch.device) -> dict[tuple[int, int], Gradients]:
+        """What is kept of a source; anything of another is dropped."""
+        if self.owner is not owner:
+            self.clear()
+            self.owner, self.left = owner, resident_bytes(device)
+        return self.kept
+
+    def clear(self) -> None:
+        """Free what is kept."""
+        self.owner = None
+        self.kept.clear()
+
+
+@dataclass
 class Remembered:
-    """Features of batches, kept for later passes over the same data while memory lasts.
+    """Features that are computed once for several passes over the same data.
 
     Args:
         features: gradients of a batch, given the places of its examples.
-        budget: bytes that may be kept.
+        memory: where they are kept.
     """
 
-    def __init__(self, features: Features, budget: int) -> None:
-        self.features = features
-        self.left = budget
-        self._kept: dict[int, Gradients] = {}
+    features: Features
+    memory: Memory
 
     def __call__(self, places: Tensor, batch: Batch) -> Gradients:
-        """The features of the batch whose examples have these places, one after the other."""
-        first = int(places[0])
-        if first in self._kept:
-            return self._kept[first]
-        gradients = self.features(places, batch)
-        size = gradients.nbytes
-        if size <= self.left:
-            self.left -= size
-            self._kept[first] = gradients
-        return gradients
-
-    def forget(self) -> None:
-        """Free what is kept."""
-        for gradients in self._kept.values():
-            self.left += gradients.nbytes
-        self._kept.clear()
+        """The features of a batch; kept where its examples stand one after the other."""
+        kept = self.memory.of(self, places.device)
+        ends = int(places[0]), int(places[-1])
+        if not bool((places.diff() == 1).all()):  # a sample, which will not come again
+            return self.features(places, batch)
+        if ends not in kept:
+            gradients = self.features(places, batch)
+            if gradients.nbytes > self.memory.left:
+                return gradients
+            self.memory.left -= gradients.nbytes
+            kept[ends] = gradients
+        return kept[ends]
 
 
 class Curvature(Operator):
@@ -151,17 +172,33 @@ class LossCurvature(Curvature):
     """Curvature by differentiating the batch's loss as a function of the parameters.
 
     Args:
-        model: the model, with the checkpoint in it.
-        loss: the loss, settled.
+        source: the gradients of the model, with the checkpoint in it: it checks the loss.
+        loss: the loss.
         data, partition, sample: as in ``Curvature``.
+
+    Raises:
+        InvalidArgumentError: for a model in half precision, whose second derivatives are noise.
     """
 
     def __init__(
-        self, model: nn.Module, loss: Loss, data: DataSet, partition: Partition, sample: Tensor
+        self,
+        source: GradientSource,
+        loss: Loss,
+        data: DataSet,
+        partition: Partition,
+        sample: Tensor,
     ) -> None:
         super().__init__(data, partition, sample)
-        self.model = model
+        self.source = source
+        self.model = source.capture.model
         self.loss = loss
+        dtype = next(iter(source.capture.parameters.values())).dtype
+        if torch.finfo(dtype).bits < 32:
+            raise InvalidArgumentError(
+                f"second derivatives of a model in {dtype} are mostly rounding: use "
+                "`model.float()`, or a curvature of gradients, which are added up in float32 "
+                '("empirical_fisher", "fisher"; `EKFACInfluenceFunction`)'
+            )
         self.mode: Mode = "forward"
         self._kept = 0
 
@@ -170,6 +207,7 @@ class LossCurvature(Curvature):
         """The sum over a batch of C_j restricted to the named parameters, times each vector."""
 
     def batch_product(self, places: Tensor, batch: Batch, vectors: Tensor) -> Tensor:
+        self.source.prepare(batch, self.loss)
         # the activations of every example are held once a vector
         self._kept = self._kept or kept_bytes(self.model, batch)
         budget = 8 * workspace_bytes(self.sample.device)

@@ -29,8 +29,8 @@ from influence_kit.operators.kronecker import Forms, MatrixLayer, rotated
 
 # training examples of a batch on which the shared form is compared with the exact one
 CHECKED = 16
-# singular values below this part of the largest are noise in float64
-NOISE = 1e-13
+# sizes below this part of the largest count as this; singular values below it are noise
+SMALLEST, NOISE = 1e-10, 1e-13
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Eigenbasis:
         """Vectors u ``[r, o]`` and v ``[r, i]`` with W about sum_r u_r v_r^T; None if too many."""
         if self.rtol <= 0 or self.layer.groups > 1:
             return None
-        scales = [size[0].sqrt().clamp(min=1e-6 * float(size.max()) ** 0.5) for size in self.sizes]
-        scales = [scale.square() for scale in scales]
+        # directions without any size do not meet W; the floor keeps the division finite
+        scales = [size[0].clamp(min=SMALLEST * float(size.max())) for size in self.sizes]
         if not all(bool((scale > 0).all()) for scale in scales):
             return None
         weighted = scales[0][:, None] * self.weights[0].double() * scales[1]

@@ -63,8 +63,7 @@ class Cholesky:
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """(C + damping)^-1 v for each row v of ``[k, P]``."""
-        columns: tuple[Tensor, ...] = vectors.double().split(self.sizes, dim=1)
-        parts = zip(self.factors, columns, strict=True)
+        parts = zip(self.factors, vectors.double().split(self.sizes, dim=1), strict=True)
         solved = [torch.cholesky_solve(part.T, factor).T for factor, part in parts]
         return torch.cat(solved, dim=1).to(vectors)
 
@@ -73,6 +72,7 @@ def _cholesky(block: Tensor, damping: float, name: str) -> Tensor:
     """The Cholesky factor of a damped block."""
     damped = block.double().clone()
     damped.diagonal().add_(damping)
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(damped)
     # a singular matrix may pass by rounding, and its inverse is noise
     rounding = len(damped) * torch.finfo(damped.dtype).eps * damped.diagonal().max()
