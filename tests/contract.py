@@ -175,7 +175,7 @@ METHODS = {
     "EKFACInfluenceFunction": _inverted(_kronecker(EKFACInfluenceFunction)),
     "NaiveInfluenceFunction": _of_captum(_at_one(NaiveInfluenceFunction, hessian_reg=1.0)),
     "ArnoldiInfluenceFunction": _of_captum(
-        _at_one(ArnoldiInfluenceFunction, projection_dim=5, arnoldi_dim=30, hessian_reg=1.0)
+        _at_one(ArnoldiInfluenceFunction, projection_dim=3, arnoldi_dim=6, hessian_reg=1.0)
     ),
 }
 

@@ -127,6 +127,7 @@ class Perturbed:
         with self.changed(note), torch.no_grad():
             call_model(self.model, batch)
         if len(seen) == 1 and isinstance(seen[0], Tensor) and seen[0].is_floating_point():
+            _refuse_half(seen[0].dtype)
             return seen[0]
         if self.layer is not None:
             raise InvalidArgumentError(
@@ -240,10 +241,17 @@ class Perturbation:
         return product("reverse")
 
 
+def _refuse_half(dtype: torch.dtype) -> None:
+    if torch.finfo(dtype).bits < 32:
+        raise InvalidArgumentError(
+            f"second derivatives of a model in {dtype} are mostly rounding: use `model.float()`"
+        )
+
+
 def _refuse_non_finite(block: Tensor, places: Tensor) -> None:
-    if torch.isfinite(block.sum()):
-        return
-    for row, column, *_ in torch.nonzero(~torch.isfinite(block))[:1].tolist():
+    bad = (~torch.isfinite(block)).nonzero()
+    if len(bad):
+        row, column = bad[0, :2].tolist()
         raise NonFiniteError(
             f"the perturbation influence of training example {places[column]} on test example "
             f"{row} is NaN or infinite; the second derivatives of the loss there are not finite"

@@ -209,12 +209,10 @@ class Preconditioned(Form):
 
     def _single(self, forms: Mapping[str, Form]) -> tuple[Tensor, Tensor] | None:
         """Rotated d ``[n, o]`` and a ``[n, i]`` of gradients of one position; None of others."""
-        form = forms[self.basis.layer.weight]
-        if not isinstance(form, Factored) or form.deltas.shape[1] != 1:
+        single = self.basis.layer.single(forms)
+        if single is None:
             return None
-        factors = self.basis.layer.factors(forms)
-        assert factors is not None
-        return factors[0][:, 0] @ self.basis.left[0], factors[1][:, 0] @ self.basis.right[0]
+        return single[0] @ self.basis.left[0], single[1] @ self.basis.right[0]
 
     @cached_property
     def _own_single(self) -> tuple[Tensor, Tensor] | None:

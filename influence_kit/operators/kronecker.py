@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from influence_kit.distributed import from_first_rank, sum_over_ranks
+from influence_kit.distributed import from_first_rank, is_alone, sum_over_ranks
 from influence_kit.errors import NonFiniteError
 from influence_kit.gradients.convolved import Convolved
 from influence_kit.gradients.factored import Factored
@@ -81,6 +81,14 @@ class MatrixLayer:
         if not isinstance(form, Factored):
             return None
         return form.deltas, form.inputs if self.bias is None else with_ones(form.inputs)
+
+    def single(self, forms: Forms) -> tuple[Tensor, Tensor] | None:
+        """d ``[n, o]`` and a ``[n, i]`` where examples have one position; None of others."""
+        form = forms.get(self.weight)
+        if not isinstance(form, Factored) or form.deltas.shape[1] != 1:
+            return None
+        inputs = form.inputs if self.bias is None else with_ones(form.inputs)
+        return form.deltas[:, 0], inputs[:, 0]
 
     def times(self, forms: Forms, right: Tensor) -> Tensor:
         """G times a matrix a group ``[g, i, *]``: ``[n, g, o, *]``."""
@@ -138,6 +146,9 @@ class MeasuredMatrix(Measured):
         zeros = lambda *shape: sample.new_zeros(*shape, dtype=torch.float64)  # noqa: E731
         self.left, self.right, self.squares = zeros(g, o, o), zeros(g, i, i), zeros(g, o, i)
         self.positions = zeros(1)
+        # rows of inputs that wait to be added up; ranks add up theirs at once
+        self.rows: list[Tensor] = []
+        self.few = is_alone()
         self.sample = sample
 
     def add_factors(self, gradients: Gradients) -> None:
@@ -160,7 +171,16 @@ class MeasuredMatrix(Measured):
             self.positions += len(deltas)
         deltas, inputs = deltas.flatten(0, 1), inputs.flatten(0, 1)
         self.left += deltas.T @ deltas
-        self.right += inputs.T @ inputs
+        self._add_inputs(inputs)
+
+    def _add_inputs(self, inputs: Tensor) -> None:
+        """Add rows ``[*, i]`` to A; as long as there are few, they are kept in its place."""
+        self.rows.append(inputs)
+        self.few = self.few and sum(map(len, self.rows)) <= self.layer.inputs / 2
+        if not self.few:
+            for rows in self.rows:
+                self.right += rows.T @ rows
+            self.rows.clear()
 
     def _add_maps(self, form: Convolved) -> None:
         g, t = self.layer.groups, form.positions
@@ -176,22 +196,26 @@ class MeasuredMatrix(Measured):
             sum_over_ranks(total)
         self.left /= n
         self.right /= self.positions.clamp(min=1)
-        if not torch.isfinite(self.left.sum() + self.right.sum()):
+        inputs = [self.right, *self.rows]
+        if not torch.isfinite(self.left.sum() + sum(part.sum() for part in inputs)):
             raise NonFiniteError(
                 f"the inputs or gradients of '{self.weight}' are NaN or infinite for some example "
                 "of `hessian_dataset`; `TracInCP(...).self_influence()` names it"
             )
         self.left_values, left = torch.linalg.eigh(self.left)
-        self.right_values, right = torch.linalg.eigh(self.right)
+        if self.rows:
+            self.right_values, right = _eigenpairs_of_rows(torch.cat(self.rows), self.positions)
+        else:
+            self.right_values, right = torch.linalg.eigh(self.right)
         self.left = from_first_rank(left.contiguous()).to(self.sample)
         self.right = from_first_rank(right.contiguous()).to(self.sample)
 
     def add_squares(self, gradients: Gradients) -> None:
         if self.weight not in gradients.forms:
             return
-        factors = self.layer.factors(gradients.forms)
-        if factors is not None and factors[0].shape[1] == 1:
-            deltas, inputs = factors[0][:, 0] @ self.left[0], factors[1][:, 0] @ self.right[0]
+        single = self.layer.single(gradients.forms)
+        if single is not None:
+            deltas, inputs = single[0] @ self.left[0], single[1] @ self.right[0]
             self.squares[0] += deltas.square_().T @ inputs.square_()
             return
         for part in rotated(self.layer, self.left, self.right, gradients.forms):
@@ -213,6 +237,16 @@ class MeasuredMatrix(Measured):
             "groups": torch.tensor([self.layer.groups]),
             "transposed": torch.tensor([self.layer.transposed]),
         }
+
+
+def _eigenpairs_of_rows(rows: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues ``[1, i]`` and vectors ``[1, i, i]`` of rows^T rows / count, of few rows."""
+    _, singular, right = torch.linalg.svd(rows.double(), full_matrices=False)
+    # any basis serves where there are no rows
+    basis = torch.linalg.qr(right.T, mode="complete")[0]
+    values = basis.new_zeros(len(basis))
+    values[: len(singular)] = singular.square() / count.clamp(min=1)
+    return values[None], basis[None]
 
 
 def rotated(layer: MatrixLayer, left: Tensor, right: Tensor, forms: Forms) -> Iterable[Tensor]:
