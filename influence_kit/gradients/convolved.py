@@ -59,13 +59,17 @@ class Convolved(Form):
 
     def shifted(self) -> Iterator[Tensor]:
         """For each kernel offset the right map under it, ``[n, r, t]``."""
+        return (window.flatten(2) for window in self.windows(self.right))
+
+    def windows(self, maps: Tensor) -> Iterator[Tensor]:
+        """For each kernel offset what is under it of maps ``[*, *, *padded]``: a view."""
         for offset in itertools.product(*(range(size) for size in self.shape[2:])):
             window = [slice(None), slice(None)]
             steps = zip(offset, self.left.shape[2:], self.stride, self.dilation, strict=True)
             for at, length, stride, dilation in steps:
                 first = at * dilation
                 window.append(slice(first, first + (length - 1) * stride + 1, stride))
-            yield self.right[tuple(window)].flatten(2)
+            yield maps[tuple(window)]
 
     def by_offset(self) -> Iterator[Tensor]:
         """For each kernel offset the gradients there, ``[n, l * (r / g)]``."""
@@ -73,6 +77,14 @@ class Convolved(Form):
         for shifted in self.shifted():
             right = shifted.unflatten(1, (self.groups, -1)).flatten(0, 1)
             yield torch.bmm(left, right.transpose(1, 2)).view(self.n, -1)
+
+    def times(self, right: Tensor) -> Tensor:
+        """The gradients as matrices (one group) times a matrix ``[r * k, j]``: ``[n, l, j]``."""
+        by_offset = right.view(self.shape[1], self.kernel, -1).transpose(0, 1).contiguous()
+        total = self.left.new_zeros(self.n * self.shape[0], right.shape[1])
+        for gradients, part in zip(self.by_offset(), by_offset, strict=True):
+            total.addmm_(gradients.view(len(total), -1), part)
+        return total.view(self.n, self.shape[0], -1)
 
     def dense(self) -> Tensor:
         return torch.stack(list(self.by_offset()), dim=2).flatten(1)

@@ -34,6 +34,8 @@ from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rows import Rows
 
 Forms = Mapping[str, Form]
+# below this many rows half of a Gram product takes longer than all of it
+FEWEST_ROWS = 64
 
 
 def with_ones(inputs: Tensor) -> Tensor:
@@ -83,7 +85,7 @@ class MatrixLayer:
         return form.deltas, form.inputs if self.bias is None else with_ones(form.inputs)
 
     def single(self, forms: Forms) -> tuple[Tensor, Tensor] | None:
-        """d ``[n, o]`` and a ``[n, i]`` where examples have one position; None of others."""
+        """The pair d ``[n, o]`` and a ``[n, i]`` where examples have one position; None of others."""
         form = forms.get(self.weight)
         if not isinstance(form, Factored) or form.deltas.shape[1] != 1:
             return None
@@ -94,11 +96,15 @@ class MatrixLayer:
         """G times a matrix a group ``[g, i, *]``: ``[n, g, o, *]``."""
         form = forms[self.weight]
         inputs = self.inputs - (self.bias is not None)
-        if self.transposed:
-            weights = form.dense().view(-1, 1, inputs, self.outputs).transpose(2, 3)
+        if isinstance(form, Convolved) and self.groups == 1:
+            product = form.times(right[0, :inputs]).unsqueeze(1)
+        elif self.transposed:
+            product = (
+                form.dense().view(-1, 1, inputs, self.outputs).transpose(2, 3) @ right[:, :inputs]
+            )
         else:
-            weights = form.dense().view(-1, self.groups, self.outputs, inputs)
-        product = weights @ right[:, :inputs]
+            matrices = form.dense().view(-1, self.groups, self.outputs, inputs)
+            product = matrices @ right[:, :inputs]
         if self.bias is not None:
             biases = forms[self.bias].dense().view(-1, self.groups, self.outputs, 1)
             product.addcmul_(biases, right[:, inputs:])
@@ -273,21 +279,15 @@ def _positions(form: Form) -> int:
 
 def _map_products(form: Convolved, bias: bool) -> Tensor:
     """The sum over examples and positions of [a, 1] [a, 1]^T, a the map under the kernel."""
-    g, k = form.groups, form.kernel
-    # [g, k, r / g, n * t]: an offset of the kernel after the other
-    shifted = torch.stack(
-        [x.transpose(0, 1).reshape(g, -1, x.shape[0] * x.shape[2]) for x in form.shifted()], dim=1
-    )
-    channels, inputs = shifted.shape[2], k * shifted.shape[2]
-    flat = shifted.flatten(1, 2)
-    total = flat.new_zeros(g, inputs, inputs)
-    for offset in range(k):
-        # the upper triangle, by blocks
-        first = offset * channels
-        total[:, first : first + channels, first:] = shifted[:, offset] @ flat[:, first:].transpose(
-            1, 2
-        )
-    total = total.triu() + total.triu(1).transpose(1, 2)
+    g, k, columns = form.groups, form.kernel, form.n * form.positions
+    maps = form.right.transpose(0, 1).contiguous()
+    shifted = maps.new_empty(k, len(maps), columns)
+    for place, window in enumerate(form.windows(maps)):
+        shifted[place].view(window.shape).copy_(window)
+    # offsets of the kernel one after the other, each with the channels of a group
+    flat = shifted.view(k, g, -1, columns).transpose(0, 1).reshape(g, -1, columns)
+    channels, inputs = flat.shape[1] // k, flat.shape[1]
+    total = _gram(flat, channels)
     # as the weight has it: offsets run fastest
     order = torch.arange(inputs, device=flat.device).view(k, channels).T.flatten()
     total = total[:, order][:, :, order]
@@ -297,8 +297,19 @@ def _map_products(form: Convolved, bias: bool) -> Tensor:
     joined = total.new_empty(g, inputs + 1, inputs + 1)
     joined[:, :-1, :-1] = total
     joined[:, -1, :-1] = joined[:, :-1, -1] = sums
-    joined[:, -1, -1] = flat.shape[2]
+    joined[:, -1, -1] = columns
     return joined
+
+
+def _gram(rows: Tensor, step: int) -> Tensor:
+    """X X^T of ``[g, i, *]``, from half of it where ``step`` rows at a time are enough."""
+    if step < FEWEST_ROWS:
+        return rows @ rows.transpose(1, 2)
+    total = rows.new_zeros(len(rows), rows.shape[1], rows.shape[1])
+    for first in range(0, rows.shape[1], step):
+        some = rows[:, first : first + step]
+        total[:, first : first + step, first:] = some @ rows[:, first:].transpose(1, 2)
+    return total.triu() + total.triu(1).transpose(1, 2)
 
 
 class MeasuredTable(Measured):
