@@ -100,11 +100,12 @@ class EmbeddingInfluence(InfluenceFunction):
         self,
         inputs_dataset: Any = None,
         show_progress: bool = False,
+        outer_loop_by_checkpoints: bool = False,
         inputs: Any = None,
     ) -> Tensor:
         """The score of each example with itself, ``[n]``; of the training set where None."""
         chosen = inputs_dataset if inputs is None else inputs
-        return super().self_influence(chosen, show_progress)
+        return super().self_influence(chosen, show_progress, outer_loop_by_checkpoints)
 
     def compute_intermediate_quantities(  # type: ignore[override] # Captum's names
         self,

@@ -85,7 +85,7 @@ class MatrixLayer:
         return form.deltas, form.inputs if self.bias is None else with_ones(form.inputs)
 
     def single(self, forms: Forms) -> tuple[Tensor, Tensor] | None:
-        """The pair d ``[n, o]`` and a ``[n, i]`` where examples have one position; None of others."""
+        """The pair d ``[n, t, o]`` and a ``[n, t, i]``; None of a gradient without factors."""
         form = forms.get(self.weight)
         if not isinstance(form, Factored) or form.deltas.shape[1] != 1:
             return None
