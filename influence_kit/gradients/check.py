@@ -54,7 +54,9 @@ def refuse_mixing_layers(model: nn.Module) -> None:
 
 def _settle_loss(model: nn.Module, batch: Batch, loss: Loss) -> None:
     """Let a reduced loss be compared with the losses of single examples, in evaluation mode."""
-    places = spread(example_count(batch), min(example_count(batch), LOSS_EXAMPLES))
+    n = example_count(batch)
+    # a single example twice tells a sum from a mean
+    places = spread(n, max(2, min(n, LOSS_EXAMPLES)))
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

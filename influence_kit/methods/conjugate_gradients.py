@@ -7,9 +7,9 @@ from torch import Tensor
 
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.methods.curvature_influence import CurvatureInfluence
-from influence_kit.methods.influence_function import Facts
-from influence_kit.operators.curvature import DataSet
+from influence_kit.methods.fitted import Facts
 from influence_kit.operators.low_rank import JacobiPreconditioner, NystromPreconditioner
+from influence_kit.operators.passes import DataSet
 from influence_kit.operators.solvers import Solve, conjugate_gradients
 from influence_kit.scoring.term import Transform
 

@@ -9,14 +9,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.methods.chosen import choose_blocks
-from influence_kit.methods.influence_function import DampingArgument, Facts, InfluenceFunction
+from influence_kit.methods.damping import DampingArgument
+from influence_kit.methods.fitted import Facts
+from influence_kit.methods.influence_function import InfluenceFunction
 from influence_kit.operators.curvature import (
     Curvature,
-    DataSet,
     GaussNewton,
     HessianOfLoss,
     OuterProducts,
 )
+from influence_kit.operators.passes import DataSet
 
 CurvatureName = Literal["ggn", "hessian", "fisher", "empirical_fisher"]
 BlockArgument = Literal["full", "layer", "parameter"] | Mapping[str, Sequence[str]]

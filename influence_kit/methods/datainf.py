@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from influence_kit.methods.influence_function import Facts, InfluenceFunction
-from influence_kit.operators.curvature import DataSet
+from influence_kit.methods.fitted import Facts
+from influence_kit.methods.influence_function import InfluenceFunction
 from influence_kit.operators.mean_inverse import MeanInverse, mean_eigenvalues
+from influence_kit.operators.passes import DataSet
 from influence_kit.scoring.term import Transform
 
 

@@ -13,11 +13,13 @@ from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.losses import LossFunction
 from influence_kit.methods.base import BatchSize
-from influence_kit.methods.influence_function import Facts, InfluenceFunction
+from influence_kit.methods.fitted import Facts
+from influence_kit.methods.influence_function import InfluenceFunction
 from influence_kit.methods.inner_product import given
-from influence_kit.operators.curvature import DataSet, HessianOfLoss
+from influence_kit.operators.curvature import HessianOfLoss
 from influence_kit.operators.low_rank import EigenPairs, LowRank, as_tensors, from_tensors
 from influence_kit.operators.operator import Operator, Scaled
+from influence_kit.operators.passes import DataSet
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Transform
 

@@ -6,8 +6,8 @@ from torch import Tensor
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.memory import free_bytes
 from influence_kit.methods.curvature_influence import CurvatureInfluence
-from influence_kit.methods.influence_function import Facts
-from influence_kit.operators.curvature import DataSet
+from influence_kit.methods.fitted import Facts
+from influence_kit.operators.passes import DataSet
 from influence_kit.operators.solvers import Cholesky
 from influence_kit.scoring.term import Transform
 

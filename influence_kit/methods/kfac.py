@@ -8,14 +8,12 @@ from torch import Tensor, nn
 
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.methods.influence_function import Facts, InfluenceFunction
-from influence_kit.operators.curvature import DataSet
+from influence_kit.methods.fitted import Facts
+from influence_kit.methods.influence_function import InfluenceFunction
 from influence_kit.operators.eigenbasis import Eigenbasis, KroneckerInverse, Table
-from influence_kit.operators.kronecker import (
-    MatrixLayer,
-    Measured,
-    measured_layer,
-)
+from influence_kit.operators.kronecker import Measured, measured_layer
+from influence_kit.operators.matrix_layer import MatrixLayer
+from influence_kit.operators.passes import DataSet
 from influence_kit.operators.solvers import damping_by_block
 from influence_kit.scoring.term import Transform
 

@@ -10,8 +10,9 @@ from torch.utils.data import default_collate
 from influence_kit.data import to_device
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.methods.curvature_influence import CurvatureInfluence
-from influence_kit.methods.influence_function import Facts
-from influence_kit.operators.curvature import Curvature, DataSet
+from influence_kit.methods.fitted import Facts
+from influence_kit.operators.curvature import Curvature
+from influence_kit.operators.passes import DataSet
 from influence_kit.operators.solvers import lissa
 from influence_kit.scoring.term import Transform
 

@@ -5,9 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from influence_kit.methods.curvature_influence import CurvatureInfluence
-from influence_kit.methods.influence_function import Facts
-from influence_kit.operators.curvature import DataSet
+from influence_kit.methods.fitted import Facts
 from influence_kit.operators.low_rank import LowRank, as_tensors, from_tensors, nystrom
+from influence_kit.operators.passes import DataSet
 from influence_kit.scoring.term import Transform
 
 

@@ -7,10 +7,8 @@ last batch matters.
 Letters: n examples, k vectors, P elements of all blocks, B blocks.
 """
 
-import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,114 +21,22 @@ from influence_kit.data import (
     example_count,
     map_tensors,
     split,
-    to_device,
 )
-from influence_kit.distributed import is_mine, sum_over_ranks
+from influence_kit.distributed import sum_over_ranks
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
-from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.source import GradientSource, kept_bytes
 from influence_kit.losses import Loss
-from influence_kit.memory import resident_bytes, rows_within, workspace_bytes
+from influence_kit.memory import rows_within, workspace_bytes
 from influence_kit.operators.operator import Operator
 from influence_kit.operators.partition import Partition
+from influence_kit.operators.passes import DataSet, Features
 from influence_kit.operators.products import (
+    EitherMode,
     Mode,
     Tree,
     gauss_newton_product,
     hessian_product,
 )
-
-Features = Callable[[Tensor, Batch], Gradients]
-
-
-@dataclass
-class DataSet:
-    """Batches that are read again and again.
-
-    Args:
-        batches: the batches, in a fixed order.
-        device: where they are wanted.
-    """
-
-    batches: Iterable[Batch]
-    device: torch.device
-    _count: int | None = None
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Batch]]:
-        """Each batch, with the places of its examples ``[n]``."""
-        start = 0
-        for batch in self.batches:
-            n = example_count(batch)
-            yield torch.arange(start, start + n, device=self.device), to_device(batch, self.device)
-            start += n
-        if start == 0:
-            raise InvalidArgumentError("`hessian_dataset` holds no examples")
-        self._count = start
-
-    def first(self) -> Batch:
-        """The first batch."""
-        return next(iter(self))[1]
-
-    def of_this_rank(self) -> Iterator[tuple[Tensor, Batch]]:
-        """The same, of the batches that this rank computes."""
-        return (item for number, item in enumerate(self) if is_mine(number))
-
-    @property
-    def count(self) -> int:
-        """The letter n: known after a pass, which it takes where there was none."""
-        if self._count is None:
-            for _ in self:
-                pass
-        assert self._count is not None
-        return self._count
-
-
-@dataclass
-class Memory:
-    """Gradients of batches, kept for later passes while memory lasts: those of one source."""
-
-    owner: object = None
-    left: int = 0
-    kept: dict[tuple[int, int], Gradients] = field(default_factory=dict)
-
-    def of(self, owner: object, device: torch.device) -> dict[tuple[int, int], Gradients]:
-        """What is kept of a source; anything of another is dropped."""
-        if self.owner is not owner:
-            self.clear()
-            self.owner, self.left = owner, resident_bytes(device)
-        return self.kept
-
-    def clear(self) -> None:
-        """Free what is kept."""
-        self.owner = None
-        self.kept.clear()
-
-
-@dataclass
-class Remembered:
-    """Features that are computed once for several passes over the same data.
-
-    Args:
-        features: gradients of a batch, given the places of its examples.
-        memory: where they are kept.
-    """
-
-    features: Features
-    memory: Memory
-
-    def __call__(self, places: Tensor, batch: Batch) -> Gradients:
-        """The features of a batch; kept where its examples stand one after the other."""
-        kept = self.memory.of(self, places.device)
-        ends = int(places[0]), int(places[-1])
-        if not bool((places.diff() == 1).all()):  # a sample, which will not come again
-            return self.features(places, batch)
-        if ends not in kept:
-            gradients = self.features(places, batch)
-            if gradients.nbytes > self.memory.left:
-                return gradients
-            self.memory.left -= gradients.nbytes
-            kept[ends] = gradients
-        return kept[ends]
 
 
 class Curvature(Operator):
@@ -199,19 +105,22 @@ class LossCurvature(Curvature):
                 "`model.float()`, or a curvature of gradients, which are added up in float32 "
                 '("empirical_fisher", "fisher"; `EKFACInfluenceFunction`)'
             )
-        self.mode: Mode = "forward"
+        self.either_mode = EitherMode("curvature is")
         self._kept = 0
 
     @abstractmethod
-    def block_product(self, batch: Batch, parameters: Tree, vectors: Tree) -> dict[str, Tensor]:
+    def block_product(
+        self, batch: Batch, parameters: Tree, vectors: Tree, mode: Mode
+    ) -> dict[str, Tensor]:
         """The sum over a batch of C_j restricted to the named parameters, times each vector."""
 
     def batch_product(self, places: Tensor, batch: Batch, vectors: Tensor) -> Tensor:
         self.source.prepare(batch, self.loss)
-        # the activations of every example are held once a vector
+        # the activations of every example are held once a vector, and each vector's own numbers
         self._kept = self._kept or kept_bytes(self.model, batch)
         budget = 8 * workspace_bytes(self.sample.device)
-        at_once = rows_within(budget, self._kept)
+        own = 2 * self.size * self.sample.element_size()
+        at_once = rows_within(budget, self._kept + own)
         parts = []
         for some in vectors.split(at_once):
             rows = rows_within(budget, self._kept * len(some))
@@ -225,25 +134,9 @@ class LossCurvature(Curvature):
         for names in self.partition.blocks.values():
             parameters = {name: self.model.get_parameter(name).detach() for name in names}
             block = {name: trees[name].to(parameters[name].dtype) for name in names}
-            found.update(self._either_mode(batch, parameters, block))
+            found.update(self.either_mode(partial(self.block_product, batch, parameters, block)))
         columns = [found[name].flatten(1) for name in self.partition.names]
         return torch.cat([c if c.dim() > 1 else c[:, None] for c in columns], dim=1).to(vectors)
-
-    def _either_mode(self, batch: Batch, parameters: Tree, vectors: Tree) -> dict[str, Tensor]:
-        if self.mode == "forward":
-            try:
-                return self.block_product(batch, parameters, vectors)
-            except RuntimeError as error:
-                self.mode = "reverse"
-                found = self.block_product(batch, parameters, vectors)
-                warnings.warn(
-                    "the model has an operation without forward-mode derivative or batching rule "
-                    f"({str(error).splitlines()[0]}): curvature is computed by two reverse passes, "
-                    "which is exact and slower",
-                    stacklevel=2,
-                )
-                return found
-        return self.block_product(batch, parameters, vectors)
 
     def _outputs(self, batch: Batch, values: Tree) -> Any:
         args, kwargs = call_arguments(self.model, batch)
@@ -253,13 +146,15 @@ class LossCurvature(Curvature):
 class HessianOfLoss(LossCurvature):
     """C_j: the Hessian of example j's loss. It may be indefinite."""
 
-    def block_product(self, batch: Batch, parameters: Tree, vectors: Tree) -> dict[str, Tensor]:
+    def block_product(
+        self, batch: Batch, parameters: Tree, vectors: Tree, mode: Mode
+    ) -> dict[str, Tensor]:
         n = example_count(batch)
 
         def total(values: Tree) -> Tensor:
             return self.loss.total(self._outputs(batch, values), batch, n)
 
-        return hessian_product(total, parameters, vectors, self.mode)
+        return hessian_product(total, parameters, vectors, mode)
 
 
 class GaussNewton(LossCurvature):
@@ -269,7 +164,9 @@ class GaussNewton(LossCurvature):
     that are linear in their parameters.
     """
 
-    def block_product(self, batch: Batch, parameters: Tree, vectors: Tree) -> dict[str, Tensor]:
+    def block_product(
+        self, batch: Batch, parameters: Tree, vectors: Tree, mode: Mode
+    ) -> dict[str, Tensor]:
         n = example_count(batch)
         with torch.no_grad():
             shown = self._outputs(batch, parameters)
@@ -282,7 +179,7 @@ class GaussNewton(LossCurvature):
             rebuilt = map_tensors(shown, lambda t: next(supply) if t.is_floating_point() else t)
             return self.loss.total(rebuilt, batch, n)
 
-        return gauss_newton_product(outputs, total, parameters, vectors, self.mode)
+        return gauss_newton_product(outputs, total, parameters, vectors, mode)
 
 
 def _floating(outputs: Any) -> list[Tensor]:

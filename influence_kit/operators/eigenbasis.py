@@ -25,7 +25,7 @@ from influence_kit.gradients.forms import Dense, Form
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rows import Rows
 from influence_kit.memory import rows_within, workspace_bytes
-from influence_kit.operators.kronecker import Forms, MatrixLayer, rotated
+from influence_kit.operators.matrix_layer import Forms, MatrixLayer, rotated
 
 # training examples of a batch on which the shared form is compared with the exact one
 CHECKED = 16

@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,96 +28,11 @@ from influence_kit.distributed import from_first_rank, is_alone, sum_over_ranks
 from influence_kit.errors import NonFiniteError
 from influence_kit.gradients.convolved import Convolved
 from influence_kit.gradients.factored import Factored
-from influence_kit.gradients.forms import Dense, Form
+from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rows import Rows
-
-Forms = Mapping[str, Form]
-# below this many rows half of a Gram product takes longer than all of it
-FEWEST_ROWS = 64
-
-
-def with_ones(inputs: Tensor) -> Tensor:
-    """A last entry 1 for the bias."""
-    return torch.cat([inputs, torch.ones_like(inputs[..., :1])], dim=-1)
-
-
-@dataclass(frozen=True)
-class MatrixLayer:
-    """A linear layer or convolution.
-
-    Args:
-        weight: name of its weight.
-        bias: name of its bias, None where it has none that counts.
-        groups: the letter g.
-        transposed: whether the weight is stored as (inputs, outputs).
-        outputs: the letter o.
-        inputs: the letter i, with the bias.
-    """
-
-    weight: str
-    bias: str | None
-    groups: int
-    transposed: bool
-    outputs: int
-    inputs: int
-
-    @staticmethod
-    def of(names: Sequence[str], facts: Mapping[str, Tensor]) -> MatrixLayer:
-        """The layer of these parameters, weight first, of which ``facts`` are known."""
-        return MatrixLayer(
-            names[0],
-            names[1] if len(names) > 1 else None,
-            int(facts["groups"]),
-            bool(facts["transposed"]),
-            facts["left"].shape[-1],
-            facts["right"].shape[-1],
-        )
-
-    def factors(self, forms: Forms) -> tuple[Tensor, Tensor] | None:
-        """D ``[n, t, o]`` and a ``[n, t, i]``; None where the gradient has no such factors."""
-        form = forms.get(self.weight)
-        if isinstance(form, Convolved) and self.groups == 1:
-            form = form.factored()
-        if not isinstance(form, Factored):
-            return None
-        return form.deltas, form.inputs if self.bias is None else with_ones(form.inputs)
-
-    def single(self, forms: Forms) -> tuple[Tensor, Tensor] | None:
-        """The pair d ``[n, t, o]`` and a ``[n, t, i]``; None of a gradient without factors."""
-        form = forms.get(self.weight)
-        if not isinstance(form, Factored) or form.deltas.shape[1] != 1:
-            return None
-        inputs = form.inputs if self.bias is None else with_ones(form.inputs)
-        return form.deltas[:, 0], inputs[:, 0]
-
-    def times(self, forms: Forms, right: Tensor) -> Tensor:
-        """G times a matrix a group ``[g, i, *]``: ``[n, g, o, *]``."""
-        form = forms[self.weight]
-        inputs = self.inputs - (self.bias is not None)
-        if isinstance(form, Convolved) and self.groups == 1:
-            product = form.times(right[0, :inputs]).unsqueeze(1)
-        elif self.transposed:
-            product = (
-                form.dense().view(-1, 1, inputs, self.outputs).transpose(2, 3) @ right[:, :inputs]
-            )
-        else:
-            matrices = form.dense().view(-1, self.groups, self.outputs, inputs)
-            product = matrices @ right[:, :inputs]
-        if self.bias is not None:
-            biases = forms[self.bias].dense().view(-1, self.groups, self.outputs, 1)
-            product.addcmul_(biases, right[:, inputs:])
-        return product
-
-    def split(self, matrices: Tensor) -> dict[str, Tensor]:
-        """Matrices ``[n, g, o, i]`` by parameter, ``[n, p]``."""
-        weights = matrices if self.bias is None else matrices[..., :-1]
-        if self.transposed:
-            weights = weights.transpose(2, 3)
-        found = {self.weight: weights.flatten(1)}
-        if self.bias is not None:
-            found[self.bias] = matrices[..., -1].flatten(1)
-        return found
+from influence_kit.operators.map_covariance import map_products
+from influence_kit.operators.matrix_layer import MatrixLayer, rotated, with_ones
 
 
 class Measured(ABC):
@@ -194,7 +108,7 @@ class MeasuredMatrix(Measured):
             part = form.rows(rows)
             left = part.left.flatten(2).transpose(0, 1).reshape(g, self.layer.outputs, -1)
             self.left += left @ left.transpose(1, 2)
-            self.right += _map_products(part, self.layer.bias is not None)
+            self.right += map_products(part, self.layer.bias is not None)
         self.positions += form.n * t
 
     def decompose(self, n: int) -> None:
@@ -253,63 +167,6 @@ def _eigenpairs_of_rows(rows: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     values = basis.new_zeros(len(basis))
     values[: len(singular)] = singular.square() / count.clamp(min=1)
     return values[None], basis[None]
-
-
-def rotated(layer: MatrixLayer, left: Tensor, right: Tensor, forms: Forms) -> Iterable[Tensor]:
-    """Q_S^T G Q_A, ``[n, g, o, i]`` in chunks of examples: factors or matrices, the cheaper."""
-    o, i, form = layer.outputs, layer.inputs, forms[layer.weight]
-    for rows in form.example_slices(2 * layer.groups * o * i):
-        some = {name: forms[name].rows(rows) for name in (layer.weight, layer.bias) if name}
-        t = _positions(form)
-        if t and layer.groups == 1 and t * (o * o + i * i) < o * i * (o + i):
-            factors = layer.factors(some)
-            assert factors is not None
-            deltas, inputs = factors[0] @ left[0], factors[1] @ right[0]
-            yield torch.bmm(deltas.transpose(1, 2), inputs).unsqueeze(1)
-        else:
-            yield left.transpose(1, 2) @ layer.times(some, right)
-
-
-def _positions(form: Form) -> int:
-    """The letter t; 0 where the form has none."""
-    if isinstance(form, Convolved):
-        return form.positions
-    return form.deltas.shape[1] if isinstance(form, Factored) else 0
-
-
-def _map_products(form: Convolved, bias: bool) -> Tensor:
-    """The sum over examples and positions of [a, 1] [a, 1]^T, a the map under the kernel."""
-    g, k, columns = form.groups, form.kernel, form.n * form.positions
-    maps = form.right.transpose(0, 1).contiguous()
-    shifted = maps.new_empty(k, len(maps), columns)
-    for place, window in enumerate(form.windows(maps)):
-        shifted[place].view(window.shape).copy_(window)
-    # offsets of the kernel one after the other, each with the channels of a group
-    flat = shifted.view(k, g, -1, columns).transpose(0, 1).reshape(g, -1, columns)
-    channels, inputs = flat.shape[1] // k, flat.shape[1]
-    total = _gram(flat, channels)
-    # as the weight has it: offsets run fastest
-    order = torch.arange(inputs, device=flat.device).view(k, channels).T.flatten()
-    total = total[:, order][:, :, order]
-    if not bias:
-        return total
-    sums = flat.sum(2)[:, order]
-    joined = total.new_empty(g, inputs + 1, inputs + 1)
-    joined[:, :-1, :-1] = total
-    joined[:, -1, :-1] = joined[:, :-1, -1] = sums
-    joined[:, -1, -1] = columns
-    return joined
-
-
-def _gram(rows: Tensor, step: int) -> Tensor:
-    """X X^T of ``[g, i, *]``, from half of it where ``step`` rows at a time are enough."""
-    if step < FEWEST_ROWS:
-        return rows @ rows.transpose(1, 2)
-    total = rows.new_zeros(len(rows), rows.shape[1], rows.shape[1])
-    for first in range(0, rows.shape[1], step):
-        some = rows[:, first : first + step]
-        total[:, first : first + step, first:] = some @ rows[:, first:].transpose(1, 2)
-    return total.triu() + total.triu(1).transpose(1, 2)
 
 
 class MeasuredTable(Measured):

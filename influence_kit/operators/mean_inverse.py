@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.operators.curvature import DataSet, Features
 from influence_kit.operators.partition import Partition, spread
+from influence_kit.operators.passes import DataSet, Features
 from influence_kit.operators.solvers import Damping, damping_by_block
 
 

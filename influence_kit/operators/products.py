@@ -9,7 +9,7 @@ Letters: k vectors. ``Tree``: tensors by name.
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Mode = Literal["forward", "reverse"]
 Tree = Mapping[str, Tensor]
+Result = TypeVar("Result")
 
 
 def differentiable_attention() -> AbstractContextManager[None]:
@@ -72,6 +73,72 @@ def gauss_newton_product(
             return found
 
         return _vmapped(product, vectors)
+
+
+def mixed_product(
+    function: Callable[[Tree, Tensor], Tensor],
+    parameters: Tree,
+    shift: Tensor,
+    vectors: Tree,
+    mode: Mode = "forward",
+) -> Tensor:
+    """d/ds <v, df/dp> for each vector v, of a scalar function f of parameters p and a shift s.
+
+    Args:
+        function: parameters by name and a shift to a scalar.
+        parameters: where to take it.
+        shift: likewise.
+        vectors: ``[v, *shape]`` by name.
+        mode: "forward" or "reverse" over reverse.
+
+    Returns:
+        ``[v, *shape of the shift]``.
+    """
+    with differentiable_attention():
+        if mode == "reverse":
+            leaves, point = _leaves(parameters), shift.detach().requires_grad_()
+            with torch.enable_grad():
+                value = function(leaves, point)
+                slopes = _pull([value], list(leaves.values()), [torch.ones_like(value)], keep=True)
+            rows = zip(*vectors.values(), strict=True)
+            return torch.stack([_pull(slopes, [point], row, keep=False)[0] for row in rows])
+
+        def slope(values: Tree) -> Any:
+            return grad(function, argnums=1)(values, shift)
+
+        return _vmapped(lambda v: {"": jvp(slope, (parameters,), (v,))[1]}, vectors)[""]
+
+
+class EitherMode:
+    """Forward mode while a function allows it, reverse mode from the first time that it does not.
+
+    Args:
+        what: is computed, for the warning: "curvature is".
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.mode: Mode = "forward"
+
+    def __call__(self, product: Callable[..., Result]) -> Result:
+        """``product(mode=...)`` in the mode that works."""
+        if self.mode == "reverse":
+            return product(mode="reverse")
+        try:
+            return product(mode="forward")
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            # an error of the user's comes again
+            found = product(mode="reverse")
+            self.mode = "reverse"
+            warnings.warn(
+                "the model has an operation without forward-mode derivative or batching rule "
+                f"({str(error).splitlines()[0]}): {self.what} computed by two reverse passes, "
+                "which is exact and slower",
+                stacklevel=2,
+            )
+            return found
 
 
 def _vmapped(product: Callable[[Tree], dict[str, Tensor]], vectors: Tree) -> dict[str, Tensor]:

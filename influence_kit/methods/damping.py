@@ -1,0 +1,50 @@
+"""The damping argument: a number, one a block, or "auto"."""
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Literal
+
+from influence_kit.errors import InvalidArgumentError
+
+DampingArgument = float | Literal["auto"] | Mapping[str, float]
+# of "auto": the damping as a part of the mean eigenvalue of a block
+AUTO_SHARE = 0.1
+
+
+def check_damping(damping: DampingArgument, blocks: Sequence[str]) -> DampingArgument:
+    """The argument, refused where it is no damping of these blocks."""
+    if isinstance(damping, str):
+        if damping != "auto":
+            raise InvalidArgumentError(f'`damping` must be a number or "auto"; got {damping!r}')
+        return damping
+    if isinstance(damping, Mapping):
+        if set(damping) != set(blocks):
+            raise InvalidArgumentError(
+                f"`damping` names the blocks {list(damping)}; there are {list(blocks)}, and each "
+                "needs one"
+            )
+        for name, value in damping.items():
+            _check_number(value, f"`damping` of block '{name}'")
+        return dict(damping)
+    _check_number(damping, "`damping`")
+    return damping
+
+
+def _check_number(value: object, name: str) -> None:
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0:  # type: ignore[arg-type, operator]
+        raise InvalidArgumentError(f"{name} must be a number that is not negative; got {value!r}")
+
+
+def share_of(means: Sequence[float], blocks: Sequence[str]) -> list[float]:
+    """The automatic damping of each block, of which the mean eigenvalues are known."""
+    for value, name in zip(means, blocks, strict=True):
+        if not value > 0:
+            raise InvalidArgumentError(
+                f'damping="auto" is a share of the mean eigenvalue of the curvature, which is '
+                f"{value:.4g} in block '{name}': the gradients there are zero or the "
+                "curvature is negative. Give a number, leave that block out by `layers`, or use "
+                'another curvature ("ggn" is never negative)'
+            )
+    return [AUTO_SHARE * value for value in means]

@@ -1,0 +1,270 @@
+"""What influence functions measure of the curvature: once a checkpoint, kept, saved and loaded.
+
+Letters: B blocks.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from typing_extensions import Self
+
+from influence_kit.checkpoint_loader import CheckpointLoader
+from influence_kit.data import Batch, as_loader, call_model, example_count, is_dataset, take
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.gradients.per_example import Gradients
+from influence_kit.methods.chosen import group_by_layer
+from influence_kit.methods.damping import DampingArgument, check_damping, share_of
+from influence_kit.methods.inner_product import InnerProductInfluence
+from influence_kit.operators.labels import ModelLabels
+from influence_kit.operators.partition import Partition
+from influence_kit.operators.passes import DataSet, Features, Memory, Remembered
+from influence_kit.saved import LOSSES, hash_of, read_folder, write_folder
+from influence_kit.scoring.term import Transform
+
+Facts = dict[str, Tensor]
+MEANS = "mean_eigenvalues"
+# examples whose losses tell one loss from another
+FEW = 8
+
+
+class FittedInfluence(InnerProductInfluence):
+    """A method that measures the curvature of the loss at every checkpoint, once.
+
+    What is measured (``fit``) does not depend on the damping, is kept for later calls, and can be
+    saved. See ``InfluenceFunction`` for the arguments.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        damping: DampingArgument = "auto",
+        hessian_dataset: Dataset[Any] | DataLoader[Any] | None = None,
+        relative: Literal["theta", "l"] | None = None,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if relative not in (None, "theta", "l"):
+            raise InvalidArgumentError(f'`relative` must be None, "theta" or "l"; got {relative!r}')
+        self.relative = relative
+        self.seed = seed
+        self._hessian_data = hessian_dataset
+        self._hessian_batches: Iterable[Batch] | None = None
+        if hessian_dataset is not None and not is_dataset(hessian_dataset):
+            self._hessian_batches = as_loader(hessian_dataset, None, "hessian_dataset")
+        self.damping = damping
+
+    # What a method says.
+
+    def _blocks_of(self, names: list[str]) -> Mapping[str, list[str]]:
+        """The names of parameters by block of the curvature: by layer, unless a method says."""
+        return group_by_layer(self.model, names, None)
+
+    def _measure(self, data: DataSet) -> Facts:
+        """What is to be known of the curvature at the checkpoint that is in the model."""
+        return {}
+
+    @abstractmethod
+    def _means(self, facts: Facts, data: DataSet) -> Tensor:
+        """The mean eigenvalue of each block ``[B]``."""
+
+    @abstractmethod
+    def _make_inverse(self, facts: Facts, damping: Tensor, data: DataSet) -> Transform:
+        """Gradients through (C + damping)^-1, given the damping of each block ``[B]``."""
+
+    # What a user reads, sets and calls.
+
+    @property
+    def block_names(self) -> list[str]:
+        """The blocks of the curvature, each with a damping of its own."""
+        return list(self._partition.blocks)
+
+    @property
+    def damping(self) -> DampingArgument:
+        """As given; setting it anew fits nothing again."""
+        return self._damping
+
+    @damping.setter
+    def damping(self, damping: DampingArgument) -> None:
+        self._damping = check_damping(damping, self.block_names)
+        self._inverses.clear()
+
+    @property
+    def damping_used(self) -> list[dict[str, float]]:
+        """The damping of each block, at each checkpoint that is fitted."""
+        return [
+            dict(zip(self.block_names, self._damping_at(c).tolist(), strict=True))
+            for c in sorted(self._facts)
+            if self._damping != "auto" or MEANS in self._facts[c]
+        ]
+
+    def fit(self, show_progress: bool = False) -> Self:
+        """Measure the curvature at every checkpoint, anew; ``influence`` does so by itself once.
+
+        Args:
+            show_progress: a bar over the checkpoints.
+        """
+        self._forget()
+        with (
+            self._session() as loader,
+            self._bar(
+                "fit the curvature. Processing checkpoint", len(self.checkpoints), show_progress
+            ) as bar,
+        ):
+            for place in range(len(self.checkpoints)):
+                self._fit_at(place, loader)
+                bar.update()
+        return self
+
+    def save(self, folder: str | Path) -> None:
+        """Write what was measured of the curvature to a folder; measures it where it is not yet.
+
+        The damping is not part of it.
+        """
+        tensors = {}
+        with self._session() as loader:
+            for place in range(len(self.checkpoints)):
+                self._fit_at(place, loader)
+                for name, value in self._facts[place].items():
+                    tensors[f"{place}/{name}"] = value
+            write_folder(folder, tensors, self._description(loader))
+
+    def load(self, folder: str | Path) -> Self:
+        """Take what ``save`` has written, in place of ``fit``.
+
+        Raises:
+            InvalidArgumentError: where it was saved for another model, data set, loss or setting.
+        """
+        self._forget()
+        with self._session() as loader:
+            tensors = read_folder(folder, self._description(loader))
+            for place in range(len(self.checkpoints)):
+                loader.load(place)
+                self._prints[place] = loader.fingerprint(place)
+                self._facts[place] = {
+                    name.partition("/")[2]: value.to(self._device)
+                    for name, value in tensors.items()
+                    if name.startswith(f"{place}/")
+                }
+        return self
+
+    # How it is done.
+
+    def _settings(self) -> dict[str, Any]:
+        """What ``fit`` depends on beside model, data and loss."""
+        return {"seed": self.seed, "blocks": dict(self._partition.blocks)}
+
+    def _description(self, loader: CheckpointLoader) -> dict[str, Any]:
+        """What a saved curvature belongs to."""
+        prints = []
+        for place in range(len(self.checkpoints)):
+            loader.load(place)
+            prints.append(list(loader.fingerprint(place)))
+        data = DataSet(self._hessian_loader, self._device)
+        return {
+            "method": self.get_name(),
+            "settings": self._settings(),
+            "dtype": str(self._dtype),
+            "weights of the checkpoints": prints,
+            "examples": data.count,
+            "hash of the examples": hash_of(self._hessian_loader),
+            LOSSES: self._first_losses(data),
+        }
+
+    def _first_losses(self, data: DataSet) -> list[float]:
+        """The losses of a few examples, by which another loss is told."""
+        losses: list[float] = []
+        for _, batch in data:
+            self._source.prepare(batch, self._train_loss)
+            for place in range(min(example_count(batch), FEW - len(losses))):
+                one = take(batch, slice(place, place + 1))
+                with torch.no_grad():
+                    losses.append(
+                        float(self._train_loss.total(call_model(self.model, one), one, 1))
+                    )
+            if len(losses) == FEW:
+                break
+        return losses
+
+    @cached_property
+    def _partition(self) -> Partition:
+        shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
+        return Partition(self._blocks_of(list(shapes)), shapes)
+
+    def _through(self, solve: Callable[[Tensor], Tensor]) -> Transform:
+        """A map of vectors ``[k, P]`` as a map of gradients."""
+
+        def transform(gradients: Gradients) -> Gradients:
+            return self._partition.gradients(solve(self._partition.flat(gradients)), gradients)
+
+        return transform
+
+    def _forget(self) -> None:
+        self._facts: dict[int, Facts] = {}
+        self._prints: dict[int, tuple[float, ...]] = {}
+        self._inverses: dict[int, Transform] = {}
+        self._memory = Memory()
+
+    def _fit_at(self, place: int, loader: CheckpointLoader) -> None:
+        """Have the inverse at a checkpoint, measuring what is not known yet."""
+        loader.load(place)
+        known = self._prints.get(place)
+        if known is not None and known != loader.fingerprint(place):
+            raise InvalidArgumentError(
+                f"checkpoint {place} holds other weights than when its curvature was measured; "
+                "call `fit()` to measure it anew"
+            )
+        data = DataSet(self._hessian_loader, self._device)
+        if place not in self._facts:
+            self._facts[place] = self._measure(data)
+            self._prints[place] = loader.fingerprint(place)
+        if place not in self._inverses:
+            if self.damping == "auto" and MEANS not in self._facts[place]:
+                self._facts[place][MEANS] = self._means(self._facts[place], data)
+            damping = self._damping_at(place)
+            self._inverses[place] = self._make_inverse(self._facts[place], damping, data)
+
+    @property
+    def _hessian_loader(self) -> Iterable[Batch]:
+        if self._hessian_data is None:
+            return self.train_dataloader
+        if self._hessian_batches is None:
+            self._hessian_batches = self._loader_of(self._hessian_data, "hessian_dataset")
+        return self._hessian_batches
+
+    def _damping_at(self, place: int) -> Tensor:
+        """The damping of each block ``[B]``, float64."""
+        if self._damping == "auto":
+            values = share_of(self._facts[place][MEANS].tolist(), self.block_names)
+        elif isinstance(self._damping, Mapping):
+            values = [self._damping[name] for name in self.block_names]
+        else:
+            values = [self._damping] * len(self.block_names)
+        return torch.tensor(values, dtype=torch.float64, device=self._device)
+
+    def _curvature_features(self, curvature: str) -> Features:
+        """The gradients whose outer products are the empirical Fisher, or the Fisher."""
+        labels = ModelLabels(self.model, self._train_loss, self.seed)
+
+        def features(places: Tensor, batch: Batch) -> Gradients:
+            if curvature == "fisher":
+                self._source.prepare(batch, self._train_loss)
+                batch = labels(places, batch)
+            return self._source(batch, self._train_loss)
+
+        return Remembered(features, self._memory)
+
+    @contextmanager
+    def _session(self) -> Iterator[CheckpointLoader]:
+        with super()._session() as loader:
+            try:
+                yield loader
+            finally:
+                self._memory.clear()

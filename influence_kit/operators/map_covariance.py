@@ -1,0 +1,47 @@
+"""The covariance of what a convolution's kernel sees, without unfolding all of it at once.
+
+Letters: g groups, i inputs of a group (with the bias).
+"""
+
+import torch
+from torch import Tensor
+
+from influence_kit.gradients.convolved import Convolved
+
+# below this many rows half of a Gram product takes longer than all of it
+FEWEST_ROWS = 64
+
+
+def map_products(form: Convolved, bias: bool) -> Tensor:
+    """The sum over examples and positions of [a, 1] [a, 1]^T, a the map under the kernel."""
+    g, k, columns = form.groups, form.kernel, form.n * form.positions
+    maps = form.right.transpose(0, 1).contiguous()
+    shifted = maps.new_empty(k, len(maps), columns)
+    for place, window in enumerate(form.windows(maps)):
+        shifted[place].view(window.shape).copy_(window)
+    # offsets of the kernel one after the other, each with the channels of a group
+    flat = shifted.view(k, g, -1, columns).transpose(0, 1).reshape(g, -1, columns)
+    channels, inputs = flat.shape[1] // k, flat.shape[1]
+    total = _gram(flat, channels)
+    # as the weight has it: offsets run fastest
+    order = torch.arange(inputs, device=flat.device).view(k, channels).T.flatten()
+    total = total[:, order][:, :, order]
+    if not bias:
+        return total
+    sums = flat.sum(2)[:, order]
+    joined = total.new_empty(g, inputs + 1, inputs + 1)
+    joined[:, :-1, :-1] = total
+    joined[:, -1, :-1] = joined[:, :-1, -1] = sums
+    joined[:, -1, -1] = columns
+    return joined
+
+
+def _gram(rows: Tensor, step: int) -> Tensor:
+    """X X^T of ``[g, i, *]``, from half of it where ``step`` rows at a time are enough."""
+    if step < FEWEST_ROWS:
+        return rows @ rows.transpose(1, 2)
+    total = rows.new_zeros(len(rows), rows.shape[1], rows.shape[1])
+    for first in range(0, rows.shape[1], step):
+        some = rows[:, first : first + step]
+        total[:, first : first + step, first:] = some @ rows[:, first:].transpose(1, 2)
+    return total.triu() + total.triu(1).transpose(1, 2)

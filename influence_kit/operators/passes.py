@@ -1,0 +1,105 @@
+"""Passes over a data set: batches with their places, gradients kept from one to the next."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from influence_kit.data import Batch, example_count, to_device
+from influence_kit.distributed import is_mine
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.gradients.per_example import Gradients
+from influence_kit.memory import resident_bytes
+
+Features = Callable[[Tensor, Batch], Gradients]
+
+
+@dataclass
+class DataSet:
+    """Batches that are read again and again.
+
+    Args:
+        batches: the batches, in a fixed order.
+        device: where they are wanted.
+    """
+
+    batches: Iterable[Batch]
+    device: torch.device
+    _count: int | None = None
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Batch]]:
+        """Each batch, with the places of its examples ``[n]``."""
+        start = 0
+        for batch in self.batches:
+            n = example_count(batch)
+            yield torch.arange(start, start + n, device=self.device), to_device(batch, self.device)
+            start += n
+        if start == 0:
+            raise InvalidArgumentError("there are no examples to measure the curvature on")
+        self._count = start
+
+    def first(self) -> Batch:
+        """The first batch."""
+        return next(iter(self))[1]
+
+    def of_this_rank(self) -> Iterator[tuple[Tensor, Batch]]:
+        """The same, of the batches that this rank computes."""
+        return (item for number, item in enumerate(self) if is_mine(number))
+
+    @property
+    def count(self) -> int:
+        """The letter n: known after a pass, which it takes where there was none."""
+        if self._count is None:
+            for _ in self:
+                pass
+        assert self._count is not None
+        return self._count
+
+
+@dataclass
+class Memory:
+    """Gradients of batches, kept for later passes while memory lasts: those of one source."""
+
+    owner: object = None
+    left: int = 0
+    kept: dict[tuple[int, int], Gradients] = field(default_factory=dict)
+
+    def of(self, owner: object, device: torch.device) -> dict[tuple[int, int], Gradients]:
+        """What is kept of a source; anything of another is dropped."""
+        if self.owner is not owner:
+            self.clear()
+            self.owner, self.left = owner, resident_bytes(device)
+        return self.kept
+
+    def clear(self) -> None:
+        """Free what is kept."""
+        self.owner = None
+        self.kept.clear()
+
+
+@dataclass
+class Remembered:
+    """Features that are computed once for several passes over the same data.
+
+    Args:
+        features: gradients of a batch, given the places of its examples.
+        memory: where they are kept.
+    """
+
+    features: Features
+    memory: Memory
+
+    def __call__(self, places: Tensor, batch: Batch) -> Gradients:
+        """The features of a batch; kept where its examples stand one after the other."""
+        kept = self.memory.of(self, places.device)
+        ends = int(places[0]), int(places[-1])
+        if not bool((places.diff() == 1).all()):  # a sample, which will not come again
+            return self.features(places, batch)
+        if ends not in kept:
+            gradients = self.features(places, batch)
+            if gradients.nbytes > self.memory.left:
+                return gradients
+            self.memory.left -= gradients.nbytes
+            kept[ends] = gradients
+        return kept[ends]
