@@ -21,6 +21,7 @@ from influence_kit.methods.nystrom import NystromInfluenceFunction
 from influence_kit.methods.tracin import TracInCP, TracInCPBase
 from influence_kit.methods.tracin_fast import TracInCPFast
 from influence_kit.methods.tracin_rand_proj import TracInCPFastRandProj
+from influence_kit.scoring.features import MostInfluentialFeatures
 from influence_kit.scoring.reducers import KMostInfluentialResults
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ __all__ = [
     "KFACInfluenceFunction",
     "KMostInfluentialResults",
     "LiSSAInfluenceFunction",
+    "MostInfluentialFeatures",
     "NaiveInfluenceFunction",
     "NearestNeighbors",
     "NystromInfluenceFunction",

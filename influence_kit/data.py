@@ -106,7 +106,8 @@ def _rebuilt(item: Any, change: Callable[[Any], Any]) -> Any:
         if not isinstance(item, MutableMapping):
             return values
         same = copy.copy(item)
-        same.update(values)
+        for key, value in values.items():  # some outputs of models refuse ``update``
+            same[key] = value
         return same
     items = [change(value) for value in item]
     return type(item)(*items) if hasattr(item, "_fields") else type(item)(items)

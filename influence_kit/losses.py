@@ -80,6 +80,11 @@ class Loss:
         return int(isinstance(formula, partial) and _next_token_losses in formula.args)
 
     @property
+    def is_of_outputs(self) -> bool:
+        """Whether it is a function of the outputs, not a part of them."""
+        return self._formula != self._model_loss
+
+    @property
     def is_binary(self) -> bool:
         """Whether it is the cross-entropy of independent sigmoids."""
         return isinstance(self._formula, nn.BCEWithLogitsLoss)

@@ -90,7 +90,7 @@ def single_gradients(
 
 
 def _dense(values: Tensor, shape: torch.Size) -> Dense:
-    return Dense(exact(values).flatten(1), shape)
+    return Dense(exact(values).reshape(len(values), -1), shape)
 
 
 def exact(tensor: Tensor) -> Tensor:

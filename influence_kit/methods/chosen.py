@@ -69,8 +69,11 @@ def group_by_layer(
 ) -> Mapping[str, list[str]]:
     """Names of parameters by layer: by the given layers, or by the modules that own them.
 
-    A parameter of the model itself is a group of its own, under its name.
+    A parameter of the model itself is a group of its own, under its name; a model that is one layer
+    is one group, under the name of its class.
     """
+    if layers is None and not list(model.children()):
+        return {type(model).__name__: list(names)}
     inside = {layer: set(model.get_submodule(layer).parameters()) for layer in layers or ()}
     groups: dict[str, list[str]] = {}
     for name in names:

@@ -75,10 +75,10 @@ class KroneckerInfluence(InfluenceFunction):
     def _measured_layers(self, gradients: Gradients) -> dict[str, Measured]:
         """What measures each layer, of the kind that the first batch's gradients show."""
         layers, without = {}, {}
+        modules = dict(self.model.named_modules())
         for name, names in self._partition.blocks.items():
-            module = self.model.get_submodule(name) if name not in names else None
             found = measured_layer(names, gradients)
-            if isinstance(module, TRANSPOSED):
+            if isinstance(modules.get(name, self.model), TRANSPOSED):
                 found = "a transposed convolution's bias does not join its weight"
             if isinstance(found, str):
                 without[name] = found

@@ -168,6 +168,11 @@ class GaussNewton(LossCurvature):
         self, batch: Batch, parameters: Tree, vectors: Tree, mode: Mode
     ) -> dict[str, Tensor]:
         n = example_count(batch)
+        if not self.loss.is_of_outputs:
+            raise InvalidArgumentError(
+                "curvature='ggn' takes second derivatives of `loss_fn` in the model's outputs; "
+                "without a `loss_fn` they are zero here. Pass `loss_fn`, or use another curvature"
+            )
         with torch.no_grad():
             shown = self._outputs(batch, parameters)
 

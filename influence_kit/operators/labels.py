@@ -22,8 +22,6 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.losses import Loss
 
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
-# relative difference of slopes that rounding in float32 explains
-CLOSE = 1e-3
 
 
 def uniform(seed: int, places: Tensor, each: int) -> Tensor:
@@ -140,11 +138,12 @@ class ModelLabels:
                 product, square = product.sum(axis, keepdim=True), square.sum(axis, keepdim=True)
             factor = product / square.clamp(min=torch.finfo(square.dtype).tiny)
             rest = (found - factor * expected).abs().max()
-            if not bool((factor >= 0).all()) or rest > CLOSE * found.abs().max():
+            if not bool((factor >= 0).all()) or rest > _close(found) * found.abs().max():
                 raise self._refusal("its slope is another")
             factors.append(factor)
         first, second = factors
-        if not torch.allclose(first, second, CLOSE, CLOSE * float(first.abs().max())):
+        close = _close(first)
+        if not torch.allclose(first, second, close, close * float(first.abs().max())):
             raise self._refusal("it weighs labels differently")
         if not likelihood.settles(first):
             raise self._refusal("it weighs outputs differently")
@@ -156,6 +155,11 @@ class ModelLabels:
             f"outputs ({why}); use curvature='empirical_fisher' (labels of the data), or "
             "`ExplicitInfluenceFunction` and its kin with curvature='ggn'"
         )
+
+
+def _close(slopes: Tensor) -> float:
+    """The relative difference of slopes that rounding explains."""
+    return max(1e-3, 10 * torch.finfo(slopes.dtype).eps)
 
 
 def _class_axis(logits: Tensor, labels: Tensor, shift: int) -> int | None:
@@ -246,4 +250,4 @@ class Normal(Likelihood):
 
     def settles(self, factors: Tensor) -> bool:
         self.precision = float(factors.median())
-        return self.precision > 0 and torch.allclose(factors, factors.median(), CLOSE)
+        return self.precision > 0 and torch.allclose(factors, factors.median(), _close(factors))

@@ -51,6 +51,8 @@ class LowRank:
     def __init__(self, pairs: Sequence[EigenPairs], damping: Damping, complement: bool) -> None:
         self.pairs, self.complement = pairs, complement
         self.damping = damping_by_block(damping, len(pairs), positive=complement)
+        for number, (pair, value) in enumerate(zip(pairs, self.damping.tolist(), strict=True)):
+            _check_positive(pair.values, value, number)
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """The inverse times each row of ``[k, P]``."""
@@ -66,6 +68,19 @@ class LowRank:
             inside = ((part @ basis) * weights.to(part)) @ basis.T
             solved.append(inside + part / damping if self.complement else inside)
         return torch.cat(solved, dim=1)
+
+
+def _check_positive(values: Tensor, damping: float, number: int) -> None:
+    """Refuse to divide by eigenvalues that are not positive."""
+    if not len(values):
+        return
+    least, rounding = float(values.min()), len(values) * torch.finfo(values.dtype).eps
+    if least + damping <= rounding * float(values.abs().max()):
+        raise CurvatureError(
+            f"block {number} is singular or indefinite: the least of {len(values)} eigenvalues is "
+            f"{least:.4g}, and damping {damping:.4g} does not make it positive. Use a larger "
+            "damping, or a curvature that is never negative (Gauss-Newton, Fisher)"
+        )
 
 
 def nystrom(operator: Operator, rank: int, seed: int = 0) -> list[EigenPairs]:

@@ -36,7 +36,10 @@ class DataSet:
             yield torch.arange(start, start + n, device=self.device), to_device(batch, self.device)
             start += n
         if start == 0:
-            raise InvalidArgumentError("there are no examples to measure the curvature on")
+            raise InvalidArgumentError(
+                "there are no examples to measure the curvature on: `hessian_dataset` (the "
+                "training set where None) is empty"
+            )
         self._count = start
 
     def first(self) -> Batch:

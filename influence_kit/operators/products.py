@@ -120,17 +120,17 @@ class EitherMode:
         self.what = what
         self.mode: Mode = "forward"
 
-    def __call__(self, product: Callable[..., Result]) -> Result:
-        """``product(mode=...)`` in the mode that works."""
+    def __call__(self, product: Callable[[Mode], Result]) -> Result:
+        """The product in the mode that works, its argument."""
         if self.mode == "reverse":
-            return product(mode="reverse")
+            return product("reverse")
         try:
-            return product(mode="forward")
+            return product("forward")
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:
             # an error of the user's comes again
-            found = product(mode="reverse")
+            found = product("reverse")
             self.mode = "reverse"
             warnings.warn(
                 "the model has an operation without forward-mode derivative or batching rule "

@@ -116,6 +116,8 @@ def conjugate_gradients(
     """
     by_block = damping_by_block(damping, len(operator.sizes))
     solution = torch.zeros_like(vectors)
+    # a residual below rounding says nothing, and its directions vanish
+    tol = max(tol, torch.finfo(vectors.dtype).eps)
     state = _Descent(operator, vectors, by_block, preconditioner)
     for _ in range(max_iter):
         going = state.relative() > tol
