@@ -32,7 +32,8 @@ def outputs_at(model: nn.Module, vector: Tensor, batch: Any) -> Tensor:
     """The model's outputs with its parameters taken from a vector; tied ones stay tied."""
     sizes = [p.numel() for p in model.parameters()]
     pieces = vector.split(sizes)
-    values = {name: v.view_as(p) for (name, p), v in zip(model.named_parameters(), pieces)}  # noqa: B905
+    pairs = zip(model.named_parameters(), pieces, strict=True)
+    values = {name: piece.view_as(parameter) for (name, parameter), piece in pairs}
     # the fused kernel has no second derivative
     with sdpa_kernel(SDPBackend.MATH):
         return torch.func.functional_call(model, values, tuple(batch[:-1]))
@@ -219,7 +220,10 @@ class LayerRecord:
 
 
 def record(model: nn.Module, layer: nn.Module, batch: Any, loss: Loss) -> LayerRecord:
-    """What a Linear, Conv2d or Embedding sees of each example."""
+    """What a Linear, Conv2d or Embedding sees of each example.
+
+    Of an embedding the positions of an example are the ids that it looks up, its d their gradients.
+    """
     found = LayerRecord([], [], [], [])
     for i in range(oracles.count(batch)):
         inputs, delta = _run_alone(model, layer, oracles.one(batch, i), loss)
@@ -227,9 +231,10 @@ def record(model: nn.Module, layer: nn.Module, batch: Any, loss: Loss) -> LayerR
         found.inputs.append(a)
         found.deltas.append(d)
         found.joined.append(d.T @ a)
-        # a padded position of a sequence
-        padded = isinstance(layer, nn.Linear) and len(a) > 1
-        found.counted.append(d.abs().sum(1) > 0 if padded else torch.ones(len(d), dtype=bool))
+        # no gradient arrives at a padded position of a sequence
+        sequence = isinstance(layer, nn.Embedding) or (isinstance(layer, nn.Linear) and len(a) > 1)
+        arrives = d.abs().sum(1) > 0
+        found.counted.append(arrives if sequence else torch.ones_like(arrives))
     return found
 
 
@@ -254,8 +259,9 @@ def _run_alone(
 
 def _positions(layer: nn.Module, inputs: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(layer, nn.Embedding):
-        a = F.one_hot(inputs.flatten(), layer.num_embeddings).to(delta)
-        return a, delta.reshape(len(a), -1)
+        ids, position = inputs.unique(return_inverse=True)
+        sums = F.one_hot(position.flatten(), len(ids)).to(delta).T @ delta.flatten(0, -2)
+        return F.one_hot(ids, layer.num_embeddings).to(delta), sums
     if isinstance(layer, nn.Conv2d):
         a = F.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)[0].T
         d = delta[0].flatten(1).T

@@ -85,21 +85,18 @@ def group_by_layer(
     return groups
 
 
-def choose_blocks(
-    model: nn.Module, names: Sequence[str], layers: Sequence[str] | None, blocks: Any
-) -> Mapping[str, list[str]]:
+def choose_blocks(model: nn.Module, names: Sequence[str], blocks: Any) -> Mapping[str, list[str]]:
     """Names of parameters by block of a curvature.
 
     Args:
         model: the model.
         names: the chosen parameters.
-        layers: as given to the method.
-        blocks: "full", "layer", "parameter", or names by block.
+        blocks: "full", "layer" (the modules that own parameters), "parameter", or names by block.
     """
     if blocks == "full":
         return {"full": list(names)}
     if blocks == "layer":
-        return group_by_layer(model, names, layers)
+        return group_by_layer(model, names, None)
     if blocks == "parameter":
         return {name: [name] for name in names}
     if not isinstance(blocks, Mapping) or not blocks:

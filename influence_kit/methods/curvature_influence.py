@@ -64,7 +64,7 @@ class CurvatureInfluence(InfluenceFunction):
         )
 
     def _blocks_of(self, names: list[str]) -> Mapping[str, list[str]]:
-        return choose_blocks(self.model, names, self.layers, self.blocks)
+        return choose_blocks(self.model, names, self.blocks)
 
     def _curvature(self, data: DataSet) -> Curvature:
         """The curvature at the checkpoint that is in the model."""

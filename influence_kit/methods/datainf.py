@@ -15,7 +15,7 @@ class DataInf(InfluenceFunction):
     .. math::
         R_l = \frac{1}{n} \sum_j (g_{jl} g_{jl}^T + \lambda_l I)^{-1}
             = \frac{1}{n \lambda_l} \sum_j
-              \Big( I - \frac{g_{jl} g_{jl}^T}{\lambda_l + \|g_{jl}\|^2} \Big)
+              \Bigl( I - \frac{g_{jl} g_{jl}^T}{\lambda_l + \|g_{jl}\|^2} \Bigr)
 
     The mean of the inverses of the examples' damped curvatures, in place of the inverse of their
     mean (arXiv 2310.00902): the error grows with the number of parameters of a layer, and is small
@@ -27,7 +27,7 @@ class DataInf(InfluenceFunction):
 
     Args:
         damping: the letter lambda: a positive number, a dict by layer, or "auto", the paper's
-            0.1 times the mean of |g|^2 / p in the layer of p parameters.
+            0.1 times the mean of ``|g|^2 / p`` in the layer of p parameters.
         hessian_dataset: the data over which R is a mean; the training set where None.
         relative: RelatIF: None, "l" or "theta".
 

@@ -90,7 +90,8 @@ class KroneckerInfluence(InfluenceFunction):
             reasons = "; ".join(f"'{name}': {reason}" for name, reason in without.items())
             raise InvalidArgumentError(
                 f"no Kronecker form for {len(without)} of {len(without) + len(layers)} layers "
-                f"({reasons}). Leave them out: layers={list(layers)}"
+                f"({reasons}). "
+                + (f"Leave them out: layers={list(layers)}" if layers else "Use `DataInf`")
             )
         return layers
 
@@ -129,13 +130,14 @@ class KFACInfluenceFunction(KroneckerInfluence):
     r"""score = sum over layers of <G_test, (S (x) A + damping)^-1 G_train>.
 
     .. math::
-        \sum_l \Big\langle G',\; Q_S \Big[ \frac{Q_S^T G Q_A}{s a^T + \lambda} \Big] Q_A^T
-        \Big\rangle
+        \sum_l \Bigl\langle G',\; Q_S \Bigl[ \frac{Q_S^T G Q_A}{s a^T + \lambda} \Bigr] Q_A^T
+        \Bigr\rangle
 
     K-FAC (arXiv 1503.05671): the Fisher matrix of each layer taken for a Kronecker product of the
     covariance S of its output gradients (eigenvalues s, eigenvectors Q_S; a sum over positions,
     averaged over examples) and that of its inputs A (a, Q_A; averaged over positions), weight and
-    bias together. Rows are test examples; positive is a proponent, and leaving the training example
+    bias together; of an embedding, positions with equal ids count as one. Rows are test examples;
+    positive is a proponent, and leaving the training example
     out raises the test loss by about score / n. The mean over checkpoints where there are several.
 
     Linear layers, convolutions and embeddings have this form; others are an error that names them.

@@ -135,8 +135,8 @@ class LossCurvature(Curvature):
             parameters = {name: self.model.get_parameter(name).detach() for name in names}
             block = {name: trees[name].to(parameters[name].dtype) for name in names}
             found.update(self.either_mode(partial(self.block_product, batch, parameters, block)))
-        columns = [found[name].flatten(1) for name in self.partition.names]
-        return torch.cat([c if c.dim() > 1 else c[:, None] for c in columns], dim=1).to(vectors)
+        columns = [found[name].reshape(len(vectors), -1) for name in self.partition.names]
+        return torch.cat(columns, dim=1).to(vectors)
 
     def _outputs(self, batch: Batch, values: Tree) -> Any:
         args, kwargs = call_arguments(self.model, batch)

@@ -4,8 +4,8 @@ A layer's test gradients become ``Q_S [(Q_S^T G Q_A) / (Lambda + damping)] Q_A^T
 with training gradients are taken in whichever basis is cheaper. Where neither side has more than
 one position, the grid W = 1 / (Lambda + damping) may be replaced by a few outer products that all
 pairs share: the singular vectors of W weighted by the typical size of what it multiplies. The error
-is measured on pairs of every training batch, and where it is above ``rtol`` the exact product is
-taken.
+is estimated over all pairs of every training batch, and where it is above ``rtol`` the exact
+product is taken.
 
 Letters: m test and n training examples, s and t their positions, g groups, o outputs and i inputs
 (with the bias) of a layer, r outer products.
@@ -13,6 +13,7 @@ Letters: m test and n training examples, s and t their positions, g groups, o ou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,10 +28,24 @@ from influence_kit.gradients.rows import Rows
 from influence_kit.memory import rows_within, workspace_bytes
 from influence_kit.operators.matrix_layer import Forms, MatrixLayer, rotated
 
-# training examples of a batch on which the shared form is compared with the exact one
-CHECKED = 16
+# random sums by which the error of the shared form is estimated
+PROBES = 4
 # sizes below this part of the largest count as this; singular values below it are noise
 SMALLEST, NOISE = 1e-10, 1e-13
+
+
+@dataclass(frozen=True)
+class Shared:
+    """W ``[o, i]`` as sum_r u_r v_r^T and a rest.
+
+    Args:
+        left, right: u ``[r, o]`` and v ``[r, i]``.
+        rest: what they leave out, ``[o, i]``.
+    """
+
+    left: Tensor
+    right: Tensor
+    rest: Tensor
 
 
 @dataclass(frozen=True)
@@ -53,8 +68,8 @@ class Eigenbasis:
     rtol: float
 
     @cached_property
-    def shared(self) -> tuple[Tensor, Tensor] | None:
-        """Vectors u ``[r, o]`` and v ``[r, i]`` with W about sum_r u_r v_r^T; None if too many."""
+    def shared(self) -> Shared | None:
+        """The grid W as a few outer products; None where they would be too many."""
         if self.rtol <= 0 or self.layer.groups > 1:
             return None
         # directions without any size do not meet W; the floor keeps the division finite
@@ -70,7 +85,8 @@ class Eigenbasis:
             return None
         roots = values[:rank].sqrt()
         u, v = (left[:, :rank] * roots).T / scales[0], right[:rank] * roots[:, None] / scales[1]
-        return u.to(self.weights), v.to(self.weights)
+        rest = self.weights[0].double() - u.T @ v
+        return Shared(u.to(self.weights), v.to(self.weights), rest.to(self.weights))
 
 
 @dataclass(frozen=True)
@@ -251,33 +267,35 @@ class Preconditioned(Form):
         own = self._own_single
         if own is None or train.deltas.shape[1] != 1 or self.basis.shared is None:
             return None
-        some = train.rows(slice(0, CHECKED))
-        exact = _through_grid(own, some, self.basis.weights[0])
-        error = _through_vectors(own, some, *self.basis.shared) - exact
-        if not float(error.norm()) <= self.basis.rtol * float(exact.norm()):
-            return None
-        return _through_vectors(own, train, *self.basis.shared)
+        scores = _through_vectors(own, train, self.basis.shared)
+        error = _error_of_vectors(own, train, self.basis.shared.rest)
+        return scores if error <= self.basis.rtol * float(scores.norm()) else None
 
 
-def _through_grid(test: tuple[Tensor, Tensor], train: Factored, grid: Tensor) -> Tensor:
-    """sum_oi d_o d'_o W_oi a_i a'_i for each pair, ``[m, n]``."""
-    rows = [
-        ((d * test[0]) @ grid * (a * test[1])).sum(1)
-        for d, a in zip(train.deltas[:, 0], train.inputs[:, 0], strict=True)
-    ]
-    return torch.stack(rows, dim=1)
+def _error_of_vectors(test: tuple[Tensor, Tensor], train: Factored, rest: Tensor) -> float:
+    """The norm of the errors of all pairs, estimated: ``rest`` is what of W the vectors leave out.
+
+    For random signs r_n the expectation of (sum_n r_n error_mn)^2 is the sum of squares, and the
+    sum over n makes one matrix of all training examples.
+    """
+    deltas, inputs = train.deltas[:, 0], train.inputs[:, 0]
+    generator = torch.Generator().manual_seed(0)
+    total = 0.0
+    for _ in range(PROBES):
+        signs = torch.randint(0, 2, (len(deltas), 1), generator=generator).to(deltas) * 2 - 1
+        grid = rest * (deltas.T @ (inputs * signs))
+        total += float(((test[0] @ grid) * test[1]).sum(1).square().sum())
+    return math.sqrt(total / PROBES)
 
 
-def _through_vectors(
-    test: tuple[Tensor, Tensor], train: Factored, left: Tensor, right: Tensor
-) -> Tensor:
-    """The same with W = sum_r u_r v_r^T."""
+def _through_vectors(test: tuple[Tensor, Tensor], train: Factored, shared: Shared) -> Tensor:
+    """sum_oi d_o d'_o W_oi a_i a'_i for each pair ``[m, n]``, W = sum_r u_r v_r^T."""
     scores = train.deltas.new_zeros(train.n, len(test[0]))
     step = rows_within(workspace_bytes(scores.device), 3 * scores.element_size() * scores.shape[1])
     for start in range(0, train.n, step):
         rows = slice(start, start + step)
         deltas, inputs = train.deltas[rows, 0], train.inputs[rows, 0]
-        for u, v in zip(left, right, strict=True):
+        for u, v in zip(shared.left, shared.right, strict=True):
             part = deltas @ (test[0] * u).T
             scores[rows].addcmul_(part, inputs @ (test[1] * v).T)
     return scores.T

@@ -10,7 +10,7 @@ Letters: n examples, c classes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from influence_kit.data import Batch, call_model, map_tensors
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.losses import Loss
 
+# classes that a loss is compared at: of few logits and of many
+MANY_PROBES, FEW_PROBES, MANY_LOGITS = 64, 8, 10**6
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 
 
@@ -64,7 +66,7 @@ class ModelLabels:
             logits, labels = self._logits(outputs), self._labels(batch)
         if self.likelihood is None:
             likelihood = self._likelihood(logits, labels)
-            self._check(likelihood, outputs, places, batch)
+            self._check(likelihood, outputs, batch, len(places))
             self.likelihood = likelihood
         u = self._uniform(labels, places, self.seed)
         return self._with_labels(batch, self.likelihood.draw(logits, labels, u))
@@ -118,43 +120,45 @@ class ModelLabels:
             )
         return Sigmoid() if self.loss.is_binary else Normal()
 
-    def _check(self, likelihood: Likelihood, outputs: Any, places: Tensor, batch: Batch) -> None:
-        """Compare the loss's slope at two draws with that of the likelihood it is taken for."""
-        known, labels = self._logits(outputs), self._labels(batch)
+    def _check(self, likelihood: Likelihood, outputs: Any, batch: Batch, n: int) -> None:
+        """Compare the loss's slope at some labels with that of the likelihood it is taken for."""
+        known = self._logits(outputs)
         logits = known.detach().requires_grad_()
         shown = map_tensors(outputs, lambda t: logits if t is known else t)
-        factors = []
-        for seed in (self.seed, self.seed + 1):
-            drawn = likelihood.draw(known, labels, self._uniform(labels, places, seed))
+        factors: list[Tensor] = []
+        for labels in likelihood.probes(known, self._labels(batch)):
             with torch.enable_grad():
-                total = self.loss.total(shown, self._with_labels(batch, drawn), len(places))
+                total = self.loss.total(shown, self._with_labels(batch, labels), n)
             found = torch.zeros_like(logits)
             if total.requires_grad:
                 found = torch.autograd.grad(total, logits, materialize_grads=True)[0]
-            expected = likelihood.slope(known, labels, drawn)
-            axis = likelihood.axis
-            product, square = found * expected, expected.square()
-            if axis is not None:
-                product, square = product.sum(axis, keepdim=True), square.sum(axis, keepdim=True)
-            factor = product / square.clamp(min=torch.finfo(square.dtype).tiny)
-            rest = (found - factor * expected).abs().max()
-            if not bool((factor >= 0).all()) or rest > _close(found) * found.abs().max():
+            expected = likelihood.slope(known, labels)
+            factors.append(_factors(found, expected, likelihood.axis))
+            rest, close = (found - factors[-1] * expected).abs().max(), _close(found)
+            if not bool((factors[-1] >= 0).all()) or rest > close * found.abs().max():
                 raise self._refusal("its slope is another")
-            factors.append(factor)
-        first, second = factors
-        close = _close(first)
-        if not torch.allclose(first, second, close, close * float(first.abs().max())):
-            raise self._refusal("it weighs labels differently")
-        if not likelihood.settles(first):
+            if not torch.allclose(
+                factors[0], factors[-1], close, close * float(factors[0].abs().max())
+            ):
+                raise self._refusal("it weighs labels differently")
+        if not likelihood.settles(factors[0]):
             raise self._refusal("it weighs outputs differently")
 
     def _refusal(self, why: str) -> InvalidArgumentError:
         return InvalidArgumentError(
             f"no labels can be drawn from the model for curvature='fisher': `{self.loss.name}` is "
             "not the negative log-likelihood of a softmax, sigmoid or normal distribution of the "
-            f"outputs ({why}); use curvature='empirical_fisher' (labels of the data), or "
-            "`ExplicitInfluenceFunction` and its kin with curvature='ggn'"
+            f"outputs ({why}); use curvature='empirical_fisher' (labels of the data), or 'ggn' "
+            "where the method has it"
         )
+
+
+def _factors(found: Tensor, expected: Tensor, axis: int | None) -> Tensor:
+    """By what the expected slopes are multiplied, a number for each label."""
+    product, square = found * expected, expected.square()
+    if axis is not None:
+        product, square = product.sum(axis, keepdim=True), square.sum(axis, keepdim=True)
+    return product / square.clamp(min=torch.finfo(square.dtype).tiny)
 
 
 def _close(slopes: Tensor) -> float:
@@ -183,7 +187,11 @@ class Likelihood(ABC):
         """Labels like ``labels``, from uniform numbers of their shape."""
 
     @abstractmethod
-    def slope(self, logits: Tensor, labels: Tensor, drawn: Tensor) -> Tensor:
+    def probes(self, logits: Tensor, labels: Tensor) -> Iterable[Tensor]:
+        """Labels like ``labels`` that show what a loss makes of each possible one."""
+
+    @abstractmethod
+    def slope(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The gradient of -log likelihood in the logits, up to a factor a position."""
 
     def settles(self, factors: Tensor) -> bool:
@@ -213,12 +221,18 @@ class Softmax(Likelihood):
             drawn = torch.cat([labels[:, : self.shift], drawn], dim=1)
         return torch.where(labels < 0, labels, drawn)
 
-    def slope(self, logits: Tensor, labels: Tensor, drawn: Tensor) -> Tensor:
+    def probes(self, logits: Tensor, labels: Tensor) -> Iterable[Tensor]:
+        classes = logits.shape[self.axis]
+        count = MANY_PROBES if logits.numel() <= MANY_LOGITS else FEW_PROBES
+        for label in torch.linspace(0, classes - 1, min(count, classes)).round().long().tolist():
+            yield torch.where(labels < 0, labels, torch.full_like(labels, label))
+
+    def slope(self, logits: Tensor, labels: Tensor) -> Tensor:
         probabilities = self._log_probabilities(logits).exp()
-        targets = drawn
+        targets = labels.long()
         if self.shift:
-            targets = torch.full_like(drawn, -1)
-            targets[:, : -self.shift] = drawn[:, self.shift :]
+            targets = torch.full_like(targets, -1)
+            targets[:, : -self.shift] = labels[:, self.shift :]
         chosen = torch.zeros_like(probabilities)
         chosen.scatter_(-1, targets.clamp(min=0).unsqueeze(-1), 1.0)
         slope = (probabilities - chosen) * (targets >= 0).unsqueeze(-1)
@@ -231,8 +245,11 @@ class Sigmoid(Likelihood):
     def draw(self, logits: Tensor, labels: Tensor, u: Tensor) -> Tensor:
         return (u < logits.double().sigmoid()).to(labels.dtype)
 
-    def slope(self, logits: Tensor, labels: Tensor, drawn: Tensor) -> Tensor:
-        return logits.sigmoid() - drawn
+    def probes(self, logits: Tensor, labels: Tensor) -> Iterable[Tensor]:
+        return torch.zeros_like(labels), torch.ones_like(labels)
+
+    def slope(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return logits.sigmoid() - labels
 
 
 @dataclass
@@ -245,8 +262,11 @@ class Normal(Likelihood):
         noise: Tensor = torch.special.ndtri(u).to(logits) / self.precision**0.5
         return (logits + noise).to(labels.dtype)
 
-    def slope(self, logits: Tensor, labels: Tensor, drawn: Tensor) -> Tensor:
-        return logits - drawn
+    def probes(self, logits: Tensor, labels: Tensor) -> Iterable[Tensor]:
+        return ((logits + step).to(labels.dtype) for step in (1.0, -1.0, 2.0))
+
+    def slope(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return logits - labels
 
     def settles(self, factors: Tensor) -> bool:
         self.precision = float(factors.median())

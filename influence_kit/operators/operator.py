@@ -13,6 +13,8 @@ from influence_kit.memory import rows_within, workspace_bytes
 
 # probes of the Hutchinson estimate of traces and diagonals
 PROBES = 32
+# blocks of this many rows are written out to know their trace
+SMALL = 256
 
 
 class Operator(ABC):
@@ -57,7 +59,9 @@ class Operator(ABC):
         return (probes * self.product(probes)).double().mean(0)
 
     def traces(self, seed: int = 0) -> Tensor:
-        """The trace of each block ``[B]``, estimated in the same way."""
+        """The trace of each block ``[B]``: of small ones exactly, else estimated in that way."""
+        if max(self.sizes) <= SMALL:
+            return torch.stack([block.trace() for block in self.dense()])
         return torch.stack([part.sum() for part in self.diagonal(seed).split(self.sizes)])
 
     def normal(self, count: int, seed: int) -> Tensor:
