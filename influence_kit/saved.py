@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -53,12 +54,7 @@ def read_folder(folder: str | Path, description: Mapping[str, Any]) -> dict[str,
         InvalidArgumentError: where there is no such folder, or it belongs to something else; with
             every difference.
     """
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        raise InvalidArgumentError(
-            f"{folder} holds no {MANIFEST}: it is no folder that `save` has finished writing"
-        )
-    manifest = json.loads(path.read_text())
+    manifest = _read_manifest(Path(folder) / MANIFEST)
     expected = json.loads(json.dumps({"format": FORMAT, **description}))
     found = [
         f"{key}: {_short(manifest.get(key))} there, {_short(expected.get(key))} here"
@@ -70,13 +66,34 @@ def read_folder(folder: str | Path, description: Mapping[str, Any]) -> dict[str,
             f"{folder} was saved for something else: {'; '.join(found)}. Fit again, or use the "
             "model, data, loss and settings it was saved with"
         )
-    return load_file(Path(folder) / TENSORS)
+    try:
+        return load_file(Path(folder) / TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise InvalidArgumentError(
+            f"{folder}/{TENSORS} cannot be read ({error}); save it again"
+        ) from error
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InvalidArgumentError(
+            f"{path.parent} holds no {MANIFEST}: it is no folder that `save` has finished writing"
+        )
+    try:
+        manifest = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidArgumentError(f"{path} cannot be read ({error}); save it again") from error
+    if not isinstance(manifest, dict):
+        raise InvalidArgumentError(f"{path} holds no description of what was saved; save it again")
+    return manifest
 
 
 def _same(left: Any, right: Any, close: float) -> bool:
     if isinstance(left, float) or isinstance(right, float):
         numbers = isinstance(left, float | int) and isinstance(right, float | int)
-        return numbers and math.isclose(left, right, rel_tol=close, abs_tol=close)
+        if not numbers or math.isnan(left) or math.isnan(right):
+            return numbers and math.isnan(left) and math.isnan(right)
+        return math.isclose(left, right, rel_tol=close, abs_tol=close)
     if isinstance(left, list) and isinstance(right, list):
         pairs = zip(left, right, strict=False)
         return len(left) == len(right) and all(_same(a, b, close) for a, b in pairs)

@@ -131,7 +131,6 @@ _rand_proj = _last_layer(TracInCPFastRandProj)
 _projected = _last_layer(TracInCPFastRandProj, projection_dim=4)
 
 
-
 def _inverted(make: Callable[..., Any]) -> Method:
     """Influence functions; their dense oracles are in ``test_influence_functions``."""
     close = (1e-8, 2e-3)

@@ -23,6 +23,7 @@ FLOORS = [
         "losses",
         "distributed",
         "restore",
+        "saved",
     },
     {"gradients", "evaluation"},
     {"operators"},

@@ -53,8 +53,14 @@ class EmbeddingInfluence(InfluenceFunction):
         *,
         eval_mode: bool = True,
     ) -> None:
-        if projection_dim is not None and projection_dim < 1:
-            raise InvalidArgumentError(f"`projection_dim` must be positive; got {projection_dim}")
+        if projection_dim is not None and (
+            isinstance(projection_dim, bool)
+            or not isinstance(projection_dim, int)
+            or projection_dim < 1
+        ):
+            raise InvalidArgumentError(
+                f"`projection_dim` must be a positive int or None; got {projection_dim!r}"
+            )
         self.projection_dim = projection_dim
         self.hessian_inverse_tol = hessian_inverse_tol
         self.projection_on_cpu = projection_on_cpu

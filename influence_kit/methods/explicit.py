@@ -59,12 +59,14 @@ class ExplicitInfluenceFunction(CurvatureInfluence):
     """
 
     def _measure(self, data: DataSet) -> Facts:
-        largest = max(self._partition.sizes)
-        need, free = 3 * 8 * largest**2, free_bytes(self._device)
+        sizes = self._partition.sizes
+        # the blocks and their factors, and one of them while it is decomposed
+        need = 8 * (2 * sum(size**2 for size in sizes) + max(sizes) ** 2)
+        free = free_bytes(self._device)
         if need > free:
             raise InvalidArgumentError(
-                f"a block of {largest} parameters needs {need / 2**30:.1f} GiB to be written out; "
-                f'{free / 2**30:.1f} GiB are free. Use blocks="layer", `layers`, or '
+                f"blocks of up to {max(sizes)} parameters take {need / 2**30:.1f} GiB, written "
+                f'out; {free / 2**30:.1f} GiB are free. Use blocks="layer", `layers`, or '
                 "`EKFACInfluenceFunction` or `CGInfluenceFunction`, which write nothing out"
             )
         blocks = self._curvature(data).dense()

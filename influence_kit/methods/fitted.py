@@ -53,6 +53,8 @@ class FittedInfluence(InnerProductInfluence):
         super().__init__(*args, **kwargs)
         if relative not in (None, "theta", "l"):
             raise InvalidArgumentError(f'`relative` must be None, "theta" or "l"; got {relative!r}')
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise InvalidArgumentError(f"`seed` must be an int that is not negative; got {seed!r}")
         self.relative = relative
         self.seed = seed
         self._hessian_data = hessian_dataset
@@ -142,9 +144,9 @@ class FittedInfluence(InnerProductInfluence):
         Raises:
             InvalidArgumentError: where it was saved for another model, data set, loss or setting.
         """
-        self._forget()
         with self._session() as loader:
             tensors = read_folder(folder, self._description(loader))
+            self._forget()
             for place in range(len(self.checkpoints)):
                 loader.load(place)
                 self._prints[place] = loader.fingerprint(place)
@@ -159,7 +161,8 @@ class FittedInfluence(InnerProductInfluence):
 
     def _settings(self) -> dict[str, Any]:
         """What ``fit`` depends on beside model, data and loss."""
-        return {"seed": self.seed, "blocks": dict(self._partition.blocks)}
+        # a list: the order counts
+        return {"seed": self.seed, "blocks": [list(b) for b in self._partition.blocks.items()]}
 
     def _description(self, loader: CheckpointLoader) -> dict[str, Any]:
         """What a saved curvature belongs to."""
@@ -170,7 +173,7 @@ class FittedInfluence(InnerProductInfluence):
         data = DataSet(self._hessian_loader, self._device)
         return {
             "method": self.get_name(),
-            "settings": self._settings(),
+            **self._settings(),
             "dtype": str(self._dtype),
             "weights of the checkpoints": prints,
             "examples": data.count,

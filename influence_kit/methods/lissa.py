@@ -97,20 +97,23 @@ class LiSSAInfluenceFunction(CurvatureInfluence):
         """Products with the curvature of examples drawn anew for each call."""
         loader = self._hessian_loader
         examples: Any = getattr(loader, "dataset", None)
-        if not hasattr(examples, "__getitem__") or not hasattr(examples, "__len__"):
+        batches = getattr(loader, "batch_sampler", None)
+        if not hasattr(examples, "__getitem__") or batches is None:
             raise InvalidArgumentError(
                 f"no examples can be drawn from a {type(loader).__name__} without a data set that "
                 "has places; use `hessian_batch_size=None`, which takes all of them each time"
             )
         collate = getattr(loader, "collate_fn", default_collate)
-        count = self.hessian_batch_size or len(examples)
+        order = [index for batch in batches for index in batch]
+        count = self.hessian_batch_size or len(order)
 
         def start(repeat: int) -> Callable[[Tensor], Tensor]:
             generator = torch.Generator().manual_seed(self.seed + repeat)
 
             def product(vectors: Tensor) -> Tensor:
-                places = torch.randint(len(examples), (count,), generator=generator)
-                batch = to_device(collate([examples[i] for i in places.tolist()]), self._device)
+                places = torch.randint(len(order), (count,), generator=generator)
+                batch = collate([examples[order[place]] for place in places.tolist()])
+                batch = to_device(batch, self._device)
                 return operator.batch_product(places.to(self._device), batch, vectors) / count
 
             return product

@@ -23,13 +23,13 @@ from influence_kit.data import (
     split,
 )
 from influence_kit.distributed import sum_over_ranks
-from influence_kit.errors import InvalidArgumentError, NonFiniteError
+from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.source import GradientSource, kept_bytes
 from influence_kit.losses import Loss
 from influence_kit.memory import rows_within, workspace_bytes
 from influence_kit.operators.operator import Operator
 from influence_kit.operators.partition import Partition
-from influence_kit.operators.passes import DataSet, Features
+from influence_kit.operators.passes import DataSet, Features, refuse_non_finite
 from influence_kit.operators.products import (
     EitherMode,
     Mode,
@@ -61,17 +61,7 @@ class Curvature(Operator):
         total = torch.zeros_like(vectors)
         for places, batch in self.data:
             total += self.batch_product(places, batch, vectors)
-        _refuse_non_finite(total)
-        return total / self.data.count
-
-
-def _refuse_non_finite(total: Tensor) -> None:
-    if not torch.isfinite(total.sum()):
-        raise NonFiniteError(
-            "a product with the curvature is NaN or infinite: some example of `hessian_dataset` "
-            "has a loss or gradient that is not finite at this checkpoint (a target out of range, "
-            "log(0), an overflow); `TracInCP(...).self_influence()` names it"
-        )
+        return refuse_non_finite(total) / self.data.count
 
 
 class LossCurvature(Curvature):
@@ -230,13 +220,10 @@ class OuterProducts(Curvature):
         for places, batch in self.data.of_this_rank():
             for total, rows in zip(totals, self._blocks(places, batch), strict=True):
                 total += rows.T @ rows
-        for total in totals:
-            _refuse_non_finite(sum_over_ranks(total))
-        return [total / self.data.count for total in totals]
+        return [refuse_non_finite(sum_over_ranks(total)) / self.data.count for total in totals]
 
     def diagonal(self, seed: int = 0) -> Tensor:
         total = self.sample.new_zeros(self.size, dtype=torch.float64)
         for places, batch in self.data.of_this_rank():
             total += self.partition.flat(self.features(places, batch)).square().sum(0)
-        _refuse_non_finite(sum_over_ranks(total))
-        return total / self.data.count
+        return refuse_non_finite(sum_over_ranks(total)) / self.data.count

@@ -60,6 +60,11 @@ def named(parameters: Parameters) -> dict[str, Tensor]:
     return {str(place): value for place, value in enumerate(parameters)}
 
 
+def _check_mode(mode: str) -> None:
+    if mode not in ("forward", "reverse"):
+        raise InvalidArgumentError(f'`mode` must be "forward" or "reverse"; got {mode!r}')
+
+
 def _as_given(parameters: Parameters, tree: Tree) -> Any:
     """Tensors by name in the structure of ``parameters``."""
     if isinstance(parameters, Tensor):
@@ -85,6 +90,7 @@ def hessian(
         >>> operator.product(torch.eye(2)).diagonal()
         tensor([-0.4794, -0.8415])
     """
+    _check_mode(mode)
 
     def product(tree: Tree, vectors: Tree) -> dict[str, Tensor]:
         return hessian_product(
@@ -108,6 +114,7 @@ def gauss_newton(
         parameters: where to take it.
         mode: "forward" or "reverse" over reverse.
     """
+    _check_mode(mode)
 
     def product(tree: Tree, vectors: Tree) -> dict[str, Tensor]:
         return gauss_newton_product(

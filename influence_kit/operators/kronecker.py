@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from influence_kit.distributed import from_first_rank, is_alone, sum_over_ranks
-from influence_kit.errors import NonFiniteError
 from influence_kit.gradients.convolved import Convolved
 from influence_kit.gradients.factored import Factored
 from influence_kit.gradients.forms import Dense
@@ -33,6 +32,7 @@ from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rows import Rows
 from influence_kit.operators.map_covariance import map_products
 from influence_kit.operators.matrix_layer import MatrixLayer, rotated, with_ones
+from influence_kit.operators.passes import refuse_non_finite
 
 
 class Measured(ABC):
@@ -116,12 +116,8 @@ class MeasuredMatrix(Measured):
             sum_over_ranks(total)
         self.left /= n
         self.right /= self.positions.clamp(min=1)
-        inputs = [self.right, *self.rows]
-        if not torch.isfinite(self.left.sum() + sum(part.sum() for part in inputs)):
-            raise NonFiniteError(
-                f"the inputs or gradients of '{self.weight}' are NaN or infinite for some example "
-                "of `hessian_dataset`; `TracInCP(...).self_influence()` names it"
-            )
+        for part in (self.left, self.right, *self.rows):
+            refuse_non_finite(part)
         self.left_values, left = torch.linalg.eigh(self.left)
         if self.rows:
             self.right_values, right = _eigenpairs_of_rows(torch.cat(self.rows), self.positions)
@@ -193,11 +189,7 @@ class MeasuredTable(Measured):
         self.counts = sum_over_ranks(self.counts)
         self.right = sum_over_ranks(self.right) / n
         self.counts = self.counts / self.counts.sum().clamp(min=1)
-        if not torch.isfinite(self.right.sum()):
-            raise NonFiniteError(
-                f"the gradients of '{self.weight}' are NaN or infinite for some example of "
-                "`hessian_dataset`; `TracInCP(...).self_influence()` names it"
-            )
+        refuse_non_finite(self.right)
         self.right_values, right = torch.linalg.eigh(self.right)
         self.right = from_first_rank(right.contiguous()).to(self.sample)
 

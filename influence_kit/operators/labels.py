@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from influence_kit.data import Batch, call_model, map_tensors
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.losses import Loss
+from influence_kit.operators.passes import refuse_non_finite
 
 # classes that a loss is compared at: of few logits and of many
 MANY_PROBES, FEW_PROBES, MANY_LOGITS = 64, 8, 10**6
@@ -64,6 +65,8 @@ class ModelLabels:
         with torch.no_grad():
             outputs = call_model(self.model, batch)
             logits, labels = self._logits(outputs), self._labels(batch)
+        # an infinite logit may say that a class is impossible
+        refuse_non_finite(logits.nan_to_num(nan=torch.nan, posinf=0.0, neginf=0.0))
         if self.likelihood is None:
             likelihood = self._likelihood(logits, labels)
             self._check(likelihood, outputs, batch, len(places))

@@ -135,6 +135,8 @@ def arnoldi(operator: Operator, steps: int, tol: float = 0.0, seed: int = 0) -> 
     is symmetric and so are its eigenpairs (``eigh``). A block stops where what is left of an image
     for the next direction is shorter than ``tol``, or lost in rounding.
     """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise InvalidArgumentError(f"`steps` must be a positive int; got {steps!r}")
     start = operator.normal(1, seed).split(operator.sizes, dim=1)
     bases = [[part[0].double() / part.double().norm()] for part in start]
     images: list[list[Tensor]] = [[] for _ in bases]

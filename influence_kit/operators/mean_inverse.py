@@ -7,7 +7,7 @@ from torch import Tensor
 
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.operators.partition import Partition, spread
-from influence_kit.operators.passes import DataSet, Features
+from influence_kit.operators.passes import DataSet, Features, refuse_non_finite
 from influence_kit.operators.solvers import Damping, damping_by_block
 
 
@@ -36,7 +36,7 @@ class MeanInverse:
         for places, batch in self.data:
             total += self._batch_sum(self.features(places, batch), vectors)
         lift = spread(self.damping, self.partition.sizes).to(vectors)
-        return (vectors - total / self.data.count) / lift
+        return (vectors - refuse_non_finite(total) / self.data.count) / lift
 
     def _batch_sum(self, gradients: Gradients, vectors: Tensor) -> Tensor:
         """The sum over a batch of g_j <g_j, v> / (damping + |g_j|^2)."""
@@ -59,4 +59,4 @@ def mean_eigenvalues(features: Features, data: DataSet, partition: Partition) ->
         gradients = features(places, batch)
         norms = [gradients.squared_norms_of(names).double().sum() for names in blocks]
         total += torch.stack(norms).cpu()
-    return total / data.count / torch.tensor(partition.sizes)
+    return refuse_non_finite(total) / data.count / torch.tensor(partition.sizes)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from influence_kit.data import Batch, example_count, to_device
 from influence_kit.distributed import is_mine
-from influence_kit.errors import InvalidArgumentError
+from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.memory import resident_bytes
 
@@ -58,6 +58,17 @@ class DataSet:
                 pass
         assert self._count is not None
         return self._count
+
+
+def refuse_non_finite(measured: Tensor) -> Tensor:
+    """What was measured of a data set, where all of it is finite."""
+    if not torch.isfinite(measured.sum()):
+        raise NonFiniteError(
+            "the curvature is NaN or infinite: some example of `hessian_dataset` has a loss or "
+            "gradient that is not finite at this checkpoint (a target out of range, log(0), an "
+            "overflow); `TracInCP(...).self_influence()` names it"
+        )
+    return measured
 
 
 @dataclass
