@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import IterableDataset, default_collate
 
 from influence_kit.data import to_device
 from influence_kit.errors import InvalidArgumentError
@@ -98,7 +98,7 @@ class LiSSAInfluenceFunction(CurvatureInfluence):
         loader = self._hessian_loader
         examples: Any = getattr(loader, "dataset", None)
         batches = getattr(loader, "batch_sampler", None)
-        if not hasattr(examples, "__getitem__") or batches is None:
+        if isinstance(examples, IterableDataset) or batches is None:
             raise InvalidArgumentError(
                 f"no examples can be drawn from a {type(loader).__name__} without a data set that "
                 "has places; use `hessian_batch_size=None`, which takes all of them each time"

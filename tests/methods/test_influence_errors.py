@@ -429,7 +429,7 @@ def test_a_block_that_memory_does_not_hold(
 ) -> None:
     explainer = make("ExplicitInfluenceFunction", model)
     monkeypatch.setattr("influence_kit.methods.explicit.free_bytes", lambda device: 10 * P**2)
-    match = r'blocks of up to 31 parameters take \S+ GiB .* Use blocks="layer", `layers`, or'
+    match = r'blocks of up to 31 parameters take \S+ GiB.* Use blocks="layer", `layers`, or'
     with refused(model, InvalidArgumentError, match):
         explainer.influence(TEST)
 
