@@ -45,8 +45,9 @@ tutorials: $(VENV)/.tutorials  ## run all notebooks and keep their outputs
 	for notebook in tutorials/*.ipynb; do \
 	  $(BIN)/python tutorials/run.py $$notebook || exit 1; done
 
-bench: $(VENV)/.test  ## time the floor, influence_kit and Captum; writes benchmarks/RESULTS.md
+bench: $(VENV)/.test  ## time the floor, influence_kit and its peers; writes benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.curvature --write
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info sphinx/_build sphinx/tutorials .pytest_cache .mypy_cache .ruff_cache

@@ -19,7 +19,8 @@ brackets).
 dattri's CG starts from the right-hand side, not from zero: its k iterations cost k + 1 products and
 come no nearer than k + 1 iterations from zero, so its scores differ until both have converged. It
 solves once for every pair of a training and a test batch and adds the solutions up over the batches
-that it keeps for the Hessian; here each of the three is one batch, so it solves once.
+that it keeps for the Hessian; there all examples are one batch here. The training set is one batch,
+so that it solves once, and, in a row of its own, batches of 64.
 
     python -m benchmarks.curvature [--rounds 3] [--case MLP] [--no-peers] [--check] [--write]
 """
@@ -28,7 +29,6 @@ import argparse
 import io
 import json
 import logging
-import re
 import subprocess
 import sys
 import tempfile
@@ -47,10 +47,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import influence_kit
 from benchmarks.models import CASES, Case
-from benchmarks.speed import LONG, RESULTS, _machine, _peak, floor, timed
+from benchmarks.speed import LONG, RESULTS, _machine, _peak, floor, timed, write_section
 
 Scorer = Callable[[], Tensor]
 ITERATIONS = 10
+DATTRI_BATCH = 64
 # near kronfluence's best for fits and scores; it takes all queries in one batch, so that it passes
 # over the training set once
 KRONFLUENCE_BATCH = {"MLP": 64, "CNN": 32}
@@ -189,8 +190,8 @@ def kronfluences(problem: Problem, batch_size: int | None = None) -> Scorer:
     return run
 
 
-def dattris(problem: Problem, iterations: int = ITERATIONS, mode: str = "rev-rev") -> Scorer:
-    """CG of dattri, with all training examples in one batch."""
+def dattris(problem: Problem, train_batch: int | None = None) -> Scorer:
+    """CG of dattri, the Hessian's examples in one batch; the training set in one or in several."""
     from dattri.algorithm.influence_function import IFAttributorCG
     from dattri.task import AttributionTask
 
@@ -208,14 +209,14 @@ def dattris(problem: Problem, iterations: int = ITERATIONS, mode: str = "rev-rev
     def run() -> Tensor:
         attributor = IFAttributorCG(
             AttributionTask(loss_func=single, model=model, checkpoints=[model.state_dict()]),
-            max_iter=iterations,
+            max_iter=ITERATIONS,
             regularization=problem.damping,
-            mode=mode,
         )
         attributor.cache(DataLoader(train, batch_size=len(train)))
         with torch.no_grad(), redirect_stderr(io.StringIO()):  # without its progress bars
             scores = attributor.attribute(
-                DataLoader(train, batch_size=len(train)), DataLoader(test, batch_size=len(test))
+                DataLoader(train, batch_size=train_batch or len(train)),
+                DataLoader(test, batch_size=len(test)),
             )
         return scores.T
 
@@ -276,6 +277,9 @@ def contenders(problem: Problem, peers: bool, mine: bool = True) -> dict[str, Ca
         found["influence_kit"] = ours(problem)
     if peers and find_spec(problem.peer):
         found[problem.peer] = PEERS[problem.peer](problem)
+        if problem.peer == "dattri":
+            name = f"dattri, training batches of {DATTRI_BATCH}"
+            found[name] = dattris(problem, DATTRI_BATCH)
     return found
 
 
@@ -349,19 +353,6 @@ float64.
 | method | model | scores | threads | who | seconds | x floor | added MiB | off |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
-
-
-def write_section(section: str) -> None:
-    """Puts a section into ``RESULTS.md``, in the place of the one with the same heading."""
-    text = RESULTS.read_text() if RESULTS.exists() else ""
-    parts = [part.strip() + "\n" for part in re.split(r"(?m)^(?=# )", text) if part.strip()]
-    heading = section.splitlines()[0]
-    there = [part.splitlines()[0] == heading for part in parts]
-    if any(there):
-        parts[there.index(True)] = section
-    else:
-        parts.append(section)
-    RESULTS.write_text("\n".join(parts))
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -228,6 +229,19 @@ def _machine() -> str:
     )
 
 
+def write_section(section: str) -> None:
+    """Puts a section into ``RESULTS.md``, in the place of the one with the same heading."""
+    text = RESULTS.read_text() if RESULTS.exists() else ""
+    parts = [part.strip() + "\n" for part in re.split(r"(?m)^(?=# )", text) if part.strip()]
+    heading = section.splitlines()[0]
+    there = [part.splitlines()[0] == heading for part in parts]
+    if any(there):
+        parts[there.index(True)] = section
+    else:
+        parts.append(section)
+    RESULTS.write_text("\n".join(parts))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
@@ -249,7 +263,7 @@ def main() -> None:
                 lines += rows(case, own, threads, arguments.rounds, peers)
     if not arguments.case and not arguments.no_peers:
         head = HEAD.format(rounds=arguments.rounds, long=LONG, machine=_machine())
-        RESULTS.write_text(head + "\n".join(lines) + "\n")
+        write_section(head + "\n".join(lines) + "\n")
         print(f"written to {RESULTS.name}")
 
 
