@@ -1,5 +1,6 @@
 """Mistakes with influence functions are told with what was got, and leave the model as it was."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -559,3 +560,18 @@ def test_every_class_is_what_it_says() -> None:
             NystromInfluenceFunction,
         )
     } <= there
+
+
+def test_the_signature_shows_the_common_arguments() -> None:
+    shown = list(inspect.signature(influence_kit.EKFACInfluenceFunction).parameters)
+    assert shown[:6] == [
+        "model",
+        "train_dataset",
+        "checkpoints",
+        "checkpoints_load_func",
+        "layers",
+        "loss_fn",
+    ]
+    assert {"eval_mode", "damping", "curvature", "rtol"} <= set(shown)
+    assert "args" not in shown
+    assert "kwargs" not in shown
