@@ -52,12 +52,6 @@ class Partition:
             sum(math.prod(self.shapes[name]) for name in names) for names in self.blocks.values()
         ]
 
-    @cached_property
-    def slices(self) -> list[slice]:
-        """The columns of each block."""
-        ends = torch.tensor(self.sizes).cumsum(0).tolist()
-        return [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
-
     def flat(self, gradients: Gradients) -> Tensor:
         """Gradients written out, ``[n, P]``; parameters that no block has are left out."""
         shapes = {name: self.shapes[name] for name in self.names}

@@ -454,3 +454,24 @@ def test_hessian_data_of_any_kind(data: Any, curvature: str) -> None:
     found = explicit(model, (X[:5], Y[:5]), hessian_dataset=data, curvature=curvature)
     whole = explicit(model, curvature=curvature)
     assert_close(found.influence(TEST), whole.influence(TEST)[:, :5])
+
+
+@pytest.mark.parametrize("blocks", ["full", "layer"])
+def test_the_traces_of_outer_products(blocks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written out, and by their diagonals, which are exact too."""
+    model = seeded(TanhMLP)
+
+    def means() -> dict[str, float]:
+        explainer = CGInfluenceFunction(
+            model,
+            Examples(TRAIN),
+            [model.state_dict()],
+            loss_fn=cross_entropy,
+            curvature="empirical_fisher",
+            blocks=blocks,
+        )
+        return explainer.fit().damping_used[0]
+
+    small = means()
+    monkeypatch.setattr("influence_kit.operators.operator.SMALL", 0)
+    assert means() == pytest.approx(small, rel=1e-12)
