@@ -75,9 +75,6 @@ class CurvatureInfluence(InfluenceFunction):
             self._curvature_features(self.curvature), data, self._partition, self._sample
         )
 
-    def _measure(self, data: DataSet) -> Facts:
-        return {}
-
     def _means(self, facts: Facts, data: DataSet) -> Tensor:
         sizes = torch.tensor(self._partition.sizes, device=self._device)
         return self._curvature(data).traces(self.seed) / sizes

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -63,9 +64,9 @@ class MeasuredMatrix(Measured):
     def __init__(self, layer: MatrixLayer, sample: Tensor) -> None:
         self.layer, self.weight = layer, layer.weight
         g, o, i = layer.groups, layer.outputs, layer.inputs
-        zeros = lambda *shape: sample.new_zeros(*shape, dtype=torch.float64)  # noqa: E731
-        self.left, self.right, self.squares = zeros(g, o, o), zeros(g, i, i), zeros(g, o, i)
-        self.positions = zeros(1)
+        zeros = partial(sample.new_zeros, dtype=torch.float64)
+        self.left, self.right, self.squares = zeros((g, o, o)), zeros((g, i, i)), zeros((g, o, i))
+        self.positions = zeros((1,))
         # rows of inputs that wait to be added up; ranks add up theirs at once
         self.rows: list[Tensor] = []
         self.few = is_alone()
@@ -170,11 +171,11 @@ class MeasuredTable(Measured):
 
     def __init__(self, weight: str, shape: torch.Size, sample: Tensor) -> None:
         self.weight = weight
-        zeros = lambda *shape: sample.new_zeros(*shape, dtype=torch.float64)  # noqa: E731
+        zeros = partial(sample.new_zeros, dtype=torch.float64)
         self.counts, self.right, self.squares = (
-            zeros(shape[0]),
-            zeros(shape[1], shape[1]),
-            zeros(*shape),
+            zeros((shape[0],)),
+            zeros((shape[1], shape[1])),
+            zeros(shape),
         )
         self.sample = sample
 
