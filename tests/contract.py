@@ -49,7 +49,9 @@ class Method:
     has_self_influence: bool = True
     doubles_with_the_test_loss: bool = True
     over_checkpoints: str = "sum"
-    quantities: str = "dots"
+    quantities: str | None = "dots"
+    has_layers: bool = True
+    has_loss: bool = True
     close: tuple[float, float] = (CLOSE, 1e-5)
 
 

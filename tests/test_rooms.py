@@ -17,6 +17,7 @@ FLOORS = [
         "errors",
         "memory",
         "data",
+        "labels",
         "checkpoints",
         "checkpoint_files",
         "checkpoint_loader",
@@ -28,7 +29,7 @@ FLOORS = [
     {"gradients", "evaluation"},
     {"operators"},
     {"scoring"},
-    {"methods"},
+    {"methods", "valuation"},
     {"viz"},
     {"demo"},
     {""},  # the package itself, which exports the public names

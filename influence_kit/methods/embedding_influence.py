@@ -13,9 +13,9 @@ from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.losses import LossFunction
 from influence_kit.methods.base import BatchSize
+from influence_kit.methods.example_influence import given
 from influence_kit.methods.fitted import Facts
 from influence_kit.methods.influence_function import InfluenceFunction
-from influence_kit.methods.inner_product import given
 from influence_kit.operators.curvature import HessianOfLoss
 from influence_kit.operators.low_rank import EigenPairs, LowRank, as_tensors, from_tensors
 from influence_kit.operators.operator import Operator, Scaled

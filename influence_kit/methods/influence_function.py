@@ -17,8 +17,8 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.methods.chosen import check_layers
+from influence_kit.methods.example_influence import check_k, given
 from influence_kit.methods.fitted import FittedInfluence
-from influence_kit.methods.inner_product import check_k, given
 from influence_kit.methods.perturbation import Perturbation, Perturbed
 from influence_kit.operators.passes import DataSet
 from influence_kit.scoring.features import (

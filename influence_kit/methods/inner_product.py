@@ -1,11 +1,11 @@
 """The face that methods of one kind share: scores that are inner products, over a list of terms.
 
-Letters: m test and n training examples, k examples asked for, P chosen parameters, C checkpoints.
+Letters: m test and n training examples, P chosen parameters, C checkpoints.
 """
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +13,14 @@ from torch import Tensor
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.data import Batch, loader_length
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.methods.base import InfluenceBase
 from influence_kit.methods.chosen import group_by_layer
-from influence_kit.scoring.reducers import AllScores, KMostInfluentialResults, TopK
+from influence_kit.methods.example_influence import ExampleInfluence, given
+from influence_kit.scoring.reducers import AllScores, TopK
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term, Transform
 
 
-class InnerProductInfluence(InfluenceBase):
+class InnerProductInfluence(ExampleInfluence):
     """A method that is a list of ``terms``: score = sum of weight * <test side, train side>.
 
     Args:
@@ -60,59 +60,6 @@ class InnerProductInfluence(InfluenceBase):
         return Side(checkpoint, lambda batch: self._source(batch, self._test_loss), transforms)
 
     # What a user calls.
-
-    @overload
-    def influence(
-        self,
-        inputs: Any = None,
-        k: None = None,
-        proponents: bool = True,
-        show_progress: bool = False,
-        aggregate: bool = False,
-    ) -> Tensor: ...
-
-    @overload
-    def influence(
-        self,
-        inputs: Any,
-        k: int,
-        proponents: bool = True,
-        show_progress: bool = False,
-        aggregate: bool = False,
-    ) -> KMostInfluentialResults: ...
-
-    def influence(
-        self,
-        inputs: Any = None,
-        k: int | None = None,
-        proponents: bool = True,
-        show_progress: bool = False,
-        aggregate: bool = False,
-    ) -> Tensor | KMostInfluentialResults:
-        """The scores of all training examples for each test example, or the k best.
-
-        Args:
-            inputs: test examples: one batch (tuple, list or dict) or a DataLoader.
-            k: how many proponents or opponents to return; None for all scores.
-            proponents: the highest scores; False for the lowest.
-            show_progress: a bar over the training set.
-            aggregate: the influence on the sum of the test examples' losses: one row.
-
-        Returns:
-            Scores ``[m, n]`` (``[1, n]`` if ``aggregate``) in the order of the training set, or
-            ``KMostInfluentialResults`` of ``[m, min(k, n)]``. Positive: a proponent, training on it
-            lowered the test loss.
-        """
-        check_k(k)
-        doing = "compute influence for training batches"
-        if k is not None:
-            kind = "proponents" if proponents else "opponents"
-            doing = f"perform computation for getting {kind}. Processing training batches"
-        reducer = AllScores() if k is None else TopK(k, proponents)
-        self._stream_scores(inputs, reducer, doing, show_progress, aggregate)
-        if isinstance(reducer, AllScores):
-            return reducer.result().to(self._dtype)
-        return reducer.result()
 
     def influence_by_layer(
         self, inputs: Any, show_progress: bool = False, aggregate: bool = False
@@ -225,18 +172,3 @@ def _times(batches: Iterable[Batch], terms: Sequence[Term]) -> int | None:
     """How many ticks a pass over the batches will give."""
     length = loader_length(batches)
     return None if length is None else length * len(terms)
-
-
-def given(inputs: Any) -> Any:
-    """The inputs, which must be there."""
-    if inputs is None:
-        raise InvalidArgumentError("`inputs` argument is required.")
-    return inputs
-
-
-def check_k(k: object) -> None:
-    """Refuse a k that is no count."""
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int)):
-        raise TypeError(f"k must be an int or None; got {k!r} of type {type(k).__name__}")
-    if k is not None and k < 0:
-        raise InvalidArgumentError(f"k must not be negative; got {k}")

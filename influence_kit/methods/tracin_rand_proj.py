@@ -12,7 +12,7 @@ from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.losses import LossFunction
 from influence_kit.memory import rows_within, workspace_bytes
 from influence_kit.methods.base import BatchSize
-from influence_kit.methods.inner_product import check_k, given
+from influence_kit.methods.example_influence import check_k, given
 from influence_kit.methods.nearest_neighbors import ExactNearestNeighbors, NearestNeighbors
 from influence_kit.methods.tracin_fast import TracInCPFast
 from influence_kit.operators.projection import LayerProjection, random_pair

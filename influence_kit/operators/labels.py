@@ -10,7 +10,7 @@ Letters: n examples, c classes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from influence_kit.data import Batch, call_model, map_tensors
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.labels import label_key, labels_of, logits_of
 from influence_kit.losses import Loss
 from influence_kit.operators.passes import refuse_non_finite
 
 # classes that a loss is compared at: of few logits and of many
 MANY_PROBES, FEW_PROBES, MANY_LOGITS = 64, 8, 10**6
-LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 
 
 def uniform(seed: int, places: Tensor, each: int) -> Tensor:
@@ -64,7 +64,7 @@ class ModelLabels:
         """The batch of the examples at some places ``[n]``, with other labels."""
         with torch.no_grad():
             outputs = call_model(self.model, batch)
-            logits, labels = self._logits(outputs), self._labels(batch)
+            logits, labels = self._found(logits_of, outputs), self._found(labels_of, batch)
         # an infinite logit may say that a class is impossible
         refuse_non_finite(logits.nan_to_num(nan=torch.nan, posinf=0.0, neginf=0.0))
         if self.likelihood is None:
@@ -77,31 +77,15 @@ class ModelLabels:
     def _uniform(self, labels: Tensor, places: Tensor, seed: int) -> Tensor:
         return uniform(seed, places, labels.numel() // len(places)).view(labels.shape)
 
-    def _logits(self, outputs: Any) -> Tensor:
-        found = outputs
-        if not isinstance(outputs, Tensor):
-            found = outputs.get("logits") if isinstance(outputs, Mapping) else None
-            found = getattr(outputs, "logits", None) if found is None else found
-        if not isinstance(found, Tensor):
-            raise self._refusal(f"the model returns a {type(outputs).__name__} without `logits`")
-        return found
-
-    def _key(self, batch: Batch) -> Any:
-        if not isinstance(batch, Mapping):
-            return len(batch) - 1
-        found = [key for key in LABEL_KEYS if key in batch]
-        if not found:
-            raise self._refusal(f"none of the keys {list(batch)} is known to hold the labels")
-        return found[0]
-
-    def _labels(self, batch: Batch) -> Tensor:
-        labels = batch[self._key(batch)]
-        if not isinstance(labels, Tensor):
-            raise self._refusal(f"the labels are a {type(labels).__name__}, not a tensor")
-        return labels
+    def _found(self, look: Callable[[Any], Tensor], where: Any) -> Tensor:
+        """What ``look`` finds; its error with what it means for the Fisher matrix."""
+        try:
+            return look(where)
+        except InvalidArgumentError as error:
+            raise self._refusal(str(error)) from None
 
     def _with_labels(self, batch: Batch, labels: Tensor) -> Batch:
-        key = self._key(batch)
+        key = label_key(batch)
         if isinstance(batch, Mapping):
             changed: Batch = {**batch, key: labels}
             return changed
@@ -125,11 +109,11 @@ class ModelLabels:
 
     def _check(self, likelihood: Likelihood, outputs: Any, batch: Batch, n: int) -> None:
         """Compare the loss's slope at some labels with that of the likelihood it is taken for."""
-        known = self._logits(outputs)
+        known = logits_of(outputs)
         logits = known.detach().requires_grad_()
         shown = map_tensors(outputs, lambda t: logits if t is known else t)
         factors: list[Tensor] = []
-        for labels in likelihood.probes(known, self._labels(batch)):
+        for labels in likelihood.probes(known, labels_of(batch)):
             with torch.enable_grad():
                 total = self.loss.total(shown, self._with_labels(batch, labels), n)
             found = torch.zeros_like(logits)

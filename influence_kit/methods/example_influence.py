@@ -1,0 +1,104 @@
+"""The question that every method answers: which training examples score highest for a test example.
+
+Letters: m test and n training examples, k examples asked for.
+"""
+
+from abc import abstractmethod
+from typing import Any, overload
+
+from torch import Tensor
+
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.methods.base import InfluenceBase
+from influence_kit.scoring.reducers import AllScores, KMostInfluentialResults, TopK
+
+
+class ExampleInfluence(InfluenceBase):
+    """A method that scores training examples for test examples, however it does so."""
+
+    @overload
+    def influence(
+        self,
+        inputs: Any = None,
+        k: None = None,
+        proponents: bool = True,
+        show_progress: bool = False,
+        aggregate: bool = False,
+    ) -> Tensor: ...
+
+    @overload
+    def influence(
+        self,
+        inputs: Any,
+        k: int,
+        proponents: bool = True,
+        show_progress: bool = False,
+        aggregate: bool = False,
+    ) -> KMostInfluentialResults: ...
+
+    def influence(
+        self,
+        inputs: Any = None,
+        k: int | None = None,
+        proponents: bool = True,
+        show_progress: bool = False,
+        aggregate: bool = False,
+    ) -> Tensor | KMostInfluentialResults:
+        """The scores of all training examples for each test example, or the k best.
+
+        Args:
+            inputs: test examples: one batch (tuple, list or dict) or a DataLoader.
+            k: how many proponents or opponents to return; None for all scores.
+            proponents: the highest scores; False for the lowest.
+            show_progress: a bar over the training set.
+            aggregate: the influence on the sum of the test examples' losses: one row.
+
+        Returns:
+            Scores ``[m, n]`` (``[1, n]`` if ``aggregate``) in the order of the training set, or
+            ``KMostInfluentialResults`` of ``[m, min(k, n)]``. Positive: a proponent, training on it
+            lowered the test loss.
+        """
+        check_k(k)
+        doing = "compute influence for training batches"
+        if k is not None:
+            kind = "proponents" if proponents else "opponents"
+            doing = f"perform computation for getting {kind}. Processing training batches"
+        reducer = AllScores() if k is None else TopK(k, proponents)
+        self._stream_scores(inputs, reducer, doing, show_progress, aggregate)
+        if isinstance(reducer, AllScores):
+            return reducer.result().to(self._dtype)
+        return reducer.result()
+
+    @abstractmethod
+    def _stream_scores(
+        self,
+        inputs: Any,
+        reducer: AllScores | TopK,
+        doing: str,
+        show_progress: bool,
+        aggregate: bool,
+    ) -> None:
+        """Hand the scores of all test and training examples to the reducer, block by block.
+
+        Args:
+            inputs: test examples, as a user gave them.
+            reducer: takes blocks of scores with the places of their training examples.
+            doing: what to say beside a bar.
+            show_progress: whether to show one.
+            aggregate: one row, the sum over the test examples.
+        """
+
+
+def given(inputs: Any) -> Any:
+    """The inputs, which must be there."""
+    if inputs is None:
+        raise InvalidArgumentError("`inputs` argument is required.")
+    return inputs
+
+
+def check_k(k: object) -> None:
+    """Refuse a k that is no count."""
+    if k is not None and (isinstance(k, bool) or not isinstance(k, int)):
+        raise TypeError(f"k must be an int or None; got {k!r} of type {type(k).__name__}")
+    if k is not None and k < 0:
+        raise InvalidArgumentError(f"k must not be negative; got {k}")
