@@ -1,5 +1,6 @@
 """TracIn of the last layer through stored, projected vectors: arXiv 2002.08484, section 4."""
 
+import math
 import warnings
 from typing import Any
 
@@ -15,7 +16,8 @@ from influence_kit.methods.base import BatchSize
 from influence_kit.methods.example_influence import check_k, given
 from influence_kit.methods.nearest_neighbors import ExactNearestNeighbors, NearestNeighbors
 from influence_kit.methods.tracin_fast import TracInCPFast
-from influence_kit.operators.projection import LayerProjection, random_pair
+from influence_kit.operators.projection import Projection, TwoSided, units_of, whole
+from influence_kit.operators.random_maps import Identity, random_map
 from influence_kit.scoring.reducers import KMostInfluentialResults
 from influence_kit.scoring.term import Term
 
@@ -89,21 +91,32 @@ class TracInCPFastRandProj(TracInCPFast):
 
     def terms(self) -> list[Term]:
         """One term a checkpoint, projected alike on both sides."""
-        weight, *bias = self._parameters
-        deltas, inputs = self.projection_quantities or (None, None)
-        projection = LayerProjection(weight, bias[0] if bias else None, deltas, inputs)
+        layer = self._layer
+        projection = Projection({layer.unit.names[0]: layer})
         places = range(len(self.checkpoints))
         return [Term(self.test_at(c, projection), self.train_at(c, projection)) for c in places]
 
     @property
+    def _layer(self) -> TwoSided:
+        """The layer's matrix, projected where that is asked for and makes it shorter."""
+        (unit,) = units_of(self.model, self._parameters)
+        dim, sizes = self.projection_dim, (unit.outputs, unit.inputs)
+        if dim is None or unit.outputs * unit.inputs <= dim:
+            return whole(unit)
+        # Captum's widths: what a short side leaves is not given to the other
+        left, right = (
+            random_map("gaussian", size, min(math.isqrt(dim), size), self.seed, side)
+            for size, side in zip(sizes, ("deltas", "inputs"), strict=True)
+        )
+        return TwoSided(unit, left, right)
+
+    @property
     def projection_quantities(self) -> tuple[Tensor, Tensor] | None:
         """The matrices J and A, or None where nothing is projected."""
-        weight, *bias = self._parameters.values()
-        if self.projection_dim is None:
+        layer, sample = self._layer, next(iter(self._parameters.values())).detach()
+        if isinstance(layer.left, Identity):
             return None
-        columns = weight.shape[1] + len(bias)
-        pair = random_pair(weight.shape[0], columns, self.projection_dim, self.seed, weight)
-        return None if pair[0] is None or pair[1] is None else (pair[0], pair[1])
+        return layer.left.matrix(sample), layer.right.matrix(sample)
 
     @property
     def src_intermediate_quantities(self) -> Tensor:

@@ -1,82 +1,263 @@
-"""Projections of a layer's gradients that keep them factored."""
+"""Gradients made short: layer by layer, from both sides of a matrix, or all parameters together.
 
-from dataclasses import dataclass
+Letters: n examples, t positions, o outputs and i inputs (with the bias) of a layer, p entries of
+its gradient, k entries of what they are projected to.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
+from influence_kit.gradients.convolved import Convolved
 from influence_kit.gradients.factored import Factored
-from influence_kit.gradients.forms import Dense, Form
+from influence_kit.gradients.forms import Dense, Form, Sum
 from influence_kit.gradients.per_example import Gradients
+from influence_kit.gradients.rows import Rows
+from influence_kit.gradients.rules import convolution, linear, rule_for, transposed_linear
+from influence_kit.operators.random_maps import Identity, RandomMap
+
+Forms = Mapping[str, Form]
 
 
 @dataclass(frozen=True)
-class LayerProjection:
-    """The gradient of one linear layer, bias and all, multiplied from both sides.
-
-    ``G = sum_t d_t [a_t, 1]^T`` becomes ``J^T G A = sum_t (J^T d_t) (A^T [a_t, 1])^T``; with J and
-    A None it is only put together.
+class Unit:
+    """Parameters that are projected together: a layer's matrix with its bias, or one parameter.
 
     Args:
-        weight: name of the layer's weight.
-        bias: name of its bias, None where it does not count (the 1 is then left out).
-        deltas: J, ``[o, k]``.
-        inputs: A, ``[i + 1, k']`` (``[i, k']`` without bias).
+        names: the weight, then the bias if there is one.
+        outputs: the letter o; 0 for what is no matrix.
+        inputs: the letter i.
+        transposed: whether the weight is stored as (inputs, outputs).
     """
 
-    weight: str
-    bias: str | None
-    deltas: Tensor | None = None
-    inputs: Tensor | None = None
+    names: tuple[str, ...]
+    outputs: int
+    inputs: int
+    transposed: bool = False
+
+    @property
+    def bias(self) -> str | None:
+        """The name of the bias."""
+        return self.names[1] if len(self.names) > 1 else None
+
+
+def units_of(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[Unit]:
+    """The units of the chosen parameters, in their order."""
+    units, joined = [], set()
+    for name, parameter in parameters.items():
+        if name in joined:
+            continue
+        owner, _, attribute = name.rpartition(".")
+        rule = rule_for(model.get_submodule(owner))
+        bias = f"{owner}.bias".removeprefix(".")
+        names: tuple[str, ...] = (name,)
+        has_matrix = rule in (linear, convolution, transposed_linear) and attribute == "weight"
+        if has_matrix and bias in parameters:
+            joined.add(bias)
+            names = (name, bias)
+        shape = parameter.shape
+        rows, columns = (shape[0], math.prod(shape[1:])) if parameter.dim() > 1 else (0, 0)
+        transposed = has_matrix and rule is transposed_linear
+        outputs, inputs = (columns, rows) if transposed else (rows, columns)
+        units.append(Unit(names, outputs, inputs + len(names) - 1, transposed))
+    return units
+
+
+class UnitMap(ABC):
+    """What a unit's gradient becomes."""
+
+    k: int
+
+    @abstractmethod
+    def __call__(self, gradients: Gradients) -> Tensor | None:
+        """The images ``[n, k]``; None where the unit has no gradient."""
+
+
+@dataclass
+class TwoSided(UnitMap):
+    """vec(P_o^T G P_i) of a matrix G = sum_t d_t [a_t, 1]^T, projected before it is formed.
+
+    Args:
+        unit: the matrix.
+        left: P_o, of o entries.
+        right: P_i, of i entries.
+        then: a map of the result; None for none.
+    """
+
+    unit: Unit
+    left: RandomMap
+    right: RandomMap
+    then: RandomMap | None = None
+    _column: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def k(self) -> int:  # type: ignore[override]
+        """Entries of the image."""
+        return self.left.k * self.right.k if self.then is None else self.then.k
+
+    def __call__(self, gradients: Gradients) -> Tensor | None:
+        form = gradients.forms.get(self.unit.names[0])
+        product = None if form is None else self._product(form)
+        if self.unit.bias is not None and self.unit.bias in gradients.forms:
+            deltas = self.left(gradients.forms[self.unit.bias].dense())
+            last = torch.tensor([self.unit.inputs - 1], device=deltas.device)
+            outer = deltas.unsqueeze(-1) * self.right.rows(last, deltas)
+            product = outer if product is None else product.add_(outer)
+        if product is None:
+            return None
+        flat = product.flatten(1)
+        return flat if self.then is None else self.then(flat)
+
+    def _right(self, inputs: Tensor) -> Tensor:
+        """P_i^T times inputs ``[..., i]`` without the bias's 1."""
+        return self.right(inputs if self.unit.bias is None else pad(inputs, (0, 1)))
+
+    def _product(self, form: Form) -> Tensor:
+        """The weight's part, ``[n, k_o, k_i]``."""
+        if isinstance(form, Sum):
+            parts = [self._product(part) for part in form.parts]
+            return torch.stack(parts).sum(0)
+        if isinstance(form, Factored):
+            deltas = self.left(form.deltas)
+            return torch.bmm(deltas.transpose(1, 2), self._right(form.inputs))
+        if isinstance(form, Rows):
+            return self._looked_up(form)
+        if isinstance(form, Convolved) and form.groups == 1:
+            weights = self.unit.inputs - (self.unit.bias is not None)
+            right = form.times(self.right.matrix(form.sample)[:weights].contiguous())
+            return self.left(right.transpose(1, 2)).transpose(1, 2).contiguous()
+        parts = [self._written(form.rows(rows)) for rows in form.example_slices(2 * form.p)]
+        return torch.cat(parts)
+
+    def _looked_up(self, form: Rows) -> Tensor:
+        """Of an embedding: outer products of the rows of P_o and the projected values."""
+        product = form.values.new_zeros(form.n, self.left.k, self.right.k)
+        left, right = self.left.rows(form.ids, form.values), self._right(form.values)
+        step = max(1, form.n)
+        for start in range(0, len(form.ids), step):
+            some = slice(start, start + step)
+            outer = left[some].unsqueeze(2) * right[some].unsqueeze(1)
+            product.index_add_(0, form.places[some], outer)
+        return product
+
+    def _written(self, form: Form) -> Tensor:
+        """Of a gradient that comes without factors."""
+        weights = self.unit.inputs - (self.unit.bias is not None)
+        if self.unit.transposed:
+            columns = form.dense().view(form.n, weights, self.unit.outputs)
+        else:
+            columns = form.dense().view(form.n, self.unit.outputs, weights).transpose(1, 2)
+        left = self.left(columns)  # [n, i, k_o]
+        return self._right(left.transpose(1, 2))
+
+
+@dataclass
+class WrittenOut(UnitMap):
+    """A map of the gradients of some parameters, written out side by side."""
+
+    shapes: Mapping[str, torch.Size]
+    map: RandomMap
+
+    @property
+    def k(self) -> int:  # type: ignore[override]
+        """Entries of the image."""
+        return self.map.k
+
+    def __call__(self, gradients: Gradients) -> Tensor | None:
+        forms = {name: form for name, form in gradients.forms.items() if name in self.shapes}
+        if not forms:
+            return None
+        own = Gradients(gradients.n, forms, self.shapes, gradients.sample)
+        slices = next(iter(forms.values())).example_slices(2 * self.map.p)
+        return torch.cat([self.map(own.rows(rows).flat()) for rows in slices])
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Each unit's gradient projected on its own, under the name of its first parameter."""
+
+    maps: Mapping[str, UnitMap]
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """What the gradients are projected to, by name."""
+        return {name: torch.Size([unit.k]) for name, unit in self.maps.items()}
 
     def __call__(self, gradients: Gradients) -> Gradients:
-        """The projected gradients, under the weight's name."""
-        outputs, inputs = gradients.parameters[self.weight]
-        shape = torch.Size([outputs, inputs + (self.bias is not None)])
-        if self.deltas is not None and self.inputs is not None:
-            shape = torch.Size([self.deltas.shape[1], self.inputs.shape[1]])
-        form = gradients.forms.get(self.weight)
+        """The projected gradients, written out."""
         forms = {}
-        if form is not None:
-            project = self._factored if isinstance(form, Factored) else self._written
-            forms = {self.weight: project(gradients, form, shape)}
-        return Gradients(gradients.n, forms, {self.weight: shape}, gradients.sample)
-
-    def _factored(self, gradients: Gradients, form: Form, shape: torch.Size) -> Form:
-        assert isinstance(form, Factored)
-        deltas, inputs = form.deltas, form.inputs
-        if self.bias is not None:
-            inputs = torch.cat([inputs, torch.ones_like(inputs[..., :1])], dim=-1)
-        if self.deltas is not None and self.inputs is not None:
-            deltas, inputs = deltas @ self.deltas, inputs @ self.inputs
-        return Factored(deltas, inputs, shape)
-
-    def _written(self, gradients: Gradients, form: Form, shape: torch.Size) -> Form:
-        """For a layer whose gradients came without factors."""
-        matrices = form.dense().unflatten(1, gradients.parameters[self.weight])
-        if self.bias is not None:
-            column = gradients.forms[self.bias].dense().unsqueeze(-1)
-            matrices = torch.cat([matrices, column], dim=-1)
-        if self.deltas is not None and self.inputs is not None:
-            matrices = self.deltas.T @ matrices @ self.inputs
-        return Dense(matrices.flatten(1), shape)
+        for name, unit in self.maps.items():
+            values = unit(gradients)
+            if values is not None:
+                forms[name] = Dense(values, torch.Size([unit.k]))
+        return Gradients(gradients.n, forms, self.shapes, gradients.sample)
 
 
-def random_pair(
-    outputs: int, inputs: int, dim: int, seed: int, like: Tensor
-) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Gaussian matrices for both sides with at most ``dim`` products of their columns.
+@dataclass(frozen=True)
+class JointProjection:
+    """All parameters' gradients projected to the same k entries and added.
 
-    Inner products are unbiased: entries have variance 1 / columns. A pair of None where the
-    gradient has no more than ``dim`` entries to begin with.
+    Args:
+        maps: of each parameter, to k entries.
+        name: what the sum is called.
     """
+
+    maps: Mapping[str, RandomMap]
+    name: str
+
+    @property
+    def k(self) -> int:
+        """Entries of the image."""
+        return next(iter(self.maps.values())).k
+
+    def of_parameters(self, gradients: Gradients) -> Gradients:
+        """The summands ``[n, k]`` by parameter."""
+        shape = torch.Size([self.k])
+        forms = {}
+        for name, form in gradients.forms.items():
+            slices = form.example_slices(2 * form.p)
+            parts = [self.maps[name](form.rows(rows).dense()) for rows in slices]
+            forms[name] = Dense(torch.cat(parts), shape)
+        return Gradients(gradients.n, forms, dict.fromkeys(self.maps, shape), gradients.sample)
+
+    def __call__(self, gradients: Gradients) -> Gradients:
+        """The projected gradients, written out."""
+        parts = self.of_parameters(gradients).forms.values()
+        total = gradients.sample.new_zeros(gradients.n, self.k)
+        for part in parts:
+            total += part.dense()
+        shape = torch.Size([self.k])
+        forms = {self.name: Dense(total, shape)}
+        return Gradients(gradients.n, forms, {self.name: shape}, gradients.sample)
+
+
+def whole(unit: Unit) -> TwoSided:
+    """A matrix as it is, with its bias in one piece."""
+    return TwoSided(unit, Identity(unit.outputs), Identity(unit.inputs))
+
+
+def columns_within(dim: int | Sequence[int], outputs: int, inputs: int) -> tuple[int, int] | None:
+    """How many columns P_o and P_i get; None where the matrix is to stay as it is.
+
+    Args:
+        dim: the pair, or the most products of the two: then its root for each side, and what a
+            shorter side leaves for the other.
+        outputs: the letter o.
+        inputs: the letter i.
+    """
+    if not isinstance(dim, int):
+        left, right = dim
+        return min(left, outputs), min(right, inputs)
     if outputs * inputs <= dim:
-        return None, None
-    # by hand and on the CPU: the same numbers on every device, and no global state is moved
-    generator = torch.Generator().manual_seed(seed)
-    pair = []
-    for size in (outputs, inputs):
-        columns = min(int(dim**0.5), size)
-        matrix = torch.randn(size, columns, generator=generator, dtype=torch.float64)
-        pair.append((matrix / columns**0.5).to(like))
-    return pair[0], pair[1]
+        return None
+    root = math.isqrt(dim)
+    if outputs <= root:
+        return outputs, min(dim // outputs, inputs)
+    return (min(dim // inputs, outputs), inputs) if inputs <= root else (root, root)
