@@ -9,7 +9,7 @@ import json
 import pickle
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from influence_kit.dropout_masks import MASKS
 from influence_kit.errors import InvalidArgumentError
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
@@ -41,6 +42,7 @@ class Contents:
     learning_rate: float = 1.0
     rate_source: str = NO_RATE
     is_adapter: bool = False
+    masks: Mapping[str, Any] | None = None
 
 
 def is_trainer_folder(path: Path) -> bool:
@@ -82,14 +84,7 @@ def read(checkpoint: Any) -> Contents:
         )
     if contents.step is None:
         numbers = re.findall(r"\d+", path.stem)
-        step = int(numbers[-1]) if numbers else None
-        contents = Contents(
-            contents.weights,
-            step,
-            contents.learning_rate,
-            contents.rate_source,
-            contents.is_adapter,
-        )
+        contents = replace(contents, step=int(numbers[-1]) if numbers else None)
     return contents
 
 
@@ -184,7 +179,7 @@ def _unwrap(saved: Any) -> Contents:
     if source == NO_RATE and wrapped:
         rate, source = _optimizer_rate(saved)
     steps = [int(saved[key]) for key in STEP_KEYS if isinstance(saved.get(key), int | float)]
-    return Contents(weights, steps[0] if steps else None, rate, source)
+    return Contents(weights, steps[0] if steps else None, rate, source, masks=saved.get(MASKS))
 
 
 def _is_array(value: Any) -> bool:

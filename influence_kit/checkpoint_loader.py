@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_kit.checkpoints import LoadFunction, label_of
+from influence_kit.dropout_masks import mask_numbers, set_masks
 from influence_kit.errors import InvalidArgumentError
 
 FINGERPRINT_CHUNK = 2**20
@@ -26,7 +27,7 @@ class CheckpointLoader:
     """
 
     def __init__(self, model: nn.Module, checkpoints: Sequence[Any], load: LoadFunction) -> None:
-        own = {tensor.data_ptr() for tensor in model.state_dict().values() if tensor.numel()}
+        own = memory_of(model)
         self._model, self._load = model, load
         # a state dict that is the live model's would change with the next load
         self._items = [_copied(item, own) for item in checkpoints]
@@ -38,6 +39,7 @@ class CheckpointLoader:
         """Have checkpoint number ``place`` in the model; returns its learning rate."""
         if self._current != place:
             self._current = None
+            set_masks(self._model, None)
             with _same_parameters(self._model):
                 rate = self._load(self._model, self._items[place])
             if not _is_number(rate):
@@ -52,7 +54,7 @@ class CheckpointLoader:
         return self._rates[place]
 
     def fingerprint(self, place: int) -> tuple[float, ...]:
-        """Numbers that tell the weights of a checkpoint, which has been loaded."""
+        """Numbers that tell the weights and masks of a checkpoint, which has been loaded."""
         return self._prints[place]
 
     def _warn(self, place: int) -> None:
@@ -82,8 +84,8 @@ def _is_number(rate: Any) -> bool:
 
 
 def _fingerprint(model: nn.Module) -> tuple[float, ...]:
-    """Numbers that differ where weights or buffers do, by value or by place."""
-    sums = []
+    """Numbers that differ where weights, buffers (by value or by place) or masks do."""
+    sums = mask_numbers(model)
     for value in (*model.parameters(), *model.buffers()):
         for chunk in value.detach().flatten().split(FINGERPRINT_CHUNK):
             places = torch.linspace(1, 2, len(chunk), dtype=torch.float64, device=chunk.device)
@@ -104,16 +106,22 @@ def _same_parameters(model: nn.Module) -> Iterator[None]:
             module._parameters[name] = parameter
 
 
-def _is_live(item: Any, own: set[int]) -> bool:
+def memory_of(model: nn.Module) -> set[int]:
+    """Where the tensors of a model's state dict are."""
+    return {tensor.data_ptr() for tensor in model.state_dict().values() if tensor.numel()}
+
+
+def is_live(item: Any, own: set[int]) -> bool:
+    """Whether a tensor, or one in nested dicts, lists and tuples, has its memory in ``own``."""
     if isinstance(item, Mapping | list | tuple):
         parts = item.values() if isinstance(item, Mapping) else item
-        return any(_is_live(part, own) for part in parts)
+        return any(is_live(part, own) for part in parts)
     return isinstance(item, Tensor) and item.data_ptr() in own
 
 
 def _copied(item: Any, own: set[int]) -> Any:
     """The item, or a copy of a dict, list or tuple with tensors whose memory is in ``own``."""
-    if not _is_live(item, own):
+    if not is_live(item, own):
         return item
     if isinstance(item, Mapping):
         return {key: _copied(value, own) for key, value in item.items()}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from influence_kit import checkpoint_files
 from influence_kit.checkpoint_files import Contents
+from influence_kit.dropout_masks import set_masks
 from influence_kit.errors import InvalidArgumentError
 
 LoadFunction = Callable[[nn.Module, Any], float]
@@ -101,6 +102,7 @@ def load_checkpoint(model: nn.Module, checkpoint: Any) -> float:
     contents = checkpoint_files.read(checkpoint)
     weights = _fitting(model, contents, label_of(checkpoint))
     model.load_state_dict(weights, strict=False)
+    set_masks(model, contents.masks)
     return contents.learning_rate
 
 

@@ -47,3 +47,14 @@ def from_first_rank(tensor: Tensor) -> Tensor:
     if not is_alone():
         dist.broadcast(tensor, src=0)
     return tensor
+
+
+def is_first_rank() -> bool:
+    """Whether this is the rank that does what one alone must do."""
+    return is_alone() or dist.get_rank() == 0
+
+
+def wait_for_all() -> None:
+    """Go on when every rank has come here."""
+    if not is_alone():
+        dist.barrier()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,8 +15,8 @@ def borrowed(model: nn.Module, eval_mode: bool = True) -> Iterator[None]:
     So also after an error.
 
     Restored are parameters and buffers (their values, and which objects they are), ``training`` and
-    ``requires_grad`` flags, ``.grad`` and the global random state, which iterating a DataLoader
-    moves.
+    ``requires_grad`` flags, ``.grad``, forward hooks (those of the masks of a dropout ensemble come
+    off) and the global random state, which iterating a DataLoader moves.
     """
     modules = list(model.modules())
     parameters = [(module, name, p) for module in modules for name, p in module._parameters.items()]
@@ -25,6 +26,7 @@ def borrowed(model: nn.Module, eval_mode: bool = True) -> Iterator[None]:
     }
     flags = [(p, p.requires_grad, p.grad) for _, _, p in parameters if p is not None]
     training = [(module, module.training) for module in modules]
+    hooks = [(table, dict(table)) for module in modules for table in _hook_tables(module)]
     cuda = torch.cuda.is_initialized()
     random_state = torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else []
     try:
@@ -44,6 +46,18 @@ def borrowed(model: nn.Module, eval_mode: bool = True) -> Iterator[None]:
             parameter.grad = gradient
         for module, mode in training:
             module.training = mode
+        for table, own in hooks:
+            table.clear()
+            table.update(own)
         torch.set_rng_state(random_state[0])
         if cuda:
             torch.cuda.set_rng_state_all(random_state[1])
+
+
+def _hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """What a module knows of its forward hooks, by their numbers."""
+    return (
+        module._forward_hooks,
+        module._forward_hooks_with_kwargs,
+        module._forward_hooks_always_called,
+    )

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
@@ -39,12 +40,30 @@ def write_folder(
     save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, part)
     part.replace(path / TENSORS)
     text = json.dumps({"format": FORMAT, **description}, indent=2)
-    part = path / f"{MANIFEST}.part"
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path / MANIFEST)
+    replace_file(path / MANIFEST, text.encode())
+
+
+def replace_file(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a file so that there is all of it, on the disk, or what was there before.
+
+    Several processes may write the same file: each has a ``.part`` file of its own.
+    """
+    part = path.with_name(f"{path.name}.{uuid4().hex}.part")
+    try:
+        with part.open("xb") as file:
+            for data in parts:
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    if os.name == "posix":  # the name as well; elsewhere folders cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def read_folder(folder: str | Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -54,13 +73,8 @@ def read_folder(folder: str | Path, description: Mapping[str, Any]) -> dict[str,
         InvalidArgumentError: where there is no such folder, or it belongs to something else; with
             every difference.
     """
-    manifest = _read_manifest(Path(folder) / MANIFEST)
-    expected = json.loads(json.dumps({"format": FORMAT, **description}))
-    found = [
-        f"{key}: {_short(manifest.get(key))} there, {_short(expected.get(key))} here"
-        for key in sorted(manifest.keys() | expected.keys())
-        if not _same(manifest.get(key), expected.get(key), CLOSE_LOSSES if key == LOSSES else CLOSE)
-    ]
+    manifest = read_manifest(Path(folder), "save it again")
+    found = differences(manifest, {"format": FORMAT, **description})
     if found:
         raise InvalidArgumentError(
             f"{folder} was saved for something else: {'; '.join(found)}. Fit again, or use the "
@@ -74,18 +88,34 @@ def read_folder(folder: str | Path, description: Mapping[str, Any]) -> dict[str,
         ) from error
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, remedy: str) -> dict[str, Any]:
+    """What a folder's manifest says.
+
+    Raises:
+        InvalidArgumentError: where there is none, or it cannot be read; with the remedy.
+    """
+    path = folder / MANIFEST
     if not path.is_file():
         raise InvalidArgumentError(
-            f"{path.parent} holds no {MANIFEST}: it is no folder that `save` has finished writing"
+            f"{folder} holds no {MANIFEST}, without which what is there is not whole; {remedy}"
         )
     try:
         manifest = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise InvalidArgumentError(f"{path} cannot be read ({error}); save it again") from error
+        raise InvalidArgumentError(f"{path} cannot be read ({error}); {remedy}") from error
     if not isinstance(manifest, dict):
-        raise InvalidArgumentError(f"{path} holds no description of what was saved; save it again")
+        raise InvalidArgumentError(f"{path} holds no description of what was saved; {remedy}")
     return manifest
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """The keys in which a manifest differs from what is described here, with both values."""
+    expected = json.loads(json.dumps(here))
+    return [
+        f"{key}: {_short(there.get(key))} there, {_short(expected.get(key))} here"
+        for key in sorted(there.keys() | expected.keys())
+        if not _same(there.get(key), expected.get(key), CLOSE_LOSSES if key == LOSSES else CLOSE)
+    ]
 
 
 def _same(left: Any, right: Any, close: float) -> bool:

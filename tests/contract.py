@@ -4,24 +4,31 @@ A test builds the method on a case with ``build``, with any argument changed.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import oracles
+import pytest
 import torch
 from cases import CASES, RATES, Case, Examples
 from torch import Tensor
 
 from influence_kit import (
+    TRAK,
     ArnoldiInfluenceFunction,
     CGInfluenceFunction,
     DataInf,
+    DVEmb,
     EKFACInfluenceFunction,
     ExplicitInfluenceFunction,
+    FactGraSS,
     GradCos,
     GradDot,
+    GraSS,
     KFACInfluenceFunction,
+    KNNShapley,
     LiSSAInfluenceFunction,
+    LoGra,
     NaiveInfluenceFunction,
     NystromInfluenceFunction,
     TracInCP,
@@ -38,26 +45,31 @@ class Method:
 
     ``make`` builds it from a case, a model, data, checkpoints and keyword arguments; ``oracle`` is
     the same scores from single-example gradients (None where a test file of its own has them).
-    ``over_checkpoints``: what scores are over several, a sum, a mean, or of the first alone.
+    ``over_checkpoints``: what scores are over several, a sum, a mean, of the first alone, some
+    other thing, or "one" where more than one are refused. ``has_self_influence_of_others``: also
+    of examples outside the training set.
     ``quantities``: intermediate quantities are vectors whose dot products are the scores, or a test
     side that ``influence`` takes. ``close``: what rounding may make of equal scores, in float64 and
-    float32, where a matrix is inverted.
+    float32, where a matrix is inverted. ``one_label``: an example has one label, not one a token.
     """
 
     make: Callable[..., Any]
     oracle: Callable[[Case], Tensor] | None
     has_self_influence: bool = True
+    has_self_influence_of_others: bool = True
     doubles_with_the_test_loss: bool = True
     over_checkpoints: str = "sum"
     quantities: str | None = "dots"
     has_layers: bool = True
     has_loss: bool = True
+    of_whole_set: bool = False
+    one_label: bool = False
     close: tuple[float, float] = (CLOSE, 1e-5)
 
 
-def _whole_model(cls: type) -> Callable[..., Any]:
+def _whole_model(cls: type, **own: Any) -> Callable[..., Any]:
     def make(case: Case, model: Any, data: Any, checkpoints: Any, **arguments: Any) -> Any:
-        return cls(model, data, checkpoints, **arguments)
+        return cls(model, data, checkpoints, **own | arguments)
 
     return make
 
@@ -95,6 +107,28 @@ def _kronecker(cls: type) -> Callable[..., Any]:
     return make_of_layers
 
 
+def _with_trace(case: Case, model: Any, data: Any, checkpoints: Any, **arguments: Any) -> Any:
+    arguments = {"trace": training_steps(case, data)} | arguments
+    return DVEmb(model, data, checkpoints[-1:], **arguments)
+
+
+def training_steps(case: Case, data: Any) -> list[dict[str, Any]]:
+    """Two steps at each checkpoint but the last, over the halves of a data set.
+
+    Its contents tell which example is in which half, so that a permutation changes nothing else.
+    """
+    data = getattr(data, "dataset", data)
+    examples = [data[i] for i in range(len(data))]
+    rows = [list(x.values()) if isinstance(x, dict) else x for x in examples]
+    order = sorted(range(len(rows)), key=lambda i: [t.tolist() for t in rows[i]])
+    return [
+        {**checkpoint, "lr": checkpoint["learning_rate"], "epoch": epoch, "indices": half}
+        for epoch, checkpoint in enumerate(case.checkpoints()[:-1])
+        for half in (order[::2], order[1::2])
+        if half
+    ]
+
+
 def _hessian_data(case: Case, model: torch.nn.Module) -> dict[str, Any]:
     dtype = next(model.parameters()).dtype
     return {"hessian_dataset": Examples(cast(case.train, dtype))}
@@ -124,6 +158,12 @@ def _cosines(case: Case) -> Tensor:
     return oracles.cosines(*_given(case))
 
 
+def _left_out(case: Case) -> Tensor:
+    steps = training_steps(case, Examples(case.train))
+    *given, states = _given(case)
+    return oracles.left_out_of_steps(*given, steps, states[-1])
+
+
 def _tracin_of_last(case: Case) -> Tensor:
     names = [n for n, _ in case.model().named_parameters() if n.startswith(case.final + ".")]
     return oracles.tracin(*_given(case), RATES, names)
@@ -144,6 +184,24 @@ def _of_captum(make: Callable[..., Any]) -> Method:
     return Method(make, None, over_checkpoints="first", close=(1e-8, 2e-3))
 
 
+def _knn_of_final(case: Case, *given: Any, **arguments: Any) -> Any:
+    return KNNShapley(*given, layer=case.final, n_neighbors=2, **arguments)
+
+
+def _of_neighbors(make: Callable[..., Any], over_checkpoints: str) -> Method:
+    """Values without a gradient; their oracle, over all coalitions, is in ``test_knn_shapley``."""
+    return Method(
+        make,
+        None,
+        over_checkpoints=over_checkpoints,
+        quantities=None,
+        has_layers=False,
+        has_loss=False,
+        of_whole_set=True,
+        one_label=True,
+    )
+
+
 FEW_PASSES = {"curvature": "empirical_fisher"}
 
 METHODS = {
@@ -153,6 +211,15 @@ METHODS = {
     "TracInCPFast": Method(_last_layer(TracInCPFast), _tracin_of_last),
     "TracInCPFastRandProj": Method(_rand_proj, _tracin_of_last, has_self_influence=False),
     "TracInCPFastRandProj, projected": Method(_projected, None, has_self_influence=False),
+    # examples outside the training set have no embedding
+    "DVEmb": Method(
+        _with_trace,
+        _left_out,
+        has_self_influence_of_others=False,
+        over_checkpoints="one",
+        quantities="test side",
+        of_whole_set=True,
+    ),
     "ExplicitInfluenceFunction": _inverted(_curved(ExplicitInfluenceFunction)),
     "ExplicitInfluenceFunction, relative": _inverted(
         _curved(ExplicitInfluenceFunction, relative="l", blocks="layer")
@@ -174,6 +241,21 @@ METHODS = {
     "DataInf": _inverted(_curved(DataInf)),
     "KFACInfluenceFunction": _inverted(_kronecker(KFACInfluenceFunction)),
     "EKFACInfluenceFunction": _inverted(_kronecker(EKFACInfluenceFunction)),
+    "LoGra": _inverted(_curved(LoGra, projection_dim=(2, 3), relative="theta")),
+    "LoGra, kept": replace(_inverted(_whole_model(LoGra, projection_dim=6)), of_whole_set=True),
+    "GraSS": _inverted(_curved(GraSS, projection_dim=5, blow_up=2)),
+    "FactGraSS": _inverted(_curved(FactGraSS, projection_dim=5, blow_up=2)),
+    "TRAK": Method(
+        _whole_model(TRAK, projection_dim=4, projection="sjlt"),
+        None,
+        over_checkpoints="other",
+        quantities="test side",
+        has_loss=False,
+        of_whole_set=True,
+        close=(1e-8, 2e-3),
+    ),
+    "KNNShapley": _of_neighbors(_whole_model(KNNShapley, n_neighbors=2), "other"),
+    "KNNShapley, of a layer": _of_neighbors(_knn_of_final, "mean"),
     "NaiveInfluenceFunction": _of_captum(_at_one(NaiveInfluenceFunction, hessian_reg=1.0)),
     "ArnoldiInfluenceFunction": _of_captum(
         _at_one(ArnoldiInfluenceFunction, projection_dim=3, arnoldi_dim=6, hessian_reg=1.0)
@@ -183,6 +265,8 @@ METHODS = {
 
 def build(method: str, case: Case, **changed: Any) -> Any:
     """A method on a case; ``changed`` replaces model, data, checkpoints or keyword arguments."""
+    if METHODS[method].one_label and case is CASES["gpt"]:
+        pytest.skip("an example has a label for each token")
     model = changed.pop("model", None) or case.model()
     data = changed.pop("data", None) or Examples(case.train)
     checkpoints = changed.pop("checkpoints", None) or case.checkpoints()

@@ -72,6 +72,40 @@ def tracin(
     return scores
 
 
+def left_out_of_steps(
+    model: nn.Module,
+    train: Any,
+    test: Any,
+    loss: Callable[[Any, Any], Tensor],
+    steps: Sequence[Mapping[str, Any]],
+    final: Mapping[str, Tensor],
+) -> Tensor:
+    """<what leaving i out of its steps does to the final weights, test gradient there>, ``[m, n]``.
+
+    Each visit's change of the weights is carried through the matrices of all later steps, which
+    are written out.
+    """
+    gs, matrices, shares = [], [], []
+    for step in steps:
+        model.load_state_dict(step["state_dict"])
+        own = [one(train, i) for i in step["indices"]]
+        gs.append(torch.cat([gradients(model, example, loss) for example in own]))
+        shares.append(step["lr"] / (len(own) if step.get("reduction") != "sum" else 1))
+        kept = torch.eye(gs[-1].shape[1], dtype=torch.float64)
+        fisher = sum(torch.outer(g, g) for g in gs[-1])
+        decay = step["lr"] * step.get("weight_decay", 0.0)
+        matrices.append((1 - decay) * kept - shares[-1] * fisher)
+    moved = torch.zeros(count(train), gs[0].shape[1], dtype=torch.float64)
+    for number, step in enumerate(steps):
+        for i, g in zip(step["indices"], gs[number], strict=True):
+            change = shares[number] * g
+            for matrix in matrices[number + 1 :]:
+                change = matrix @ change
+            moved[i] += change
+    model.load_state_dict(final)
+    return gradients(model, test, loss) @ moved.T
+
+
 def cosines(
     model: nn.Module,
     train: Any,

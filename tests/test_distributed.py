@@ -23,6 +23,7 @@ def _results(method: str, size: int) -> dict[str, torch.Tensor]:
     if METHODS[method].has_self_influence:
         found["self"] = influence.self_influence()
         found["outer"] = influence.self_influence(outer_loop_by_checkpoints=True)
+    if METHODS[method].has_self_influence and METHODS[method].has_layers:
         found["layers"] = torch.stack(list(influence.influence_by_layer(case.test).values()))
     return found
 

@@ -22,6 +22,7 @@ WITH_CODE = [
     "start",
     "concepts",
     "influence_functions",
+    "valuation",
     "from_captum",
     "from_others",
     "extending",
@@ -101,9 +102,9 @@ def test_every_page_is_in_the_map() -> None:
 
 def test_every_public_name_is_in_the_reference() -> None:
     import influence_kit
-    from influence_kit import evaluation, operators, viz
+    from influence_kit import evaluation, operators, valuation, viz
 
     reference = "".join(page.read_text() for page in SPHINX.glob("api*.md"))
-    for package in (influence_kit, evaluation, operators, viz):
+    for package in (influence_kit, evaluation, operators, valuation, viz):
         missing = [name for name in package.__all__ if not re.search(rf"\.{name}\b", reference)]
         assert missing == []

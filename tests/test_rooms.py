@@ -18,13 +18,20 @@ FLOORS = [
         "memory",
         "data",
         "labels",
+        "margins",
         "checkpoints",
         "checkpoint_files",
         "checkpoint_loader",
         "losses",
         "distributed",
+        "dropout_ensemble",
+        "dropout_masks",
         "restore",
         "saved",
+        "trace_store",
+        "training_step",
+        "training_trace",
+        "tables",
     },
     {"gradients", "evaluation"},
     {"operators"},
@@ -149,7 +156,7 @@ def test_a_circle_is_found(edges, found):
 
 
 def test_importing_the_package_imports_no_optional_package():
-    optional = ["transformers", "sklearn", "faiss", "pandas", "scipy"]
+    optional = ["transformers", "sklearn", "faiss", "joblib", "pandas", "scipy"]
     code = f"import sys, {PACKAGE}; print([m for m in {optional} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

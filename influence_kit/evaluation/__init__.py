@@ -1,5 +1,80 @@
-"""How good an attribution is: functions of plain scores, which know no method."""
+"""How good an attribution is: retraining and functions of plain scores, which know no method."""
 
-from influence_kit.evaluation.mislabel import detection_curve, mislabel_auc, recall_at
+from influence_kit.evaluation.baselines import (
+    label_cosine,
+    last_loss,
+    log_odds,
+    low_margin,
+    mean_loss,
+    neighbor_disagreement,
+    same_label_cosine,
+)
+from influence_kit.evaluation.batched_sgd import BatchedSGD
+from influence_kit.evaluation.comparison import Comparison, SubsetTruth, compare
+from influence_kit.evaluation.correlation import RowCorrelation
+from influence_kit.evaluation.cost import Cost
+from influence_kit.evaluation.datamodel import (
+    DatamodelingScore,
+    half_subsets,
+    linear_datamodeling_score,
+)
+from influence_kit.evaluation.leave_one_out import (
+    LeaveOneOutCorrelation,
+    RidgeLeaveOneOut,
+    leave_one_out,
+    loo_correlation,
+    ridge_leave_one_out,
+)
+from influence_kit.evaluation.mislabel import (
+    detection_curve,
+    mislabel_auc,
+    precision_at,
+    recall_at,
+)
+from influence_kit.evaluation.mislabel_report import MislabelReport, MislabelRow, mislabel_report
+from influence_kit.evaluation.removal import (
+    Brittleness,
+    RemovalCurve,
+    brittleness,
+    removal_curve,
+)
+from influence_kit.evaluation.retraining import Retraining
+from influence_kit.evaluation.tuning import Tuned, tune_damping
 
-__all__ = ["detection_curve", "mislabel_auc", "recall_at"]
+__all__ = [
+    "BatchedSGD",
+    "Brittleness",
+    "Comparison",
+    "Cost",
+    "DatamodelingScore",
+    "LeaveOneOutCorrelation",
+    "MislabelReport",
+    "MislabelRow",
+    "RemovalCurve",
+    "Retraining",
+    "RidgeLeaveOneOut",
+    "RowCorrelation",
+    "SubsetTruth",
+    "Tuned",
+    "brittleness",
+    "compare",
+    "detection_curve",
+    "half_subsets",
+    "label_cosine",
+    "last_loss",
+    "leave_one_out",
+    "linear_datamodeling_score",
+    "log_odds",
+    "loo_correlation",
+    "low_margin",
+    "mean_loss",
+    "mislabel_auc",
+    "mislabel_report",
+    "neighbor_disagreement",
+    "precision_at",
+    "recall_at",
+    "removal_curve",
+    "ridge_leave_one_out",
+    "same_label_cosine",
+    "tune_damping",
+]

@@ -3,15 +3,11 @@
 Letters: n examples, of which w have a wrong label.
 """
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from influence_kit.errors import InvalidArgumentError
-
-Values = Tensor | np.ndarray | Sequence[float] | Sequence[bool]
+from influence_kit.evaluation.arrays import Values, count_of
 
 
 def mislabel_auc(scores: Values, is_wrong: Values) -> float:
@@ -60,13 +56,34 @@ def recall_at(scores: Values, is_wrong: Values, fraction: float) -> float:
         >>> recall_at([0.9, 0.1, 0.5, 0.4], [True, False, False, True], fraction=0.5)
         0.5
     """
-    if not 0 < fraction <= 1:
+    _, found, w = _counts(scores, is_wrong, fraction)
+    return found / w
+
+
+def precision_at(scores: Values, is_wrong: Values, fraction: float) -> float:
+    """The share of wrong labels among the first ``fraction`` of the examples inspected.
+
+    Examples are inspected as for ``recall_at``; at least one must be.
+
+    Args:
+        scores: how suspicious each example is, ``[n]``.
+        is_wrong: whether its label is wrong, ``[n]``.
+        fraction: the share of the examples inspected, above 0 and at most 1.
+
+    Raises:
+        InvalidArgumentError: as ``recall_at``, and for a fraction of less than one example.
+
+    Example:
+        >>> precision_at([0.9, 0.1, 0.5, 0.4], [True, False, False, True], fraction=0.75)
+        0.6666666666666666
+    """
+    inspected, found, _ = _counts(scores, is_wrong, fraction)
+    if inspected == 0:
         raise InvalidArgumentError(
-            f"`fraction` is the share of the examples inspected; got {fraction}, expected a number "
-            "above 0 and at most 1"
+            f"a share of {fraction} of {len(scores)} examples is less than one; at least one must "
+            "be inspected"
         )
-    found = detection_curve(scores, is_wrong)[1]
-    return float(found[int(fraction * (len(found) - 1) + 0.5)])
+    return found / inspected
 
 
 def detection_curve(scores: Values, is_wrong: Values) -> tuple[Tensor, Tensor]:
@@ -89,11 +106,27 @@ def detection_curve(scores: Values, is_wrong: Values) -> tuple[Tensor, Tensor]:
         [0.0, 0.5, 0.5, 1.0, 1.0]
     """
     values, wrong = _checked(scores, is_wrong)
-    order = torch.argsort(values, descending=True, stable=True)
     start = torch.zeros(1, dtype=torch.float64)
-    found = torch.cat([start, wrong[order].double().cumsum(0)]) / wrong.sum()
+    found = torch.cat([start, wrong[_order(values)].double().cumsum(0)]) / wrong.sum()
     inspected = torch.arange(len(values) + 1, dtype=torch.float64) / len(values)
     return inspected, found
+
+
+def _order(values: Tensor) -> Tensor:
+    """The order of inspection: by descending score, equal scores by place."""
+    return torch.argsort(values, descending=True, stable=True)
+
+
+def _counts(scores: Values, is_wrong: Values, fraction: float) -> tuple[int, int, int]:
+    """How many examples are inspected, how many wrong labels are among them, and the letter w."""
+    if not 0 < fraction <= 1:
+        raise InvalidArgumentError(
+            f"`fraction` is the share of the examples inspected; got {fraction}, expected a number "
+            "above 0 and at most 1"
+        )
+    values, wrong = _checked(scores, is_wrong)
+    inspected = count_of(fraction, len(values))
+    return inspected, int(wrong[_order(values)[:inspected]].sum()), int(wrong.sum())
 
 
 def _checked(scores: Values, is_wrong: Values) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from influence_kit.gradients.forms import Form, join
+from influence_kit.gradients.forms import Dense, Form, join
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,16 @@ class Gradients:
                 if not torch.isfinite(form.rows(slice(example, example + 1)).dense()).all():
                     return example, name
         return None
+
+
+def from_flat(vectors: Tensor, parameters: Mapping[str, torch.Size], sample: Tensor) -> Gradients:
+    """Gradients from what ``flat`` writes out, ``[n, P]``; views of it."""
+    columns = vectors.split([math.prod(shape) for shape in parameters.values()], dim=1)
+    forms = {
+        name: Dense(values, shape)
+        for (name, shape), values in zip(parameters.items(), columns, strict=True)
+    }
+    return Gradients(len(vectors), forms, parameters, sample)
 
 
 def join_examples(parts: Sequence[Gradients]) -> Gradients:

@@ -95,7 +95,8 @@ class InfluenceBase(DataInfluence):
             named = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
             common = inspect.signature(cls.__mro__[1]).parameters.values()
             known = {parameter.name for parameter in named}
-            kept = [parameter for parameter in common if parameter.name not in known]
+            changed = {parameter.name: parameter for parameter in own}
+            kept = [changed.get(p.name, p) for p in common if p.name not in known]
             rank = {parameter: parameter.kind for parameter in (*kept, *named)}
             cls.__signature__ = inspect.Signature(sorted(rank, key=rank.__getitem__))
 
@@ -108,9 +109,12 @@ class InfluenceBase(DataInfluence):
 
     @checkpoints.setter
     def checkpoints(self, checkpoints: Any) -> None:
-        any_file = self.checkpoints_load_func is not load_checkpoint
-        self._checkpoints = find_checkpoints(checkpoints, any_file)
+        self._checkpoints = self._find(checkpoints)
         self._forget()
+
+    def _find(self, checkpoints: Any) -> list[Any]:
+        any_file = self.checkpoints_load_func is not load_checkpoint
+        return find_checkpoints(checkpoints, any_file)
 
     def _forget(self) -> None:
         """Drop what was made at other checkpoints."""

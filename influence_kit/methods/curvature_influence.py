@@ -72,7 +72,7 @@ class CurvatureInfluence(InfluenceFunction):
             kind = GaussNewton if self.curvature == "ggn" else HessianOfLoss
             return kind(self._source, self._train_loss, data, self._partition, self._sample)
         return OuterProducts(
-            self._curvature_features(self.curvature), data, self._partition, self._sample
+            self._curvature_features(self.curvature, data), data, self._partition, self._sample
         )
 
     def _means(self, facts: Facts, data: DataSet) -> Tensor:

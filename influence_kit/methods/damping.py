@@ -37,7 +37,9 @@ def _check_number(value: object, name: str) -> None:
         raise InvalidArgumentError(f"{name} must be a number that is not negative; got {value!r}")
 
 
-def share_of(means: Sequence[float], blocks: Sequence[str]) -> list[float]:
+def share_of(
+    means: Sequence[float], blocks: Sequence[str], share: float = AUTO_SHARE
+) -> list[float]:
     """The automatic damping of each block, of which the mean eigenvalues are known."""
     for value, name in zip(means, blocks, strict=True):
         if not value > 0:
@@ -47,4 +49,4 @@ def share_of(means: Sequence[float], blocks: Sequence[str]) -> list[float]:
                 "curvature is negative. Give a number, leave that block out by `layers`, or use "
                 'another curvature ("ggn" is never negative)'
             )
-    return [AUTO_SHARE * value for value in means]
+    return [share * value for value in means]

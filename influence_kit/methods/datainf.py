@@ -45,9 +45,9 @@ class DataInf(InfluenceFunction):
     """
 
     def _means(self, facts: Facts, data: DataSet) -> Tensor:
-        features = self._curvature_features("empirical_fisher")
+        features = self._curvature_features("empirical_fisher", data)
         return mean_eigenvalues(features, data, self._partition)
 
     def _make_inverse(self, facts: Facts, damping: Tensor, data: DataSet) -> Transform:
-        features = self._curvature_features("empirical_fisher")
+        features = self._curvature_features("empirical_fisher", data)
         return self._through(MeanInverse(features, data, self._partition, damping))

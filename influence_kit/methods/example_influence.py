@@ -10,7 +10,7 @@ from torch import Tensor
 
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.methods.base import InfluenceBase
-from influence_kit.scoring.reducers import AllScores, KMostInfluentialResults, TopK
+from influence_kit.scoring.reducers import AllScores, KMostInfluentialResults, Reducer, TopK
 
 
 class ExampleInfluence(InfluenceBase):
@@ -63,17 +63,20 @@ class ExampleInfluence(InfluenceBase):
         if k is not None:
             kind = "proponents" if proponents else "opponents"
             doing = f"perform computation for getting {kind}. Processing training batches"
-        reducer = AllScores() if k is None else TopK(k, proponents)
+        reducer = self._reducer(k, proponents)
         self._stream_scores(inputs, reducer, doing, show_progress, aggregate)
-        if isinstance(reducer, AllScores):
-            return reducer.result().to(self._dtype)
-        return reducer.result()
+        found = reducer.result()
+        return found.to(self._dtype) if isinstance(found, Tensor) else found
+
+    def _reducer(self, k: int | None, proponents: bool) -> Reducer:
+        """What takes the blocks of scores, of some training examples each."""
+        return AllScores() if k is None else TopK(k, proponents)
 
     @abstractmethod
     def _stream_scores(
         self,
         inputs: Any,
-        reducer: AllScores | TopK,
+        reducer: Reducer,
         doing: str,
         show_progress: bool,
         aggregate: bool,
@@ -82,7 +85,7 @@ class ExampleInfluence(InfluenceBase):
 
         Args:
             inputs: test examples, as a user gave them.
-            reducer: takes blocks of scores with the places of their training examples.
+            reducer: what ``_reducer`` has made; takes blocks of scores with their places.
             doing: what to say beside a bar.
             show_progress: whether to show one.
             aggregate: one row, the sum over the test examples.

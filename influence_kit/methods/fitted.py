@@ -16,22 +16,20 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Self
 
 from influence_kit.checkpoint_loader import CheckpointLoader
-from influence_kit.data import Batch, as_loader, call_model, example_count, is_dataset, take
+from influence_kit.data import Batch, as_loader, is_dataset
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.methods.chosen import group_by_layer
-from influence_kit.methods.damping import DampingArgument, check_damping, share_of
+from influence_kit.methods.damping import AUTO_SHARE, DampingArgument, check_damping, share_of
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.operators.labels import ModelLabels
 from influence_kit.operators.partition import Partition
 from influence_kit.operators.passes import DataSet, Features, Memory, Remembered
-from influence_kit.saved import LOSSES, hash_of, read_folder, write_folder
+from influence_kit.saved import read_folder, write_folder
 from influence_kit.scoring.term import Transform
 
 Facts = dict[str, Tensor]
 MEANS = "mean_eigenvalues"
-# examples whose losses tell one loss from another
-FEW = 8
 
 
 class FittedInfluence(InnerProductInfluence):
@@ -40,6 +38,9 @@ class FittedInfluence(InnerProductInfluence):
     What is measured (``fit``) does not depend on the damping, is kept for later calls, and can be
     saved. See ``InfluenceFunction`` for the arguments.
     """
+
+    # of damping="auto": a part of the mean eigenvalue of a block
+    _auto_share = AUTO_SHARE
 
     def __init__(
         self,
@@ -166,40 +167,15 @@ class FittedInfluence(InnerProductInfluence):
 
     def _description(self, loader: CheckpointLoader) -> dict[str, Any]:
         """What a saved curvature belongs to."""
-        prints = []
-        for place in range(len(self.checkpoints)):
-            loader.load(place)
-            prints.append(list(loader.fingerprint(place)))
-        data = DataSet(self._hessian_loader, self._device)
         return {
             "method": self.get_name(),
             **self._settings(),
-            "dtype": str(self._dtype),
-            "weights of the checkpoints": prints,
-            "examples": data.count,
-            "hash of the examples": hash_of(self._hessian_loader),
-            LOSSES: self._first_losses(data),
+            **self._identity(loader, self._hessian_loader),
         }
-
-    def _first_losses(self, data: DataSet) -> list[float]:
-        """The losses of a few examples, by which another loss is told."""
-        losses: list[float] = []
-        for _, batch in data:
-            self._source.prepare(batch, self._train_loss)
-            for place in range(min(example_count(batch), FEW - len(losses))):
-                one = take(batch, slice(place, place + 1))
-                with torch.no_grad():
-                    losses.append(
-                        float(self._train_loss.total(call_model(self.model, one), one, 1))
-                    )
-            if len(losses) == FEW:
-                break
-        return losses
 
     @cached_property
     def _partition(self) -> Partition:
-        shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
-        return Partition(self._blocks_of(list(shapes)), shapes)
+        return Partition(self._blocks_of(list(self._shapes)), self._shapes)
 
     def _through(self, solve: Callable[[Tensor], Tensor]) -> Transform:
         """A map of vectors ``[k, P]`` as a map of gradients."""
@@ -210,6 +186,7 @@ class FittedInfluence(InnerProductInfluence):
         return transform
 
     def _forget(self) -> None:
+        super()._forget()
         self._facts: dict[int, Facts] = {}
         self._prints: dict[int, tuple[float, ...]] = {}
         self._inverses: dict[int, Transform] = {}
@@ -217,6 +194,7 @@ class FittedInfluence(InnerProductInfluence):
 
     def _fit_at(self, place: int, loader: CheckpointLoader) -> None:
         """Have the inverse at a checkpoint, measuring what is not known yet."""
+        self._keep_rows(loader)
         loader.load(place)
         known = self._prints.get(place)
         if known is not None and known != loader.fingerprint(place):
@@ -224,7 +202,7 @@ class FittedInfluence(InnerProductInfluence):
                 f"checkpoint {place} holds other weights than when its curvature was measured; "
                 "call `fit()` to measure it anew"
             )
-        data = DataSet(self._hessian_loader, self._device)
+        data = DataSet(self._fit_batches, self._device, place)
         if place not in self._facts:
             self._facts[place] = self._measure(data)
             self._prints[place] = loader.fingerprint(place)
@@ -242,25 +220,33 @@ class FittedInfluence(InnerProductInfluence):
             self._hessian_batches = self._loader_of(self._hessian_data, "hessian_dataset")
         return self._hessian_batches
 
+    @property
+    def _fit_batches(self) -> Iterable[Batch]:
+        """The Hessian data, or what is kept of it."""
+        return self._hessian_loader
+
     def _damping_at(self, place: int) -> Tensor:
         """The damping of each block ``[B]``, float64."""
         if self._damping == "auto":
-            values = share_of(self._facts[place][MEANS].tolist(), self.block_names)
+            values = share_of(
+                self._facts[place][MEANS].tolist(), self.block_names, self._auto_share
+            )
         elif isinstance(self._damping, Mapping):
             values = [self._damping[name] for name in self.block_names]
         else:
             values = [self._damping] * len(self.block_names)
         return torch.tensor(values, dtype=torch.float64, device=self._device)
 
-    def _curvature_features(self, curvature: str) -> Features:
+    def _curvature_features(self, curvature: str, data: DataSet) -> Features:
         """The gradients whose outer products are the empirical Fisher, or the Fisher."""
         labels = ModelLabels(self.model, self._train_loss, self.seed)
+        of_data = self.train_at(data.checkpoint).features
 
         def features(places: Tensor, batch: Batch) -> Gradients:
-            if curvature == "fisher":
-                self._source.prepare(batch, self._train_loss)
-                batch = labels(places, batch)
-            return self._source(batch, self._train_loss)
+            if curvature == "empirical_fisher":
+                return of_data(batch)
+            self._source.prepare(batch, self._train_loss)
+            return self._features(data.checkpoint, labels(places, batch), self._train_loss)
 
         return Remembered(features, self._memory)
 

@@ -3,23 +3,17 @@
 Letters: m test and n training examples, P chosen parameters, C checkpoints (in shapes), B blocks.
 """
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from influence_kit.checkpoint_loader import CheckpointLoader
-from influence_kit.data import Batch
-from influence_kit.errors import InvalidArgumentError
-from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.methods.chosen import check_layers
 from influence_kit.methods.example_influence import check_k, given
-from influence_kit.methods.fitted import FittedInfluence
 from influence_kit.methods.perturbation import Perturbation, Perturbed
+from influence_kit.methods.solved import SolvedInfluence
 from influence_kit.operators.passes import DataSet
 from influence_kit.scoring.features import (
     MostInfluentialFeatures,
@@ -29,13 +23,13 @@ from influence_kit.scoring.features import (
     most_influential,
 )
 from influence_kit.scoring.stream import Stream
-from influence_kit.scoring.term import Side, Term, Transform
+from influence_kit.scoring.term import Side
 from influence_kit.scoring.transforms import unit_influence
 
 TakeGiven = Callable[[Any], Gradients]
 
 
-class InfluenceFunction(FittedInfluence):
+class InfluenceFunction(SolvedInfluence):
     """score = mean over checkpoints of grad loss(test)^T (C + damping I)^-1 grad loss(train).
 
     What is measured of the curvature at a checkpoint (``fit``) does not depend on the damping, is
@@ -51,33 +45,7 @@ class InfluenceFunction(FittedInfluence):
         seed: of everything that is drawn at random.
     """
 
-    # What a method says.
-
-    def terms(self) -> list[Term]:
-        """One term a checkpoint, the test side through the inverse."""
-        places = range(len(self.checkpoints))
-        return [
-            Term(
-                Side(c, self.test_at(c).features, solve=self._inverse_at(c)),
-                self._train_side(c),
-                weight=1 / len(self.checkpoints),
-            )
-            for c in places
-        ]
-
-    # What a user reads, sets and calls.
-
-    def compute_intermediate_quantities(self, inputs: Any, aggregate: bool = False) -> Tensor:
-        """The test side through the inverse: what ``influence`` takes in place of ``inputs``.
-
-        Computed once, it serves any number of training sets: ``influence`` of another object of
-        this class (same model, parameters and checkpoints) takes it and fits nothing.
-
-        Returns:
-            ``[m, C * P]``, parameters in the model's order (``[1, C * P]`` if ``aggregate``); the
-            scores are its dot products with the gradients of the training loss at all checkpoints.
-        """
-        return self._vectors(inputs, aggregate=aggregate)
+    # What a user calls.
 
     def perturbation_influence(
         self,
@@ -162,72 +130,11 @@ class InfluenceFunction(FittedInfluence):
 
     # How it is done.
 
-    def _plan(
-        self, loader: CheckpointLoader, inputs: Any, ordered: bool = True
-    ) -> tuple[list[Term], Iterable[Batch]]:
-        ready = isinstance(inputs, Tensor)
-        if not ready or self._needs_fit_for_quantities:
-            # before the data is shared out: every rank takes part in measuring
-            for place in range(len(self.checkpoints)):
-                self._fit_at(place, loader)
-        if ready:
-            # the "batch" that the features of these terms take
-            quantities: Any = self._checked_quantities(inputs)
-            return self._given_terms(), [quantities]
-        return super()._plan(loader, inputs, ordered)
-
     @property
     def _needs_fit_for_quantities(self) -> bool:
-        """Whether a test side that has been through the inverse still wants the inverse."""
         return self.relative is not None
-
-    def _checked_quantities(self, quantities: Tensor) -> Tensor:
-        """A test side ``[m, C * P]`` that has been through the inverse."""
-        each, count = sum(p.numel() for p in self._parameters.values()), len(self.checkpoints)
-        if quantities.dim() != 2 or quantities.shape[1] != each * count:
-            raise InvalidArgumentError(
-                f"`inputs` is a tensor of shape {list(quantities.shape)}; a test side made by "
-                f"`compute_intermediate_quantities` has shape [m, {each * count}] here ({count} "
-                f"checkpoints x {each} parameters). Examples are a tuple, list or dict"
-            )
-        return quantities
-
-    def _given_terms(self) -> list[Term]:
-        """The terms for a test side that has been through the inverse."""
-        shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
-        sizes = [math.prod(shape) for shape in shapes.values()]
-        count = len(self.checkpoints)
-
-        def features(place: int) -> TakeGiven:
-            def take(block: Tensor) -> Gradients:
-                own = block.to(self._sample).split([sum(sizes)] * count, dim=1)[place]
-                columns = zip(shapes.items(), own.split(sizes, dim=1), strict=True)
-                forms = {name: Dense(values, shape) for (name, shape), values in columns}
-                return Gradients(len(block), forms, shapes, self._sample)
-
-            return take
-
-        return [Term(Side(c, features(c)), self._train_side(c), weight=1.0) for c in range(count)]
 
     def _train_side(self, place: int) -> Side:
         if self.relative is None:
             return self.train_at(place)
         return self.train_at(place, partial(unit_influence, self._inverse_at(place), self.relative))
-
-    def _inverse_at(self, place: int) -> Transform:
-        """Gradients through the inverse at a checkpoint, to be called when the model has it."""
-
-        def apply(gradients: Gradients) -> Gradients:
-            return self._inverses[place](gradients)
-
-        return apply
-
-    def _vectors(self, inputs: Any, of_tests: bool = True, aggregate: bool = False) -> Tensor:
-        with self._session() as loader:
-            terms, batches = self._plan(loader, given(inputs), ordered=not aggregate)
-            stream = Stream(terms, loader, self._sample)
-            blocks = [
-                stream.test_side(term.test, batches, aggregate).flat() * term.weight_at(1.0)
-                for term in terms
-            ]
-        return torch.cat(blocks, dim=1).to(self._dtype)

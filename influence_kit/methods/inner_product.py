@@ -5,6 +5,7 @@ Letters: m test and n training examples, P chosen parameters, C checkpoints.
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +13,16 @@ from torch import Tensor
 
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.data import Batch, loader_length
+from influence_kit.distributed import is_alone
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.gradients.per_example import Gradients
+from influence_kit.losses import Loss
+from influence_kit.memory import resident_bytes
 from influence_kit.methods.chosen import group_by_layer
 from influence_kit.methods.example_influence import ExampleInfluence, given
-from influence_kit.scoring.reducers import AllScores, TopK
+from influence_kit.methods.identity import identity
+from influence_kit.methods.kept_rows import Build, KeptRows, Places
+from influence_kit.scoring.reducers import AllScores, Reducer
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term, Transform
 
@@ -39,11 +46,31 @@ class InnerProductInfluence(ExampleInfluence):
         sample_wise_grads_per_batch: None takes a loss of any reduction. True wants "sum" or "mean",
             False wants "none", as in Captum; the speed is the same.
         eval_mode: put the model into evaluation mode while scores are computed.
+        store: a folder for the training set's gradients (projected, where the method projects):
+            the first question builds it, later ones and other processes read it. A build that was
+            killed goes on where it was; a folder that was made for another model, data set, loss or
+            projection is refused. None keeps no files.
+        store_dtype: of the numbers there: float16 and bfloat16 halve the size; the model's
+            precision where None.
 
     Raises:
         InvalidArgumentError: (a ``ValueError``) for arguments that cannot be meant.
         UnknownLayerError: for layers that the model does not have.
     """
+
+    _kept: KeptRows | None
+    # whether the training side is short, so that it is kept in memory where it fits
+    _keeps_rows = False
+
+    def __init__(
+        self,
+        *args: Any,
+        store: str | Path | None = None,
+        store_dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.store, self.store_dtype = store, store_dtype
+        super().__init__(*args, **kwargs)
 
     # What a method says.
 
@@ -53,11 +80,42 @@ class InnerProductInfluence(ExampleInfluence):
 
     def train_at(self, checkpoint: int, *transforms: Transform) -> Side:
         """Gradients of the training loss at a checkpoint, transformed."""
-        return Side(checkpoint, lambda batch: self._source(batch, self._train_loss), transforms)
+
+        def features(batch: Batch) -> Gradients:
+            if isinstance(batch, Places):
+                assert self._kept is not None
+                return self._kept.gradients(checkpoint, batch)
+            return self._train_features(checkpoint, batch)
+
+        return Side(checkpoint, features, transforms)
 
     def test_at(self, checkpoint: int, *transforms: Transform) -> Side:
         """Gradients of the test loss at a checkpoint, transformed."""
-        return Side(checkpoint, lambda batch: self._source(batch, self._test_loss), transforms)
+
+        def features(batch: Batch) -> Gradients:
+            return self._features(checkpoint, batch, self._test_loss)
+
+        return Side(checkpoint, features, transforms)
+
+    # What a projection changes.
+
+    def _features(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
+        """The gradients of a batch at a checkpoint, which is in the model."""
+        return self._source(batch, loss)
+
+    def _train_features(self, checkpoint: int, batch: Batch) -> Gradients:
+        """The same of training examples: what is kept of them."""
+        return self._features(checkpoint, batch, self._train_loss)
+
+    @property
+    def _shapes(self) -> Mapping[str, torch.Size]:
+        """The shapes of what ``_features`` gives, by name."""
+        return {name: parameter.shape for name, parameter in self._parameters.items()}
+
+    @property
+    def _kept_shapes(self) -> Mapping[str, torch.Size]:
+        """The shapes of what is kept of training examples."""
+        return self._shapes
 
     # What a user calls.
 
@@ -119,16 +177,67 @@ class InnerProductInfluence(ExampleInfluence):
 
     # How it is done.
 
+    @property
+    def _train_batches(self) -> Iterable[Batch]:
+        """What the train sides of the terms take, in the order of the training set."""
+        return self.train_dataloader if self._kept is None else self._kept.batches()
+
     def _plan(
         self, loader: CheckpointLoader, inputs: Any, ordered: bool = True
     ) -> tuple[list[Term], Iterable[Batch]]:
         """The terms, and the inputs in batches."""
+        self._keep_rows(loader)
         return self.terms(), self._batches(inputs, ordered)
+
+    def _keep_rows(self, loader: CheckpointLoader) -> None:
+        """Have the training side of all examples, where it is to be kept."""
+        if self._kept is None:
+            self._kept = self._made_rows(loader)
+
+    def _made_rows(self, loader: CheckpointLoader) -> KeptRows | None:
+        """The training side of all examples; None where it is made anew for every question."""
+        if self.store is None and not (self._keeps_rows and self._fits()):
+            return None
+        sides = [self.train_at(place) for place in range(len(self.checkpoints))]
+        build = Build(sides, self.train_dataloader, loader, self._sample)
+        if self.store is None:
+            return build.in_memory()
+        description = {
+            **self._feature_settings(),
+            **self._identity(loader, self.train_dataloader),
+        }
+        return build.on_disk(self.store, description, self._kept_shapes, self.store_dtype)
+
+    def _fits(self) -> bool:
+        """Whether the training side of all examples may be kept in memory."""
+        rows = self._train_count() * len(self.checkpoints)
+        each = sum(shape.numel() for shape in self._kept_shapes.values())
+        size = rows * each * self._sample.element_size()
+        # ranks share the training set out: what each would keep is not all of it
+        return is_alone() and 0 < size <= resident_bytes(self._device)
+
+    def _feature_settings(self) -> dict[str, Any]:
+        """What kept gradients depend on beside model, data and loss."""
+        return {"features": "gradients"}
+
+    def _identity(self, loader: CheckpointLoader, batches: Iterable[Batch]) -> dict[str, Any]:
+        return identity(loader, len(self.checkpoints), self._source, self._differentiated, batches)
+
+    @property
+    def _differentiated(self) -> Loss:
+        """What the training side is the gradient of."""
+        return self._train_loss
+
+    def _forget(self) -> None:
+        self._kept = None
+
+    def _batches(self, inputs: Any, ordered: bool = True) -> Iterable[Batch]:
+        return self._train_batches if inputs is None else super()._batches(inputs, ordered)
 
     def _stream_scores(
         self,
         inputs: Any,
-        reducer: AllScores | TopK,
+        reducer: Reducer,
         doing: str,
         show_progress: bool,
         aggregate: bool,
@@ -136,7 +245,7 @@ class InnerProductInfluence(ExampleInfluence):
     ) -> None:
         with self._session() as loader:
             terms, test = self._plan(loader, given(inputs), ordered=not aggregate)
-            train = self.train_dataloader
+            train = self._train_batches
             with self._bar(doing, _times(train, terms), show_progress) as bar:
                 stream = Stream(
                     terms, loader, self._sample, self._train_count(), groups, bar.update

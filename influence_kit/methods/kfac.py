@@ -53,7 +53,7 @@ class KroneckerInfluence(InfluenceFunction):
         return {**super()._settings(), "curvature": self.curvature}
 
     def _measure(self, data: DataSet) -> Facts:
-        features = self._curvature_features(self.curvature)
+        features = self._curvature_features(self.curvature, data)
         layers = self._measured_layers(features(*next(iter(data))))
         for places, batch in data.of_this_rank():
             gradients = features(places, batch)

@@ -22,10 +22,12 @@ class DataSet:
     Args:
         batches: the batches, in a fixed order.
         device: where they are wanted.
+        checkpoint: the number of the checkpoint that is in the model.
     """
 
     batches: Iterable[Batch]
     device: torch.device
+    checkpoint: int = 0
     _count: int | None = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Batch]]:

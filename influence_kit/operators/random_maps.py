@@ -64,7 +64,28 @@ class Identity(RandomMap):
         return values
 
     def rows(self, places: Tensor, like: Tensor) -> Tensor:
-        return torch.nn.functional.one_hot(places, self.p).to(like)
+        return (places[:, None] == torch.arange(self.p, device=places.device)).to(like)
+
+
+class Placed(RandomMap):
+    """The entries in a row of their own among k: nothing is changed, for several vectors joined.
+
+    Args:
+        p: entries of a vector.
+        k: entries of all vectors.
+        start: where this one's begin.
+    """
+
+    def __init__(self, p: int, k: int, start: int) -> None:
+        super().__init__(p, k, 0)
+        self.start = start
+
+    def __call__(self, values: Tensor) -> Tensor:
+        return torch.nn.functional.pad(values, (self.start, self.k - self.start - self.p))
+
+    def rows(self, places: Tensor, like: Tensor) -> Tensor:
+        ours = places[:, None] + self.start == torch.arange(self.k, device=places.device)
+        return ours.to(like)
 
 
 class Blocked(RandomMap):
@@ -162,30 +183,32 @@ class Orthogonal(RandomMap):
 
 
 class Coordinates(RandomMap):
-    """Some of the entries, times sqrt(p / k): a mask.
+    """Some of the entries, times a number: a mask.
 
     Args:
         p: entries of a vector.
         chosen: the places of the entries, ascending ``[k]``.
+        scale: the number; sqrt(p / k) keeps inner products where the places are random.
     """
 
-    def __init__(self, p: int, chosen: Tensor) -> None:
+    def __init__(self, p: int, chosen: Tensor, scale: float = 1.0) -> None:
         super().__init__(p, len(chosen), 0)
-        self.chosen = chosen
+        self.chosen, self.scale = chosen, scale
 
     @staticmethod
     def random(p: int, k: int, key: int) -> Coordinates:
         """Entries drawn without replacement."""
         generator = torch.Generator().manual_seed(key)
-        return Coordinates(p, torch.randperm(p, generator=generator)[:k].sort().values)
+        chosen = torch.randperm(p, generator=generator)[:k].sort().values
+        return Coordinates(p, chosen, (p / k) ** 0.5)
 
     def __call__(self, values: Tensor) -> Tensor:
         self.chosen = self.chosen.to(values.device)
-        return values.index_select(-1, self.chosen).mul_((self.p / self.k) ** 0.5)
+        return values.index_select(-1, self.chosen).mul_(self.scale)
 
     def rows(self, places: Tensor, like: Tensor) -> Tensor:
         same = places[:, None] == self.chosen.to(places.device)
-        return same.to(like) * (self.p / self.k) ** 0.5
+        return same.to(like) * self.scale
 
 
 class SJLT(Blocked):

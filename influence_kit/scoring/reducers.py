@@ -1,9 +1,12 @@
 """What is kept of the blocks of scores as they come: all of them, or the k highest or lowest.
 
 A block is ``(places [n], scores [*, m, n])``: the scores of m test examples with the training
-examples at those places. Each rank reduces its own blocks; ``result`` merges the ranks.
+examples at those places. Where a score depends on all training examples, it is ``(places [b],
+scores [b, n])``: the scores of the test examples at those places with all of them. Each rank
+reduces its own blocks; ``result`` merges the ranks.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -33,13 +36,43 @@ class Reducer(Protocol):
     def update(self, places: Tensor, block: Tensor) -> None:
         """Take a block."""
 
+    def result(self) -> Tensor | KMostInfluentialResults:
+        """What is kept of the blocks of all ranks."""
+
+
+class Weighted:
+    """Each training example's scores times its weight, on to another reducer.
+
+    Args:
+        reducer: the other one.
+        weights: gives the weights ``[n]``, which may not be known before the first block.
+    """
+
+    def __init__(self, reducer: Reducer, weights: Callable[[], Tensor]) -> None:
+        self.keeps_all = reducer.keeps_all
+        self._reducer, self._weights = reducer, weights
+
+    def update(self, places: Tensor, block: Tensor) -> None:
+        """Take a block."""
+        weights = self._weights()
+        self._reducer.update(places, block * weights[places.to(weights.device)].to(block))
+
+    def result(self) -> Tensor | KMostInfluentialResults:
+        """What the other reducer keeps."""
+        return self._reducer.result()
+
 
 class AllScores:
-    """All scores, ``[*, m, n]`` in the order of the training set."""
+    """All scores, ``[*, m, n]`` in the order of the training set.
+
+    Args:
+        dim: along which blocks follow one another: that of training examples, or 0.
+    """
 
     keeps_all = True
 
-    def __init__(self) -> None:
+    def __init__(self, dim: int = -1) -> None:
+        self._dim = dim
         self._places: list[Tensor] = []
         self._blocks: list[Tensor] = []
 
@@ -49,12 +82,14 @@ class AllScores:
         self._blocks.append(block)
 
     def result(self) -> Tensor:
-        """All blocks, side by side."""
-        scores = self._blocks[0] if len(self._blocks) == 1 else torch.cat(self._blocks, dim=-1)
+        """All blocks, one after the other."""
+        blocks = self._blocks
+        scores = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=self._dim)
         if is_alone():
             return scores
         places = gather_columns(torch.cat(self._places).to(scores.device))
-        return gather_columns(scores)[..., torch.argsort(places)]
+        gathered = gather_columns(scores.movedim(self._dim, -1))
+        return gathered[..., torch.argsort(places)].movedim(-1, self._dim)
 
 
 class TopK:
@@ -114,3 +149,33 @@ class TopK:
         assert self._places is not None
         order = self._scores.argsort(dim=1, descending=self._highest, stable=True)
         return KMostInfluentialResults(self._places.gather(1, order), self._scores.gather(1, order))
+
+
+class WholeRows:
+    """All scores, or the k highest (or lowest), of blocks that are whole rows.
+
+    Args:
+        k: how many to keep of each row; None for all.
+        proponents: the highest scores; False for the lowest.
+    """
+
+    def __init__(self, k: int | None, proponents: bool) -> None:
+        self.keeps_all = k is None
+        self._k, self._highest = k, proponents
+        # of the k best, their places and their scores
+        self._kept = [AllScores(dim=0) for _ in range(1 if k is None else 2)]
+
+    def update(self, places: Tensor, block: Tensor) -> None:
+        """Take the scores ``[b, n]`` of the test examples at ``places``."""
+        parts: tuple[Tensor, ...] = (block,)
+        if self._k is not None:
+            best = TopK(self._k, self._highest)
+            best.update(torch.arange(block.shape[1]), block)
+            parts = best.local_result()
+        for kept, part in zip(self._kept, parts, strict=True):
+            kept.update(places, part)
+
+    def result(self) -> Tensor | KMostInfluentialResults:
+        """The rows of all ranks, in the order of the test examples."""
+        found = [kept.result() for kept in self._kept]
+        return found[0] if self._k is None else KMostInfluentialResults(*found)

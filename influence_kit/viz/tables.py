@@ -1,57 +1,6 @@
-"""Tables as plain text, for terminals and notebooks."""
-
-from collections.abc import Sequence
-
-from influence_kit.errors import InvalidArgumentError
+"""How scores are written."""
 
 
 def score_text(score: float) -> str:
     """A score with its sign and three significant digits: ``+0.0312``, ``-1.20e+04``."""
     return f"{float(score):+#.3g}".rstrip(".")
-
-
-def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns as wide as their longest cell; a column of numbers stands to the right.
-
-    Args:
-        header: the names of the columns.
-        rows: the cells of each row, as many as the header has; shown by ``str``.
-
-    Raises:
-        InvalidArgumentError: for a row with more or fewer cells than the header.
-
-    Example:
-        >>> print(text_table(["score", "AUC"], [["loss", 0.98], ["self-influence", 0.997]]))
-        score             AUC
-        --------------  -----
-        loss             0.98
-        self-influence  0.997
-    """
-    for place, row in enumerate(rows):
-        if len(row) != len(header):
-            raise InvalidArgumentError(
-                f"row {place} of the table has {len(row)} cells where the header has "
-                f"{len(header)}: {list(row)}"
-            )
-    lines = [list(header), *([str(cell) for cell in row] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    numeric = [
-        bool(rows) and all(_is_number(line[i]) for line in lines[1:]) for i in range(len(header))
-    ]
-    lines.insert(1, ["-" * width for width in widths])
-    padded = (
-        [
-            cell.rjust(w) if right else cell.ljust(w)
-            for cell, w, right in zip(line, widths, numeric, strict=True)
-        ]
-        for line in lines
-    )
-    return "\n".join("  ".join(cells).rstrip() for cells in padded)
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell.rstrip("%"))
-    except ValueError:
-        return False
-    return True

@@ -1,0 +1,145 @@
+"""The methods that a run knows, by their names in ``influence_kit``, and what they are called with.
+
+A name may end in a number: ``TRAK-10`` is TRAK over ten models, each trained on another random half
+of the training set.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+import influence_kit
+from benchmarks.settings.data import Data
+from benchmarks.settings.recipes import Minimum
+from benchmarks.settings.setting import Setting, Trained
+from influence_kit.errors import InvalidArgumentError
+
+
+class Question(NamedTuple):
+    """What a method is made for.
+
+    Attributes:
+        setting: the setting.
+        data: its data.
+        target: the model whose predictions are attributed.
+        members: checkpoints of other models, for a method over several.
+    """
+
+    setting: Setting
+    data: Data
+    target: Trained
+    members: Sequence[Any] = ()
+
+    @property
+    def final(self) -> list[Any]:
+        """The checkpoints of a method that looks at trained models."""
+        return list(self.members) or self.target.checkpoints[-1:]
+
+
+Keywords = dict[str, Any]
+TRAK_ENTRIES, NEIGHBORS = 512, 10
+
+
+def _shared(question: Question) -> Keywords:
+    return {
+        "checkpoints": question.final,
+        "layers": question.setting.layer_names(question.target.model),
+        "loss_fn": question.setting.loss_fn,
+    }
+
+
+def _of_training(question: Question) -> Keywords:
+    return {**_shared(question), "checkpoints": question.target.checkpoints}
+
+
+def _of_last_layer(question: Question) -> Keywords:
+    keywords = {**_of_training(question), "final_fc_layer": last_linear(question.target.model)[0]}
+    del keywords["layers"]
+    return keywords
+
+
+def _with_curvature(question: Question) -> Keywords:
+    """The damping of a minimum is known: the recipe's weight decay makes the Hessian exact."""
+    recipe = question.setting.recipe
+    known = {"damping": recipe.weight_decay} if isinstance(recipe, Minimum) else {}
+    return {**_shared(question), **known}
+
+
+def _trak(question: Question) -> Keywords:
+    keywords = _shared(question)
+    if question.data.train.tensors[1].is_floating_point():  # there is no margin of a class
+        keywords["output_fn"] = question.setting.measurement
+    # a projection to as many entries as there are parameters or examples only adds noise
+    parameters = sum(p.numel() for p in question.target.model.parameters())
+    half = len(question.data.train) // 2
+    if parameters <= half:
+        return {**keywords, "projection": "identity"}
+    return {**keywords, "projection_dim": min(TRAK_ENTRIES, half)}
+
+
+def _neighbors(question: Question) -> Keywords:
+    keywords = {**_shared(question), "n_neighbors": NEIGHBORS}
+    keywords["layer"] = last_linear(question.target.model)[1]
+    del keywords["layers"]
+    return keywords
+
+
+METHODS: Mapping[str, Callable[[Question], Keywords]] = {
+    "GradDot": _shared,
+    "GradCos": _shared,
+    "TracInCP": _of_training,
+    "TracInCPFast": _of_last_layer,
+    "TracInCPFastRandProj": _of_last_layer,
+    "ExplicitInfluenceFunction": _with_curvature,
+    "CGInfluenceFunction": _with_curvature,
+    "LiSSAInfluenceFunction": _with_curvature,
+    "NystromInfluenceFunction": _with_curvature,
+    "DataInf": _shared,
+    "KFACInfluenceFunction": _shared,
+    "EKFACInfluenceFunction": _shared,
+    "LoGra": _shared,
+    "GraSS": _shared,
+    "FactGraSS": _shared,
+    "TRAK": _trak,
+    "KNNShapley": _neighbors,
+}
+
+
+def split_name(name: str) -> tuple[str, int]:
+    """The class that a name means, and over how many models on halves; 0 for the target itself.
+
+    Raises:
+        InvalidArgumentError: for a method that is not known.
+    """
+    kind, _, count = name.partition("-")
+    if kind not in METHODS or (count and not re.fullmatch("[1-9][0-9]*", count)):
+        raise InvalidArgumentError(
+            f"no method is called '{name}'; there are {', '.join(METHODS)}, and NAME-10, say, is a "
+            "method over ten models on halves of the training set"
+        )
+    return kind, int(count or 0)
+
+
+def make_method(name: str, question: Question) -> Any:
+    """The method of a name, for a question."""
+    kind, _ = split_name(name)
+    keywords = METHODS[kind](question)
+    model = question.target.model
+    return getattr(influence_kit, kind)(model, train_dataset=question.data.train, **keywords)
+
+
+def last_linear(model: nn.Module) -> tuple[str, str]:
+    """The names of the last linear layer, and of the layer before it.
+
+    Raises:
+        InvalidArgumentError: where there are none.
+    """
+    leaves = [
+        (name, module) for name, module in model.named_modules() if not list(module.children())
+    ]
+    for place in range(len(leaves) - 1, 0, -1):
+        if isinstance(leaves[place][1], nn.Linear):
+            return leaves[place][0], leaves[place - 1][0]
+    raise InvalidArgumentError(f"a {type(model).__name__} has no linear layer after another layer")

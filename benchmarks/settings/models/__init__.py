@@ -1,0 +1,1 @@
+"""The models of the settings. Letters: n examples, t positions, h heads, w width, c outputs."""

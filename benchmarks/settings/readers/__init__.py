@@ -1,0 +1,1 @@
+"""Readers of the data sets' own file formats, from a folder that the user names."""

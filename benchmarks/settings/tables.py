@@ -1,0 +1,74 @@
+"""The data of the settings that need no download: data sets that come with scikit-learn."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.settings.data import Data, Sizes, first
+from benchmarks.settings.optional import optional
+
+SPLIT_SEED = 0
+TRAIN_SHARE = 0.8
+BRIGHTEST = 16  # of a pixel of the digits
+
+
+class Table(NamedTuple):
+    """Rows ``[n, d]`` and their targets: classes ``[n]``, or values ``[n, 1]``."""
+
+    rows: Tensor
+    targets: Tensor
+
+
+def digits(folder: Path | None, sizes: Sizes) -> Data:
+    """1797 images of 8 x 8 pixels from 0 to 1, 1437 of them for training; float32."""
+    table = _shuffled("digits")
+    return _split(Table((table.rows / BRIGHTEST).float(), table.targets), sizes, classes=10)
+
+
+def digits_in_double(folder: Path | None, sizes: Sizes) -> Data:
+    """The same in float64, for training to convergence."""
+    table = _shuffled("digits")
+    return _split(Table(table.rows / BRIGHTEST, table.targets), sizes, classes=10)
+
+
+def breast_cancer(folder: Path | None, sizes: Sizes) -> Data:
+    """569 tumours with 30 measures each, standardised; 2 classes."""
+    return _split(_standardised(_shuffled("breast_cancer")), sizes, classes=2)
+
+
+def wine(folder: Path | None, sizes: Sizes) -> Data:
+    """178 wines with 13 measures each, standardised; 3 classes."""
+    return _split(_standardised(_shuffled("wine")), sizes, classes=3)
+
+
+def diabetes(folder: Path | None, sizes: Sizes) -> Data:
+    """442 patients with 10 measures each; their disease's progress after a year, standardised."""
+    rows, values = _standardised(_shuffled("diabetes"))
+    values = (values - values.mean()) / values.std()
+    return _split(Table(rows, values[:, None]), sizes, classes=1)
+
+
+def _shuffled(name: str) -> Table:
+    """A data set of scikit-learn in a fixed random order, float64 and int64."""
+    rows, targets = getattr(optional("sklearn.datasets"), f"load_{name}")(return_X_y=True)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    return Table(torch.from_numpy(rows)[order], torch.from_numpy(targets)[order])
+
+
+def _standardised(table: Table) -> Table:
+    """Every column with mean 0 and standard deviation 1 over all rows."""
+    deviation, mean = torch.std_mean(table.rows, dim=0)
+    return Table((table.rows - mean) / deviation, table.targets)
+
+
+def _split(table: Table, sizes: Sizes, classes: int) -> Data:
+    """The first 80 % for training, the rest for testing."""
+    border = int(TRAIN_SHARE * len(table.rows))
+    train, test = (
+        tuple(part[half] for part in table) for half in (slice(border), slice(border, None))
+    )
+    return Data(
+        first(train, sizes.train, "training"), first(test, sizes.test, "test"), outputs=classes
+    )

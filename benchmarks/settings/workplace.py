@@ -1,0 +1,106 @@
+"""The models of a run, each trained once, and the scores of methods for them.
+
+Letters: n training and m test examples, C checkpoints.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.settings.data import Data
+from benchmarks.settings.methods import Question, make_method, split_name
+from benchmarks.settings.plan import Plan
+from benchmarks.settings.setting import Setting, Trained
+from influence_kit.evaluation import Retraining, half_subsets
+from influence_kit.evaluation.cost import measured
+from influence_kit.saved import hash_of
+
+# of the models over which a method averages: other seeds than those of targets and of the truth
+MEMBER_SEEDS = 2000
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """The trained models of a setting with some data, each trained once.
+
+    Attributes:
+        setting: the setting.
+        data: its data, or the same with wrong labels.
+        plan: how much is done.
+        folder: where models on subsets and scores are kept.
+    """
+
+    setting: Setting
+    data: Data
+    plan: Plan
+    folder: Path
+    _targets: dict[int, Trained] = field(default_factory=dict)
+    _scores: dict[tuple[str, int], tuple[Tensor, float]] = field(default_factory=dict)
+
+    def target(self, seed: int) -> Trained:
+        """The model of a seed, trained on all examples."""
+        if seed not in self._targets:
+            self._targets[seed] = self.setting.train_with_checkpoints(
+                self.data, self.plan.checkpoints, seed=seed, device=self.plan.device
+            )
+        return self._targets[seed]
+
+    @cached_property
+    def retraining(self) -> Retraining:
+        """Trains on subsets, and keeps the models in the folder."""
+        label = f"{self.setting.name}: {self.setting.recipe}, {hash_of([self.data.train.tensors])}"
+        return Retraining(
+            self.setting.trainer(self.data, self.plan.device),
+            self.folder / "models",
+            model=self.setting.new_model(self.data).to(self.plan.device),
+            label=label,
+            n_jobs=self.plan.processes,
+        )
+
+    @property
+    def measure(self) -> Callable[[nn.Module], Tensor]:
+        """Measures a model's test examples, ``[m]``; it can be pickled."""
+        return partial(self.setting.measure, test=self.data.test)
+
+    def members(self, count: int) -> list[Path]:
+        """Checkpoints of models with seeds of their own, each trained on another random half."""
+        halves = half_subsets(len(self.data.train), count, seed=self.plan.seed + MEMBER_SEEDS)
+        seeds = [MEMBER_SEEDS + place for place in range(count)]
+        self.retraining.paired_outputs(halves, self.measure, seeds)  # trains all of them at once
+        return [
+            self.retraining.checkpoints(halves[place : place + 1], [seed])[0]
+            for place, seed in enumerate(seeds)
+        ]
+
+    def method(self, name: str, seed: int) -> Any:
+        """A method for the target model of a seed."""
+        _, count = split_name(name)
+        members = self.members(count) if count else ()
+        return make_method(name, Question(self.setting, self.data, self.target(seed), members))
+
+    def scores(self, name: str, seed: int) -> tuple[Tensor, float]:
+        """All scores of a method ``[m, n]``, which the folder keeps too, and seconds; once each."""
+        if (name, seed) not in self._scores:
+            method = self.method(name, seed)
+            scores, cost = measured(lambda: method.influence(self.data.test.tensors))
+            folder = self.folder / "scores"
+            folder.mkdir(parents=True, exist_ok=True)
+            np.save(folder / f"{name}-target{seed}.npy", scores.cpu().numpy())
+            self._scores[name, seed] = scores, cost.seconds
+        return self._scores[name, seed]
+
+    def losses(self, seed: int) -> Tensor:
+        """The loss of each training example at each checkpoint of a target model, ``[C, n]``."""
+        target, found = self.target(seed), []
+        model = copy.deepcopy(target.model)
+        for checkpoint in target.checkpoints:
+            model.load_state_dict(checkpoint["state_dict"])
+            found.append(self.setting.losses(model, self.data.train))
+        return torch.stack(found)

@@ -1,0 +1,159 @@
+"""The linear datamodeling score: Park et al. 2023, arXiv 2303.14186, section 4.
+
+Letters: m test and n training examples, S subsets of the training set, R repeats (seeds).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.evaluation.arrays import Values, count_of, numbers, subset_masks
+from influence_kit.evaluation.correlation import (
+    RowCorrelation,
+    check_truth,
+    is_constant,
+    spearman,
+)
+
+Kind = Literal["margin", "loss"]
+# proponents raise a margin and lower a loss
+SIGNS = {"margin": 1.0, "loss": -1.0}
+SPLITS = 20
+# of a sum of n numbers in float64, relative to the largest
+ROUNDING = torch.finfo(torch.float64).eps
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DatamodelingScore(RowCorrelation):
+    """How well scores predict what training on a subset does; see ``linear_datamodeling_score``.
+
+    Attributes:
+        per_test: the rank correlation over the S subsets for each test example, ``[m]``.
+        constant: the number of test examples for which the prediction is the same for all subsets;
+            their correlation counts as 0.
+        ceiling: about what perfect scores would reach against outputs of R repeats; None for one.
+    """
+
+    ceiling: float | None
+
+    def __repr__(self) -> str:
+        ceiling = "" if self.ceiling is None else f", noise ceiling {self.ceiling:.2f}"
+        return f"{super().__repr__()}{ceiling}"
+
+
+def half_subsets(n: int, count: int, fraction: float = 0.5, seed: int = 0) -> Tensor:
+    """Random subsets of n examples, all of one size, as masks: bool ``[count, n]``.
+
+    Args:
+        n: the number of examples.
+        count: how many subsets.
+        fraction: the share of the examples in each, to the nearest whole number (halves up).
+        seed: of the draw.
+
+    Raises:
+        InvalidArgumentError: for no subsets, or a size that is not between 1 and n - 1.
+
+    Example:
+        >>> half_subsets(6, count=4).sum(dim=1).tolist()
+        [3, 3, 3, 3]
+    """
+    size = count_of(fraction, n)
+    if count < 1 or not 0 < size < n:
+        raise InvalidArgumentError(
+            f"got {count} subsets of a share of {fraction} of {n} examples, {size} each; there "
+            f"must be at least one subset, and 1 to {n - 1} examples in each"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.zeros(count, n, dtype=torch.bool)
+    for mask in masks:
+        mask[torch.randperm(n, generator=generator)[:size]] = True
+    return masks
+
+
+def linear_datamodeling_score(
+    scores: Values, subsets: Values, outputs: Values, outputs_are: Kind
+) -> DatamodelingScore:
+    r"""LDS = mean over test examples of Spearman(sum of the scores of a subset, its output).
+
+    .. math::
+        \frac{1}{m} \sum_t \rho_s \Bigl( \sum_{i \in S_s} \tau_{ti},\;
+        \pm \frac{1}{R} \sum_r f_t(\theta_{sr}) \Bigr)
+
+    The output f_t of the models trained on each subset, mean over repeats, against the scores' own
+    linear prediction of it (arXiv 2303.14186). From -1 to 1; 0 is what random scores reach.
+
+    Repeats are noisy: even perfect scores do not reach 1. The ceiling is estimated from the rank
+    correlation between the means of two halves of the repeats (averaged over random splits),
+    extended to all repeats by Spearman and Brown's formula, of which the root is the correlation
+    with the means over infinitely many repeats. It is 0 where the halves do not agree at all.
+
+    Args:
+        scores: what ``influence`` returned, ``[m, n]``; positive is a proponent.
+        subsets: which training examples each subset has, bool ``[S, n]``.
+        outputs: what the models trained on the subsets gave for each test example, ``[S, m]``, or
+            ``[S, R, m]`` as ``Retraining.outputs`` returns it.
+        outputs_are: "margin" where higher is better (a margin, a log-likelihood), "loss" where
+            lower is better.
+
+    Raises:
+        InvalidArgumentError: for shapes that do not fit each other, values that are not finite, or
+            a test example whose outputs are the same for all subsets.
+
+    Example:
+        >>> scores = torch.tensor([[3.0, 1.0, -2.0, 0.5]])
+        >>> subsets = half_subsets(4, count=6)
+        >>> outputs = subsets.double() @ scores.double().T  # as a linear datamodel has them
+        >>> round(linear_datamodeling_score(scores, subsets, outputs, "margin").mean, 6)
+        1.0
+    """
+    tau = numbers(scores, "scores", "[m, n]")
+    masks = subset_masks(subsets, tau.shape[1])
+    repeats = _repeats(outputs, len(masks), len(tau)) * sign_of(outputs_are)
+    truth = check_truth(repeats.mean(dim=1).T, "outputs")
+    predicted = tau @ masks.double().T
+    constant = is_constant(predicted, noise=tau.shape[1] * ROUNDING)
+    per_test = spearman(predicted, truth).masked_fill(constant, 0.0)
+    return DatamodelingScore(per_test, int(constant.sum()), _ceiling(repeats))
+
+
+def sign_of(outputs_are: str) -> float:
+    """1 where a proponent raises the output, -1 where it lowers it."""
+    if outputs_are not in SIGNS:
+        raise InvalidArgumentError(
+            f'`outputs_are` is {outputs_are!r}; it must be "margin" (higher is better) or "loss" '
+            "(lower is better)"
+        )
+    return SIGNS[outputs_are]
+
+
+def _repeats(outputs: Values, subsets: int, m: int) -> Tensor:
+    """The outputs ``[S, R, m]``."""
+    tensor = torch.as_tensor(outputs)
+    if tensor.dim() == 2:
+        tensor = tensor[:, None]
+    repeats = numbers(tensor, "outputs", "[S, R, m]")
+    if repeats.shape[0] != subsets or repeats.shape[2] != m:
+        raise InvalidArgumentError(
+            f"`outputs` are of {repeats.shape[0]} subsets and {repeats.shape[2]} test examples; "
+            f"there are {subsets} subsets, and scores of {m} test examples"
+        )
+    return repeats
+
+
+def _ceiling(repeats: Tensor) -> float | None:
+    r = repeats.shape[1]
+    if r < 2:
+        return None
+    half, generator = r // 2, torch.Generator().manual_seed(0)
+    between = 0.0
+    for _ in range(SPLITS):
+        first, second = torch.randperm(r, generator=generator)[: 2 * half].split(half)
+        sides = [repeats[:, places].mean(dim=1).T for places in (first, second)]
+        between += float(spearman(*sides).mean()) / SPLITS
+    if between <= 0:
+        return 0.0
+    times = r / half
+    return float((times * between / (1 + (times - 1) * between)) ** 0.5)

@@ -1,0 +1,138 @@
+"""Retrained models on disk: one safetensors file each, beside a manifest of what they belong to.
+
+A file has its final name only when it is whole, so that a run may be killed at any moment.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from influence_kit.errors import InvalidArgumentError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One model to train.
+
+    Attributes:
+        indices: the places of its training examples, ascending, int64.
+        seed: what its training function is given.
+        subset: a hash of the examples.
+    """
+
+    indices: Tensor
+    seed: int
+    subset: str
+
+    @classmethod
+    def of(cls, mask: Tensor, seed: int) -> "Job":
+        """The job of a subset given as a mask, bool ``[n]``."""
+        digest = hashlib.sha256(np.packbits(mask.numpy()).tobytes()).hexdigest()
+        return cls(torch.nonzero(mask).flatten(), int(seed), digest[:32])
+
+    @property
+    def name(self) -> str:
+        """What no other job of the same training set is called."""
+        return f"{self.subset}-seed{self.seed}"
+
+    def __str__(self) -> str:
+        return f"the model of {len(self.indices)} examples and seed {self.seed} ('{self.name}')"
+
+
+class ModelFolder:
+    """A folder of the models of one training function on subsets of one training set.
+
+    Args:
+        path: the folder; made where it does not exist.
+        description: what the models belong to, as JSON has it.
+
+    Raises:
+        InvalidArgumentError: where the folder is of something else; with every difference.
+    """
+
+    def __init__(self, path: str | Path, description: Mapping[str, Any]) -> None:
+        self._path = Path(path)
+        if self._path.exists() and not self._path.is_dir():
+            raise InvalidArgumentError(f"'{path}' is a file; pass a folder to keep models in")
+        self._path.mkdir(parents=True, exist_ok=True)
+        wanted = json.loads(json.dumps({"format": FORMAT, **description}))
+        manifest = self._path / MANIFEST
+        if manifest.is_file():
+            self._check(manifest, wanted)
+        else:
+            _replace(manifest, lambda part: part.write_text(json.dumps(wanted, indent=2)))
+
+    def file(self, job: Job) -> Path:
+        """Where the model of a job is, or would be."""
+        return self._path / f"{job.name}.safetensors"
+
+    def has(self, job: Job) -> bool:
+        """Whether a job is finished."""
+        return self.file(job).is_file()
+
+    def write(self, job: Job, model: nn.Module) -> None:
+        """Keep a finished model."""
+        state = model.state_dict()
+        other = [name for name, value in state.items() if not isinstance(value, Tensor)]
+        if other:
+            raise InvalidArgumentError(
+                f"the state dict of a {type(model).__name__} holds '{other[0]}', which is no "
+                "tensor; only tensors are kept on disk: train without a folder"
+            )
+        # tied weights share memory, which the format refuses
+        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
+        header = {"subset": job.subset, "seed": str(job.seed), "examples": str(len(job.indices))}
+        _replace(self.file(job), lambda part: save_file(tensors, part, header))
+
+    def read(self, job: Job, model: nn.Module) -> nn.Module:
+        """Put the weights of a finished model into ``model``."""
+        file = self.file(job)
+        try:
+            model.load_state_dict(load_file(file))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise InvalidArgumentError(
+                f"{job} cannot be read from {file}, or does not fit the model here ({error}); "
+                "remove the file to train it again, or pass a fitting `model`"
+            ) from error
+        return model
+
+    def _check(self, manifest: Path, wanted: dict[str, Any]) -> None:
+        try:
+            found = json.loads(manifest.read_text())
+        except (OSError, ValueError) as error:
+            raise InvalidArgumentError(
+                f"{manifest} cannot be read ({error}); use another folder"
+            ) from error
+        keys = sorted(found.keys() | wanted.keys())
+        differences = [
+            f"{key}: {json.dumps(found.get(key))} there, {json.dumps(wanted.get(key))} here"
+            for key in keys
+            if found.get(key) != wanted.get(key)
+        ]
+        if differences:
+            raise InvalidArgumentError(
+                f"the models in {self._path} were trained otherwise: {'; '.join(differences)}. Use "
+                "another folder; or, where the training is the same, give it the same `label`"
+            )
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file under another name, and give it its own once it is on disk."""
+    part = path.with_name(f"{path.name}.part")
+    write(part)
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+    part.replace(path)

@@ -1,0 +1,174 @@
+"""What becomes of the model when the examples that scores point at are taken away.
+
+Letters: m test and n training examples, K counts, F fractions, R repeats (seeds).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.evaluation.arrays import Values, count_of, numbers, standard_error
+from influence_kit.evaluation.recipe import Measure, TrainFunction
+from influence_kit.evaluation.retraining import Retraining, as_retraining
+from influence_kit.tables import text_table
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Brittleness:
+    """How often predictions flip without their top proponents; see ``brittleness``.
+
+    Attributes:
+        counts: how many proponents were removed, ``[K]``.
+        flipped: the share of the seeds whose prediction flipped, ``[m, K]``.
+    """
+
+    counts: tuple[int, ...]
+    flipped: Tensor
+
+    @property
+    def share(self) -> Tensor:
+        """The share of flipped predictions at each count, ``[K]``."""
+        return self.flipped.mean(dim=0)
+
+    @property
+    def standard_error(self) -> Tensor | None:
+        """The standard errors of the shares over test examples, ``[K]``; None for a single one."""
+        return standard_error(self.flipped)
+
+    def __repr__(self) -> str:
+        rows = [[c, f"{s:.1%}"] for c, s in zip(self.counts, self.share.tolist(), strict=True)]
+        return text_table(["removed", "flipped"], rows)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RemovalCurve:
+    """What is measured without (or with only) the examples of highest scores.
+
+    Attributes:
+        fractions: the shares of the training set that are removed (kept), ``[F]``.
+        by_score: the mean output of each model whose examples were chosen by score, ``[F, R]``.
+        at_random: of each whose examples were drawn at random, ``[F, R]``.
+        keep: whether the examples are kept, the others removed.
+    """
+
+    fractions: tuple[float, ...]
+    by_score: Tensor
+    at_random: Tensor
+    keep: bool
+
+    def __repr__(self) -> str:
+        verb = "kept" if self.keep else "removed"
+        header = [verb, "by score", "std. error", "at random", "std. error"]
+        columns: list[list[str]] = [[f"{fraction:.1%}" for fraction in self.fractions]]
+        for values in (self.by_score, self.at_random):
+            error = standard_error(values, dim=1)
+            columns.append([f"{value:.4g}" for value in values.mean(dim=1).tolist()])
+            columns.append(["-"] * len(values) if error is None else [f"{e:.2g}" for e in error])
+        return text_table(header, list(zip(*columns, strict=True)))
+
+
+def brittleness(
+    scores: Values,
+    train: TrainFunction | Retraining,
+    predict: Measure,
+    counts: Sequence[int],
+    seeds: Sequence[int] = (0,),
+) -> Brittleness:
+    """Whether each test example's prediction flips without its top proponents: ``[m, K]``.
+
+    For each test example and count, the examples of its highest scores (equal ones by place) are
+    removed, a model is trained on the rest, and its prediction compared with that of the model of
+    the same seed that is trained on all. That is m * K + 1 models a seed. Scores that find what a
+    prediction depends on flip it with few removals; compare with random scores.
+
+    Args:
+        scores: ``[m, n]``, positive is a proponent.
+        train: ``train_fn(indices, seed) -> model``, or a ``Retraining``.
+        predict: ``predict(model) -> [m]``, the predicted classes of the test examples.
+        counts: how many proponents to remove, each from 1 to n - 1.
+        seeds: of the trainings.
+
+    Raises:
+        InvalidArgumentError: for counts outside their range, or predictions of other than m test
+            examples; otherwise as ``Retraining.outputs``.
+    """
+    tau = numbers(scores, "scores", "[m, n]")
+    m, n = tau.shape
+    wrong = [count for count in counts if not 1 <= count < n]
+    if wrong or len(counts) == 0:
+        raise InvalidArgumentError(
+            f"`counts` is {list(counts)}; each must be from 1 to {n - 1}, as many proponents as "
+            f"can be removed of {n} examples, and there must be at least one"
+        )
+    order = tau.argsort(dim=1, descending=True, stable=True)
+    masks = torch.ones(m, len(counts), n, dtype=torch.bool)
+    for place, count in enumerate(counts):
+        masks[:, place].scatter_(1, order[:, :count], False)
+    everything = torch.ones(1, n, dtype=torch.bool)
+    predicted = as_retraining(train).outputs(
+        torch.cat([everything, masks.flatten(0, 1)]), predict, seeds
+    )
+    if predicted.shape[2] != m:
+        raise InvalidArgumentError(
+            f"`predict` returned {predicted.shape[2]} classes; the scores are of {m} test examples"
+        )
+    without = predicted[1:].unflatten(0, (m, len(counts)))
+    # of the model trained without a test example's proponents, that test example's prediction
+    own = without[torch.arange(m), :, :, torch.arange(m)]
+    flipped = own != predicted[0].T[:, None]
+    return Brittleness(tuple(counts), flipped.double().mean(dim=2))
+
+
+def removal_curve(
+    scores: Values,
+    train: TrainFunction | Retraining,
+    measure: Measure,
+    fractions: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5),
+    keep: bool = False,
+    repeats: int = 3,
+    seed: int = 0,
+) -> RemovalCurve:
+    """What is measured without the examples of highest scores, against as many random ones.
+
+    Where scores are right about what helps, removing by score does more harm than removing at
+    random, and keeping by score less. Pass ``-scores`` to remove what hurts first. Each point is
+    ``repeats`` models, each with a training seed and, at random, a draw of its own.
+
+    Args:
+        scores: of each training example, ``[n]``: the mean over a validation set, say.
+        train: ``train_fn(indices, seed) -> model``, or a ``Retraining``.
+        measure: ``measure(model) -> [m]``; its mean over the test examples makes the curve.
+        fractions: the shares of the training set to remove (keep), to the nearest whole number of
+            examples (halves up); at least one example is left.
+        keep: keep only these examples, instead of removing them.
+        repeats: the letter R.
+        seed: the trainings and draws have the seeds seed, ..., seed + R - 1.
+
+    Raises:
+        InvalidArgumentError: for no repeats, or a fraction that leaves no example or more than
+            there are; otherwise as ``Retraining.outputs``.
+    """
+    values = numbers(scores, "scores", "[n]")
+    n, seeds = len(values), range(seed, seed + repeats)
+    sizes = [count_of(fraction, n) for fraction in fractions]
+    low, high = (1, n) if keep else (0, n - 1)
+    if repeats < 1 or not sizes or min(sizes) < low or max(sizes) > high:
+        raise InvalidArgumentError(
+            f"got {repeats} repeats and `fractions` {list(fractions)} of {n} examples, {sizes} "
+            f"each; there must be at least one repeat and fraction, and {low} to {high} examples "
+            f"to {'keep' if keep else 'remove'}"
+        )
+    by_score = values.argsort(descending=True, stable=True)
+    orders = [by_score] * repeats
+    orders += [torch.randperm(n, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    masks = torch.full((len(sizes), len(orders), n), not keep)
+    for place, size in enumerate(sizes):
+        for column, order in enumerate(orders):
+            masks[place, column, order[:size]] = keep
+    pairs = masks.flatten(0, 1)
+    outputs = as_retraining(train).paired_outputs(pairs, measure, [*seeds, *seeds] * len(sizes))
+    curves = outputs.mean(dim=1).unflatten(0, (len(sizes), 2, repeats))
+    return RemovalCurve(tuple(fractions), curves[:, 0], curves[:, 1], keep)

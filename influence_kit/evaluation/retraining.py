@@ -1,0 +1,233 @@
+"""Models trained again on subsets of the training set: the ground truth of attribution.
+
+Letters: n training examples, m measured outputs (of test examples), S subsets, R seeds.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.evaluation.arrays import Values, subset_masks
+from influence_kit.evaluation.model_folder import Job, ModelFolder
+from influence_kit.evaluation.recipe import Measure, TrainFunction, TrainsMany, describe, seeded
+from influence_kit.evaluation.training import Rows, measured, train_group, trained
+
+
+class Retraining:
+    """Trains models on subsets of the training set, and keeps what is measured of each.
+
+    Models are dropped once they are measured; with a ``folder`` they are also kept on disk, so that
+    other outputs can be measured later, and a run that was killed goes on where it was.
+
+    Args:
+        train_fn: ``train_fn(indices, seed) -> model``, trained on the examples at ``indices``
+            (int64, ascending). Torch's random state is set by the seed before each call, and as it
+            was afterwards. Or a ``BatchedSGD``, which trains many small models at once.
+        folder: where every finished model is kept, one safetensors file each, which are checkpoints
+            for any method; None keeps none. It is refused for another training function, or another
+            number of examples. One run at a time may use it.
+        model: one like those that ``train_fn`` returns, to load finished ones into. Where it is
+            None and finished models are found, one is trained for that.
+        label: says in the folder which training its models are of. None takes the name and code of
+            ``train_fn`` and the numbers, booleans and strings that it uses; other functions that it
+            calls, and the data, are not looked at.
+        n_jobs: processes (of joblib) to train in; -1: as many as there are cores. ``train_fn`` and
+            the measure go to them by pickle.
+        show_progress: a bar over the models.
+
+    Raises:
+        InvalidArgumentError: for no processes, or where joblib is not installed.
+
+    Example:
+        >>> x = torch.arange(6.0).view(6, 1)
+        >>> def train_fn(indices, seed):
+        ...     model = torch.nn.Linear(1, 1)
+        ...     torch.nn.init.constant_(model.weight, float(x[indices].mean()))
+        ...     torch.nn.init.zeros_(model.bias)
+        ...     return model
+        >>> subsets = torch.tensor([[1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1]])
+        >>> Retraining(train_fn).outputs(subsets, lambda model: model(x[1:4])[:, 0]).tolist()
+        [[[0.5, 1.0, 1.5]], [[4.5, 9.0, 13.5]]]
+    """
+
+    def __init__(
+        self,
+        train_fn: TrainFunction,
+        folder: str | Path | None = None,
+        *,
+        model: nn.Module | None = None,
+        label: str | None = None,
+        n_jobs: int = 1,
+        show_progress: bool = False,
+    ) -> None:
+        self.train_fn = train_fn
+        self.show_progress = show_progress
+        self._model = copy.deepcopy(model)
+        self._path, self._label = folder, label
+        self._processes = 1 if n_jobs == 1 else _processes(n_jobs)
+
+    def outputs(self, subsets: Values, measure: Measure, seeds: Sequence[int] = (0,)) -> Tensor:
+        """What is measured of a model for each subset and seed, float64 ``[S, R, m]``.
+
+        Args:
+            subsets: which training examples each subset has, bool ``[S, n]``.
+            measure: ``measure(model) -> [m]``: margins of the test examples, say. The model is in
+                evaluation mode, and gradients are off.
+            seeds: one model is trained with each. Take others than that of the model whose
+                attribution is judged.
+
+        Raises:
+            InvalidArgumentError: for what is no subset, model or measured output, or a folder of
+                something else.
+            NonFiniteError: where an output is NaN or infinite.
+        """
+        masks = subset_masks(subsets)
+        rows = self.paired_outputs(
+            masks.repeat_interleave(len(seeds), dim=0), measure, [*seeds] * len(masks)
+        )
+        return rows.view(len(masks), len(seeds), -1)
+
+    def paired_outputs(self, subsets: Values, measure: Measure, seeds: Sequence[int]) -> Tensor:
+        """What is measured of a model for each subset with its own seed, float64 ``[S, m]``.
+
+        Args:
+            subsets: bool ``[S, n]``; of equal pairs of a subset and a seed one model is trained.
+            measure: as in ``outputs``.
+            seeds: ``[S]``.
+
+        Raises:
+            InvalidArgumentError: as in ``outputs``.
+            NonFiniteError: as in ``outputs``.
+        """
+        jobs = _jobs(subset_masks(subsets), seeds)
+        rows = self._run(jobs, self._folder(subsets), measure)
+        found = [torch.as_tensor(rows[job.name]) for job in jobs]
+        lengths = sorted({len(row) for row in found})
+        if len(lengths) > 1:
+            raise InvalidArgumentError(
+                f"`measure` returned {lengths[0]} values of one model and {lengths[1]} of another; "
+                "there must be as many of each"
+            )
+        return torch.stack(found)
+
+    def checkpoints(self, subsets: Values, seeds: Sequence[int] = (0,)) -> list[Path]:
+        """The files of the models for each subset and seed, trained where they are not there yet.
+
+        Methods take them as their ``checkpoints``.
+
+        Raises:
+            InvalidArgumentError: without a folder; otherwise as in ``outputs``.
+        """
+        masks = subset_masks(subsets)
+        folder = self._folder(masks)
+        if folder is None:
+            raise InvalidArgumentError(
+                "checkpoints are files; give `Retraining` a `folder` to keep them in"
+            )
+        jobs = _jobs(masks.repeat_interleave(len(seeds), dim=0), [*seeds] * len(masks))
+        self._run(jobs, folder, measure=None)
+        return [folder.file(job) for job in jobs]
+
+    def _folder(self, subsets: Values) -> ModelFolder | None:
+        if self._path is None:
+            return None
+        n = torch.as_tensor(subsets).shape[1]
+        return ModelFolder(self._path, {"examples": n, **describe(self.train_fn, self._label)})
+
+    def _run(self, jobs: list[Job], folder: ModelFolder | None, measure: Measure | None) -> Rows:
+        """What is measured of each job, by its name."""
+        jobs = list({job.name: job for job in jobs}.values())
+        rows: Rows = {}
+        with tqdm(desc="Retraining", total=len(jobs), disable=not self.show_progress) as bar:
+            for found in self._finished(jobs, folder, measure):
+                rows.update(found)
+                bar.update()
+            missing = [job for job in jobs if job.name not in rows]
+            for found in self._train(missing, folder, measure):
+                rows.update(found)
+                bar.update(len(found))
+        return rows
+
+    def _finished(
+        self, jobs: list[Job], folder: ModelFolder | None, measure: Measure | None
+    ) -> Iterator[Rows]:
+        """What is measured of the models that are on disk."""
+        if folder is None or not any(map(folder.has, jobs)):
+            return
+        model = None if measure is None else self._skeleton(jobs, folder)
+        for job in filter(folder.has, jobs):
+            if model is None or measure is None:
+                yield {job.name: None}
+            else:
+                yield {job.name: measured(folder.read(job, model), measure, job)}
+
+    def _skeleton(self, jobs: list[Job], folder: ModelFolder) -> nn.Module:
+        """A model that weights go into; only training makes one, where none was given."""
+        if self._model is None and isinstance(self.train_fn, TrainsMany):
+            with seeded(0):
+                self._model = self.train_fn.make_model()
+        elif self._model is None:
+            job = next((job for job in jobs if not folder.has(job)), jobs[0])
+            (model,) = trained(self.train_fn, [job])
+            if not folder.has(job):
+                folder.write(job, model)
+            # the function may return the same object again
+            self._model = copy.deepcopy(model)
+        return self._model
+
+    def _train(
+        self, jobs: list[Job], folder: ModelFolder | None, measure: Measure | None
+    ) -> Iterable[Rows]:
+        tasks = ((self.train_fn, group, folder, measure) for group in self._groups(jobs))
+        if self._processes == 1:
+            return (train_group(*task) for task in tasks)
+        from joblib import Parallel, delayed
+
+        parallel = Parallel(n_jobs=self._processes, return_as="generator_unordered")
+        rows: Iterable[Rows] = parallel(delayed(train_group)(*task) for task in tasks)
+        return rows
+
+    def _groups(self, jobs: list[Job]) -> Iterator[list[Job]]:
+        """The jobs that are trained at once: subsets of one size."""
+        if not isinstance(self.train_fn, TrainsMany):
+            yield from ([job] for job in jobs)
+            return
+        ordered = sorted(jobs, key=lambda job: len(job.indices))
+        for size, same in groupby(ordered, key=lambda job: len(job.indices)):
+            group = list(same)
+            # no process without work
+            share = -(-len(group) // self._processes)
+            step = min(self.train_fn.at_once_of(size), share)
+            yield from (group[start : start + step] for start in range(0, len(group), step))
+
+
+def as_retraining(train: TrainFunction | Retraining) -> Retraining:
+    """A training function as a ``Retraining`` that keeps nothing on disk."""
+    return train if isinstance(train, Retraining) else Retraining(train)
+
+
+def _jobs(masks: Tensor, seeds: Sequence[int]) -> list[Job]:
+    if len(seeds) == 0 or len(seeds) != len(masks):
+        raise InvalidArgumentError(
+            f"got {len(seeds)} seeds for {len(masks)} models; there must be one for each"
+        )
+    return [Job.of(mask, seed) for mask, seed in zip(masks, seeds, strict=True)]
+
+
+def _processes(n_jobs: int) -> int:
+    try:
+        from joblib import effective_n_jobs
+    except ImportError as error:
+        raise InvalidArgumentError(
+            f"n_jobs={n_jobs} trains in processes of joblib, which is not installed: pip install "
+            "'influence_kit[eval]', or use n_jobs=1"
+        ) from error
+    if n_jobs == 0:
+        raise InvalidArgumentError("`n_jobs` is 0; it must be a number of processes, or -1")
+    return int(effective_n_jobs(n_jobs))

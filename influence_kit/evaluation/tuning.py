@@ -1,0 +1,112 @@
+"""Damping chosen by the linear datamodeling score, on data that nothing is reported of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.evaluation.arrays import Values
+from influence_kit.evaluation.comparison import Influence
+from influence_kit.evaluation.datamodel import DatamodelingScore, Kind, linear_datamodeling_score
+from influence_kit.tables import text_table
+
+ATTRIBUTES = ("damping", "ridge")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Tuned:
+    """The values that were tried; printed as a table.
+
+    Attributes:
+        attribute: what was tuned: "damping" or "ridge".
+        value: the one with the highest score, which the method has now; the first of equal ones.
+        values: all that were tried.
+        scores: what each reached on the tuning data.
+    """
+
+    attribute: str
+    value: Any
+    values: tuple[Any, ...]
+    scores: tuple[DatamodelingScore, ...]
+
+    @property
+    def is_at_edge(self) -> bool:
+        """Whether the best value is the smallest or largest number tried: try more beyond it."""
+        numeric = [value for value in self.values if isinstance(value, int | float)]
+        return len(numeric) > 1 and self.value in (min(numeric), max(numeric))
+
+    def __repr__(self) -> str:
+        rows = [
+            [
+                value,
+                f"{score.mean:.3f}",
+                "-" if score.standard_error is None else f"{score.standard_error:.3f}",
+                mark,
+            ]
+            for value, score in zip(self.values, self.scores, strict=True)
+            for mark in ["chosen" if value == self.value else ""]
+        ]
+        table = text_table([self.attribute, "LDS", "std. error", ""], rows)
+        edge = "the best value is the last on its side: try more beyond it"
+        return f"{table}\n{edge}" if self.is_at_edge else table
+
+
+def tune_damping(
+    method: Influence,
+    values: Sequence[Any],
+    subsets: Values,
+    outputs: Values,
+    inputs: Any,
+    outputs_are: Kind,
+    attribute: str | None = None,
+) -> Tuned:
+    """The damping (or ridge) of the highest linear datamodeling score on tuning data.
+
+    The method has the chosen value afterwards; after an error, the one it had. A value that is
+    chosen on some test examples looks better on them than it is: give test examples, and better
+    also subsets, that are for tuning alone, and report on others.
+
+    Setting the value must not fit the method again, which holds for those of this package: the cost
+    is one fit, and one ``influence`` a value.
+
+    Args:
+        method: with ``influence`` and an attribute ``damping`` or ``ridge``.
+        values: what to try: numbers, "auto", or whatever the attribute takes.
+        subsets: the tuning subsets, bool ``[S, n]``.
+        outputs: what was measured of the tuning test examples in the models trained on these
+            subsets, ``[S, m]`` or ``[S, R, m]``.
+        inputs: the tuning test examples.
+        outputs_are: "margin" or "loss".
+        attribute: what to tune; None for the one of ``damping`` and ``ridge`` that the method has.
+
+    Raises:
+        InvalidArgumentError: for no values, or a method without the attribute (or with both);
+            otherwise as ``linear_datamodeling_score``.
+    """
+    if len(values) == 0:
+        raise InvalidArgumentError("got no values to try")
+    attribute = _attribute(method, attribute)
+    before = getattr(method, attribute)
+    scores = []
+    try:
+        for value in values:
+            setattr(method, attribute, value)
+            found = method.influence(inputs)
+            scores.append(linear_datamodeling_score(found, subsets, outputs, outputs_are))
+    except BaseException:
+        setattr(method, attribute, before)
+        raise
+    best = max(range(len(values)), key=lambda place: scores[place].mean)
+    setattr(method, attribute, values[best])
+    return Tuned(attribute, values[best], tuple(values), tuple(scores))
+
+
+def _attribute(method: Any, asked: str | None) -> str:
+    wanted = ATTRIBUTES if asked is None else (asked,)
+    there = [name for name in wanted if hasattr(method, name)]
+    if len(there) != 1:
+        raise InvalidArgumentError(
+            f"a {type(method).__name__} has {there or 'none'} of the attributes {list(wanted)}; "
+            "name the one to tune by `attribute`"
+        )
+    return there[0]

@@ -1,0 +1,187 @@
+"""The rows of a gradient store in chunks, and a chunk as a file.
+
+Letters: K columns, b rows of a batch or chunk.
+
+A chunk is a safetensors file with one tensor, ``gradients`` ``[b, K]``. Its header says to which
+place of which store it belongs, and the CRC-32 of its numbers. Nothing else decides its bytes: not
+the run, the rank or the number of interruptions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from influence_kit.errors import InvalidArgumentError, NonFiniteError
+from influence_kit.gradients.store_manifest import DTYPES, Layout
+from influence_kit.saved import replace_file
+
+TENSOR, CHECKSUM = "gradients", "crc32"
+# three times what rounding takes from numbers that are not too small for float16
+LOST = 1e-3
+# so that numbers begin at a multiple of a cache line
+ALIGNMENT = 64
+
+
+def whole_chunks(
+    pieces: Iterable[tuple[int, Tensor]], layout: Layout, skip: Collection[int]
+) -> Iterator[tuple[int, Tensor]]:
+    """The chunks, and their rows ``[b, K]`` as they are stored, that pieces make up.
+
+    Args:
+        pieces: ``(first row, rows [b, K])``, in ascending order.
+        layout: where one chunk ends and the next begins.
+        skip: the chunks of which no rows are kept.
+
+    Raises:
+        InvalidArgumentError: where some rows of a chunk came and the next did not, or do not fit.
+        NonFiniteError: for rows that are NaN or infinite.
+    """
+    chunk: Tensor | None = None
+    due = 0
+    for number, first, values in _cut(pieces, layout, skip):
+        rows = layout.rows_of(number)
+        if chunk is None:
+            due = rows.start
+            chunk = torch.empty(len(rows), layout.width, dtype=layout.dtype)
+        if first != due:
+            break
+        due = first + len(values)
+        chunk[first - rows.start : due - rows.start] = narrowed(values, layout, first)
+        if due == rows.stop:
+            yield number, chunk
+            chunk = None
+    if chunk is not None:
+        raise InvalidArgumentError(
+            f"row {due} did not come in its turn; pass all rows of the chunks that are missing, in "
+            "ascending order"
+        )
+
+
+def _cut(
+    pieces: Iterable[tuple[int, Tensor]], layout: Layout, skip: Collection[int]
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Pieces cut at the borders of chunks: ``(chunk, first row, rows)``."""
+    for start, values in pieces:
+        if values.dim() != 2 or values.shape[1] != layout.width:
+            got = list(values.shape)
+            raise InvalidArgumentError(f"rows must be [b, {layout.width}]; got {got}")
+        for chunk in layout.chunks_of(start, start + len(values)):
+            if chunk not in skip:
+                rows = layout.rows_of(chunk)
+                first = max(start, rows.start)
+                yield chunk, first, values[first - start : rows.stop - start]
+
+
+def narrowed(values: Tensor, layout: Layout, first: int) -> Tensor:
+    """Rows ``[b, K]`` in the store's dtype, on the CPU; ``first`` is the place of the first.
+
+    Raises:
+        InvalidArgumentError: for a number that the dtype cannot hold.
+        NonFiniteError: for one that is NaN or infinite.
+    """
+    values = values.detach()
+    stored = values.to(layout.dtype)
+    finite = torch.isfinite(stored)
+    if not finite.all():
+        row, column = (~finite).nonzero()[0].tolist()
+        _refuse(float(values[row, column]), first + row, layout.name_at(column), layout.dtype)
+    if layout.dtype == torch.float16:
+        _warn_of_small(values, stored)
+    return stored.cpu()
+
+
+def _refuse(value: float, row: int, name: str, dtype: torch.dtype) -> None:
+    """An error for a number that is infinite once it is stored."""
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"the gradient of example {row} at '{name}' is NaN or infinite; look at that example "
+            "and at the loss there"
+        )
+    largest = torch.finfo(dtype).max
+    wider = [str(other) for other in DTYPES if torch.finfo(other).max > largest]
+    raise InvalidArgumentError(
+        f"the gradient of example {row} at '{name}' holds {value:g}, and the largest number of "
+        f"{dtype} is {largest:g}; store {' or '.join(wider)}"
+    )
+
+
+def _warn_of_small(values: Tensor, stored: Tensor) -> None:
+    """A warning where numbers are too small for float16, and too much of them is lost."""
+    lost = torch.linalg.vector_norm(values - stored.to(values.dtype), dtype=torch.float64)
+    if lost > LOST * torch.linalg.vector_norm(values, dtype=torch.float64):
+        warnings.warn(
+            f"torch.float16 takes more than {LOST:.1%} from gradients whose numbers are too small "
+            "for it; store torch.bfloat16 or torch.float32",
+            stacklevel=5,
+        )
+
+
+def write_chunk(path: Path, values: Tensor, facts: Mapping[str, str]) -> None:
+    """Write the rows ``[b, K]`` of a chunk, all or nothing, with what its header is to say."""
+    data = _bytes(values)
+    entry = {
+        "dtype": DTYPES[values.dtype],
+        "shape": list(values.shape),
+        "data_offsets": [0, len(data)],
+    }
+    metadata = {**facts, CHECKSUM: _checksum(data)}
+    header = json.dumps({"__metadata__": metadata, TENSOR: entry}).encode()
+    header += b" " * (-(8 + len(header)) % ALIGNMENT)
+    replace_file(path, len(header).to_bytes(8, "little"), header, data)
+
+
+def read_chunk(path: Path, facts: Mapping[str, str]) -> tuple[Tensor, str]:
+    """The rows ``[b, K]`` of a chunk, a map of its file, and the checksum that its header says.
+
+    Raises:
+        InvalidArgumentError: where the file is cut off, or says that it is another chunk.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            found, values = file.metadata() or {}, file.get_tensor(TENSOR)
+    except FileNotFoundError as error:
+        raise InvalidArgumentError(
+            f"{path} is not there; build the store again, which writes what is missing"
+        ) from error
+    except (OSError, SafetensorError) as error:
+        raise _unusable(path, f"cannot be read ({error})") from error
+    expected = {**facts, CHECKSUM: found.get(CHECKSUM, "")}
+    if found != expected:
+        raise _unusable(path, f"belongs elsewhere (its header says {found}, not {dict(facts)})")
+    return values, found[CHECKSUM]
+
+
+def check_bytes(path: Path, values: Tensor, checksum: str) -> None:
+    """Compare the rows of a chunk with its checksum.
+
+    Raises:
+        InvalidArgumentError: where they are not what was written.
+    """
+    found = _checksum(_bytes(values))
+    if found != checksum:
+        raise _unusable(path, f"is damaged (its checksum is {found}, written was {checksum})")
+
+
+def _bytes(values: Tensor) -> memoryview:
+    array: Any = values.contiguous().view(torch.uint8).numpy()
+    return memoryview(array).cast("B")
+
+
+def _checksum(data: memoryview) -> str:
+    return f"{zlib.crc32(data):08x}"
+
+
+def _unusable(path: Path, what: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"{path} {what}; delete that file and build the store again, which writes what is missing"
+    )

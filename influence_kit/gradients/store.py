@@ -1,0 +1,262 @@
+"""Per-example gradients on disk: written once, row by row, and asked many times.
+
+Letters: n rows, K columns (of all parameters or layers, side by side), C checkpoints, b rows of a
+batch or chunk.
+
+A store is a folder of chunks (``influence_kit.gradients.chunks``) beside a ``manifest.json`` that
+says what they belong to. A chunk that is there is whole; one that is not is work to do. So there
+is nothing else to keep in step: a build that was killed goes on where it was, on any number of
+ranks, without locks, and ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from influence_kit.distributed import is_mine
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.gradients.chunks import (
+    CHECKSUM,
+    check_bytes,
+    read_chunk,
+    whole_chunks,
+    write_chunk,
+)
+from influence_kit.gradients.per_example import Gradients, from_flat
+from influence_kit.gradients.store_manifest import Layout, Manifest, default_chunk_rows
+from influence_kit.memory import rows_within, workspace_bytes
+
+
+class GradientStore:
+    """Gradients ``[n, K]`` of the same examples at each of C checkpoints, in a folder.
+
+    Made by ``create_or_open`` (to build it) or ``open`` (to ask it). Rows are read as maps of
+    the files, one chunk at a time, so that a store may be larger than memory; the checksum of a
+    chunk is checked when it is first read.
+
+    Attributes:
+        folder: where it is.
+        layout: which rows and columns it has, and how they are cut into chunks.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> columns = {"weight": torch.Size([2, 3]), "bias": torch.Size([2])}
+        >>> gradients = torch.arange(40.0).view(5, 8)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store = GradientStore.create_or_open(
+        ...         folder, {"model": "hash of the weights"}, columns, rows=5, dtype=torch.bfloat16
+        ...     )
+        ...     if not store.is_complete:
+        ...         store.fill(0, [(0, gradients[:2]), (2, gradients[2:])])
+        ...         store.finish()
+        ...     train, test = store.gradients(0, 0, 5), store.gradients(0, 1, 2)
+        ...     train.inner(test, total=5)
+        tensor([[ 364., 1100., 1836., 2572., 3308.]])
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.folder, self.layout = manifest.folder, manifest.layout
+        self._manifest = manifest
+        self._checked: set[str] = set()
+        self._mapped: tuple[str, Tensor] | None = None
+
+    @classmethod
+    def create_or_open(
+        cls,
+        folder: str | Path,
+        description: Mapping[str, Any],
+        columns: Mapping[str, torch.Size],
+        rows: int,
+        checkpoints: int = 1,
+        dtype: torch.dtype = torch.float32,
+        chunk_rows: int | None = None,
+    ) -> GradientStore:
+        """The store of a folder, made where there is none; all ranks call it alike.
+
+        Args:
+            folder: a new or empty one, or one that was made for the same.
+            description: what the gradients belong to, as JSON can say it: hashes of model,
+                checkpoints and data, the loss, the layers, the projection.
+            columns: the shape of what each name has of a row, in the order of the row.
+            rows: the number of examples.
+            checkpoints: how many have gradients of their own.
+            dtype: what is stored. float16 has 3 digits of numbers from 6e-5 to 65504, bfloat16 2
+                digits of all numbers.
+            chunk_rows: rows a file, where the store is new; best a multiple of the batch size.
+                None takes ``default_chunk_rows``.
+
+        Raises:
+            InvalidArgumentError: where the folder holds a store of something else, with every
+                difference, or other files.
+        """
+        if chunk_rows is None:
+            width = sum(shape.numel() for shape in columns.values())
+            chunk_rows = default_chunk_rows(rows, width * dtype.itemsize)
+        layout = Layout(rows, checkpoints, dict(columns), dtype, chunk_rows)
+        return cls(Manifest.made(Path(folder), layout, description))
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, description: Mapping[str, Any] | None = None
+    ) -> GradientStore:
+        """A store that is complete, to ask it.
+
+        Raises:
+            InvalidArgumentError: where it is not complete, or not of what is described.
+        """
+        manifest = Manifest.read(Path(folder))
+        if description is not None:
+            manifest.check(description)
+        store = cls(manifest)
+        if not store.is_complete:
+            count = store.layout.checkpoints * store.layout.chunks
+            raise InvalidArgumentError(
+                f"{folder} is not complete: {len(store.missing())} of {count} chunks are missing, "
+                "or `finish` was not called; build it again, which writes what is missing"
+            )
+        return store
+
+    # Building it.
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all chunks are there and ``finish`` was called."""
+        return self._manifest.is_finished and not self.missing()
+
+    def missing(self) -> list[tuple[int, int]]:
+        """The chunks that are not there, of all ranks: ``(checkpoint, chunk)``."""
+        there = {path.name for path in self.folder.iterdir()}
+        return [key for key in self._keys() if self.layout.file(*key) not in there]
+
+    def wanted(self, checkpoint: int, start: int, stop: int) -> bool:
+        """Whether this rank lacks any of the rows ``start`` to ``stop``."""
+        return any(
+            is_mine(chunk) and not self._path(checkpoint, chunk).exists()
+            for chunk in self.layout.chunks_of(start, stop)
+        )
+
+    def fill(self, checkpoint: int, pieces: Iterable[tuple[int, Tensor]]) -> None:
+        """Write this rank's missing chunks from rows as they come.
+
+        Args:
+            checkpoint: whose rows they are.
+            pieces: in ascending order ``(first row, rows [b, K])``, at least those for which
+                ``wanted`` is true. What is there already is not written again.
+
+        Raises:
+            InvalidArgumentError: where rows of a chunk did not come, or do not fit.
+            NonFiniteError: for rows that are NaN or infinite.
+        """
+        theirs = {
+            chunk
+            for chunk in range(self.layout.chunks)
+            if not is_mine(chunk) or self._path(checkpoint, chunk).exists()
+        }
+        for chunk, values in whole_chunks(pieces, self.layout, theirs):
+            self._write(checkpoint, chunk, values)
+
+    def finish(self) -> None:
+        """Say in the manifest that all chunks are there, with their checksums.
+
+        Of several ranks one calls it, after all have filled in their chunks.
+
+        Raises:
+            InvalidArgumentError: where a chunk is missing, or cut off.
+        """
+        missing = self.missing()
+        if missing:
+            raise InvalidArgumentError(
+                f"{self.folder} lacks {len(missing)} chunks (checkpoint, chunk), the first of them "
+                f"{missing[0]}; `fill` them first"
+            )
+        chunks = []
+        for checkpoint, chunk in self._keys():
+            path, rows = self._path(checkpoint, chunk), self.layout.rows_of(chunk)
+            _, checksum = read_chunk(path, self._facts(checkpoint, chunk))
+            place = {"checkpoint": checkpoint, "rows": [rows.start, rows.stop]}
+            chunks.append({"file": path.name, **place, CHECKSUM: checksum})
+        self._manifest.finish(chunks)
+        for part in self.folder.glob("*.part"):  # of writers that were killed
+            part.unlink(missing_ok=True)
+
+    # Asking it.
+
+    def tiles(self, sample: Tensor | None = None) -> list[range]:
+        """All rows in turn, in pieces of one chunk that fit the workspace once converted."""
+        like = self._sample(sample)
+        size = self.layout.width * (like.element_size() + self.layout.dtype.itemsize)
+        step = rows_within(workspace_bytes(like.device), size)
+        chunks = (self.layout.rows_of(chunk) for chunk in range(self.layout.chunks))
+        return [rows[at : at + step] for rows in chunks for at in range(0, len(rows), step)]
+
+    def gradients(
+        self, checkpoint: int, start: int, stop: int, sample: Tensor | None = None
+    ) -> Gradients:
+        """The rows as gradients, by name of the columns.
+
+        Args:
+            checkpoint: whose rows.
+            start: the first row.
+            stop: the row after the last.
+            sample: a tensor with the dtype and device that they are to have; without one it is
+                float32 for half precision and the stored dtype otherwise, on the CPU.
+        """
+        like = self._sample(sample)
+        values = self.read(checkpoint, start, stop).to(like.device).to(like.dtype)
+        return from_flat(values, self.layout.columns, like)
+
+    def read(self, checkpoint: int, start: int, stop: int) -> Tensor:
+        """Rows as they are stored: of one chunk a map of its file ``[b, K]``, of several a copy.
+
+        Raises:
+            InvalidArgumentError: where a chunk is missing, cut off or damaged.
+        """
+        parts = [torch.empty(0, self.layout.width, dtype=self.layout.dtype)]
+        for chunk in self.layout.chunks_of(start, stop):
+            rows = self.layout.rows_of(chunk)
+            inside = slice(max(start, rows.start) - rows.start, stop - rows.start)
+            parts.append(self._chunk(checkpoint, chunk)[inside])
+        return parts[-1] if len(parts) <= 2 else torch.cat(parts)
+
+    # How it is done.
+
+    def _keys(self) -> Iterator[tuple[int, int]]:
+        return product(range(self.layout.checkpoints), range(self.layout.chunks))
+
+    def _path(self, checkpoint: int, chunk: int) -> Path:
+        return self.folder / self.layout.file(checkpoint, chunk)
+
+    def _facts(self, checkpoint: int, chunk: int) -> dict[str, str]:
+        """What a chunk's header says of where it belongs."""
+        return {
+            "store": self._manifest.identity,
+            "checkpoint": str(checkpoint),
+            "chunk": str(chunk),
+        }
+
+    def _sample(self, sample: Tensor | None) -> Tensor:
+        half = self.layout.dtype.itemsize < 4
+        dtype = torch.float32 if half else self.layout.dtype
+        return torch.empty(0, dtype=dtype) if sample is None else sample
+
+    def _chunk(self, checkpoint: int, chunk: int) -> Tensor:
+        """The rows of a chunk; the last one that was asked for stays mapped."""
+        path = self._path(checkpoint, chunk)
+        if self._mapped is None or self._mapped[0] != path.name:
+            self._mapped = None  # so that there are never two of them
+            values, checksum = read_chunk(path, self._facts(checkpoint, chunk))
+            if path.name not in self._checked:
+                check_bytes(path, values, checksum)
+                self._checked.add(path.name)
+            self._mapped = path.name, values
+        return self._mapped[1]
+
+    def _write(self, checkpoint: int, chunk: int, values: Tensor) -> None:
+        write_chunk(self._path(checkpoint, chunk), values, self._facts(checkpoint, chunk))

@@ -1,0 +1,244 @@
+"""What a gradient store says of itself: its rows, columns and chunks, and what they belong to.
+
+Letters: n rows, K columns.
+
+It is written when the store is made, and again, with the checksums of all chunks, when it is
+complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.memory import MIB, rows_within
+from influence_kit.saved import MANIFEST, differences, read_manifest, replace_file
+
+DTYPES = {
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+# one chunk is mapped at a time; a file costs a few milliseconds until it is on the disk
+CHUNK_BYTES, SMALL_CHUNK_BYTES = 64 * MIB, 4 * MIB
+# of a smaller store: a killed build loses little, and ranks have something to share out
+FEWEST_CHUNKS = 32
+FORMAT = {"format": 1, "holds": "gradients"}
+CHUNKS, DESCRIPTION = "chunks", "description"
+REMEDY = "build the store again, in a new or empty folder"
+
+
+def default_chunk_rows(rows: int, row_bytes: int, batch_size: int = 1) -> int:
+    """Rows a chunk: of 64 MiB, less in a small store; a multiple of the batch size.
+
+    Rows that are computed ``batch_size`` at a time then never belong to two chunks.
+    """
+    size = min(CHUNK_BYTES, max(SMALL_CHUNK_BYTES, rows * row_bytes // FEWEST_CHUNKS))
+    fitting = rows_within(size, row_bytes)
+    return max(batch_size, fitting - fitting % batch_size)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which rows and columns there are, and in which chunk.
+
+    Args:
+        rows: n, one an example.
+        checkpoints: each has rows of its own.
+        columns: K of them: the shape of what each name has of a row, in the order of the row.
+        dtype: of the numbers.
+        chunk_rows: rows a chunk; the last one may have less.
+    """
+
+    rows: int
+    checkpoints: int
+    columns: Mapping[str, torch.Size]
+    dtype: torch.dtype
+    chunk_rows: int
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "checkpoints", "chunk_rows", "width"):
+            value = getattr(self, name)
+            if value < 1:
+                raise InvalidArgumentError(f"a store needs `{name}` of at least 1; got {value}")
+        if self.dtype not in DTYPES:
+            known = ", ".join(str(dtype) for dtype in DTYPES)
+            raise InvalidArgumentError(f"a store holds {known}; got {self.dtype}")
+
+    @property
+    def width(self) -> int:
+        """K."""
+        return sum(math.prod(shape) for shape in self.columns.values())
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks a checkpoint has."""
+        return -(-self.rows // self.chunk_rows)
+
+    def rows_of(self, chunk: int) -> range:
+        """The rows of a chunk."""
+        start = chunk * self.chunk_rows
+        return range(start, min(start + self.chunk_rows, self.rows))
+
+    def chunks_of(self, start: int, stop: int) -> range:
+        """The chunks in which rows ``start`` to ``stop`` lie."""
+        if not 0 <= start <= stop <= self.rows:
+            raise InvalidArgumentError(
+                f"there are no rows {start} to {stop}: the store has {self.rows}"
+            )
+        first, last = start // self.chunk_rows, -(-stop // self.chunk_rows)
+        return range(first, last if start < stop else first)
+
+    def name_at(self, column: int) -> str:
+        """The name to which one of the K columns belongs."""
+        ends = accumulate(math.prod(shape) for shape in self.columns.values())
+        return next(name for name, end in zip(self.columns, ends, strict=True) if column < end)
+
+    def file(self, checkpoint: int, chunk: int) -> str:
+        """The name of a chunk's file."""
+        if not (0 <= checkpoint < self.checkpoints and 0 <= chunk < self.chunks):
+            raise InvalidArgumentError(
+                f"there is no chunk {chunk} of checkpoint {checkpoint}: the store has "
+                f"{self.chunks} chunks of each of {self.checkpoints} checkpoints"
+            )
+        return f"{checkpoint:04d}-{chunk:06d}.safetensors"
+
+    def described(self) -> dict[str, Any]:
+        """What may differ from what is wanted: all but ``chunk_rows``, key by key."""
+        found = self.manifest()
+        del found["chunk_rows"]
+        columns = found.pop("columns")
+        return {**found, **{f"column {name}": place for name, place in columns.items()}}
+
+    def manifest(self) -> dict[str, Any]:
+        """The same as JSON can say it; the columns of a name are ``[start, stop, shape]``."""
+        columns, start = {}, 0
+        for name, shape in self.columns.items():
+            stop = start + math.prod(shape)
+            columns[name] = [start, stop, list(shape)]
+            start = stop
+        return {
+            "rows": self.rows,
+            "checkpoints": self.checkpoints,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "chunk_rows": self.chunk_rows,
+            "columns": columns,
+        }
+
+    @classmethod
+    def of_manifest(cls, manifest: Mapping[str, Any]) -> Layout:
+        """What ``manifest`` has said; a ``ValueError`` where it is something else."""
+        try:
+            columns = {
+                name: torch.Size(shape) for name, (_, _, shape) in manifest["columns"].items()
+            }
+            numbers = (int(manifest[key]) for key in ("rows", "checkpoints", "chunk_rows"))
+            rows, checkpoints, chunk_rows = numbers
+            dtype = getattr(torch, manifest["dtype"])
+            return cls(rows, checkpoints, columns, dtype, chunk_rows)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The manifest of a folder, without the checksums.
+
+    Args:
+        folder: whose.
+        facts: what it says.
+        layout: the part of the facts that the chunks are cut by.
+    """
+
+    folder: Path
+    facts: Mapping[str, Any]
+    layout: Layout
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of a store.
+
+        Raises:
+            InvalidArgumentError: where there is none that this version can read.
+        """
+        facts = read_manifest(folder, REMEDY)
+        facts.pop(CHUNKS, None)
+        other = differences({key: facts.get(key) for key in FORMAT}, FORMAT)
+        if other:
+            raise InvalidArgumentError(
+                f"{folder} holds no gradients that this version reads: {'; '.join(other)}; {REMEDY}"
+            )
+        try:
+            return cls(folder, facts, Layout.of_manifest(facts))
+        except ValueError as error:
+            raise InvalidArgumentError(
+                f"{folder / MANIFEST} cannot be read ({error}); {REMEDY}"
+            ) from error
+
+    @classmethod
+    def made(cls, folder: Path, layout: Layout, description: Mapping[str, Any]) -> Manifest:
+        """The manifest of a store, which is made where there is none.
+
+        Raises:
+            InvalidArgumentError: where the folder holds something else.
+        """
+        others = [path.name for path in folder.glob("*") if path.suffix != ".part"]
+        # looked for after the others: another rank may be making it
+        if not (folder / MANIFEST).is_file():
+            if others:
+                raise InvalidArgumentError(
+                    f"{folder} holds files ('{others[0]}') and no {MANIFEST}: it is no store of "
+                    "gradients; name a new or empty folder"
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            facts = {**FORMAT, **layout.manifest(), DESCRIPTION: dict(description)}
+            replace_file(folder / MANIFEST, _text(facts))
+        found = cls.read(folder)
+        found.check(description, layout)
+        return found
+
+    def check(self, description: Mapping[str, Any], layout: Layout | None = None) -> None:
+        """Compare with what is wanted.
+
+        Raises:
+            InvalidArgumentError: with every difference.
+        """
+        found = differences(self.facts.get(DESCRIPTION, {}), description)
+        if layout is not None:
+            found += differences(self.layout.described(), layout.described())
+        if found:
+            raise InvalidArgumentError(
+                f"{self.folder} was built for something else: {'; '.join(found)}. Name another "
+                "folder, or use the model, data, loss and settings it was built with"
+            )
+
+    @cached_property
+    def identity(self) -> str:
+        """What the chunks are marked with."""
+        return hashlib.sha256(json.dumps(self.facts).encode()).hexdigest()[:32]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the folder's manifest has the checksums by now."""
+        return CHUNKS in read_manifest(self.folder, REMEDY)
+
+    def finish(self, chunks: Sequence[Mapping[str, Any]]) -> None:
+        """Add what there is to say of each chunk."""
+        text, path = _text({**self.facts, CHUNKS: list(chunks)}), self.folder / MANIFEST
+        if path.read_bytes() != text:
+            replace_file(path, text)
+
+
+def _text(facts: Mapping[str, Any]) -> bytes:
+    return json.dumps(facts, indent=2).encode()

@@ -1,0 +1,95 @@
+"""What TRAK differentiates in place of a loss: how far ahead the right class is.
+
+Letters: n examples, t positions, c classes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from influence_kit.data import Batch, map_tensors, targets_of
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.labels import labels_of, logits_of
+from influence_kit.losses import Loss
+
+OutputFunction = Callable[[Any, Any], Tensor]
+
+
+def classification_margin(outputs: Any, targets: Any) -> Tensor:
+    """Log p - log(1 - p) of the labels' probability p under a softmax: z_y - log sum_{j != y} e^z_j.
+
+    Computed from the logits, it is finite where p rounds to 1. Of sequences the sum over positions
+    whose label is not negative.
+
+    Args:
+        outputs: logits ``[n, c]``, ``[n, t, c]`` or ``[n, c, t]``, or a model's output that has
+            ``logits``.
+        targets: integer labels ``[n]`` or ``[n, t]``, or a dict that holds them.
+
+    Returns:
+        ``[n]``.
+
+    Raises:
+        InvalidArgumentError: for targets that are no labels of classes.
+    """
+    margins, counts = _margins(outputs, targets)
+    return (margins * counts).flatten(1).sum(1) if margins.dim() > 1 else margins
+
+
+def one_minus_probability(outputs: Any, targets: Any) -> Tensor:
+    """1 - p of the labels' probability, ``[n]``; of sequences the mean over positions that count."""
+    margins, counts = _margins(outputs, targets)
+    wrong = torch.sigmoid(-margins)
+    if wrong.dim() == 1:
+        return wrong
+    return (wrong * counts).flatten(1).sum(1) / counts.flatten(1).sum(1).clamp(min=1)
+
+
+def _margins(outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    """The margin of each label, and whether it counts, ``[n]`` or ``[n, t]``."""
+    try:
+        logits = logits_of(outputs)
+        labels = targets if isinstance(targets, Tensor) else labels_of(targets)
+    except InvalidArgumentError as error:
+        raise _refusal(str(error)) from None
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise _refusal(f"the targets are {labels.dtype}, not labels of classes")
+    if logits.dim() == labels.dim() + 1 and logits.dim() > 2 and logits.shape[:-1] != labels.shape:
+        logits = logits.movedim(1, -1)
+    if logits.shape[:-1] != labels.shape or logits.shape[-1] < 2:
+        raise _refusal(
+            f"outputs of shape {list(logits.shape)} are no logits of two or more classes for "
+            f"labels of shape {list(labels.shape)}"
+        )
+    counts = labels >= 0
+    places = labels.clamp(min=0).long().unsqueeze(-1)
+    right = logits.gather(-1, places).squeeze(-1)
+    others = logits.scatter(-1, places, float("-inf")).logsumexp(-1)
+    return right - others, counts.to(logits)
+
+
+def _refusal(why: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"the margin of a classifier does not fit ({why}); pass `output_fn(outputs, targets)`, one "
+        "value an example, higher for better predictions"
+    )
+
+
+def slope_along(
+    loss: Loss, output_fn: OutputFunction, outputs: Any, batch: Batch, n: int
+) -> Tensor:
+    """-dL/df ``[n]`` of each example's loss L along its output function f, at the model's outputs.
+
+    The slope by least squares, -<dL/dz, df/dz> / |df/dz|^2 over an example's logits z: exact where
+    L is a function of f.
+    """
+    known = logits_of(outputs)
+    logits = known.detach().requires_grad_()
+    shown = map_tensors(outputs, lambda t: logits if t is known else t)
+    with torch.enable_grad():
+        along = torch.autograd.grad(output_fn(shown, targets_of(batch)).sum(), logits)[0]
+        down = torch.autograd.grad(loss.total(shown, batch, n), logits)[0]
+    product, square = (along * down).reshape(n, -1).sum(1), along.square().reshape(n, -1).sum(1)
+    return -product / square.clamp(min=torch.finfo(square.dtype).tiny)

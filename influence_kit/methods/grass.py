@@ -1,0 +1,241 @@
+"""GraSS and FactGraSS: Hu et al. 2025, arXiv 2505.18976."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+from typing_extensions import Self
+
+from influence_kit.checkpoint_loader import CheckpointLoader
+from influence_kit.data import to_device
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.gradients.per_example import Gradients, join_examples
+from influence_kit.methods.fitted import Facts
+from influence_kit.methods.kept_rows import KeptRows
+from influence_kit.methods.projected import ProjectedInfluence
+from influence_kit.operators.learnt_mask import learnt_mask
+from influence_kit.operators.passes import DataSet
+from influence_kit.operators.projection import (
+    TwoSided,
+    Unit,
+    UnitMap,
+    WrittenOut,
+    columns_within,
+    whole,
+)
+from influence_kit.operators.random_maps import Composed, Coordinates, Identity, key_of, random_map
+
+# examples from which a mask is learnt
+SAMPLE = 64
+MASKS = "mask of "
+
+
+class MaskedInfluence(ProjectedInfluence):
+    """Gradients of which a mask takes some entries and a sparse projection adds up the rest.
+
+    Args:
+        blow_up: how many times as many entries the mask keeps as the projection.
+    """
+
+    def __init__(
+        self, *args: Any, projection_dim: int = 4096, blow_up: int = 4, **kwargs: Any
+    ) -> None:
+        for name, value in (("projection_dim", projection_dim), ("blow_up", blow_up)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidArgumentError(f"`{name}` must be a positive int; got {value!r}")
+        self.blow_up = blow_up
+        super().__init__(*args, projection_dim=projection_dim, projection="sjlt", **kwargs)
+
+    def _projection_settings(self) -> dict[str, Any]:
+        return {**super()._projection_settings(), "blow_up": self.blow_up}
+
+    def _sparse(self, p: int, name: str) -> Any:
+        """The sparse projection of p entries that are left."""
+        if p <= self.projection_dim:
+            return Identity(p)
+        return random_map("sjlt", p, self.projection_dim, self.seed, name)
+
+
+class GraSS(MaskedInfluence):
+    r"""score = sum over layers of u_test^T (F + damping I)^-1 u_train, u = S M g.
+
+    .. math::
+        u_l = S_l M_l \, g_l, \qquad F_l = \frac{1}{n} \sum_j u_{jl} u_{jl}^T
+
+    M keeps ``blow_up`` * k entries of a layer's gradient g, and the sparse Johnson-Lindenstrauss
+    transform S adds them up to k entries with random signs (arXiv 2505.18976). Rows are test
+    examples; positive is a proponent, and leaving the training example out raises the test loss by
+    about score / n, as far as the projection keeps it. The mean over checkpoints where there are
+    several.
+
+    Gradients are formed, one batch at a time; ``FactGraSS`` forms only what the mask keeps.
+
+    Args:
+        projection_dim: the letter k, of each layer; a layer with fewer entries stays as it is.
+        mask: "random", or "learnt" from the gradients of 64 training examples at the first
+            checkpoint: the entries that keep their inner products best.
+        blow_up: how many times k entries the mask keeps.
+        damping, curvature, blocks, hessian_dataset, relative: as in ``LoGra``.
+        seed: of mask and projection; that of a layer depends on its name alone.
+
+    The other arguments are those of ``InnerProductInfluence``.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(20, 30), torch.nn.Tanh(), torch.nn.Linear(30, 2)
+        ... )
+        >>> x, y = torch.randn(8, 20), torch.arange(8) % 2
+        >>> train = torch.utils.data.TensorDataset(x, y)
+        >>> loss = torch.nn.CrossEntropyLoss()
+        >>> grass = GraSS(model, train, [model.state_dict()], loss_fn=loss, projection_dim=16)
+        >>> grass.influence((x[:4], y[:4])).shape
+        torch.Size([4, 8])
+    """
+
+    def __init__(
+        self, *args: Any, mask: Literal["random", "learnt"] = "random", **kwargs: Any
+    ) -> None:
+        if mask not in ("random", "learnt"):
+            raise InvalidArgumentError(f'`mask` must be "random" or "learnt"; got {mask!r}')
+        self.mask = mask
+        super().__init__(*args, **kwargs)
+
+    def _projection_settings(self) -> dict[str, Any]:
+        return {**super()._projection_settings(), "mask": self.mask}
+
+    def _feature_settings(self) -> dict[str, Any]:
+        settings = super()._feature_settings()
+        if self._learnt:
+            # learnt elsewhere it may differ, and so would the meaning of the columns
+            chosen = {name: mask.chosen.tolist() for name, (_, mask) in self._masked.items()}
+            settings["learnt mask"] = key_of(chosen)
+        return settings
+
+    def _map_of(self, unit: Unit) -> UnitMap:
+        shapes = {name: self._parameters[name].shape for name in unit.names}
+        p, name = sum(shape.numel() for shape in shapes.values()), unit.names[0]
+        if p <= self.projection_dim:
+            return WrittenOut(shapes, Identity(p))
+        kept = min(p, self.blow_up * self.projection_dim)
+        mask = random_map("mask", p, kept, self.seed, name)
+        return WrittenOut(shapes, Composed(mask, self._sparse(kept, name)))
+
+    # The learnt mask: of the first checkpoint, for all of them.
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._learnt = False
+
+    def _made_rows(self, loader: CheckpointLoader) -> KeptRows | None:
+        if self.mask == "learnt" and not self._learnt:
+            loader.load(0)
+            sample = self._sample_gradients()
+            self._set_masks(
+                {
+                    name: learnt_mask(self._written(sample, unit), mask.k)
+                    for name, (unit, mask) in self._masked.items()
+                }
+            )
+        return super()._made_rows(loader)
+
+    @cached_property
+    def _masked(self) -> dict[str, tuple[WrittenOut, Coordinates]]:
+        """The units that have a mask, and their masks."""
+        return {
+            name: (unit, unit.map.first)
+            for name, unit in self._projection.maps.items()
+            if isinstance(unit, WrittenOut)
+            and isinstance(unit.map, Composed)
+            and isinstance(unit.map.first, Coordinates)
+        }
+
+    def _set_masks(self, chosen: dict[str, Tensor]) -> None:
+        for name, (_, mask) in self._masked.items():
+            mask.chosen, mask.scale = chosen[name], 1.0
+        self._learnt = True
+
+    def _sample_gradients(self) -> Gradients:
+        parts: list[Gradients] = []
+        for batch in self.train_dataloader:
+            parts.append(self._source(to_device(batch, self._device), self._train_loss))
+            if sum(part.n for part in parts) >= SAMPLE:
+                break
+        joined = join_examples(parts)
+        if joined.n < 3:
+            raise InvalidArgumentError(
+                f"a mask is learnt from correlations, which {joined.n} training examples do not "
+                'have; use mask="random"'
+            )
+        return joined.rows(slice(0, SAMPLE))
+
+    def _written(self, sample: Gradients, unit: WrittenOut) -> Tensor:
+        forms = {name: form for name, form in sample.forms.items() if name in unit.shapes}
+        return Gradients(sample.n, forms, unit.shapes, sample.sample).flat()
+
+    def _measure(self, data: DataSet) -> Facts:
+        masks = {f"{MASKS}{name}": mask.chosen for name, (_, mask) in self._masked.items()}
+        return {**super()._measure(data), **(masks if self.mask == "learnt" else {})}
+
+    def load(self, folder: str | Path) -> Self:
+        """Take what ``save`` has written, in place of ``fit``; the mask, too."""
+        super().load(folder)
+        if self.mask == "learnt":
+            facts = self._facts[0]
+            self._set_masks({name: facts[f"{MASKS}{name}"] for name in self._masked})
+        return self
+
+
+class FactGraSS(MaskedInfluence):
+    r"""score = sum over layers of u_test^T (F + damping I)^-1 u_train, u = S vec(M_o^T G M_i).
+
+    .. math::
+        u_l = S_l \operatorname{vec} \Bigl( \sum_t (M_o^T d_t) (M_i^T [a_t, 1])^T \Bigr), \qquad
+        F_l = \frac{1}{n} \sum_j u_{jl} u_{jl}^T
+
+    Random masks M keep some entries of the output gradients d and of the inputs a of each layer,
+    ``blow_up`` * k products in all; only those are formed, and the sparse Johnson-Lindenstrauss
+    transform S adds them up to k entries with random signs (arXiv 2505.18976). Rows are test
+    examples; positive is a proponent, and leaving the training example out raises the test loss by
+    about score / n, as far as the projection keeps it. The mean over checkpoints where there are
+    several.
+
+    Args:
+        projection_dim: the letter k, of each layer; a layer with fewer entries stays as it is.
+        blow_up: how many times k products the masks keep.
+        damping, curvature, blocks, hessian_dataset, relative: as in ``LoGra``.
+        seed: of masks and projection; those of a layer depend on its name alone.
+
+    The other arguments are those of ``InnerProductInfluence``.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(20, 30), torch.nn.Tanh(), torch.nn.Linear(30, 2)
+        ... )
+        >>> x, y = torch.randn(8, 20), torch.arange(8) % 2
+        >>> train = torch.utils.data.TensorDataset(x, y)
+        >>> loss = torch.nn.CrossEntropyLoss()
+        >>> fact = FactGraSS(model, train, [model.state_dict()], loss_fn=loss, projection_dim=16)
+        >>> fact.influence((x[:4], y[:4])).shape
+        torch.Size([4, 8])
+    """
+
+    def _map_of(self, unit: Unit) -> UnitMap:
+        name, dim = unit.names[0], self.projection_dim
+        if not unit.outputs:
+            p = self._parameters[name].numel()
+            return WrittenOut({name: self._parameters[name].shape}, self._sparse(p, name))
+        if unit.outputs * unit.inputs <= dim:
+            return whole(unit)
+        columns = columns_within(self.blow_up * dim, unit.outputs, unit.inputs)
+        left, right = columns or (unit.outputs, unit.inputs)
+        return TwoSided(
+            unit,
+            random_map("mask", unit.outputs, left, self.seed, name, "outputs"),
+            random_map("mask", unit.inputs, right, self.seed, name, "inputs"),
+            self._sparse(left * right, name),
+        )

@@ -1,0 +1,104 @@
+"""Examples as a nearest-neighbour model sees them, read by all ranks together.
+
+Letters: n examples, d features of an example.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from influence_kit.data import Batch, example_count, to_device
+from influence_kit.distributed import gather_columns, is_mine
+from influence_kit.errors import InvalidArgumentError, NonFiniteError
+from influence_kit.labels import labels_of
+from influence_kit.methods.activations import Features
+
+
+@dataclass(frozen=True)
+class Points:
+    """Features ``[n, d]`` and labels ``[n]``."""
+
+    features: Tensor
+    labels: Tensor
+
+    @property
+    def n(self) -> int:
+        """How many."""
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads batches into points, of which each rank looks at its own batches.
+
+    Args:
+        features: what the features are.
+        unit: scale them to norm 1, so that Euclidean distances rank examples as cosines do.
+        any_number: whether labels may be other numbers than integers.
+        device: where the model is.
+    """
+
+    features: Features
+    unit: bool
+    any_number: bool
+    device: torch.device
+
+    def __call__(
+        self, batches: Iterable[Batch], kind: str, tick: Callable[[], Any] = lambda: None
+    ) -> Points:
+        """All examples, in their order.
+
+        Args:
+            batches: of all ranks.
+            kind: what to call an example in an error.
+            tick: called after each batch.
+        """
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        start = 0
+        for number, batch in enumerate(batches):
+            places = torch.arange(start, start + example_count(batch), device=self.device)
+            start += len(places)
+            # the first batch tells a rank that has none of its own how many features there are
+            if is_mine(number) or number == 0:
+                kept = slice(None) if is_mine(number) else slice(0, 0)
+                batch = to_device(batch, self.device)
+                features = self._scaled(self.features(batch), places, kind)
+                found.append((features[kept], self._labels(batch)[kept], places[kept]))
+            tick()
+        if not found:
+            raise InvalidArgumentError(f"there are no {kind} examples: the loader is empty")
+        features, labels, places = (torch.cat(parts) for parts in zip(*found, strict=True))
+        order = gather_columns(places).argsort()
+        return Points(gather_columns(features.T).T[order], gather_columns(labels)[order])
+
+    def _scaled(self, features: Tensor, places: Tensor, kind: str) -> Tensor:
+        finite = torch.isfinite(features).all(dim=1)
+        if not finite.all():
+            first = int(places[~finite][0])
+            raise NonFiniteError(f"the features of {kind} example {first} are NaN or infinite")
+        if not self.unit:
+            return features
+        norms: Tensor = torch.linalg.vector_norm(features, dim=1)
+        wrong = (norms == 0) | torch.isinf(norms)
+        if wrong.any():
+            raise NonFiniteError(
+                f"the features of {kind} example {int(places[wrong][0])} have the norm "
+                f"{float(norms[wrong][0])}, and so no cosine with others; name another `layer`, or "
+                'use metric="euclidean"'
+            )
+        return features / norms[:, None]
+
+    def _labels(self, batch: Batch) -> Tensor:
+        labels = labels_of(batch)
+        if labels.dim() == 2 and labels.shape[1] == 1:
+            labels = labels.squeeze(1)
+        integers = not (labels.is_floating_point() or labels.is_complex())
+        if labels.dim() == 1 and (integers or self.any_number):
+            return labels
+        raise InvalidArgumentError(
+            f"the labels are {labels.dtype} of shape {list(labels.shape)}; an example must have one "
+            'integer as its label (with utility="squared_error" one number)'
+        )

@@ -1,0 +1,110 @@
+"""Influence functions of projected gradients: short vectors, kept, with an exact inverse."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+
+from influence_kit.data import Batch
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.gradients.per_example import Gradients
+from influence_kit.losses import Loss
+from influence_kit.methods.explicit import ExplicitInfluenceFunction
+from influence_kit.operators.projection import Projection, Unit, UnitMap, units_of
+
+Dim = int | Sequence[int]
+
+
+class ProjectedInfluence(ExplicitInfluenceFunction):
+    r"""score = sum over blocks of u_test^T (F + damping I)^-1 u_train, u = projected gradients.
+
+    .. math::
+        \sum_l u'_l{}^T \, (F_l + \lambda_l I)^{-1} \, u_l, \qquad
+        F_l = \frac{1}{n} \sum_j u_{jl} u_{jl}^T
+
+    The projected gradients of the training set are computed once and kept in memory where they
+    fit (an eighth of what is free); otherwise they are computed anew for every question.
+
+    Args:
+        projection_dim: entries of u for each layer.
+        projection: the kind of the projection.
+        damping: added to the eigenvalues of F: a number, a dict by block, or "auto" (0.1 times the
+            mean eigenvalue of the block).
+        curvature: "empirical_fisher" (F of the labels of the data) or "fisher" (of labels drawn
+            from the model).
+        blocks: "layer", "full" (F couples the layers) or a dict; see ``CurvatureInfluence``.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        projection_dim: Dim,
+        projection: str,
+        curvature: Literal["fisher", "empirical_fisher"] = "empirical_fisher",
+        blocks: Any = "layer",
+        **kwargs: Any,
+    ) -> None:
+        if curvature not in ("fisher", "empirical_fisher"):
+            raise InvalidArgumentError(
+                '`curvature` must be "fisher" or "empirical_fisher" for projected gradients; got '
+                f"{curvature!r}"
+            )
+        self.projection_dim = check_dim(projection_dim)
+        self.projection = projection
+        super().__init__(*args, curvature=curvature, blocks=blocks, **kwargs)
+
+    _keeps_rows = True
+
+    # What a method says.
+
+    @abstractmethod
+    def _map_of(self, unit: Unit) -> UnitMap:
+        """What the gradient of a unit becomes."""
+
+    # How it is done.
+
+    @cached_property
+    def _projection(self) -> Projection:
+        units = units_of(self.model, self._parameters)
+        return Projection({unit.names[0]: self._map_of(unit) for unit in units})
+
+    @property
+    def _shapes(self) -> Mapping[str, torch.Size]:
+        return self._projection.shapes
+
+    def _features(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
+        return self._projection(self._source(batch, loss))
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), **self._projection_settings()}
+
+    def _feature_settings(self) -> dict[str, Any]:
+        return {"features": "projected gradients", **self._projection_settings()}
+
+    def _projection_settings(self) -> dict[str, Any]:
+        """What the projection is drawn from."""
+        return {
+            "projection": [self.get_name(), self.projection],
+            "projection_dim": self.projection_dim,
+            "seed": self.seed,
+        }
+
+    @property
+    def _fit_batches(self) -> Iterable[Batch]:
+        if self._hessian_data is None and self.curvature == "empirical_fisher":
+            return self._train_batches
+        return self._hessian_loader
+
+
+def check_dim(dim: Any) -> Any:
+    """The argument ``projection_dim``, an int or a pair of them."""
+    pair = isinstance(dim, tuple | list) and len(dim) == 2
+    for value in dim if pair else (dim,):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InvalidArgumentError(
+                "`projection_dim` must be a positive int, or a pair of them (output side, input "
+                f"side); got {dim!r}"
+            )
+    return tuple(dim) if pair else dim

@@ -1,0 +1,341 @@
+"""TRAK: Park et al. 2023, arXiv 2303.14186."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from influence_kit.checkpoints import LoadFunction, load_checkpoint
+from influence_kit.data import Batch, call_model, example_count, targets_of, to_device
+from influence_kit.distributed import sum_over_ranks
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.gradients.forms import Dense
+from influence_kit.gradients.per_example import Gradients
+from influence_kit.losses import Loss, LossFunction
+from influence_kit.margins import (
+    OutputFunction,
+    classification_margin,
+    one_minus_probability,
+    slope_along,
+)
+from influence_kit.methods.base import BatchSize
+from influence_kit.methods.damping import DampingArgument
+from influence_kit.methods.fitted import Facts
+from influence_kit.methods.solved import SolvedInfluence
+from influence_kit.operators.passes import DataSet, refuse_non_finite
+from influence_kit.operators.projection import JointProjection
+from influence_kit.operators.random_maps import Placed, RandomMap, random_map
+from influence_kit.operators.solvers import Cholesky
+from influence_kit.scoring.reducers import Reducer, Weighted
+from influence_kit.scoring.term import Side, Term, Transform
+
+KINDS = ("rademacher", "gaussian", "sjlt", "identity")
+FEATURES, SLOPE = "features", "1 - p"
+
+
+class TRAK(SolvedInfluence):
+    r"""score = mean of phi_test^T (Phi^T Phi + ridge I)^-1 phi_train, times mean of 1 - p_train.
+
+    .. math::
+        \frac{1}{C} \sum_c \phi'_c{}^T (\Phi_c^T \Phi_c + \lambda_c I)^{-1} \phi_c
+        \;\cdot\; \frac{1}{C} \sum_c (1 - p_c), \qquad \phi = P^T \nabla_\theta f
+
+    f is the margin log p - log(1 - p) of the label's probability p, P a random projection of all
+    parameters together, Phi the features of all n training examples, and the means are over C
+    checkpoints: best of independently trained models, of which each may have seen another half of
+    the training set (arXiv 2303.14186). Rows are test examples; positive is a proponent: leaving
+    the training example out lowers the test example's margin by about the score.
+
+    The features of the training set are computed once and kept in memory where they fit; otherwise
+    they are computed anew for every question.
+
+    Args:
+        model, train_dataset, checkpoints, checkpoints_load_func, layers, batch_size, eval_mode,
+            store, store_dtype: as in ``InnerProductInfluence``.
+        loss_fn: only for an ``output_fn``, whose slope takes the place of 1 - p.
+        projection_dim: entries of the features; at most n, for which there is a warning.
+        projection: "rademacher", "gaussian", "sjlt" (sparse, the fastest for large models) or
+            "identity" (nothing is projected, for small models).
+        ridge: added to the eigenvalues of Phi^T Phi, which is a sum over the training set: a number
+            or "auto", their mean. Without one the scores are noise where n is near the number of
+            features or below it. May be set anew; nothing is computed again for that.
+        output_fn: ``output_fn(outputs, targets)`` (of a dict batch: ``(outputs, batch)``), one
+            value an example in place of the margin, higher for better predictions. 1 - p is then
+            the slope -dL/df of ``loss_fn`` along it.
+        seed: of the projection; each checkpoint has one of its own.
+
+    Raises:
+        InvalidArgumentError: for arguments that cannot be meant; where the margin does not fit.
+        CurvatureError: where Phi^T Phi is singular in spite of the ridge.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(3, 2)
+        >>> x, y = torch.randn(8, 3), torch.arange(8) % 2
+        >>> train = torch.utils.data.TensorDataset(x, y)
+        >>> trak = TRAK(model, train, [model.state_dict()], projection_dim=4)
+        >>> trak.influence((x[:4], y[:4])).shape
+        torch.Size([4, 8])
+        >>> trak.influence((x[:4], y[:4]), k=3).indices.shape
+        torch.Size([4, 3])
+    """
+
+    _auto_share = 1.0
+    _keeps_rows = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: Dataset[Any] | DataLoader[Any],
+        checkpoints: Any,
+        checkpoints_load_func: LoadFunction = load_checkpoint,
+        layers: list[str] | None = None,
+        loss_fn: LossFunction | None = None,
+        batch_size: BatchSize = "auto",
+        *,
+        projection_dim: int = 512,
+        projection: Literal["rademacher", "gaussian", "sjlt", "identity"] = "rademacher",
+        ridge: float | Literal["auto"] = "auto",
+        output_fn: OutputFunction | None = None,
+        seed: int = 0,
+        eval_mode: bool = True,
+        store: str | Path | None = None,
+        store_dtype: torch.dtype | None = None,
+    ) -> None:
+        if projection not in KINDS:
+            raise InvalidArgumentError(
+                f"`projection` must be one of {', '.join(KINDS)}; got {projection!r}"
+            )
+        if isinstance(projection_dim, bool) or not isinstance(projection_dim, int):
+            raise InvalidArgumentError(f"`projection_dim` must be an int; got {projection_dim!r}")
+        if projection_dim < 1:
+            raise InvalidArgumentError(f"`projection_dim` must be at least 1; got {projection_dim}")
+        if output_fn is not None and loss_fn is None:
+            raise InvalidArgumentError(
+                "`output_fn` needs a `loss_fn` beside it, whose slope along it says how much each "
+                "training example still has to say"
+            )
+        self.projection, self.output_fn = projection, output_fn
+        self.projection_dim = projection_dim
+        self._output_fn = classification_margin if output_fn is None else output_fn
+        self._output = Loss(self._output_fn, "none", "output_fn")
+        self._is_split = False
+        super().__init__(
+            model,
+            train_dataset,
+            checkpoints,
+            checkpoints_load_func,
+            layers,
+            loss_fn,
+            batch_size,
+            damping=ridge,
+            seed=seed,
+            eval_mode=eval_mode,
+            store=store,
+            store_dtype=store_dtype,
+        )
+
+    # What a user reads and sets.
+
+    @property
+    def ridge(self) -> DampingArgument:
+        """As given; setting it anew computes no features again."""
+        return self.damping
+
+    @ridge.setter
+    def ridge(self, ridge: DampingArgument) -> None:
+        self.damping = ridge
+
+    @property
+    def ridge_used(self) -> list[float]:
+        """The ridge of each checkpoint that is fitted."""
+        return [used[FEATURES] for used in self.damping_used]
+
+    def influence_by_layer(
+        self, inputs: Any, show_progress: bool = False, aggregate: bool = False
+    ) -> dict[str, Tensor]:
+        """The scores by layer of the training examples' gradients; they sum to ``influence``."""
+        self._is_split = True
+        try:
+            found = super().influence_by_layer(inputs, show_progress, aggregate)
+        finally:
+            self._is_split = False
+        return {layer: scores * self._slopes_of_train(scores) for layer, scores in found.items()}
+
+    def self_influence(
+        self,
+        inputs: Any = None,
+        show_progress: bool = False,
+        outer_loop_by_checkpoints: bool = False,
+    ) -> Tensor:
+        """The score of each example with itself, ``[n]``; see ``TracInCP.self_influence``."""
+        scores = super().self_influence(inputs, show_progress, outer_loop_by_checkpoints)
+        if inputs is None:
+            return scores * self._slopes_of_train(scores)
+        return scores * self._slopes_of(inputs).to(scores)
+
+    # Features: what the margin's gradients are projected to.
+
+    @property
+    def _shapes(self) -> Mapping[str, torch.Size]:
+        return {FEATURES: torch.Size([self._projection_at(0).k])}
+
+    @property
+    def _kept_shapes(self) -> Mapping[str, torch.Size]:
+        return {**self._shapes, SLOPE: torch.Size([1])}
+
+    def _blocks_of(self, names: list[str]) -> Mapping[str, list[str]]:
+        return {FEATURES: [FEATURES]}
+
+    @cached_property
+    def _projections(self) -> dict[int, JointProjection]:
+        return {}
+
+    def _projection_at(self, checkpoint: int) -> JointProjection:
+        if checkpoint not in self._projections:
+            maps = {name: self._map_of(name, checkpoint) for name in self._parameters}
+            self._projections[checkpoint] = JointProjection(maps, FEATURES)
+        return self._projections[checkpoint]
+
+    def _map_of(self, name: str, checkpoint: int) -> RandomMap:
+        sizes = {other: parameter.numel() for other, parameter in self._parameters.items()}
+        if self.projection == "identity":
+            start = sum(list(sizes.values())[: list(sizes).index(name)])
+            return Placed(sizes[name], sum(sizes.values()), start)
+        key = (self.seed, name, checkpoint)
+        return random_map(self.projection, sizes[name], self.projection_dim, *key)
+
+    def _features(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
+        return self._projection_at(checkpoint)(self._source(batch, self._output))
+
+    def _train_features(self, checkpoint: int, batch: Batch) -> Gradients:
+        features = self._features(checkpoint, batch, self._output)
+        slopes = Dense(self._slopes(batch).to(features.sample)[:, None], torch.Size([1]))
+        forms = {**features.forms, SLOPE: slopes}
+        return Gradients(features.n, forms, self._kept_shapes, features.sample)
+
+    def _slopes(self, batch: Batch) -> Tensor:
+        """1 - p of each example, or what stands for it, ``[n]``."""
+        with torch.no_grad():
+            outputs = call_model(self.model, batch)
+            if self.output_fn is None:
+                return one_minus_probability(outputs, targets_of(batch))
+        n = example_count(batch)
+        return slope_along(self._train_loss, self.output_fn, outputs, batch, n)
+
+    # What is measured of them: Phi^T Phi, and the slopes of all training examples.
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), **self._feature_settings()}
+
+    def _feature_settings(self) -> dict[str, Any]:
+        return {
+            "features": "projected gradients of the output function",
+            "projection": self.projection,
+            "projection_dim": self._projection_at(0).k,
+            "seed": self.seed,
+        }
+
+    @property
+    def _differentiated(self) -> Loss:
+        return self._output
+
+    @property
+    def _fit_batches(self) -> Iterable[Batch]:
+        return self._train_batches
+
+    def _measure(self, data: DataSet) -> Facts:
+        k = self._projection_at(data.checkpoint).k
+        gram = self._sample.new_zeros(k, k, dtype=torch.float64)
+        features = self.train_at(data.checkpoint).features
+        slopes = []
+        for places, batch in data.of_this_rank():
+            gradients = features(batch)
+            phi = gradients.forms[FEATURES].dense()
+            gram += phi.T @ phi
+            slopes.append((places, gradients.forms[SLOPE].dense()[:, 0].double()))
+        of_all = self._sample.new_zeros(data.count, dtype=torch.float64)
+        for places, own in slopes:
+            of_all[places] = own
+        if data.count < k:
+            warnings.warn(
+                f"{data.count} training examples have features of {k} entries: Phi^T Phi is "
+                "singular, and the ridge alone decides in most directions; take a "
+                "`projection_dim` below the number of examples",
+                stacklevel=2,
+            )
+        gram, of_all = sum_over_ranks(gram), sum_over_ranks(of_all)
+        return {"gram": refuse_non_finite(gram), SLOPE: refuse_non_finite(of_all)}
+
+    def _means(self, facts: Facts, data: DataSet) -> Tensor:
+        return facts["gram"].diagonal().mean()[None]
+
+    def _make_inverse(self, facts: Facts, damping: Tensor, data: DataSet) -> Transform:
+        return self._through(Cholesky([facts["gram"]], damping, [FEATURES]))
+
+    # Where they meet.
+
+    def _reducer(self, k: int | None, proponents: bool) -> Reducer:
+        return Weighted(super()._reducer(k, proponents), self._mean_slopes)
+
+    def _mean_slopes(self) -> Tensor:
+        """The mean over checkpoints of the training examples' slopes, ``[n]``."""
+        return torch.stack([facts[SLOPE] for facts in self._facts.values()]).mean(0)
+
+    def _slopes_of_train(self, like: Tensor) -> Tensor:
+        return self._mean_slopes().to(like)
+
+    def _slopes_of(self, inputs: Any) -> Tensor:
+        """The mean over checkpoints of the slopes of any examples, ``[n]``."""
+        total: list[Tensor] = []
+        with self._session() as loader:
+            for place in range(len(self.checkpoints)):
+                loader.load(place)
+                batches = (to_device(batch, self._device) for batch in self._batches(inputs))
+                total.append(torch.cat([self._slopes(batch) for batch in batches]))
+        return torch.stack(total).mean(0)
+
+    @property
+    def _train_batches(self) -> Iterable[Batch]:
+        # what is kept is not split by parameter
+        return self.train_dataloader if self._is_split else super()._train_batches
+
+    def _train_side(self, place: int) -> Side:
+        if not self._is_split:
+            return self.train_at(place, _features_alone)
+        project = self._projection_at(place).of_parameters
+        return Side(place, lambda batch: project(self._source(batch, self._output)))
+
+    def terms(self) -> list[Term]:
+        """One term a checkpoint, the test side through the inverse."""
+        return [self._with_split(term) for term in super().terms()]
+
+    def _given_terms(self) -> list[Term]:
+        return [self._with_split(term) for term in super()._given_terms()]
+
+    def _with_split(self, term: Term) -> Term:
+        """The test side for a training side that is split by parameter."""
+        if not self._is_split:
+            return term
+        solve = term.test.solve or (lambda gradients: gradients)
+        return replace(term, test=replace(term.test, solve=lambda g: self._spread(solve(g))))
+
+    def _spread(self, features: Gradients) -> Gradients:
+        """The same features for every parameter."""
+        form = features.forms[FEATURES]
+        names = list(self._parameters)
+        shapes = dict.fromkeys(names, form.shape)
+        return Gradients(features.n, dict.fromkeys(names, form), shapes, features.sample)
+
+
+def _features_alone(gradients: Gradients) -> Gradients:
+    """Without the slopes."""
+    form = gradients.forms[FEATURES]
+    return Gradients(gradients.n, {FEATURES: form}, {FEATURES: form.shape}, gradients.sample)

@@ -1,0 +1,98 @@
+"""One step of training, as a trace tells of it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from influence_kit.errors import InvalidArgumentError
+
+Reduction = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step of training was, beside the weights before it.
+
+    Args:
+        indices: places in the training set of the step's examples; one that stands there twice
+            counts twice.
+        lr: the learning rate.
+        epoch: the number of the epoch, if it is known.
+        weight_decay: what times the weights was added to the gradient.
+        reduction: whether the step followed the "mean" of its examples' losses or their "sum".
+    """
+
+    indices: list[int]
+    lr: float
+    epoch: int | None = None
+    weight_decay: float = 0.0
+    reduction: Reduction = "mean"
+
+    @classmethod
+    def of(cls, step: Any, name: str) -> Self:
+        """A step given as a dict, checked; ``name`` says in errors which one it is."""
+        if not isinstance(step, Mapping) or not {"state_dict", "indices", "lr"} <= set(step):
+            there = list(step) if isinstance(step, Mapping) else f"a {type(step).__name__}"
+            raise InvalidArgumentError(
+                f"{name} of the trace must be a dict with state_dict (before the step), indices "
+                f"and lr, and epoch, weight_decay and reduction if it has them; got {there}"
+            )
+        reduction, epoch = step.get("reduction", "mean"), step.get("epoch")
+        if reduction not in ("mean", "sum"):
+            raise InvalidArgumentError(
+                f'the reduction of {name} must be "mean" or "sum"; got {reduction!r}'
+            )
+        if epoch is not None and (isinstance(epoch, bool) or not isinstance(epoch, int)):
+            raise InvalidArgumentError(f"the epoch of {name} must be an int; got {epoch!r}")
+        lr = _number(step["lr"], f"lr of {name}")
+        decay = _number(step.get("weight_decay", 0.0), f"weight_decay of {name}")
+        return cls(_places(step["indices"], name), lr, epoch, decay, reduction)
+
+
+def steps_of(trace: Any, count: int) -> list[Step]:
+    """The steps of a trace over a data set of ``count`` examples."""
+    if not isinstance(trace, Sequence) or isinstance(trace, str) or not len(trace):
+        raise InvalidArgumentError(
+            "`trace` must be a TrainingTrace or a list of steps, one or more; got a "
+            f"{type(trace).__name__}{'' if trace else ' without any'}"
+        )
+    steps = [Step.of(step, f"step {number}") for number, step in enumerate(trace)]
+    for number, step in enumerate(steps):
+        if max(step.indices) >= count:
+            raise InvalidArgumentError(
+                f"step {number} of the trace took example {max(step.indices)}, and "
+                f"`train_dataset` has {count}; is it the data that the run was trained on?"
+            )
+    return steps
+
+
+def _number(value: Any, name: str) -> float:
+    """A finite number."""
+    scalar = isinstance(value, Tensor) and value.numel() == 1
+    if isinstance(value, bool) or not (scalar or isinstance(value, Real)):
+        raise InvalidArgumentError(f"the {name} must be a number; got {value!r}")
+    if not math.isfinite(float(value)):
+        raise InvalidArgumentError(f"the {name} must be finite; got {float(value)}")
+    return float(value)
+
+
+def _places(indices: Any, name: str) -> list[int]:
+    """The places of a step's examples."""
+    try:
+        places = torch.as_tensor(indices)
+    except (TypeError, ValueError, RuntimeError):
+        places = torch.zeros(0)
+    whole = not (places.is_floating_point() or places.is_complex() or places.dtype == torch.bool)
+    if not whole or places.dim() != 1 or not len(places) or bool((places < 0).any()):
+        raise InvalidArgumentError(
+            f"the indices of {name} must be places in the training set, one int (0 or more) or "
+            f"more; got {indices!r}"
+        )
+    found: list[int] = places.tolist()
+    return found

@@ -1,0 +1,120 @@
+"""Data-OOB: Kwon and Zou 2023, arXiv 2304.07718."""
+
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.valuation.refits import Marks, Moments, Places, Valuation, Values, check_count
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DataOOB(Valuation):
+    """v(i) = mean, over the models whose bag lacks example i, of their score on i.
+
+    A bag is ``bag_size`` training examples drawn with replacement (arXiv 2304.07718). A few hundred
+    models serve all n values, and there is no test set: the value says how well the others predict
+    an example. So an example with a wrong label has a *low* value. The unit is that of the score.
+
+    Args:
+        score: how good a model is on training examples: ``score(model, places)`` gives one number
+            for each of the places, the higher the better: 1 where it is right, or minus its loss.
+        bags: how many to draw, or the ones to use, int ``[bags, bag_size]``. Each fits a model, on
+            places that repeat. The first of many drawn are the same as those of few.
+        bag_size: examples a bag; n where None, which leaves out 37% of them.
+
+    The other arguments are those of ``Valuation``.
+
+    Raises:
+        InvalidArgumentError: where an example is in every bag.
+
+    Example:
+        >>> labels = np.array([0.0, 0.0, 0.0, 1.0])
+        >>> fit = lambda places: labels[places].mean().round()
+        >>> right = lambda model, places: labels[places] == model
+        >>> DataOOB(fit, right, 4, bags=50).self_influence().argmin()
+        tensor(3)
+    """
+
+    bags: int | np.ndarray = 200
+    bag_size: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bags = self._drawn()  # wrong ones are told at once
+        missing = np.flatnonzero(~self._outside(bags).any(axis=0))
+        if len(missing):
+            raise InvalidArgumentError(
+                f"{len(missing)} of {self.train_count} training examples (the first: "
+                f"{missing[0]}) are in each of the {len(bags)} bags of {bags.shape[1]}, so that no "
+                "model can judge them; use more `bags` or a smaller `bag_size`"
+            )
+
+    def values(self, show_progress: bool = False) -> Values:
+        """The values with their standard errors, ``[1, n]``.
+
+        Raises:
+            NonFiniteError: where a score is NaN or infinite.
+        """
+        bags = self._drawn()
+        outside = map(np.flatnonzero, self._outside(bags))
+        jobs = [(bag, out) for bag, out in zip(bags, outside, strict=True) if len(out)]
+        moments = Moments(self.train_count, 1)
+        with self._bar(len(jobs), show_progress) as bar:
+            for (_, out), scores in zip(jobs, self._scores(jobs, bar), strict=True):
+                if len(scores) != len(out):
+                    raise InvalidArgumentError(
+                        "`score(model, places)` must give a number for each place; it gave "
+                        f"{len(scores)} for {len(out)} places"
+                    )
+                moments.add(torch.from_numpy(out), scores[:, None])
+        return moments.result()
+
+    def self_influence(self, show_progress: bool = False) -> Tensor:
+        """The values ``[n]``; low for examples that the others predict badly."""
+        return self.values(show_progress).values[0]
+
+    def influence(self, inputs: Any = None, **kwargs: Any) -> NoReturn:
+        """Data-OOB has no test examples.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "Data-OOB values training examples by themselves, not for test examples: call "
+            "`self_influence()`; `DataBanzhaf` and `TMCShapley` answer for test examples"
+        )
+
+    def _outside(self, bags: Places) -> Marks:
+        """Marks of the training examples that each bag lacks, ``[bags, n]``."""
+        outside = np.ones((len(bags), self.train_count), dtype=bool)
+        np.put_along_axis(outside, bags, False, axis=1)
+        return outside
+
+    def _drawn(self) -> Places:
+        """The bags ``[bags, bag_size]``, each ascending."""
+        n = self.train_count
+        if isinstance(self.bags, int):
+            check_count(self.bags, "bags")
+            size = n if self.bag_size is None else self.bag_size
+            check_count(size, "bag_size")
+            random = np.random.default_rng(self.seed)
+            return np.sort(random.integers(n, size=(self.bags, size)), axis=1)
+        if self.bag_size is not None:
+            raise InvalidArgumentError(
+                "`bag_size` is for bags that are drawn; `bags` holds them: leave one of them out"
+            )
+        given = np.asarray(self.bags)
+        if given.ndim != 2 or not given.size or not np.issubdtype(given.dtype, np.integer):
+            raise InvalidArgumentError(
+                "`bags` must be an int or an int array [bags, bag_size]; got "
+                f"{given.dtype} of shape {list(given.shape)}"
+            )
+        if given.min() < 0 or given.max() >= n:
+            raise InvalidArgumentError(
+                f"`bags` holds places from {given.min()} to {given.max()}; there are 0 ... {n - 1}"
+            )
+        return np.sort(given.astype(np.int64), axis=1)

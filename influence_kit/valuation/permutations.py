@@ -1,0 +1,163 @@
+"""Values from permutations of the training set: Shapley and Beta-Shapley values.
+
+Letters: m test and n training examples, P permutations, k examples before another in one of them.
+"""
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.valuation.refits import Moments, Places, Values, check_count
+from influence_kit.valuation.semivalue import Semivalue
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PermutationValue(Semivalue):
+    """v(i) = mean over permutations of n q(k) (u(S + i) - u(S)), S the k examples before i.
+
+    Args:
+        permutations: how many to draw, or the ones to use, int ``[P, n]``. Each fits up to n
+            models. The first of many drawn are the same as those of few.
+        tolerance: a permutation is left as soon as u(S) is nearer than this to u of the whole
+            training set for every test example; the examples that are left count as adding nothing.
+            The sum of a test example's Shapley values then lacks less than the tolerance. 0 leaves
+            none.
+    """
+
+    permutations: int | np.ndarray = 100
+    tolerance: float = field(default=0.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.tolerance < math.inf:
+            raise InvalidArgumentError(
+                f"`tolerance` must be at least 0 and finite; got {self.tolerance!r}"
+            )
+        self._orders()  # a wrong one is told at once
+
+    @abstractmethod
+    def _size_weights(self) -> Tensor:
+        """q(k) for k = 0 ... n - 1, ``[n]``."""
+
+    def values(
+        self, inputs: Any = None, aggregate: bool = False, show_progress: bool = False
+    ) -> Values:
+        """The values with their standard errors; all permutations grow by one example at a time."""
+        orders = self._orders()
+        count, n = orders.shape
+        scale = n * self._size_weights()
+        with self._bar(1 + count * (n - 1), show_progress) as bar:
+            full = self._utilities(np.ones((1, n), dtype=bool), inputs, bar)
+            m = full.shape[1]
+            before = self._empty(m).repeat(count, 1)
+            moments = Moments(n, 1 if aggregate else m)
+            held = np.zeros((count, n), dtype=bool)
+            for size in range(n):
+                added = orders[:, size]
+                held[np.arange(count), added] = True
+                going = ((full - before).abs() >= self.tolerance).any(dim=1)
+                after = before.clone()
+                if size == n - 1:
+                    after[going] = full
+                elif going.any():
+                    after[going] = self._utilities(held[going.numpy()], inputs, bar, m)
+                gains = scale[size] * (after - before)
+                gains = gains.sum(dim=1, keepdim=True) if aggregate else gains
+                moments.add(torch.from_numpy(added), gains)
+                before = after
+        return moments.result()
+
+    def _orders(self) -> Places:
+        """The permutations ``[P, n]``."""
+        n = self.train_count
+        if isinstance(self.permutations, int):
+            check_count(self.permutations, "permutations")
+            random = np.random.default_rng(self.seed)
+            return np.stack([random.permutation(n) for _ in range(self.permutations)])
+        given = np.asarray(self.permutations)
+        if given.ndim != 2 or not len(given) or given.shape[1] != n:
+            raise InvalidArgumentError(
+                f"`permutations` must be an int or an array [P, {n}]; got shape {list(given.shape)}"
+            )
+        wrong = np.flatnonzero((np.sort(given, axis=1) != np.arange(n)).any(axis=1))
+        if len(wrong):
+            raise InvalidArgumentError(
+                f"row {wrong[0]} of `permutations` does not hold each of 0 ... {n - 1} once"
+            )
+        return given.astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TMCShapley(PermutationValue):
+    r"""v(i) = mean over permutations of u(S + i) - u(S), S the examples before i.
+
+    .. math::
+        v(i) = \frac{1}{n} \sum_{S \not\ni i} \binom{n-1}{|S|}^{-1} \bigl(u(S + i) - u(S)\bigr)
+
+    The Shapley value by truncated Monte Carlo (arXiv 1904.02868). For each permutation, and so for
+    their mean, the values of a test example sum to u(all) - u(none), exactly with ``tolerance`` 0.
+    Rows are test examples; positive is a proponent.
+
+    The other arguments are those of ``Valuation``, ``Semivalue`` and ``PermutationValue``.
+
+    Example:
+        >>> worth = np.array([3.0, -1.0, 2.0])
+        >>> shapley = TMCShapley(lambda places: worth[places].sum(), lambda model, _: model, 3)
+        >>> shapley.influence()
+        tensor([[ 3., -1.,  2.]], dtype=torch.float64)
+        >>> shapley.influence(k=1, proponents=False).indices
+        tensor([[1]])
+    """
+
+    def _size_weights(self) -> Tensor:
+        return torch.full((self.train_count,), 1 / self.train_count, dtype=torch.float64)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BetaShapley(PermutationValue):
+    r"""v(i) = mean over permutations of n q(k) (u(S + i) - u(S)), S the k examples before i.
+
+    .. math::
+        q(k) = \binom{n-1}{k} \frac{B(k + \beta, \; n - 1 - k + \alpha)}{B(\alpha, \beta)}
+
+    Beta(alpha, beta)-Shapley (arXiv 2110.14049), B the beta function: alpha above beta gives weight to small subsets,
+    where one example adds most and noise hides least; (1, 1) is the Shapley value. The weights do
+    not change which models are fitted, only what each counts for: the more uneven they are, the
+    larger the standard errors. The values do not sum to u(all) - u(none). Rows are test examples;
+    positive is a proponent.
+
+    Args:
+        alpha, beta: positive numbers; (16, 1) and (4, 1) are the paper's for finding wrong labels.
+
+    The other arguments are those of ``Valuation``, ``Semivalue`` and ``PermutationValue``.
+
+    Example:
+        >>> fit, score = lambda places: len(places) ** 0.5, lambda model, inputs: model
+        >>> small_sets_count = BetaShapley(fit, score, 4, alpha=16, beta=1)
+        >>> bool(small_sets_count.influence().mean() > TMCShapley(fit, score, 4).influence().mean())
+        True
+    """
+
+    alpha: float = field(kw_only=True)
+    beta: float = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (0 < self.alpha < math.inf and 0 < self.beta < math.inf):
+            raise InvalidArgumentError(
+                "`alpha` and `beta` must be positive and finite; got "
+                f"{self.alpha!r} and {self.beta!r}"
+            )
+
+    def _size_weights(self) -> Tensor:
+        k = torch.arange(self.train_count - 1, dtype=torch.float64)
+        rest = self.train_count - 1 - k
+        # q(k + 1) / q(k), in which the large factorials have cancelled
+        ratios = rest / (k + 1) * (k + self.beta) / (rest - 1 + self.alpha)
+        return torch.cat([k.new_zeros(1), ratios.log().cumsum(0)]).softmax(0)

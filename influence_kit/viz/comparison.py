@@ -1,0 +1,69 @@
+"""Methods side by side: how far they agree, and how right they are."""
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from influence_kit.evaluation import Comparison, DatamodelingScore
+
+# inches a method, and of what is beside its row
+CELL, MARGIN = 0.62, 2.2
+BAR, CEILING = "#1b6ca8", "#777777"
+
+
+def comparison(result: Comparison) -> Figure:
+    """The agreement of the methods as a matrix, and their LDS as bars where it is known.
+
+    A cell is the mean rank correlation between two methods' scores; a bar ends at the linear
+    datamodeling score, with its standard error; the dashed line is the noise ceiling.
+
+    Args:
+        result: what ``evaluation.compare`` returned.
+    """
+    count, scores = len(result.names), result.scores
+    wide = CELL * count + MARGIN
+    figure = Figure(
+        figsize=(wide if scores is None else wide + 3.4, CELL * count + MARGIN),
+        layout="constrained",
+    )
+    if scores is None:
+        _draw_matrix(figure.subplots(), result)
+        return figure
+    matrix, bars = figure.subplots(ncols=2, width_ratios=[wide, 3.4])
+    _draw_matrix(matrix, result)
+    _draw_scores(bars, scores)
+    return figure
+
+
+def _draw_matrix(axes: Axes, result: Comparison) -> None:
+    values: np.ndarray = result.agreement.numpy()
+    places = range(len(result.names))
+    axes.imshow(values, cmap="RdBu", vmin=-1, vmax=1)
+    axes.set_xticks(places, result.names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(places, result.names)
+    axes.set_title("rank correlation of the scores", fontsize=10)
+    for row in places:
+        for column in places:
+            value = values[row, column]
+            # dark cells are those of strong correlations
+            colour = "white" if abs(value) > 0.6 else "black"
+            axes.text(
+                column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9
+            )
+
+
+def _draw_scores(axes: Axes, scores: tuple[DatamodelingScore, ...]) -> None:
+    places = range(len(scores))
+    errors = [score.standard_error or 0.0 for score in scores]
+    axes.barh(places, [score.mean for score in scores], 0.6, xerr=errors, color=BAR)
+    # in the order of the matrix's rows, which has the first at the top
+    axes.set_ylim(len(scores) - 0.5, -0.5)
+    axes.set_yticks([])
+    axes.axvline(0, color="black", linewidth=0.8)
+    title, ceiling = "linear datamodeling score", scores[0].ceiling
+    if ceiling is not None:
+        axes.axvline(ceiling, color=CEILING, linestyle="--")
+        title += f"\n(dashed: noise ceiling {ceiling:.2f})"
+    axes.set_xlabel("LDS, with its standard error")
+    axes.set_title(title, fontsize=10)
+    axes.grid(axis="x", alpha=0.3)
