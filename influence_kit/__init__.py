@@ -25,6 +25,7 @@ from influence_kit.methods.nearest_neighbors import (
     NearestNeighbors,
 )
 from influence_kit.methods.nystrom import NystromInfluenceFunction
+from influence_kit.methods.representer import RepresenterPointSelection
 from influence_kit.methods.similarity import SimilarityInfluence
 from influence_kit.methods.tracin import TracInCP, TracInCPBase
 from influence_kit.methods.tracin_fast import TracInCPFast
@@ -61,6 +62,7 @@ __all__ = [
     "NaiveInfluenceFunction",
     "NearestNeighbors",
     "NystromInfluenceFunction",
+    "RepresenterPointSelection",
     "SimilarityInfluence",
     "TracInCP",
     "TracInCPBase",

@@ -17,7 +17,9 @@ from torch.utils.data import (
     Dataset,
     RandomSampler,
     SubsetRandomSampler,
+    TensorDataset,
     WeightedRandomSampler,
+    default_collate,
 )
 from torch.utils.data.distributed import DistributedSampler
 
@@ -163,6 +165,28 @@ def split(batch: Batch, size: int) -> Iterator[Batch]:
         yield take(batch, slice(start, start + size))
 
 
+class Slices:
+    """The batches of a ``TensorDataset``, cut out of its tensors: no example is looked up alone.
+
+    Args:
+        dataset: the examples.
+        batch_size: how many of them a batch.
+    """
+
+    # of examples that are looked up one by one, as a DataLoader's
+    collate_fn = staticmethod(default_collate)
+
+    def __init__(self, dataset: TensorDataset, batch_size: int) -> None:
+        self.dataset, self.batch_size = dataset, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self.dataset), self.batch_size):
+            yield [tensor[start : start + self.batch_size] for tensor in self.dataset.tensors]
+
+
 def as_loader(data: Any, batch_size: int | None, name: str) -> Iterable[Batch]:
     """Batches in a fixed order: ``data`` itself, or its examples ``batch_size`` at a time.
 
@@ -180,6 +204,8 @@ def as_loader(data: Any, batch_size: int | None, name: str) -> Iterable[Batch]:
             raise InvalidArgumentError(
                 f"since the `{name}` argument was a `Dataset`, `batch_size` must be an int."
             )
+        if type(data) is TensorDataset:
+            return Slices(data, batch_size)
         return DataLoader(data, batch_size=batch_size, shuffle=False)
     if isinstance(data, DataLoader):
         check_order(data, name)

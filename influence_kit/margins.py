@@ -18,14 +18,14 @@ OutputFunction = Callable[[Any, Any], Tensor]
 
 
 def classification_margin(outputs: Any, targets: Any) -> Tensor:
-    """Log p - log(1 - p) of the labels' probability p under a softmax: z_y - log sum_{j != y} e^z_j.
+    """Log p - log(1 - p) of the labels' probability p in a softmax: z_y - log sum_{j != y} e^z_j.
 
-    Computed from the logits, it is finite where p rounds to 1. Of sequences the sum over positions
-    whose label is not negative.
+    Computed from the logits, it is finite where p rounds to 1. Of sequences the sum over positions;
+    a negative label counts nothing.
 
     Args:
-        outputs: logits ``[n, c]``, ``[n, t, c]`` or ``[n, c, t]``, or a model's output that has
-            ``logits``.
+        outputs: logits ``[n, c]``, ``[n, t, c]`` (which it is if t = c) or ``[n, c, t]``, or a
+            model's output that has ``logits``.
         targets: integer labels ``[n]`` or ``[n, t]``, or a dict that holds them.
 
     Returns:
@@ -35,20 +35,18 @@ def classification_margin(outputs: Any, targets: Any) -> Tensor:
         InvalidArgumentError: for targets that are no labels of classes.
     """
     margins, counts = _margins(outputs, targets)
-    return (margins * counts).flatten(1).sum(1) if margins.dim() > 1 else margins
+    return (margins * counts).sum(1)
 
 
 def one_minus_probability(outputs: Any, targets: Any) -> Tensor:
-    """1 - p of the labels' probability, ``[n]``; of sequences the mean over positions that count."""
+    """1 - p of the labels' probability, ``[n]``; of sequences the mean where labels count."""
     margins, counts = _margins(outputs, targets)
     wrong = torch.sigmoid(-margins)
-    if wrong.dim() == 1:
-        return wrong
-    return (wrong * counts).flatten(1).sum(1) / counts.flatten(1).sum(1).clamp(min=1)
+    return (wrong * counts).sum(1) / counts.sum(1).clamp(min=1)
 
 
 def _margins(outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
-    """The margin of each label, and whether it counts, ``[n]`` or ``[n, t]``."""
+    """The margin of each label, and whether it counts, ``[n, 1]`` or ``[n, t]``."""
     try:
         logits = logits_of(outputs)
         labels = targets if isinstance(targets, Tensor) else labels_of(targets)
@@ -67,7 +65,8 @@ def _margins(outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
     places = labels.clamp(min=0).long().unsqueeze(-1)
     right = logits.gather(-1, places).squeeze(-1)
     others = logits.scatter(-1, places, float("-inf")).logsumexp(-1)
-    return right - others, counts.to(logits)
+    n = len(labels)
+    return (right - others).reshape(n, -1), counts.to(logits).reshape(n, -1)
 
 
 def _refusal(why: str) -> InvalidArgumentError:

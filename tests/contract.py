@@ -31,6 +31,7 @@ from influence_kit import (
     LoGra,
     NaiveInfluenceFunction,
     NystromInfluenceFunction,
+    RepresenterPointSelection,
     TracInCP,
     TracInCPFast,
     TracInCPFastRandProj,
@@ -62,6 +63,7 @@ class Method:
     quantities: str | None = "dots"
     has_layers: bool = True
     has_loss: bool = True
+    has_test_loss: bool = True
     of_whole_set: bool = False
     one_label: bool = False
     close: tuple[float, float] = (CLOSE, 1e-5)
@@ -202,6 +204,24 @@ def _of_neighbors(make: Callable[..., Any], over_checkpoints: str) -> Method:
     )
 
 
+def _refitted(**own: Any) -> Method:
+    """Representer points, of the layer that gives the output; oracles in ``test_representer``."""
+
+    def make(case: Case, model: Any, data: Any, checkpoints: Any, **arguments: Any) -> Any:
+        final = "head" if case is CASES["gpt"] else case.final
+        arguments = own | arguments
+        return RepresenterPointSelection(model, final, data, checkpoints, **arguments)
+
+    return Method(
+        make,
+        None,
+        over_checkpoints="mean",
+        quantities=None,
+        has_test_loss=False,
+        of_whole_set=True,
+    )
+
+
 FEW_PASSES = {"curvature": "empirical_fisher"}
 
 METHODS = {
@@ -256,6 +276,8 @@ METHODS = {
     ),
     "KNNShapley": _of_neighbors(_whole_model(KNNShapley, n_neighbors=2), "other"),
     "KNNShapley, of a layer": _of_neighbors(_knn_of_final, "mean"),
+    "RepresenterPointSelection": _refitted(),
+    "RepresenterPointSelection, normalized": _refitted(normalize=True, count_bias=True),
     "NaiveInfluenceFunction": _of_captum(_at_one(NaiveInfluenceFunction, hessian_reg=1.0)),
     "ArnoldiInfluenceFunction": _of_captum(
         _at_one(ArnoldiInfluenceFunction, projection_dim=3, arnoldi_dim=6, hessian_reg=1.0)

@@ -212,7 +212,7 @@ def test_positional_order(name: str) -> None:
     import influence_kit
 
     ours, theirs = (
-        list(inspect.signature(getattr(module, name).__init__).parameters.values())
+        list(inspect.signature(getattr(module, name)).parameters.values())
         for module in (influence_kit, captum.influence)
     )
     names = [parameter.name for parameter in theirs]

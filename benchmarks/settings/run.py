@@ -66,13 +66,12 @@ def by_subsets(workplace: Workplace) -> Iterator[Result]:
     outputs = workplace.retraining.outputs(subsets, workplace.measure, seeds)
     ceiling = None
     for name in plan.methods:
-        found, seconds = [], 0.0
-        for target in range(plan.targets):
-            scores, own_seconds = workplace.scores(name, target)
-            found.append(linear_datamodeling_score(scores, subsets, outputs, "margin"))
-            seconds += own_seconds / plan.targets
+        found = [
+            linear_datamodeling_score(scores, subsets, outputs, "margin")
+            for scores in workplace.scores_by_target(name)
+        ]
         ceiling = found[0].ceiling
-        yield _over_targets("LDS", name, found, seconds)
+        yield _over_targets("LDS", name, found, workplace.seconds(name))
     if ceiling is not None:
         yield Result("LDS", "(noise ceiling)", (ceiling,), None, None)
 
@@ -87,11 +86,11 @@ def by_leaving_out(workplace: Workplace) -> Iterator[Result]:
         workplace.retraining, count, workplace.measure, "margin", left_out, seeds
     )
     for name in plan.methods:
-        found, seconds = [], 0.0
-        for target in range(plan.targets):
-            scores, own_seconds = workplace.scores(name, target)
-            found.append(loo_correlation(scores[:, left_out], differences))
-            seconds += own_seconds / plan.targets
+        found = [
+            loo_correlation(scores[:, left_out], differences)
+            for scores in workplace.scores_by_target(name)
+        ]
+        seconds = workplace.seconds(name)
         yield _over_targets("LOO", name, [one.pearson for one in found], seconds)
         yield _over_targets("LOO, ranks", name, [one.spearman for one in found], seconds)
 

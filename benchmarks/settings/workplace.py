@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from benchmarks.settings.data import Data
 from benchmarks.settings.methods import Question, make_method, split_name
 from benchmarks.settings.plan import Plan
+from benchmarks.settings.recipes import Minimum
 from benchmarks.settings.setting import Setting, Trained
 from influence_kit.evaluation import Retraining, half_subsets
 from influence_kit.evaluation.cost import measured
@@ -43,6 +44,12 @@ class Workplace:
     folder: Path
     _targets: dict[int, Trained] = field(default_factory=dict)
     _scores: dict[tuple[str, int], tuple[Tensor, float]] = field(default_factory=dict)
+
+    @property
+    def target_seeds(self) -> range:
+        """The seeds of the target models: one alone where all seeds give the same model."""
+        is_one = isinstance(self.setting.recipe, Minimum)
+        return range(1 if is_one else self.plan.targets)
 
     def target(self, seed: int) -> Trained:
         """The model of a seed, trained on all examples."""
@@ -85,8 +92,15 @@ class Workplace:
         members = self.members(count) if count else ()
         return make_method(name, Question(self.setting, self.data, self.target(seed), members))
 
-    def scores(self, name: str, seed: int) -> tuple[Tensor, float]:
-        """All scores of a method ``[m, n]``, which the folder keeps too, and seconds; once each."""
+    def scores_by_target(self, name: str) -> list[Tensor]:
+        """All scores of a method ``[m, n]`` for each target model; the folder keeps them too."""
+        return [self._scored(name, seed)[0] for seed in self.target_seeds]
+
+    def seconds(self, name: str) -> float:
+        """What the scores of a method took, fitting included: the mean over target models."""
+        return float(np.mean([self._scored(name, seed)[1] for seed in self.target_seeds]))
+
+    def _scored(self, name: str, seed: int) -> tuple[Tensor, float]:
         if (name, seed) not in self._scores:
             method = self.method(name, seed)
             scores, cost = measured(lambda: method.influence(self.data.test.tensors))

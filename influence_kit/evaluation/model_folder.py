@@ -101,11 +101,17 @@ class ModelFolder:
         """Put the weights of a finished model into ``model``."""
         file = self.file(job)
         try:
-            model.load_state_dict(load_file(file))
-        except (OSError, SafetensorError, RuntimeError) as error:
+            state = load_file(file)
+        except (OSError, SafetensorError) as error:
             raise InvalidArgumentError(
-                f"{job} cannot be read from {file}, or does not fit the model here ({error}); "
-                "remove the file to train it again, or pass a fitting `model`"
+                f"{job} cannot be read from {file} ({error}); remove the file to train it again"
+            ) from error
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise InvalidArgumentError(
+                f"{job} does not fit the `model` it is loaded into, a {type(model).__name__}: "
+                f"{error}"
             ) from error
         return model
 

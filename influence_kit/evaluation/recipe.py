@@ -66,7 +66,7 @@ def describe_function(function: Callable[..., Any]) -> dict[str, Any]:
     the attributes of an object that is called.
     """
     if isinstance(function, nn.Module):
-        return {"name": repr(function)}
+        return {"name": repr(function), "uses": _plain(vars(function))}
     uses: dict[str, Any] = {}
     while isinstance(function, functools.partial):
         given = {f"argument {place}": value for place, value in enumerate(function.args)}
@@ -85,8 +85,11 @@ def describe_function(function: Callable[..., Any]) -> dict[str, Any]:
     outside = inspect.getclosurevars(function)
     defaults = {p.name: p.default for p in inspect.signature(function).parameters.values()}
     uses = {**outside.globals, **outside.nonlocals, **defaults, **uses}
-    plain = {key: uses[key] for key in sorted(uses) if isinstance(uses[key], PLAIN)}
-    return {"name": name, "code": code_hash(code), "uses": plain}
+    return {"name": name, "code": code_hash(code), "uses": _plain(uses)}
+
+
+def _plain(uses: dict[str, Any]) -> dict[str, Any]:
+    return {key: uses[key] for key in sorted(uses) if isinstance(uses[key], PLAIN)}
 
 
 def code_hash(code: types.CodeType) -> str:

@@ -87,11 +87,9 @@ class Retraining:
                 something else.
             NonFiniteError: where an output is NaN or infinite.
         """
-        masks = subset_masks(subsets)
-        rows = self.paired_outputs(
-            masks.repeat_interleave(len(seeds), dim=0), measure, [*seeds] * len(masks)
-        )
-        return rows.view(len(masks), len(seeds), -1)
+        masks, each_seed = _pairs(subsets, seeds)
+        rows = self.paired_outputs(masks, measure, each_seed)
+        return rows.view(-1, len(seeds), rows.shape[1])
 
     def paired_outputs(self, subsets: Values, measure: Measure, seeds: Sequence[int]) -> Tensor:
         """What is measured of a model for each subset with its own seed, float64 ``[S, m]``.
@@ -124,13 +122,13 @@ class Retraining:
         Raises:
             InvalidArgumentError: without a folder; otherwise as in ``outputs``.
         """
-        masks = subset_masks(subsets)
+        masks, each_seed = _pairs(subsets, seeds)
         folder = self._folder(masks)
         if folder is None:
             raise InvalidArgumentError(
                 "checkpoints are files; give `Retraining` a `folder` to keep them in"
             )
-        jobs = _jobs(masks.repeat_interleave(len(seeds), dim=0), [*seeds] * len(masks))
+        jobs = _jobs(masks, each_seed)
         self._run(jobs, folder, measure=None)
         return [folder.file(job) for job in jobs]
 
@@ -212,8 +210,16 @@ def as_retraining(train: TrainFunction | Retraining) -> Retraining:
     return train if isinstance(train, Retraining) else Retraining(train)
 
 
+def _pairs(subsets: Values, seeds: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """Each subset with each seed, a subset's side by side."""
+    if len(seeds) == 0:
+        raise InvalidArgumentError("got no seeds; at least one model is trained a subset")
+    masks = subset_masks(subsets)
+    return masks.repeat_interleave(len(seeds), dim=0), [*seeds] * len(masks)
+
+
 def _jobs(masks: Tensor, seeds: Sequence[int]) -> list[Job]:
-    if len(seeds) == 0 or len(seeds) != len(masks):
+    if len(seeds) != len(masks):
         raise InvalidArgumentError(
             f"got {len(seeds)} seeds for {len(masks)} models; there must be one for each"
         )

@@ -218,12 +218,15 @@ class GradientStore:
         Raises:
             InvalidArgumentError: where a chunk is missing, cut off or damaged.
         """
-        parts = [torch.empty(0, self.layout.width, dtype=self.layout.dtype)]
-        for chunk in self.layout.chunks_of(start, stop):
-            rows = self.layout.rows_of(chunk)
-            inside = slice(max(start, rows.start) - rows.start, stop - rows.start)
-            parts.append(self._chunk(checkpoint, chunk)[inside])
-        return parts[-1] if len(parts) <= 2 else torch.cat(parts)
+        chunks = self.layout.chunks_of(start, stop)
+        if len(chunks) == 1:
+            return self._inside(checkpoint, chunks[0], start, stop)
+        rows = torch.empty(stop - start, self.layout.width, dtype=self.layout.dtype)
+        for chunk in chunks:
+            values = self._inside(checkpoint, chunk, start, stop)
+            first = max(start, self.layout.rows_of(chunk).start) - start
+            rows[first : first + len(values)] = values
+        return rows
 
     # How it is done.
 
@@ -245,6 +248,11 @@ class GradientStore:
         half = self.layout.dtype.itemsize < 4
         dtype = torch.float32 if half else self.layout.dtype
         return torch.empty(0, dtype=dtype) if sample is None else sample
+
+    def _inside(self, checkpoint: int, chunk: int, start: int, stop: int) -> Tensor:
+        """Those of a chunk's rows that lie between two."""
+        first = self.layout.rows_of(chunk).start
+        return self._chunk(checkpoint, chunk)[max(start - first, 0) : stop - first]
 
     def _chunk(self, checkpoint: int, chunk: int) -> Tensor:
         """The rows of a chunk; the last one that was asked for stays mapped."""

@@ -101,7 +101,8 @@ class Features:
             InvalidArgumentError: where they are no floating-point numbers, or not as many as those
                 of the batches before.
         """
-        found = exact(self._inputs(batch) if self.layer is None else self._outputs(batch))
+        found = self._inputs(batch) if self.layer is None else self._outputs(batch)
+        found = exact(found.detach())
         if self._width not in (None, found.shape[1]):
             raise InvalidArgumentError(
                 f"some examples have {self._width} features, and others {found.shape[1]}: pad the "

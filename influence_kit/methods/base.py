@@ -99,6 +99,8 @@ class InfluenceBase(DataInfluence):
             kept = [changed.get(p.name, p) for p in common if p.name not in known]
             rank = {parameter: parameter.kind for parameter in (*kept, *named)}
             cls.__signature__ = inspect.Signature(sorted(rank, key=rank.__getitem__))
+        elif "__init__" in vars(cls):
+            cls.__signature__ = inspect.Signature(own)
 
     # What a user reads and sets.
 

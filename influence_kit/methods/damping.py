@@ -12,22 +12,24 @@ DampingArgument = float | Literal["auto"] | Mapping[str, float]
 AUTO_SHARE = 0.1
 
 
-def check_damping(damping: DampingArgument, blocks: Sequence[str]) -> DampingArgument:
-    """The argument, refused where it is no damping of these blocks."""
+def check_damping(
+    damping: DampingArgument, blocks: Sequence[str], name: str = "damping"
+) -> DampingArgument:
+    """The argument of that name, refused where it is no damping of these blocks."""
     if isinstance(damping, str):
         if damping != "auto":
-            raise InvalidArgumentError(f'`damping` must be a number or "auto"; got {damping!r}')
+            raise InvalidArgumentError(f'`{name}` must be a number or "auto"; got {damping!r}')
         return damping
     if isinstance(damping, Mapping):
         if set(damping) != set(blocks):
             raise InvalidArgumentError(
-                f"`damping` names the blocks {list(damping)}; there are {list(blocks)}, and each "
+                f"`{name}` names the blocks {list(damping)}; there are {list(blocks)}, and each "
                 "needs one"
             )
-        for name, value in damping.items():
-            _check_number(value, f"`damping` of block '{name}'")
+        for block, value in damping.items():
+            _check_number(value, f"`{name}` of block '{block}'")
         return dict(damping)
-    _check_number(damping, "`damping`")
+    _check_number(damping, f"`{name}`")
     return damping
 
 
@@ -38,13 +40,16 @@ def _check_number(value: object, name: str) -> None:
 
 
 def share_of(
-    means: Sequence[float], blocks: Sequence[str], share: float = AUTO_SHARE
+    means: Sequence[float],
+    blocks: Sequence[str],
+    share: float = AUTO_SHARE,
+    argument: str = "damping",
 ) -> list[float]:
     """The automatic damping of each block, of which the mean eigenvalues are known."""
     for value, name in zip(means, blocks, strict=True):
         if not value > 0:
             raise InvalidArgumentError(
-                f'damping="auto" is a share of the mean eigenvalue of the curvature, which is '
+                f'{argument}="auto" is a share of the mean eigenvalue of the curvature, which is '
                 f"{value:.4g} in block '{name}': the gradients there are zero or the "
                 "curvature is negative. Give a number, leave that block out by `layers`, or use "
                 'another curvature ("ggn" is never negative)'

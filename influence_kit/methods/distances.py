@@ -3,6 +3,8 @@
 Letters: m test and n training vectors.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -54,4 +56,4 @@ def _norms(vectors: Tensor) -> Tensor:
 
 
 def _flat(vectors: Tensor) -> Tensor:
-    return exact(vectors.reshape(len(vectors), -1))
+    return exact(vectors.reshape(len(vectors), math.prod(vectors.shape[1:])))

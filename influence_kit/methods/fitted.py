@@ -41,6 +41,8 @@ class FittedInfluence(InnerProductInfluence):
 
     # of damping="auto": a part of the mean eigenvalue of a block
     _auto_share = AUTO_SHARE
+    # what the argument is called
+    _damping_name = "damping"
 
     def __init__(
         self,
@@ -96,7 +98,7 @@ class FittedInfluence(InnerProductInfluence):
 
     @damping.setter
     def damping(self, damping: DampingArgument) -> None:
-        self._damping = check_damping(damping, self.block_names)
+        self._damping = check_damping(damping, self.block_names, self._damping_name)
         self._inverses.clear()
 
     @property
@@ -228,9 +230,8 @@ class FittedInfluence(InnerProductInfluence):
     def _damping_at(self, place: int) -> Tensor:
         """The damping of each block ``[B]``, float64."""
         if self._damping == "auto":
-            values = share_of(
-                self._facts[place][MEANS].tolist(), self.block_names, self._auto_share
-            )
+            means = self._facts[place][MEANS].tolist()
+            values = share_of(means, self.block_names, self._auto_share, self._damping_name)
         elif isinstance(self._damping, Mapping):
             values = [self._damping[name] for name in self.block_names]
         else:

@@ -38,6 +38,8 @@ class MaskedInfluence(ProjectedInfluence):
         blow_up: how many times as many entries the mask keeps as the projection.
     """
 
+    projection = "sjlt"
+
     def __init__(
         self, *args: Any, projection_dim: int = 4096, blow_up: int = 4, **kwargs: Any
     ) -> None:
@@ -45,7 +47,7 @@ class MaskedInfluence(ProjectedInfluence):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidArgumentError(f"`{name}` must be a positive int; got {value!r}")
         self.blow_up = blow_up
-        super().__init__(*args, projection_dim=projection_dim, projection="sjlt", **kwargs)
+        super().__init__(*args, projection_dim=projection_dim, **kwargs)
 
     def _projection_settings(self) -> dict[str, Any]:
         return {**super()._projection_settings(), "blow_up": self.blow_up}

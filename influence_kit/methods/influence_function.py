@@ -117,9 +117,8 @@ class InfluenceFunction(SolvedInfluence):
             perturbed.value(DataSet(self.train_dataloader, self._device).first())
             terms, batches = self._plan(loader, given(inputs))
             stream = Stream(terms, loader, self._sample)
-            vectors = [
-                stream.test_side(term.test, batches).flat() * term.weight_at(1.0) for term in terms
-            ]
+            sides = [(stream.test_side(term.test, batches), term.weight_at(1.0)) for term in terms]
+            vectors = [self._lifted(side).flat() * weight for side, weight in sides]
             found = Perturbation(self._source, self._train_loss, perturbed, loader, vectors)
             doing = "compute perturbation influence for training batches"
             with self._bar(doing, self.train_dataloader_len, show_progress) as bar:
@@ -129,6 +128,10 @@ class InfluenceFunction(SolvedInfluence):
                 return joined(found.blocks(rows), places).to(self._dtype)
 
     # How it is done.
+
+    def _lifted(self, solved: Gradients) -> Gradients:
+        """A test side through the inverse, as gradients of the parameters."""
+        return solved
 
     @property
     def _needs_fit_for_quantities(self) -> bool:

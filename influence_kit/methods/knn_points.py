@@ -66,7 +66,9 @@ class Reader:
                 kept = slice(None) if is_mine(number) else slice(0, 0)
                 batch = to_device(batch, self.device)
                 features = self._scaled(self.features(batch), places, kind)
-                found.append((features[kept], self._labels(batch)[kept], places[kept]))
+                labels = self._labels(batch)
+                _refuse_non_finite(labels[:, None], places, f"the label of {kind} example")
+                found.append((features[kept], labels[kept], places[kept]))
             tick()
         if not found:
             raise InvalidArgumentError(f"there are no {kind} examples: the loader is empty")
@@ -75,10 +77,7 @@ class Reader:
         return Points(gather_columns(features.T).T[order], gather_columns(labels)[order])
 
     def _scaled(self, features: Tensor, places: Tensor, kind: str) -> Tensor:
-        finite = torch.isfinite(features).all(dim=1)
-        if not finite.all():
-            first = int(places[~finite][0])
-            raise NonFiniteError(f"the features of {kind} example {first} are NaN or infinite")
+        _refuse_non_finite(features, places, f"a feature of {kind} example")
         if not self.unit:
             return features
         norms: Tensor = torch.linalg.vector_norm(features, dim=1)
@@ -95,10 +94,16 @@ class Reader:
         labels = labels_of(batch)
         if labels.dim() == 2 and labels.shape[1] == 1:
             labels = labels.squeeze(1)
-        integers = not (labels.is_floating_point() or labels.is_complex())
-        if labels.dim() == 1 and (integers or self.any_number):
+        fractions = labels.is_floating_point() and not self.any_number
+        if labels.dim() == 1 and not fractions and not labels.is_complex():
             return labels
         raise InvalidArgumentError(
             f"the labels are {labels.dtype} of shape {list(labels.shape)}; an example must have one "
             'integer as its label (with utility="squared_error" one number)'
         )
+
+
+def _refuse_non_finite(rows: Tensor, places: Tensor, what: str) -> None:
+    finite = torch.isfinite(rows).all(dim=1)
+    if not finite.all():
+        raise NonFiniteError(f"{what} {int(places[~finite][0])} is NaN or infinite")

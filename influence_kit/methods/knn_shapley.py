@@ -53,7 +53,7 @@ class KNNShapley(ExampleInfluence):
             floating-point inputs where None. Of a layer that runs several times, the last output.
         metric: "euclidean" or "cosine" distance of features.
         utility: "accuracy", as above, of integer labels; or "squared_error", of numbers as labels:
-            u(S) = -(sum of the labels of the K nearest / K - test label)^2 (theorem 6).
+            u(S) = -(sum of the labels of the K nearest / K - test label)^2, that of regression.
 
     The other arguments are those of ``InnerProductInfluence``; the losses have no effect, and
     ``layers`` is refused.
@@ -61,7 +61,7 @@ class KNNShapley(ExampleInfluence):
     Raises:
         InvalidArgumentError: for labels that are no integers (or, with "squared_error", not one
             number an example), and for inputs that are no floating-point tensors without ``layer``.
-        NonFiniteError: for features or distances that are NaN or infinite.
+        NonFiniteError: for features, distances or labels that are NaN or infinite.
 
     Example:
         >>> model = torch.nn.Linear(1, 2)

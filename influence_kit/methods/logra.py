@@ -82,7 +82,8 @@ class LoGra(ProjectedInfluence):
             raise InvalidArgumentError(
                 f"`projection` must be one of {', '.join(KINDS)}; got {projection!r}"
             )
-        super().__init__(*args, projection_dim=projection_dim, projection=projection, **kwargs)
+        self.projection = projection
+        super().__init__(*args, projection_dim=projection_dim, **kwargs)
 
     def _map_of(self, unit: Unit) -> UnitMap:
         kind, name = self.projection, unit.names[0]

@@ -9,6 +9,7 @@ import torch
 
 from influence_kit.data import Batch
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.losses import Loss
 from influence_kit.methods.explicit import ExplicitInfluenceFunction
@@ -29,7 +30,6 @@ class ProjectedInfluence(ExplicitInfluenceFunction):
 
     Args:
         projection_dim: entries of u for each layer.
-        projection: the kind of the projection.
         damping: added to the eigenvalues of F: a number, a dict by block, or "auto" (0.1 times the
             mean eigenvalue of the block).
         curvature: "empirical_fisher" (F of the labels of the data) or "fisher" (of labels drawn
@@ -37,11 +37,12 @@ class ProjectedInfluence(ExplicitInfluenceFunction):
         blocks: "layer", "full" (F couples the layers) or a dict; see ``CurvatureInfluence``.
     """
 
+    projection: str
+
     def __init__(
         self,
         *args: Any,
         projection_dim: Dim,
-        projection: str,
         curvature: Literal["fisher", "empirical_fisher"] = "empirical_fisher",
         blocks: Any = "layer",
         **kwargs: Any,
@@ -52,7 +53,6 @@ class ProjectedInfluence(ExplicitInfluenceFunction):
                 f"{curvature!r}"
             )
         self.projection_dim = check_dim(projection_dim)
-        self.projection = projection
         super().__init__(*args, curvature=curvature, blocks=blocks, **kwargs)
 
     _keeps_rows = True
@@ -76,6 +76,20 @@ class ProjectedInfluence(ExplicitInfluenceFunction):
 
     def _features(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
         return self._projection(self._source(batch, loss))
+
+    def _lifted(self, solved: Gradients) -> Gradients:
+        """By the transposed projection: the inner products with gradients stay those with u."""
+        shapes, sample = super()._shapes, solved.sample
+        with torch.enable_grad():
+            forms = {
+                name: Dense(sample.new_zeros(solved.n, shape.numel()).requires_grad_(), shape)
+                for name, shape in shapes.items()
+            }
+            projected = self._projection(Gradients(solved.n, forms, shapes, sample)).flat()
+        values = [form.values for form in forms.values()]
+        lifted = torch.autograd.grad(projected, values, solved.flat())
+        found = {name: Dense(part, shapes[name]) for name, part in zip(shapes, lifted, strict=True)}
+        return Gradients(solved.n, found, shapes, sample)
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), **self._projection_settings()}

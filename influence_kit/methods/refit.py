@@ -1,182 +1,145 @@
-"""A linear layer fitted to convergence, by Newton's method in float64.
+"""The last layer of a model, fitted anew on the features of its training set.
 
-Letters: n examples, r rows of features (one an example, or one a position), d features, c outputs.
+Letters: n examples, t positions (1 unless an example is a sequence), d features, c outputs.
 """
 
+import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from influence_kit.errors import CurvatureError, NonFiniteError
-from influence_kit.methods.last_layer import slopes_of
-from influence_kit.operators.operator import Operator
-from influence_kit.operators.solvers import conjugate_gradients
-
-EPS = torch.finfo(torch.float64).eps
-# of the products with the Hessian for one step; what is left then is an inexact step
-MOST_PRODUCTS = 10_000
-# a step must gain this share of what its slope promises; it is shortened this often at most
-GAIN, MOST_TRIALS = 1e-4, 40
+from influence_kit.data import Batch, take, to_device
+from influence_kit.errors import InvalidArgumentError, NonFiniteError
+from influence_kit.gradients.source import GradientSource
+from influence_kit.losses import Loss, LossFunction
+from influence_kit.methods.last_layer import LastLayer, at_last_layer, joined
+from influence_kit.methods.newton import Objective, minimum
 
 
 @dataclass(frozen=True)
-class Objective:
-    """(1 / n) * sum of losses(features @ weights^T) + l2 * ||weights||^2.
+class Settings:
+    """How a last layer is refitted; see ``RepresenterPointSelection``."""
 
-    Args:
-        features: ``[r, d]``, float64.
-        losses: the sum of the examples' losses, given their outputs ``[r, c]``; convex and twice
-            differentiable.
-        n: the number of examples.
-        l2: positive.
-    """
-
-    features: Tensor
-    losses: Callable[[Tensor], Tensor]
-    n: int
     l2: float
+    normalize: bool
+    count_bias: bool
+    tol: float
+    max_iter: int
 
-    def value(self, total: Tensor, weights: Tensor) -> float:
-        """The objective, given the sum of the losses at these weights."""
-        return float(total.detach()) / self.n + self.l2 * float(weights.square().sum())
-
-    def gradient(self, slopes: Tensor, weights: Tensor) -> Tensor:
-        """Its gradient ``[c, d]``, given those of the losses in the outputs ``[r, c]``."""
-        return slopes.T @ self.features / self.n + 2 * self.l2 * weights
-
-
-class Point(Operator):
-    """An objective at some weights; as an operator, the Hessian of its mean loss there.
-
-    Args:
-        objective: what is minimised.
-        weights: ``[c, d]``.
-    """
-
-    def __init__(self, objective: Objective, weights: Tensor) -> None:
-        super().__init__([weights.numel()], weights)
-        self.objective, self.weights = objective, weights
-        self.outputs = (objective.features @ weights.T).requires_grad_()
-        with torch.enable_grad():
-            total = objective.losses(self.outputs)
-            self.slopes = slopes_of(total, self.outputs, differentiable=True)
-        self.value = objective.value(total, weights)
-        self.gradient = objective.gradient(self.slopes.detach(), weights)
-        if not math.isfinite(self.value) or not bool(torch.isfinite(self.gradient).all()):
-            raise NonFiniteError(
-                "the loss of the training examples, or its gradient, is NaN or infinite while the "
-                "last layer is refitted; `TracInCP(...).self_influence()` names such an example"
-            )
-
-    def product(self, vectors: Tensor) -> Tensor:
-        return torch.stack([self._product(v.view_as(self.weights)).flatten() for v in vectors])
-
-    def _product(self, direction: Tensor) -> Tensor:
-        features = self.objective.features
-        bent = torch.zeros_like(self.outputs)
-        if self.slopes.requires_grad:
-            (bent,) = torch.autograd.grad(
-                self.slopes,
-                self.outputs,
-                features @ direction.T,
-                retain_graph=True,
-                materialize_grads=True,
-            )
-        return bent.T @ features / self.objective.n
-
-    @property
-    def error(self) -> float:
-        """The norm of the gradient."""
-        return float(self.gradient.norm())
-
-    @property
-    def scale(self) -> float:
-        """The norm of the penalty's gradient: at the minimum, also that of the mean loss's."""
-        return 2 * self.objective.l2 * float(self.weights.norm())
-
-    def rounding(self) -> float:
-        """What rounding makes of the gradient, at least: it is a sum of terms that cancel."""
-        norms = self.slopes.detach().norm(dim=1) * self.objective.features.norm(dim=1)
-        return 4 * EPS * float(norms.sum()) / self.objective.n
-
-    def step(self, tol: float) -> Tensor:
-        """Newton's step ``[c, d]``, its equation solved to the relative error ``tol``."""
-        right = -self.gradient.flatten()[None]
-        penalty = 2 * self.objective.l2
-        try:
-            step = conjugate_gradients(self, right, penalty, max_iter=MOST_PRODUCTS, tol=tol)
-        except CurvatureError as error:
-            raise CurvatureError(
-                "the last layer cannot be refitted: its loss must be convex in the outputs, and "
-                f"with l2={self.objective.l2:g} {error}; raise `l2`"
-            ) from error
-        return step.view_as(self.weights)
-
-    def moved(self, step: Tensor) -> Tensor | None:
-        """The weights after as much of a step as the objective falls along; None for no part."""
-        along = self.objective.features @ step.T
-        slope = float((self.gradient * step).sum())
-        length = 1.0
-        for _ in range(MOST_TRIALS):
-            weights = self.weights + length * step
-            outputs = (self.outputs.detach() + length * along).requires_grad_()
-            with torch.enable_grad():
-                total = self.objective.losses(outputs)
-                slopes = slopes_of(total, outputs)
-            value = self.objective.value(total, weights)
-            there = float((slopes * along).sum()) / self.objective.n
-            there += 2 * self.objective.l2 * float((weights * step).sum())
-            if self._is_gain(value, length * slope, there / abs(slope)):
-                return weights
-            # where the slope would vanish, were it linear
-            share = slope / (slope - there) if math.isfinite(there) else 0.1
-            length *= min(max(share, 0.1), 0.5)
-        return None
-
-    def _is_gain(self, value: float, promised: float, slope: float) -> bool:
-        if value <= self.value + GAIN * promised:
-            return True
-        # near the minimum, the fall of the value is lost in rounding and the slope tells (Hager and
-        # Zhang 2005)
-        level = value <= self.value + 1e-12 * abs(self.value)
-        return level and slope <= 1 - 2 * GAIN
+    def __post_init__(self) -> None:
+        for name, value, limit in (("l2", self.l2, math.inf), ("tol", self.tol, 1)):
+            number = isinstance(value, float | int) and not isinstance(value, bool)
+            if not number or not 0 < value < limit:
+                raise InvalidArgumentError(
+                    f"`{name}` must be a number above 0 and below {limit}; got {value!r}"
+                )
+        most = self.max_iter
+        if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+            raise InvalidArgumentError(f"`max_iter` must be a positive int; got {most!r}")
 
 
-def refit(objective: Objective, outputs: int, tol: float, max_iter: int) -> Tensor:
-    """The weights ``[c, d]`` that minimise an objective.
-
-    Done where the norm of the gradient is at most ``tol`` times that of its penalty's part, or what
-    rounding makes of it.
+@dataclass(frozen=True)
+class Head:
+    """A last layer that has been refitted.
 
     Args:
-        objective: what to minimise.
-        outputs: the letter c.
-        tol: relative norm of the gradient.
-        max_iter: the most Newton steps.
-
-    Raises:
-        CurvatureError: where that is not reached.
+        weights: ``[c, d]``, float64.
+        n: the number of training examples.
+        fingerprint: of the checkpoint whose features it is fitted on.
     """
-    features = objective.features
-    point = Point(objective, features.new_zeros(outputs, features.shape[1]))
-    first = point.error
-    for taken in range(max_iter + 1):
-        enough = max(tol * point.scale, point.rounding())
-        if point.error <= enough:
-            return point.weights
-        # steps that are solved the better the nearer the end, and never better than needed
-        step = point.step(max(min(0.1, point.error / first), 0.1 * enough / point.error))
-        weights = point.moved(step) if taken < max_iter else None
-        if weights is None:
-            break
-        point = Point(objective, weights)
-    relative = point.error / point.scale if point.scale else math.inf
-    raise CurvatureError(
-        f"the last layer is not refitted after {taken} Newton steps: the norm of the gradient is "
-        f"{point.error:.3g}, {relative:.3g} times that of the penalty's (asked: tol={tol:g}). Raise "
-        "`l2`, `max_iter` or `tol`; a loss that is not convex and twice differentiable in the "
-        "outputs, or computes in float32, does not get there"
-    )
+
+    weights: Tensor
+    n: int
+    fingerprint: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What refits the last layer of a model, at the checkpoint that is in it.
+
+    Args:
+        model: the model.
+        layer: the name of the layer.
+        source: settles the loss.
+        loss: of the training examples.
+        loss_fn: the same as the user gave it.
+        settings: how to refit.
+    """
+
+    model: nn.Module
+    layer: str
+    source: GradientSource
+    loss: Loss
+    loss_fn: LossFunction | None
+    settings: Settings
+
+    def head(
+        self, batches: Iterable[Batch], device: torch.device, fingerprint: tuple[float, ...]
+    ) -> Head:
+        """The layer refitted on a training set."""
+        parts = joined(self._training_examples(batches, device))
+        shapes = [part.features.shape[:2] for part in parts]
+        loss = self._precise_loss()
+
+        def losses(outputs: Tensor) -> Tensor:
+            pieces = zip(parts, outputs.split([s.numel() for s in shapes]), shapes, strict=True)
+            return torch.stack([part.total(loss, o.view(*s, -1)) for part, o, s in pieces]).sum()
+
+        features = torch.cat([part.features.flatten(0, 1) for part in parts])
+        n, how = sum(shape[0] for shape in shapes), self.settings
+        objective = Objective(features, losses, n, how.l2)
+        return Head(minimum(objective, parts[0].width, how.tol, how.max_iter), n, fingerprint)
+
+    def seen(self, batch: Batch) -> LastLayer:
+        """A batch at the last layer, its features as they are multiplied with."""
+        self.source.prepare(batch, self.loss)
+        if not self.loss.is_of_outputs:
+            raise InvalidArgumentError(
+                "the last layer cannot be refitted without a loss that is a function of its "
+                "output: pass `loss_fn`"
+            )
+        seen = at_last_layer(self.model, self.layer, batch, self._precise_loss())
+        features = seen.features
+        if self.settings.normalize:
+            norms = features.norm(dim=-1, keepdim=True)
+            features = features / torch.where(norms > 0, norms, 1.0)
+        if self.settings.count_bias:
+            features = F.pad(features, (0, 1), value=1.0)
+        return replace(seen, features=features)
+
+    def values(self, seen: LastLayer, head: Head) -> Tensor:
+        """The representer values of examples, ``[n, t, c]``."""
+        slopes = seen.slopes(self._precise_loss(), seen.features @ head.weights.T)
+        return -slopes / (2 * self.settings.l2 * head.n)
+
+    def _training_examples(self, batches: Iterable[Batch], device: torch.device) -> list[LastLayer]:
+        parts: list[LastLayer] = []
+        start = 0
+        for batch in batches:
+            batch = to_device(batch, device)
+            part = self.seen(batch)
+            if not parts:
+                # one alone shows where examples stand, were there as many positions as examples
+                self.seen(take(batch, slice(0, 1)))
+            finite = torch.isfinite(part.features).flatten(1).all(1)
+            if not bool(finite.all()):
+                raise NonFiniteError(
+                    f"the input of layer '{self.layer}' is NaN or infinite for training example "
+                    f"{start + int(finite.int().argmin())}; look at that example"
+                )
+            parts.append(part)
+            start += len(finite)
+        if not parts:
+            raise InvalidArgumentError("there are no examples: the data set or loader is empty")
+        return parts
+
+    def _precise_loss(self) -> Loss:
+        """The loss with what it holds (weights of classes, say) in float64."""
+        if not isinstance(self.loss_fn, nn.Module):
+            return self.loss
+        exact = copy.deepcopy(self.loss_fn).double()
+        return Loss(exact, self.loss.reduction, self.loss.name)

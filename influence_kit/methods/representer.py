@@ -4,10 +4,7 @@ Letters: m test and n training examples, t positions (1 unless an example is a s
 of the last layer, c outputs.
 """
 
-import copy
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,37 +15,22 @@ from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.checkpoints import LoadFunction, load_checkpoint
-from influence_kit.data import Batch, take, to_device
-from influence_kit.errors import InvalidArgumentError, NonFiniteError
+from influence_kit.data import Batch
+from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.factored import Factored
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rules import linear, rule_for, transposed_linear
-from influence_kit.losses import Loss, LossFunction
+from influence_kit.labels import labels_of
+from influence_kit.losses import LossFunction
 from influence_kit.methods.base import BatchSize
 from influence_kit.methods.example_influence import given
 from influence_kit.methods.inner_product import InnerProductInfluence
-from influence_kit.methods.last_layer import LastLayer, at_last_layer, chosen_outputs, joined
-from influence_kit.methods.refit import Objective, refit
+from influence_kit.methods.refit import Head, Refit, Settings
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term
 
 # the two sides of an example, beside each other
 VALUE, CHOSEN = "representer value", "chosen output"
-
-
-@dataclass(frozen=True)
-class Head:
-    """A last layer that was refitted.
-
-    Args:
-        weights: ``[c, d]``, float64.
-        n: the number of training examples.
-        made_of: what it depends on beside the data.
-    """
-
-    weights: Tensor
-    n: int
-    made_of: tuple[float, ...]
 
 
 class RepresenterPointSelection(InnerProductInfluence):
@@ -139,19 +121,7 @@ class RepresenterPointSelection(InnerProductInfluence):
         max_iter: int = 100,
         eval_mode: bool = True,
     ) -> None:
-        for name, value, most in (("l2", l2, math.inf), ("tol", tol, 1)):
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, float | int)
-                or not 0 < value < most
-            ):
-                raise InvalidArgumentError(
-                    f"`{name}` must be a number above 0 and below {most}; got {value!r}"
-                )
-        if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 1:
-            raise InvalidArgumentError(f"`max_iter` must be a positive int; got {max_iter!r}")
-        self.l2, self.tol, self.max_iter = l2, tol, max_iter
-        self.normalize, self.count_bias = normalize, count_bias
+        self._settings = Settings(l2, normalize, count_bias, tol, max_iter)
         names: dict[Any, str] = {module: name for name, module in model.named_modules()}
         super().__init__(
             model,
@@ -185,7 +155,7 @@ class RepresenterPointSelection(InnerProductInfluence):
         return self.model.get_submodule(self._layer)
 
     def representer_values(self, checkpoint: int = 0) -> Tensor:
-        """The alphas of the training examples at a checkpoint: ``[n, c]``; of sequences ``[n, t, c]``.
+        """The alphas of the training examples, ``[n, c]``, or ``[n, t, c]``, at a checkpoint.
 
         Sequences of different lengths are filled up with zeros.
         """
@@ -210,11 +180,13 @@ class RepresenterPointSelection(InnerProductInfluence):
         return self.layers[0]
 
     @property
-    def _made_of(self) -> tuple[float, ...]:
-        """The settings that a refit depends on."""
-        return (self.l2, self.normalize, self.count_bias, self.tol)
+    def _refit(self) -> Refit:
+        return Refit(
+            self.model, self._layer, self._source, self._train_loss, self.loss_fn, self._settings
+        )
 
     def _forget(self) -> None:
+        super()._forget()
         self._heads: dict[int, Head] = {}
 
     def _plan(
@@ -228,69 +200,9 @@ class RepresenterPointSelection(InnerProductInfluence):
     def _fit_at(self, place: int, loader: CheckpointLoader) -> None:
         """Have the refitted layer of a checkpoint."""
         loader.load(place)
-        made_of = (*loader.fingerprint(place), *self._made_of)
-        known = self._heads.get(place)
-        if known is None or known.made_of != made_of:
-            self._heads[place] = self._refitted(made_of)
-
-    def _refitted(self, made_of: tuple[float, ...]) -> Head:
-        parts = joined(self._training_examples())
-        shapes = [part.features.shape[:2] for part in parts]
-        loss = self._precise_loss()
-
-        def losses(outputs: Tensor) -> Tensor:
-            pieces = zip(parts, outputs.split([s.numel() for s in shapes]), shapes, strict=True)
-            return torch.stack([part.total(loss, o.view(*s, -1)) for part, o, s in pieces]).sum()
-
-        features = torch.cat([part.features.flatten(0, 1) for part in parts])
-        n = sum(shape[0] for shape in shapes)
-        objective = Objective(features, losses, n, self.l2)
-        return Head(refit(objective, parts[0].width, self.tol, self.max_iter), n, made_of)
-
-    def _training_examples(self) -> list[LastLayer]:
-        parts: list[LastLayer] = []
-        start = 0
-        for batch in self.train_dataloader:
-            batch = to_device(batch, self._device)
-            part = self._seen(batch)
-            if not parts:
-                # one example shows where examples stand, were there as many positions as examples
-                self._seen(take(batch, slice(0, 1)))
-            finite = torch.isfinite(part.features).flatten(1).all(1)
-            if not bool(finite.all()):
-                raise NonFiniteError(
-                    f"the input of layer '{self._layer}' is NaN or infinite for training example "
-                    f"{start + int(finite.int().argmin())}; look at that example"
-                )
-            parts.append(part)
-            start += len(finite)
-        if not parts:
-            raise InvalidArgumentError("there are no examples: the data set or loader is empty")
-        return parts
-
-    def _seen(self, batch: Batch) -> LastLayer:
-        """A batch at the last layer, its features as they are multiplied with."""
-        self._source.prepare(batch, self._train_loss)
-        if not self._train_loss.is_of_outputs:
-            raise InvalidArgumentError(
-                "the last layer cannot be refitted without a loss that is a function of its "
-                "output: pass `loss_fn`"
-            )
-        seen = at_last_layer(self.model, self._layer, batch, self._precise_loss())
-        features = seen.features
-        if self.normalize:
-            norms = features.norm(dim=-1, keepdim=True)
-            features = features / torch.where(norms > 0, norms, 1.0)
-        if self.count_bias:
-            features = F.pad(features, (0, 1), value=1.0)
-        return replace(seen, features=features)
-
-    def _precise_loss(self) -> Loss:
-        """The training loss with what it holds (weights of classes, say) in float64."""
-        if not isinstance(self.loss_fn, nn.Module):
-            return self._train_loss
-        exact = copy.deepcopy(self.loss_fn).double()
-        return Loss(exact, self._train_loss.reduction, "loss_fn")
+        known, fingerprint = self._heads.get(place), loader.fingerprint(place)
+        if known is None or known.fingerprint != fingerprint:
+            self._heads[place] = self._refit.head(self.train_dataloader, self._device, fingerprint)
 
     def _side(self, place: int, kind: str) -> Side:
         name = next(iter(self._parameters))
@@ -302,17 +214,20 @@ class RepresenterPointSelection(InnerProductInfluence):
         return Side(place, partial(self._both_sides, place), (one_of_both,))
 
     def _both_sides(self, place: int, batch: Batch) -> Gradients:
-        """A batch as training examples and as test examples: alpha f^T, and (chosen output) f^T."""
-        seen, head, sample = self._seen(batch), self._heads[place], self._sample
-        slopes = seen.slopes(self._precise_loss(), seen.features @ head.weights.T)
-        values = -slopes / (2 * self.l2 * head.n)
-        deltas = {VALUE: values, CHOSEN: chosen_outputs(values, seen.batch, self._train_loss.shift)}
+        """A batch as training and as test examples: alpha f^T and (chosen output) f^T."""
+        head, sample = self._heads[place], self._sample
+        seen = self._refit.seen(batch)
+        values = self._refit.values(seen, head)
+        chosen = _chosen_outputs(values, seen.batch, self._train_loss.shift)
         features, shape = seen.features.to(sample), head.weights.shape
-        forms = {kind: Factored(d.to(sample), features, shape) for kind, d in deltas.items()}
+        forms = {
+            kind: Factored(deltas.to(sample), features, shape)
+            for kind, deltas in ((VALUE, values), (CHOSEN, chosen))
+        }
         return Gradients(len(values), forms, dict.fromkeys(forms, shape), sample)
 
     def _found(self, inputs: Any, checkpoint: int) -> tuple[Factored, Head]:
-        """The training side of examples (of the training set where None), and the refitted layer."""
+        """The training side of examples (None: the training set), and the refitted layer."""
         if checkpoint not in range(len(self.checkpoints)):
             raise InvalidArgumentError(
                 f"`checkpoint` must be from 0 to {len(self.checkpoints) - 1}; got {checkpoint!r}"
@@ -328,3 +243,33 @@ class RepresenterPointSelection(InnerProductInfluence):
 def _without_one(values: Tensor) -> Tensor:
     """``[n, t, c]`` as ``[n, c]`` where there is one position."""
     return values.squeeze(1) if values.shape[1] == 1 else values
+
+
+def _chosen_outputs(values: Tensor, batch: Batch, shift: int) -> Tensor:
+    """Which output a test example's score is a part of: that of its label, ``[n, t, c]``.
+
+    Args:
+        values: minus the slopes of the examples' losses, up to a factor, ``[n, t, c]``.
+        batch: holds the labels.
+        shift: by how many positions labels are behind outputs.
+
+    Raises:
+        InvalidArgumentError: where there are several outputs and no integer label for each.
+    """
+    n, t, c = values.shape
+    if c == 1:
+        return values.sign()
+    labels = labels_of(batch)
+    if labels.is_floating_point() or labels.numel() != n * t:
+        raise InvalidArgumentError(
+            f"of {c} outputs the score is of the label's, so that labels must be integers of shape "
+            f"{[n] if t == 1 else [n, t]}; they are {labels.dtype} of shape {list(labels.shape)}"
+        )
+    labels = F.pad(labels.reshape(n, t)[:, shift:].long(), (0, shift), value=-1)
+    if int(labels.max()) >= c:
+        raise InvalidArgumentError(f"a label is {int(labels.max())}; the layer has {c} outputs")
+    counts = labels >= 0
+    if t > 1:  # positions that the loss ignores, by a label of whatever number
+        counts &= values.ne(0).any(2)
+    chosen = torch.zeros_like(values).scatter_(2, labels.clamp(min=0).unsqueeze(2), 1.0)
+    return chosen * counts.unsqueeze(2)

@@ -50,10 +50,8 @@ class SavedActivations:
             size = CLOSE * float(self.first.abs().max())
             if saved.shape == self.first.shape and torch.allclose(saved, self.first, CLOSE, size):
                 return True
-            reason = "the layer's output for the first example was another one"
-        warnings.warn(
-            f"the activations saved in {self.folder} are computed anew: {reason}", stacklevel=5
-        )
+            reason = f"{self.folder} is of a layer that gave another output for the first example"
+        warnings.warn(f"activations are computed anew, because {reason}", stacklevel=5)
         return False
 
     def begin(self) -> None:

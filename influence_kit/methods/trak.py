@@ -35,7 +35,7 @@ from influence_kit.operators.solvers import Cholesky
 from influence_kit.scoring.reducers import Reducer, Weighted
 from influence_kit.scoring.term import Side, Term, Transform
 
-KINDS = ("rademacher", "gaussian", "sjlt", "identity")
+KINDS = ("sjlt", "rademacher", "gaussian", "identity")
 FEATURES, SLOPE = "features", "1 - p"
 
 
@@ -60,8 +60,9 @@ class TRAK(SolvedInfluence):
             store, store_dtype: as in ``InnerProductInfluence``.
         loss_fn: only for an ``output_fn``, whose slope takes the place of 1 - p.
         projection_dim: entries of the features; at most n, for which there is a warning.
-        projection: "rademacher", "gaussian", "sjlt" (sparse, the fastest for large models) or
-            "identity" (nothing is projected, for small models).
+        projection: "sjlt" (sparse: each entry is added to one of the features), "rademacher" or
+            "gaussian" (dense: as many operations an entry as there are features), or "identity"
+            (nothing is projected, for small models).
         ridge: added to the eigenvalues of Phi^T Phi, which is a sum over the training set: a number
             or "auto", their mean. Without one the scores are noise where n is near the number of
             features or below it. May be set anew; nothing is computed again for that.
@@ -88,6 +89,7 @@ class TRAK(SolvedInfluence):
     """
 
     _auto_share = 1.0
+    _damping_name = "ridge"
     _keeps_rows = True
 
     def __init__(
@@ -101,7 +103,7 @@ class TRAK(SolvedInfluence):
         batch_size: BatchSize = "auto",
         *,
         projection_dim: int = 512,
-        projection: Literal["rademacher", "gaussian", "sjlt", "identity"] = "rademacher",
+        projection: Literal["sjlt", "rademacher", "gaussian", "identity"] = "sjlt",
         ridge: float | Literal["auto"] = "auto",
         output_fn: OutputFunction | None = None,
         seed: int = 0,
@@ -227,6 +229,8 @@ class TRAK(SolvedInfluence):
             outputs = call_model(self.model, batch)
             if self.output_fn is None:
                 return one_minus_probability(outputs, targets_of(batch))
+        # a loss that does not say what it reduces over is asked
+        self._source.prepare(batch, self._train_loss)
         n = example_count(batch)
         return slope_along(self._train_loss, self.output_fn, outputs, batch, n)
 
@@ -279,6 +283,10 @@ class TRAK(SolvedInfluence):
 
     def _make_inverse(self, facts: Facts, damping: Tensor, data: DataSet) -> Transform:
         return self._through(Cholesky([facts["gram"]], damping, [FEATURES]))
+
+    @property
+    def _needs_fit_for_quantities(self) -> bool:
+        return True  # for the slopes
 
     # Where they meet.
 

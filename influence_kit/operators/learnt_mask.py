@@ -26,10 +26,11 @@ def learnt_mask(gradients: Tensor, k: int, sparsity: float = 1e-3) -> Tensor:
     logits.requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=RATE)
     for _ in range(STEPS):
-        mask = logits.sigmoid()
-        masked = values * mask
-        correlation = (target * _standard(masked @ masked.T, others)).sum(1).mean()
-        (sparsity * mask.mean() - correlation).backward()
+        with torch.enable_grad():
+            mask = logits.sigmoid()
+            masked = values * mask
+            correlation = (target * _standard(masked @ masked.T, others)).sum(1).mean()
+            (sparsity * mask.mean() - correlation).backward()
         optimizer.step()
         optimizer.zero_grad()
     return logits.detach().topk(k).indices.sort().values

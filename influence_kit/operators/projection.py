@@ -50,24 +50,23 @@ class Unit:
 
 def units_of(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[Unit]:
     """The units of the chosen parameters, in their order."""
-    units, joined = [], set()
-    for name, parameter in parameters.items():
-        if name in joined:
-            continue
-        owner, _, attribute = name.rpartition(".")
-        rule = rule_for(model.get_submodule(owner))
-        bias = f"{owner}.bias".removeprefix(".")
-        names: tuple[str, ...] = (name,)
-        has_matrix = rule in (linear, convolution, transposed_linear) and attribute == "weight"
-        if has_matrix and bias in parameters:
-            joined.add(bias)
-            names = (name, bias)
-        shape = parameter.shape
-        rows, columns = (shape[0], math.prod(shape[1:])) if parameter.dim() > 1 else (0, 0)
-        transposed = has_matrix and rule is transposed_linear
-        outputs, inputs = (columns, rows) if transposed else (rows, columns)
-        units.append(Unit(names, outputs, inputs + len(names) - 1, transposed))
-    return units
+    units = [_unit_of(name, model, parameters) for name in parameters]
+    # a bias may come before its weight
+    joined = {unit.bias for unit in units}
+    return [unit for unit in units if unit.names[0] not in joined]
+
+
+def _unit_of(name: str, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Unit:
+    """A parameter with what is projected together with it."""
+    owner, _, attribute = name.rpartition(".")
+    rule, shape = rule_for(model.get_submodule(owner)), parameters[name].shape
+    bias = f"{owner}.bias".removeprefix(".")
+    has_matrix = rule in (linear, convolution, transposed_linear) and attribute == "weight"
+    names = (name, bias) if has_matrix and bias in parameters else (name,)
+    rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (0, 0)
+    transposed = has_matrix and rule is transposed_linear
+    outputs, inputs = (columns, rows) if transposed else (rows, columns)
+    return Unit(names, outputs, inputs + len(names) - 1, transposed)
 
 
 class UnitMap(ABC):
@@ -124,7 +123,8 @@ class TwoSided(UnitMap):
         if isinstance(form, Sum):
             parts = [self._product(part) for part in form.parts]
             return torch.stack(parts).sum(0)
-        if isinstance(form, Factored):
+        # a parameter of two layers may be stored the other way round for one of them
+        if isinstance(form, Factored) and form.transposed == self.unit.transposed:
             deltas = self.left(form.deltas)
             return torch.bmm(deltas.transpose(1, 2), self._right(form.inputs))
         if isinstance(form, Rows):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -160,9 +161,7 @@ class DenseMap(Blocked):
 class Orthogonal(RandomMap):
     """Orthonormal columns in a random direction, times sqrt(p / k); k at most p."""
 
-    def __init__(self, p: int, k: int, key: int) -> None:
-        super().__init__(p, k, key)
-        self._matrix: Tensor | None = None
+    _at_hand: Tensor | None = None
 
     def __call__(self, values: Tensor) -> Tensor:
         return values @ self.matrix(values)
@@ -171,15 +170,20 @@ class Orthogonal(RandomMap):
         return self.matrix(like)[places]
 
     def matrix(self, like: Tensor) -> Tensor:
-        if self._matrix is None:
-            generator = torch.Generator().manual_seed(self.key)
-            drawn = torch.randn(self.p, self.k, generator=generator, dtype=torch.float64)
-            basis, upper = torch.linalg.qr(drawn)
-            # QR is unique, and the direction uniform, with a positive diagonal
-            self._matrix = basis * upper.diagonal().sign() * (self.p / self.k) ** 0.5
-        if self._matrix.dtype != like.dtype or self._matrix.device != like.device:
-            self._matrix = self._matrix.to(like)
-        return self._matrix
+        known = self._at_hand
+        if known is None or (known.dtype, known.device) != (like.dtype, like.device):
+            self._at_hand = known = self._drawn.to(like)
+        return known
+
+    @cached_property
+    def _drawn(self) -> Tensor:
+        """The matrix in float64, of which another precision is rounded."""
+        generator = torch.Generator().manual_seed(self.key)
+        drawn = torch.randn(self.p, self.k, generator=generator, dtype=torch.float64)
+        basis, upper = torch.linalg.qr(drawn)
+        # QR is unique, and the direction uniform, with a positive diagonal
+        columns: Tensor = basis * upper.diagonal().sign() * (self.p / self.k) ** 0.5
+        return columns
 
 
 class Coordinates(RandomMap):

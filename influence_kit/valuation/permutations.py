@@ -126,11 +126,11 @@ class BetaShapley(PermutationValue):
     .. math::
         q(k) = \binom{n-1}{k} \frac{B(k + \beta, \; n - 1 - k + \alpha)}{B(\alpha, \beta)}
 
-    Beta(alpha, beta)-Shapley (arXiv 2110.14049), B the beta function: alpha above beta gives weight to small subsets,
-    where one example adds most and noise hides least; (1, 1) is the Shapley value. The weights do
-    not change which models are fitted, only what each counts for: the more uneven they are, the
-    larger the standard errors. The values do not sum to u(all) - u(none). Rows are test examples;
-    positive is a proponent.
+    Beta(alpha, beta)-Shapley (arXiv 2110.14049), B the beta function. Alpha above beta gives weight
+    to small subsets, where one example adds most and noise hides least; (1, 1) is the Shapley
+    value. The weights do not change which models are fitted, only what each counts for: the more
+    uneven they are, the larger the standard errors. The values do not sum to u(all) - u(none). Rows
+    are test examples; positive is a proponent.
 
     Args:
         alpha, beta: positive numbers; (16, 1) and (4, 1) are the paper's for finding wrong labels.

@@ -75,7 +75,7 @@ def test_a_truth_without_differences_is_refused():
         r"test example 1: 3\).*leave them out",
     ):
         check_truth(truth, "outputs")
-    with pytest.raises(InvalidArgumentError, match="has 1 value a test example; .* at least two"):
+    with pytest.raises(InvalidArgumentError, match=r"has 1 value a test example; .* at least two"):
         check_truth(truth[:, :1], "outputs")
 
 

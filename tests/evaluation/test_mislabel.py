@@ -6,11 +6,12 @@ import torch
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.evaluation import detection_curve, mislabel_auc, recall_at
+from influence_kit.evaluation import detection_curve, mislabel_auc, precision_at, recall_at
 
 FUNCTIONS = {
     "auc": mislabel_auc,
     "recall": lambda scores, is_wrong: recall_at(scores, is_wrong, 0.5),
+    "precision": lambda scores, is_wrong: precision_at(scores, is_wrong, 0.5),
     "curve": detection_curve,
 }
 
@@ -70,6 +71,7 @@ def test_curve_and_recall_count_by_place_among_ties(seed):
     np.testing.assert_allclose(found, np.array(counts) / is_wrong.sum())
     for seen in range(1, n + 1):
         assert recall_at(scores, is_wrong, seen / n) == counts[seen] / is_wrong.sum()
+        assert precision_at(scores, is_wrong, seen / n) == counts[seen] / seen
 
 
 def test_recall_rounds_the_number_of_inspected_examples():
@@ -115,5 +117,13 @@ def test_bad_input_is_refused(function, scores, is_wrong, message):
 
 @pytest.mark.parametrize("fraction", [0, -0.1, 1.5, float("nan")])
 def test_a_fraction_outside_the_unit_interval_is_refused(fraction):
-    with pytest.raises(InvalidArgumentError, match=f"got {fraction}, expected a number above 0"):
-        recall_at([1.0, 2.0], [True, False], fraction)
+    for function in (recall_at, precision_at):
+        with pytest.raises(
+            InvalidArgumentError, match=f"got {fraction}, expected a number above 0"
+        ):
+            function([1.0, 2.0], [True, False], fraction)
+
+
+def test_a_precision_of_no_examples_is_refused():
+    with pytest.raises(InvalidArgumentError, match=r"share of 0.2 of 2 examples is less than one"):
+        precision_at([1.0, 2.0], [True, False], 0.2)

@@ -65,7 +65,9 @@ def test_the_code_of_a_function_is_seen():
 def test_classes_modules_and_builtins_have_names():
     assert describe_function(Recipe)["name"] == "Recipe"
     assert "code" in describe_function(Recipe)
-    assert describe_function(nn.CrossEntropyLoss(reduction="sum")) == {"name": "CrossEntropyLoss()"}
+    loss = describe_function(nn.CrossEntropyLoss(reduction="sum"))
+    assert loss["name"] == "CrossEntropyLoss()"
+    assert loss["uses"]["reduction"] == "sum"
     assert describe_function(len) == {"name": "len"}
 
 

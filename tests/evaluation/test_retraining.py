@@ -1,4 +1,4 @@
-"""Retraining: every model once, the same numbers from disk and from processes, also after a kill."""
+"""Retraining: every model once; the same numbers from disk, from processes, after a kill."""
 
 import json
 import signal
@@ -23,7 +23,7 @@ SEEDS = [3, 8]
 
 
 class Trainer:
-    """A training function that counts its calls: the mean of its inputs, and noise from the seed."""
+    """A training function that counts its calls: the mean of its inputs, noise of the seed."""
 
     def __init__(self, fail_after=None):
         self.calls, self.fail_after = [], fail_after
@@ -244,7 +244,10 @@ def other(rate, indices, seed):
         ({"train_fn": partial(other, 0.1)}, r"train_fn: .*\"one\".* there, .*\"other\".* here"),
         ({"train_fn": partial(one, 0.2)}, r"\"argument 0\": 0.1.* there, .*\"argument 0\": 0.2"),
         ({"label": "mine"}, r"label: null there, \"mine\" here; train_fn: .* there, null here"),
-        ({"subsets": half_subsets(9, 2)}, r"examples: 12 there, 9 here. Use another folder; or, wh"),
+        (
+            {"subsets": half_subsets(9, 2)},
+            r"examples: 12 there, 9 here. Use another folder; or, wh",
+        ),
     ],
     ids=["function", "setting", "label", "examples"],
 )
@@ -267,7 +270,10 @@ def damage(folder: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("file", r"the model of 6 examples and seed 0 \('\w+-seed0'\) cannot be read from .*remove"),
+        (
+            "file",
+            r"the model of 6 examples and seed 0 \('\w+-seed0'\) cannot be read from .*remove",
+        ),
         ("manifest", r"manifest.json cannot be read .*; use another folder"),
     ],
 )
@@ -282,7 +288,9 @@ def test_a_damaged_folder_is_an_error(tmp_path, kind, message):
 def test_a_model_that_does_not_fit_is_an_error(tmp_path):
     kept(train_fn=Trainer(), folder=tmp_path).checkpoints(SUBSETS)
     retraining = kept(train_fn=Trainer(), folder=tmp_path, model=nn.Linear(3, 1))
-    with pytest.raises(InvalidArgumentError, match=r"does not fit the model here .*fitting `model`"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"does not fit the `model` it is loaded into, a Linear:"
+    ):
         retraining.outputs(SUBSETS, measure)
 
 
@@ -296,7 +304,9 @@ class Stateful(nn.Linear):
 
 def test_a_state_that_is_no_tensor_is_refused(tmp_path):
     retraining = Retraining(lambda indices, seed: Stateful(1, 1), tmp_path)
-    with pytest.raises(InvalidArgumentError, match=r"holds '_extra_state', which is no tensor; onl"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"holds '_extra_state', which is no tensor; onl"
+    ):
         retraining.checkpoints(SUBSETS)
 
 
@@ -331,20 +341,23 @@ def test_what_is_no_measured_output_is_refused(measured, message):
 
 def test_an_output_that_is_not_finite_is_an_error():
     with pytest.raises(
-        NonFiniteError, match=r"output 1 of the model of 6 examples and seed 0 \('\w+-seed0'\) is na"
+        NonFiniteError,
+        match=r"output 1 of the model of 6 examples and seed 0 \('\w+-seed0'\) is na",
     ):
         Retraining(Trainer()).outputs(SUBSETS, lambda model: torch.tensor([1.0, torch.nan]))
 
 
 def test_what_is_no_model_is_refused():
-    with pytest.raises(InvalidArgumentError, match="`train_fn` returned a dict; it must return the"):
+    with pytest.raises(
+        InvalidArgumentError, match="`train_fn` returned a dict; it must return the"
+    ):
         Retraining(lambda indices, seed: {}).outputs(SUBSETS, measure)
 
 
 def test_seeds_must_be_there():
     with pytest.raises(InvalidArgumentError, match="got 1 seeds for 4 models; there must be one"):
         Retraining(Trainer()).paired_outputs(SUBSETS, measure, [0])
-    with pytest.raises(InvalidArgumentError, match="got 0 seeds for 0 models"):
+    with pytest.raises(InvalidArgumentError, match="got no seeds; at least one model"):
         Retraining(Trainer()).outputs(SUBSETS, measure, [])
 
 

@@ -121,13 +121,19 @@ def test_a_chunk_can_be_read_without_this_library(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_rows_are_maps_of_one_file_at_a_time(tmp_path: Path) -> None:
+def test_rows_are_maps_of_one_file_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = build(tmp_path)
 
     def mapped() -> set[str]:
         lines = Path("/proc/self/maps").read_text().splitlines()
         return {line.split("/")[-1] for line in lines if str(tmp_path) in line}
 
+    def check(path: Path, *_: Any) -> None:  # which reads all of it
+        assert mapped() == {path.name}
+
+    monkeypatch.setattr(store_module, "check_bytes", check)
     first, again = store.read(0, 5, 10), store.read(0, 6, 7)
     assert again.data_ptr() == first[1:].data_ptr()
     assert mapped() == {chunk(tmp_path).name}
@@ -302,7 +308,7 @@ def _build_slowly(folder: str, started: Any, pause: float) -> None:
                 time.sleep(pause)
                 yield start, piece
 
-    store = new(Path(folder))
+    store = new(Path(folder), chunk_rows=2)
     os.fsync = slow_sync
     for checkpoint in range(CHECKPOINTS):
         store.fill(checkpoint, slowly(store, checkpoint))
@@ -323,14 +329,14 @@ def _start(folder: Path, pause: float) -> Any:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
 def test_ten_kills_lose_no_chunk_and_change_no_byte(tmp_path: Path) -> None:
-    """At random moments, some of which fall into the writing of a chunk."""
-    build(tmp_path / "whole")
+    """At random moments, most of which fall into the writing of a chunk."""
+    build(tmp_path / "whole", chunk_rows=2)
     whole, folder = contents(tmp_path / "whole"), tmp_path / "killed"
     moments = random.Random(0)
     known: dict[str, tuple[int, int]] = {}
     for _ in range(10):
-        process = _start(folder, pause=0.05)
-        time.sleep(moments.uniform(0, 0.12))
+        process = _start(folder, pause=0.03)
+        time.sleep(moments.uniform(0, 0.18))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
@@ -347,11 +353,11 @@ def test_ten_kills_lose_no_chunk_and_change_no_byte(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="has no forkserver")
 def test_two_builds_of_one_folder_do_no_harm(tmp_path: Path) -> None:
-    build(tmp_path / "whole")
+    build(tmp_path / "whole", chunk_rows=2)
     processes = [_start(tmp_path / "twice", pause=0.005) for _ in range(2)]
     for process in processes:
         process.join(60)
-    build(tmp_path / "twice")
+    build(tmp_path / "twice", chunk_rows=2)
     assert contents(tmp_path / "twice") == contents(tmp_path / "whole")
 
 

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from influence_kit import KNNShapley
 from influence_kit.errors import InvalidArgumentError, NonFiniteError, UnknownLayerError
-from influence_kit.methods import knn_shapley
+from influence_kit.methods import knn_points, knn_shapley
+from influence_kit.methods.activations import Features
 from influence_kit.methods.knn_values import far_to_near, values_of_matches
 
 N, M, D = 8, 5, 3
@@ -265,11 +266,26 @@ def test_the_models_precision_and_frozen_or_empty_models() -> None:
         found = built(single, model).influence(asked)
         assert found.dtype == torch.float32
         assert torch.equal(found, expected.float())
+    with_graph = single[0].clone().requires_grad_(), single[1]
+    assert not built(with_graph, nn.Linear(D, 2)).influence(with_graph).requires_grad
     half = (train[0].bfloat16(), train[1]), (test[0].bfloat16(), test[1])
     rounded = over_coalitions((half[0][0].float(), train[1]), (half[1][0].float(), test[1]), 5)
     knn = built(half[0], nn.Linear(D, 2).bfloat16())
     assert torch.equal(knn.influence(half[1]), rounded.bfloat16())
     assert torch.equal(knn.influence(half[1], k=2).influence_scores.max(), rounded.float().max())
+
+
+def test_a_rank_without_examples_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, test = examples(N, 0), examples(M, 1)
+    knn = built(train)
+    monkeypatch.setattr(knn_shapley, "is_mine", lambda place: False)
+    assert knn.influence(test).shape == (0, N)
+    assert knn.influence(test, k=2).indices.shape == (0, 2)
+    assert knn.self_influence().shape == (0,)
+    monkeypatch.setattr(knn_points, "is_mine", lambda batch: False)
+    reader = knn_points.Reader(Features(knn.model, None), False, False, torch.device("cpu"))
+    points = reader([test], "test")
+    assert (points.n, points.features.shape) == (0, (0, D))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -356,8 +372,12 @@ def test_an_unknown_layer_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "labels",
-    [torch.zeros(N, dtype=torch.float64), torch.zeros(N, 2, dtype=torch.int64)],
-    ids=["numbers", "tokens"],
+    [
+        torch.zeros(N, dtype=torch.float64),
+        torch.zeros(N, dtype=torch.complex64),
+        torch.zeros(N, 2, dtype=torch.int64),
+    ],
+    ids=["numbers", "complex", "tokens"],
 )
 def test_labels_that_are_no_integers_are_refused(labels: Tensor) -> None:
     x, _ = examples(N, 0)
@@ -427,8 +447,12 @@ def test_features_that_are_not_finite_are_refused() -> None:
     (x, y), test = examples(N, 0), examples(M, 1)
     bad = x.clone()
     bad[5, 1] = math.nan
-    with pytest.raises(NonFiniteError, match="the features of training example 5 are NaN"):
+    with pytest.raises(NonFiniteError, match="a feature of training example 5 is NaN"):
         built((bad, y), batch_size=2).influence(test)
+    labels = y.double()
+    labels[6] = math.inf
+    with pytest.raises(NonFiniteError, match="the label of training example 6 is NaN or inf"):
+        built((x, labels), utility="squared_error", batch_size=4).influence(test)
     bad[5] = 0
     with pytest.raises(NonFiniteError, match=r"test example 5 have the norm 0.0, and so no cosine"):
         built((x, y), metric="cosine").influence((bad, y))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from influence_kit.scoring import reducers
-from influence_kit.scoring.reducers import AllScores, KMostInfluentialResults, TopK
+from influence_kit.scoring.reducers import AllScores, KMostInfluentialResults, TopK, WholeRows
 
 M, N = 4, 37
 
@@ -112,6 +112,26 @@ def test_all_scores_of_any_chunks_are_all_scores(chunks, leading):
 
 def test_what_the_reducers_keep_tells_the_loop_whether_to_make_small_blocks():
     assert (AllScores.keeps_all, TopK.keeps_all) == (True, False)
+    assert (WholeRows(None, True).keeps_all, WholeRows(2, True).keeps_all) == (True, False)
+
+
+@pytest.mark.parametrize("proponents", [True, False], ids=["proponents", "opponents"])
+@pytest.mark.parametrize("k", [None, 0, 1, 5, N + 5])
+@pytest.mark.parametrize("sizes", [[M], [1] * M, [3, 0, 1]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_rows_are_kept_as_blocks_of_columns_are(kind, sizes, k, proponents):
+    scores = scores_of(kind)
+    reducer = WholeRows(k, proponents)
+    for rows in torch.arange(M).split(sizes):
+        reducer.update(rows, scores[rows])
+    found = reducer.result()
+    if k is None:
+        assert torch.equal(found, scores)
+        return
+    expected = fed(TopK(k, proponents), scores, CHUNKS["one block"]).result()
+    assert isinstance(found, KMostInfluentialResults)
+    assert torch.equal(found.indices, expected.indices)
+    assert torch.equal(found.influence_scores, expected.influence_scores)
 
 
 # Ranks: each keeps its own, which are gathered at the end.
@@ -157,3 +177,20 @@ def test_all_scores_of_two_ranks_are_in_the_order_of_the_training_set(merged):
     # places are gathered before scores
     found = merged(mine, torch.cat(other._places), torch.cat(other._blocks, dim=1))
     assert torch.equal(found, scores)
+
+
+@pytest.mark.parametrize("k", [None, 3])
+def test_whole_rows_of_two_ranks_are_in_the_order_of_the_test_examples(merged, k):
+    scores = scores_of("many ties")
+    mine, other = WholeRows(k, True), WholeRows(k, True)
+    mine.update(torch.tensor([0, 2]), scores[[0, 2]])
+    other.update(torch.tensor([1, 3]), scores[[1, 3]])
+    # of each tensor that is kept, places are gathered before it
+    theirs = [part for kept in other._kept for part in (kept._places[0], kept._blocks[0].T)]
+    found = merged(mine, *theirs)
+    if k is None:
+        assert torch.equal(found, scores)
+    else:
+        expected = fed(TopK(k, True), scores, [N]).local_result()
+        assert torch.equal(found.indices, expected.indices)
+        assert torch.equal(found.influence_scores, expected.influence_scores)

@@ -1,0 +1,133 @@
+"""Methods side by side, against scipy; stand-ins for methods return scores that are known."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from influence_kit import GradCos, GradDot
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.evaluation import (
+    SubsetTruth,
+    compare,
+    cost,
+    half_subsets,
+    linear_datamodeling_score,
+)
+from influence_kit.evaluation.cost import Cost, measured
+
+M, N = 4, 12
+GENERATOR = torch.Generator().manual_seed(0)
+SCORES = {name: torch.randn(M, N, generator=GENERATOR).round(decimals=1) for name in "abc"}
+SUBSETS = half_subsets(N, 9)
+OUTPUTS = torch.randn(9, 3, M, generator=GENERATOR)
+
+
+class Known:
+    """A method whose scores are known; it remembers what it was asked."""
+
+    def __init__(self, scores):
+        self.scores, self.asked = scores, []
+
+    def influence(self, inputs):
+        self.asked.append(inputs)
+        return self.scores
+
+
+def test_agreement_is_the_mean_of_scipys_rank_correlations():
+    methods = {name: Known(scores) for name, scores in SCORES.items()}
+    found = compare(methods, "the inputs")
+    assert found.names == ("a", "b", "c")
+    assert [method.asked for method in methods.values()] == [["the inputs"]] * 3
+    for row, one in enumerate(SCORES.values()):
+        for column, other in enumerate(SCORES.values()):
+            pairs = zip(one, other, strict=True)
+            expected = np.mean([spearmanr(*pair).statistic for pair in pairs])
+            assert float(found.agreement[row, column]) == pytest.approx(expected)
+    assert found.scores is None
+    assert all(cost.seconds >= 0 for cost in found.costs)
+
+
+def test_scores_are_judged_where_the_truth_is_given():
+    found = compare(SCORES, None, SubsetTruth(SUBSETS, OUTPUTS, "loss"))
+    for name, score in zip(found.names, found.scores, strict=True):
+        expected = linear_datamodeling_score(SCORES[name], SUBSETS, OUTPUTS, "loss")
+        assert torch.equal(score.per_test, expected.per_test)
+    assert found.costs == (None, None, None)
+
+
+def test_methods_of_a_list_are_called_by_their_class():
+    x, y = torch.randn(N, 3, generator=GENERATOR), torch.arange(N) % 2
+    model = nn.Linear(3, 2)
+    arguments = (model, TensorDataset(x, y), [model.state_dict()])
+    methods = [kind(*arguments, loss_fn=nn.CrossEntropyLoss()) for kind in (GradDot, GradCos)]
+    found = compare(methods, DataLoader(TensorDataset(x[:5], y[:5]), batch_size=2))
+    assert found.names == ("GradDot", "GradCos")
+    rows = [method.influence((x[:5], y[:5])) for method in methods]
+    expected = np.mean([spearmanr(*pair).statistic for pair in zip(*rows, strict=True)])
+    assert float(found.agreement[0, 1]) == pytest.approx(expected)
+
+
+def test_it_is_printed_as_a_table():
+    constant = {**SCORES, "flat": torch.ones(M, N)}
+    lines = repr(compare(constant, None, SubsetTruth(SUBSETS, OUTPUTS, "margin"))).splitlines()
+    header = "method LDS std. error seconds added MiB corr. 1 corr. 2 corr. 3 corr. 4"
+    assert lines[0].split() == header.split()
+    score = linear_datamodeling_score(SCORES["a"], SUBSETS, OUTPUTS, "margin")
+    assert lines[2].split()[:6] == [
+        "1", "a", f"{score.mean:.3f}", f"{score.standard_error:.3f}", "-", "-",
+    ]  # fmt: skip
+    assert lines[6:] == [
+        "corr. 1: mean rank correlation with the scores of method 1",
+        f"noise ceiling of the LDS: {score.ceiling:.2f}",
+        "flat: 4 test examples of constant scores, which count as 0",
+    ]
+
+
+def test_costs_are_printed():
+    known = compare({"a": Known(SCORES["a"])}, None)
+    seconds, memory = repr(known).splitlines()[2].split()[2:4]
+    assert float(seconds) >= 0
+    assert memory == "-" or float(memory) >= 0
+
+
+def test_memory_that_a_call_adds_is_seen():
+    result, found = measured(lambda: torch.ones(40 * 2**18).sum().item())  # 40 MiB
+    assert result == 40 * 2**18
+    if found.mebibytes is None:
+        pytest.skip("the system does not tell the peak")
+    assert 30 < found.mebibytes < 80
+
+
+@pytest.mark.parametrize("missing", ["FORGET_PEAK", "STATUS"])
+def test_where_nothing_tells_memory_is_unknown(monkeypatch, tmp_path, missing):
+    monkeypatch.setattr(cost, "FORGET_PEAK", tmp_path / "clear_refs")
+    monkeypatch.setattr(cost, missing, tmp_path / "none" / "none")
+    _, found = measured(lambda: None)
+    assert found.mebibytes is None
+    assert repr(compare({"a": Known(SCORES["a"])}, None)).splitlines()[2].split()[3] == "-"
+    assert isinstance(found, Cost)
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ({}, r"got the methods \[\]; there must be at least one"),
+        ([Known(1), Known(2)], r"got the methods \['Known', 'Known'\]; .*: pass \{name: method\}"),
+        (
+            {"a": SCORES["a"], "b": SCORES["b"][:, :5]},
+            r"the scores of b have shape \[4, 5\], those of a \[4, 12\]; methods are compared on",
+        ),
+        ({"a": torch.ones(3)}, r"`the scores of a` has shape \[3\]; expected \[m, n\]"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(methods, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        compare(methods, None)
+
+
+def test_progress_is_shown(capsys):
+    compare(SCORES, None, show_progress=True)
+    assert "compare: 100%" in capsys.readouterr().err
