@@ -488,6 +488,9 @@ def test_other_processes_give_the_same_bits():
         one = with_jobs(name, 1)
         assert all(map(torch.equal, one, with_jobs(name, 2)))
         assert all(map(torch.equal, one, with_jobs(name, 2, keep_models=True)))
+    # a model that cannot travel, and need not where none is kept
+    fit, score = lambda places: (1.0 * place for place in places), lambda model, _: sum(model)
+    assert TMCShapley(fit, score, 3, 2, n_jobs=2).influence().tolist() == [[0, 1, 2]]
 
 
 def test_other_processes_need_joblib(monkeypatch):

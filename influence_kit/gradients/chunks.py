@@ -75,11 +75,9 @@ def _cut(
         if values.dim() != 2 or values.shape[1] != layout.width:
             got = list(values.shape)
             raise InvalidArgumentError(f"rows must be [b, {layout.width}]; got {got}")
-        for chunk in layout.chunks_of(start, start + len(values)):
+        for chunk, rows in layout.cut(start, start + len(values)):
             if chunk not in skip:
-                rows = layout.rows_of(chunk)
-                first = max(start, rows.start)
-                yield chunk, first, values[first - start : rows.stop - start]
+                yield chunk, rows.start, values[rows.start - start : rows.stop - start]
 
 
 def narrowed(values: Tensor, layout: Layout, first: int) -> Tensor:

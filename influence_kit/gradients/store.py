@@ -139,7 +139,7 @@ class GradientStore:
         """Whether this rank lacks any of the rows ``start`` to ``stop``."""
         return any(
             is_mine(chunk) and not self._path(checkpoint, chunk).exists()
-            for chunk in self.layout.chunks_of(start, stop)
+            for chunk, _ in self.layout.cut(start, stop)
         )
 
     def fill(self, checkpoint: int, pieces: Iterable[tuple[int, Tensor]]) -> None:
@@ -218,15 +218,13 @@ class GradientStore:
         Raises:
             InvalidArgumentError: where a chunk is missing, cut off or damaged.
         """
-        chunks = self.layout.chunks_of(start, stop)
-        if len(chunks) == 1:
-            return self._inside(checkpoint, chunks[0], start, stop)
-        rows = torch.empty(stop - start, self.layout.width, dtype=self.layout.dtype)
-        for chunk in chunks:
-            values = self._inside(checkpoint, chunk, start, stop)
-            first = max(start, self.layout.rows_of(chunk).start) - start
-            rows[first : first + len(values)] = values
-        return rows
+        parts = self.layout.cut(start, stop)
+        if len(parts) == 1:
+            return self._inside(checkpoint, *parts[0])
+        values = torch.empty(stop - start, self.layout.width, dtype=self.layout.dtype)
+        for chunk, rows in parts:
+            values[rows.start - start : rows.stop - start] = self._inside(checkpoint, chunk, rows)
+        return values
 
     # How it is done.
 
@@ -249,10 +247,10 @@ class GradientStore:
         dtype = torch.float32 if half else self.layout.dtype
         return torch.empty(0, dtype=dtype) if sample is None else sample
 
-    def _inside(self, checkpoint: int, chunk: int, start: int, stop: int) -> Tensor:
-        """Those of a chunk's rows that lie between two."""
+    def _inside(self, checkpoint: int, chunk: int, rows: range) -> Tensor:
+        """Some of a chunk's rows."""
         first = self.layout.rows_of(chunk).start
-        return self._chunk(checkpoint, chunk)[max(start - first, 0) : stop - first]
+        return self._chunk(checkpoint, chunk)[rows.start - first : rows.stop - first]
 
     def _chunk(self, checkpoint: int, chunk: int) -> Tensor:
         """The rows of a chunk; the last one that was asked for stays mapped."""

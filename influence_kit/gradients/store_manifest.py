@@ -91,14 +91,15 @@ class Layout:
         start = chunk * self.chunk_rows
         return range(start, min(start + self.chunk_rows, self.rows))
 
-    def chunks_of(self, start: int, stop: int) -> range:
-        """The chunks in which rows ``start`` to ``stop`` lie."""
+    def cut(self, start: int, stop: int) -> list[tuple[int, range]]:
+        """Rows ``start`` to ``stop`` by chunk: its number, and those that lie in it."""
         if not 0 <= start <= stop <= self.rows:
             raise InvalidArgumentError(
                 f"there are no rows {start} to {stop}: the store has {self.rows}"
             )
-        first, last = start // self.chunk_rows, -(-stop // self.chunk_rows)
-        return range(first, last if start < stop else first)
+        size = self.chunk_rows
+        starts = range(start - start % size, stop, size) if start < stop else ()
+        return [(at // size, range(max(at, start), min(at + size, stop))) for at in starts]
 
     def name_at(self, column: int) -> str:
         """The name to which one of the K columns belongs."""

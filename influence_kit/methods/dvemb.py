@@ -5,6 +5,7 @@ Letters: m test and n training examples, P chosen parameters, B examples of a st
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,11 +17,14 @@ from influence_kit.checkpoints import load_checkpoint
 from influence_kit.data import Batch, to_device
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients, from_flat
+from influence_kit.losses import Loss
 from influence_kit.methods.by_place import ExamplesByPlace, count_by_place
 from influence_kit.methods.example_influence import given
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.kept_rows import Places
+from influence_kit.methods.projected import Dim, check_dim
 from influence_kit.methods.walk_back import check_memory, walk_back
+from influence_kit.operators.projection import Projection, layer_by_layer
 from influence_kit.scoring.reducers import Reducer
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term
@@ -55,8 +59,9 @@ class DVEmb(InnerProductInfluence):
     loss by about the score. An example that no step took scores 0.
 
     The steps are gone through once, backwards, each at its own weights; that keeps a P x P matrix
-    and the embeddings, n x P, in memory: choose few parameters by ``layers``. Gradients are taken
-    in evaluation mode. With several ranks each does so; they share out the scores.
+    and the embeddings, n x P, in memory: choose few parameters by ``layers``, or project the
+    gradients of each layer, and P is what is left of them. Gradients are taken in evaluation mode.
+    With several ranks each does so; they share out the scores.
 
     Args:
         checkpoints: the weights after training, one checkpoint; those that ``trace`` has where
@@ -66,6 +71,9 @@ class DVEmb(InnerProductInfluence):
             "reduction" if they have them. Steps are plain SGD steps down the mean of the examples'
             losses (their sum where reduction is "sum"), with weight decay.
         epochs: the epochs whose visits count; None for all. The scores of all epochs add up.
+        projection_dim: entries of each layer's gradient, or a pair, as in ``LoGra``: Gaussian, the
+            same at every step; None projects nothing.
+        seed: of the projection.
         train_dataset: a ``Dataset`` with places, or a ``DataLoader`` of one that goes through it in
             order.
 
@@ -103,8 +111,17 @@ class DVEmb(InnerProductInfluence):
         *args: Any,
         trace: Sequence[Mapping[str, Any]],
         epochs: Collection[int] | None = None,
+        projection_dim: Dim | None = None,
+        seed: int = 0,
         **kwargs: Any,
     ) -> None:
+        if kwargs.get("store") is not None:
+            raise InvalidArgumentError(
+                "DVEmb computes no gradients again that a `store` could keep; its embeddings "
+                "(`embeddings()`) stay in memory"
+            )
+        self.projection_dim = None if projection_dim is None else check_dim(projection_dim)
+        self.seed = seed
         self._steps = steps_of(trace, count_by_place(train_dataset))
         known = {step.epoch for step in self._steps}
         if epochs is not None and (not epochs or not set(epochs) <= known):
@@ -256,6 +273,21 @@ class DVEmb(InnerProductInfluence):
         load_checkpoint(self.model, state)
         pieces = torch.tensor(self._steps[number].indices).split(self._examples.rows)
         return torch.cat([self._own_gradients((places,)).flat() for places in pieces])
+
+    @cached_property
+    def _projection(self) -> Projection | None:
+        """Of training and test gradients alike, at every step."""
+        if self.projection_dim is None:
+            return None
+        return layer_by_layer(self.model, self._parameters, self.projection_dim, self.seed)
+
+    @property
+    def _shapes(self) -> Mapping[str, torch.Size]:
+        return super()._shapes if self._projection is None else self._projection.shapes
+
+    def _features(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
+        gradients = super()._features(checkpoint, batch, loss)
+        return gradients if self._projection is None else self._projection(gradients)
 
     @property
     def _examples(self) -> ExamplesByPlace:

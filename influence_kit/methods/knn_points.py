@@ -98,8 +98,8 @@ class Reader:
         if labels.dim() == 1 and not fractions and not labels.is_complex():
             return labels
         raise InvalidArgumentError(
-            f"the labels are {labels.dtype} of shape {list(labels.shape)}; an example must have one "
-            'integer as its label (with utility="squared_error" one number)'
+            f"the labels are {labels.dtype} of shape {list(labels.shape)}; the label of an example "
+            'must be one integer, or one number with utility="squared_error"'
         )
 
 

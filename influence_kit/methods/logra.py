@@ -4,15 +4,7 @@ from typing import Any, Literal
 
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.methods.projected import Dim, ProjectedInfluence
-from influence_kit.operators.projection import (
-    TwoSided,
-    Unit,
-    UnitMap,
-    WrittenOut,
-    columns_within,
-    whole,
-)
-from influence_kit.operators.random_maps import Identity, random_map
+from influence_kit.operators.projection import Unit, UnitMap, from_both_sides
 
 KINDS = ("gaussian", "rademacher", "orthogonal", "identity")
 
@@ -86,24 +78,5 @@ class LoGra(ProjectedInfluence):
         super().__init__(*args, projection_dim=projection_dim, **kwargs)
 
     def _map_of(self, unit: Unit) -> UnitMap:
-        kind, name = self.projection, unit.names[0]
-        if not unit.outputs:
-            shape = self._parameters[name].shape
-            p, k = shape.numel(), self._most
-            whole_vector = kind == "identity" or p <= k
-            kept = Identity(p) if whole_vector else random_map(kind, p, k, self.seed, name)
-            return WrittenOut({name: shape}, kept)
-        columns = columns_within(self.projection_dim, unit.outputs, unit.inputs)
-        if kind == "identity" or columns is None:
-            return whole(unit)
-        left, right = columns
-        return TwoSided(
-            unit,
-            random_map(kind, unit.outputs, left, self.seed, name, "outputs"),
-            random_map(kind, unit.inputs, right, self.seed, name, "inputs"),
-        )
-
-    @property
-    def _most(self) -> int:
-        dim = self.projection_dim
-        return dim if isinstance(dim, int) else dim[0] * dim[1]
+        shape = self._parameters[unit.names[0]].shape
+        return from_both_sides(unit, shape, self.projection, self.projection_dim, self.seed)

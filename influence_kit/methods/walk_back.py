@@ -68,7 +68,7 @@ def check_memory(n: int, size: int, steps: Sequence[Step], sample: Tensor) -> No
         raise InvalidArgumentError(
             f"DVEmb keeps a matrix of {size} x {size} (parameters) and embeddings of {n} x {size} "
             f"in memory, {need / GIB:.1f} GiB with a step's gradients; {free / GIB:.1f} GiB are "
-            "free. Choose fewer parameters by `layers`"
+            "free. Choose fewer parameters by `layers`, or project them by `projection_dim`"
         )
 
 

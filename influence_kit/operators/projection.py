@@ -21,7 +21,7 @@ from influence_kit.gradients.forms import Dense, Form, Sum
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rows import Rows
 from influence_kit.gradients.rules import convolution, linear, rule_for, transposed_linear
-from influence_kit.operators.random_maps import Identity, RandomMap
+from influence_kit.operators.random_maps import Identity, RandomMap, random_map
 
 Forms = Mapping[str, Form]
 
@@ -241,6 +241,52 @@ class JointProjection:
 def whole(unit: Unit) -> TwoSided:
     """A matrix as it is, with its bias in one piece."""
     return TwoSided(unit, Identity(unit.outputs), Identity(unit.inputs))
+
+
+def from_both_sides(
+    unit: Unit, shape: torch.Size, kind: str, dim: int | Sequence[int], seed: int
+) -> UnitMap:
+    """A matrix projected from both sides, a vector from its one.
+
+    Args:
+        unit: what is projected.
+        shape: of its first parameter.
+        kind: of the random maps.
+        dim: as ``columns_within`` takes it; a vector is projected to the products of a pair.
+        seed: of the maps; with the unit's name.
+    """
+    name = unit.names[0]
+    if not unit.outputs:
+        p, k = shape.numel(), dim if isinstance(dim, int) else math.prod(dim)
+        kept = kind == "identity" or p <= k
+        return WrittenOut(
+            {name: shape}, Identity(p) if kept else random_map(kind, p, k, seed, name)
+        )
+    columns = columns_within(dim, unit.outputs, unit.inputs)
+    if kind == "identity" or columns is None:
+        return whole(unit)
+    left, right = columns
+    return TwoSided(
+        unit,
+        random_map(kind, unit.outputs, left, seed, name, "outputs"),
+        random_map(kind, unit.inputs, right, seed, name, "inputs"),
+    )
+
+
+def layer_by_layer(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    dim: int | Sequence[int],
+    seed: int,
+    kind: str = "gaussian",
+) -> Projection:
+    """The chosen parameters projected unit by unit, each from both sides."""
+    return Projection(
+        {
+            unit.names[0]: from_both_sides(unit, parameters[unit.names[0]].shape, kind, dim, seed)
+            for unit in units_of(model, parameters)
+        }
+    )
 
 
 def columns_within(dim: int | Sequence[int], outputs: int, inputs: int) -> tuple[int, int] | None:

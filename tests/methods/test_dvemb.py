@@ -6,7 +6,8 @@ from typing import Any
 import oracles
 import pytest
 import torch
-from contract import assert_close
+from cases import CASES
+from contract import assert_close, build
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -303,3 +304,45 @@ def test_gradients_and_products_that_are_not_finite():
     dvemb = make(model, steps, checkpoints=[trace.final])
     with pytest.raises(NonFiniteError, match="the embeddings overflow at step 0"):
         dvemb.influence(TEST)
+
+
+def test_projected_embeddings_follow_the_projected_gradients() -> None:
+    """The recursion of the projected gradients, each written out by its own map's matrices."""
+    case = CASES["mlp"]
+    dvemb = build("DVEmb", case, projection_dim=(2, 3), seed=3)
+    shapes = {name: list(shape) for name, shape in dvemb._shapes.items()}
+    assert shapes == {"body.0.weight": [6], "body.2.weight": [6], "head.weight": [6]}
+
+    def projected(state: dict[str, Tensor], batch: Any) -> Tensor:
+        model = case.model()
+        model.load_state_dict(state)
+        parts = []
+        for name, unit in dvemb._projection.maps.items():
+            bias = name.replace("weight", "bias")
+            weight = oracles.gradients(model, batch, case.loss, [name])
+            matrix = weight.view(len(weight), unit.unit.outputs, -1)
+            last = oracles.gradients(model, batch, case.loss, [bias]).unsqueeze(-1)
+            left, right = unit.left.matrix(weight), unit.right.matrix(weight)
+            parts.append((left.T @ torch.cat([matrix, last], dim=2) @ right).flatten(1))
+        return torch.cat(parts, dim=1)
+
+    expected = torch.zeros(case.n, 18, dtype=torch.float64)
+    onward = torch.eye(18, dtype=torch.float64)
+    for step in reversed(list(dvemb.trace)):
+        places = list(step["indices"])
+        own = projected(step["state_dict"], tuple(part[places] for part in case.train))
+        rate = step["lr"]
+        moved = rate / len(places) * own @ onward.T
+        for place, row in zip(places, moved, strict=True):
+            expected[place] += row
+        fisher = own.T @ own / len(places)
+        decay = rate * step.get("weight_decay", 0.0)
+        onward = onward @ ((1 - decay) * torch.eye(18, dtype=torch.float64) - rate * fisher)
+    assert_close(dvemb.embeddings(), expected)
+    test = dvemb.compute_intermediate_quantities(case.test)
+    assert_close(dvemb.influence(case.test), test @ expected.T)
+
+
+def test_a_store_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="stay in memory"):
+        build("DVEmb", CASES["mlp"], store="folder")

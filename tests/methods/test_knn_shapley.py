@@ -382,7 +382,7 @@ def test_an_unknown_layer_is_refused() -> None:
 def test_labels_that_are_no_integers_are_refused(labels: Tensor) -> None:
     x, _ = examples(N, 0)
     knn = built((x, labels))
-    with pytest.raises(InvalidArgumentError, match="an example must have one integer"):
+    with pytest.raises(InvalidArgumentError, match="must be one integer, or one number"):
         knn.influence((x, labels))
 
 

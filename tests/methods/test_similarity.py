@@ -10,6 +10,8 @@ from typing import Any
 import captum.influence
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from captum.influence._core import similarity_influence as captums
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -533,6 +535,23 @@ def test_chunks_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
     assert_equal(found, expected)
     again = built(tmp_path / "many", batch_size=N).influence(TEST, 4)
     assert_equal(again, expected)
+
+
+def _work(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    rendezvous = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
+    found = built(Path(folder), batch_size=5).influence(TEST, 3)
+    torch.save(found, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks_share_what_the_first_one_saves(tmp_path: Path) -> None:
+    mp.spawn(_work, args=(2, str(tmp_path)), nprocs=2)
+    expected = built(tmp_path / "alone").influence(TEST, 3)
+    for rank in range(2):
+        assert_equal(torch.load(tmp_path / f"rank{rank}.pt"), expected)
 
 
 # Errors.

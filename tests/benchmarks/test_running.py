@@ -1,0 +1,227 @@
+"""A run: its figures against parts put together by hand, and the command line."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import roc_auc_score
+from torch import nn
+
+import influence_kit
+from benchmarks.settings import SETTINGS, Sizes
+from benchmarks.settings.__main__ import main
+from benchmarks.settings.methods import METHODS, Question, last_linear, make_method
+from benchmarks.settings.plan import Plan, Result
+from benchmarks.settings.recipes import MiniBatches
+from benchmarks.settings.run import report, run
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.evaluation import half_subsets
+
+WINE = SETTINGS["wine-lr"]
+
+
+@pytest.fixture(scope="module")
+def wine():
+    return WINE.load(sizes=Sizes(40, 6))
+
+
+def by_name(results):
+    return {(one.metric, one.method): one for one in results}
+
+
+def explicit(data, model):
+    return influence_kit.ExplicitInfluenceFunction(
+        model, data.train, [model.state_dict()], loss_fn=WINE.loss_fn, damping=0.01
+    )
+
+
+def test_the_datamodeling_score_is_put_together_right(wine, tmp_path):
+    names = ["GradDot", "ExplicitInfluenceFunction"]
+    results = by_name(run(WINE, wine, Plan(names, subsets=5, targets=3, seed=4), tmp_path))
+    model = WINE.train(wine)
+    scores = explicit(wine, model).influence(wine.test.tensors).numpy()
+    halves = half_subsets(40, 5, seed=4)
+    predicted = scores @ halves.double().numpy().T
+    outputs = [WINE.measure(WINE.train(wine, half.nonzero()[:, 0]), wine.test) for half in halves]
+    real = torch.stack(outputs).T.numpy()
+    expected = [spearmanr(predicted[t], real[t]).statistic for t in range(6)]
+    found = results["LDS", "ExplicitInfluenceFunction"]
+    # all seeds give one minimum: one target, and the error over test examples
+    assert found.values == pytest.approx([np.mean(expected)])
+    assert found.error == pytest.approx(np.std(expected, ddof=1) / 6**0.5)
+    assert found.seconds > 0
+    assert set(results) == {("LDS", name) for name in names}
+    kept = np.load(tmp_path / "scores" / "ExplicitInfluenceFunction-target0.npy")
+    assert np.allclose(kept, scores)
+
+
+def test_leaving_out_is_put_together_right(wine, tmp_path):
+    plan = Plan(["ExplicitInfluenceFunction"], left_out=4, seed=2)
+    results = by_name(run(WINE, wine, plan, tmp_path))
+    model = WINE.train(wine)
+    scores = explicit(wine, model).influence(wine.test.tensors).numpy()
+    places = torch.randperm(40, generator=torch.Generator().manual_seed(2))[:4].tolist()
+    whole = WINE.measure(model, wine.test)
+    differences = [
+        whole - WINE.measure(WINE.train(wine, [i for i in range(40) if i != place]), wine.test)
+        for place in places
+    ]
+    real = torch.stack(differences).T.numpy()
+    for metric, correlation in (("LOO", pearsonr), ("LOO, ranks", spearmanr)):
+        expected = [correlation(scores[t, places], real[t]).statistic for t in range(6)]
+        assert results[metric, plan.methods[0]].mean == pytest.approx(np.mean(expected), abs=1e-3)
+        assert results[metric, plan.methods[0]].mean > 0.9
+
+
+def test_wrong_labels_are_put_together_right(tmp_path):
+    data = WINE.load(sizes=Sizes(60, 6))
+    plan = Plan(["GradDot", "KNNShapley"], wrong_share=0.2, targets=2, seed=5)
+    results = by_name(run(WINE, data, plan, tmp_path))
+    aucs, losses = [], []
+    for target in range(2):
+        changed, is_wrong = data.with_wrong_labels(0.2, 5 + target)
+        model = WINE.train(changed, seed=target)
+        method = influence_kit.GradDot(
+            model, changed.train, [model.state_dict()], loss_fn=WINE.loss_fn
+        )
+        aucs.append(roc_auc_score(is_wrong, method.self_influence()))
+        losses.append(roc_auc_score(is_wrong, WINE.losses(model, changed.train)))
+    assert results["AUC", "GradDot"].values == pytest.approx(aucs)
+    assert results["AUC", "GradDot"].error == pytest.approx(abs(aucs[0] - aucs[1]) / 2)
+    assert results["AUC", "(last loss)"].values == pytest.approx(losses)
+    assert results["AUC", "(mean loss)"].values == pytest.approx(losses)  # of one checkpoint
+    assert results["recall at 10%", "GradDot"].mean > 0.3
+
+
+def test_target_models_differ_by_seed(tmp_path):
+    setting = replace(SETTINGS["digits-mlp"], recipe=MiniBatches(2, 16, 0.1, momentum=0.9))
+    data = setting.load(sizes=Sizes(64, 5))
+    plan = Plan(["GradDot", "TracInCP", "TRAK-2"], subsets=4, repeats=2, targets=2, checkpoints=2)
+    results = by_name(run(setting, data, plan, tmp_path))
+    found = results["LDS", "GradDot"]
+    assert len(set(found.values)) == 2
+    assert found.error == pytest.approx(abs(found.values[0] - found.values[1]) / 2)
+    # an average over members that do not depend on the target
+    assert len(set(results["LDS", "TRAK-2"].values)) == 1
+    assert results["LDS", "(noise ceiling)"].error is None
+    # four halves with two seeds, two members
+    assert len(list((tmp_path / "models").glob("*.safetensors"))) == 10
+
+
+def test_a_run_goes_on_where_it_was(wine, tmp_path, monkeypatch):
+    plan = Plan(["GradDot"], subsets=3)
+    first = run(WINE, wine, plan, tmp_path)
+    trained = []
+    monkeypatch.setattr(
+        type(WINE), "train", lambda self, *args, **kwargs: trained.append(args) or 1 / 0
+    )
+    assert [one.values for one in run(WINE, wine, plan, tmp_path)] == [one.values for one in first]
+    assert trained == []
+
+
+def test_a_folder_of_other_data_is_refused(wine, tmp_path):
+    run(WINE, wine, Plan(["GradDot"], subsets=2), tmp_path)
+    changed, _ = wine.with_wrong_labels(0.5, 0)
+    with pytest.raises(InvalidArgumentError, match="were trained otherwise"):
+        run(WINE, changed, Plan(["GradDot"], subsets=2), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "plan", "message"),
+    [
+        ("wine-lr", Plan(["Graddot"], subsets=2), "no method is called 'Graddot'; there are GradD"),
+        ("wine-lr", Plan(["TRAK-0"], subsets=2), "no method is called 'TRAK-0'"),
+        ("wine-lr", Plan(["TRAK"]), "wine-lr is judged by LOO, LDS, AUC; asked for was nothing"),
+        ("help-gpt", Plan(["TRAK"], wrong_share=0.1), "is judged by LDS; asked for was AUC"),
+        ("digits-mlp", Plan(["TRAK"], left_out=3), "judged by LDS, AUC; asked for was LOO"),
+    ],
+)
+def test_what_a_setting_does_not_have_is_refused_before_training(name, plan, message, tmp_path):
+    with pytest.raises(InvalidArgumentError, match=message):
+        run(SETTINGS[name], None, plan, tmp_path)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("name", ["wine-lr", "diabetes-ridge", "digits-mlp"])
+def test_every_method_is_made_for_a_setting(kind, name):
+    setting = SETTINGS[name]
+    if isinstance(setting.recipe, MiniBatches):
+        setting = replace(setting, recipe=replace(setting.recipe, epochs=2))
+    data = setting.load(sizes=Sizes(24, 3))
+    trained = setting.train_with_checkpoints(data, 2)
+    method = make_method(kind, Question(setting, data, trained))
+    if kind == "KNNShapley" and name == "diabetes-ridge":
+        return  # it values labels of classes
+    scores = method.influence(data.test.tensors)
+    assert scores.shape == (3, 24)
+    assert scores.isfinite().all()
+
+
+def test_methods_of_training_get_all_checkpoints_and_others_the_last(wine):
+    trained = SETTINGS["digits-mlp"].train_with_checkpoints(
+        data := SETTINGS["digits-mlp"].load(sizes=Sizes(64, 3)), 4
+    )
+    question = Question(SETTINGS["digits-mlp"], data, trained)
+    assert len(make_method("TracInCP", question).checkpoints) == 4
+    assert make_method("GradDot", question).checkpoints == trained.checkpoints[-1:]
+    members = [c["state_dict"] for c in trained.checkpoints[:2]]
+    assert make_method("TRAK-2", question._replace(members=members)).checkpoints == members
+
+
+def test_the_damping_of_a_minimum_is_its_weight_decay(wine):
+    question = Question(WINE, wine, WINE.train_with_checkpoints(wine, 1))
+    assert make_method("CGInfluenceFunction", question).damping == 0.01
+    assert make_method("EKFACInfluenceFunction", question).damping == "auto"
+
+
+def test_the_last_linear_layer_is_found():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2), nn.Identity())
+    assert last_linear(model) == ("3", "2")
+    with pytest.raises(InvalidArgumentError, match="a Linear has no linear layer after another"):
+        last_linear(nn.Linear(3, 2))
+
+
+def test_published_figures_stand_below_the_table():
+    results = [
+        Result("LDS", "GradDot", (0.25, 0.35), 0.05, 1.25),
+        Result("LDS", "(noise ceiling)", (0.9,), None, None),
+    ]
+    text = report(SETTINGS["mnist-mlp"], results)
+    assert "LDS     GradDot          0.300  0.050       1.2" in text
+    assert "LDS     (noise ceiling)  0.900  -           -" in text
+    assert "LDS     TRAK-50                     0.446  dattri README, chart" in text
+    assert "AUC" not in text  # nothing was measured by it
+    assert "Published" not in report(WINE, results)
+
+
+def test_the_list_names_all_settings(capsys):
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split()[0] for line in lines] == list(SETTINGS)
+    assert "5000 x 500" in lines[0]
+    assert "all x all" in lines[-2]
+
+
+def test_the_command_line_runs_a_setting(capsys, tmp_path):
+    arguments = "run wine-lr --methods GradDot TRAK --subsets 2 --train 30 --test 3 --out"
+    assert main([*arguments.split(), str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("wine, logistic regression: 30 training and 3 test examples\n")
+    assert printed.count("LDS") == 2
+    assert (tmp_path / "results.txt").read_text() == printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("run mnist-lr --subsets 2 --data nowhere --out", "there is no folder nowhere"),
+        ("run mnist-lr --subsets 2 --out", "name the folder that holds them"),
+        ("run wine-lr --methods Dot --subsets 2 --out", "no method is called 'Dot'"),
+        ("run wine-lr --subsets 2 --train 1000 --out", "1000 training examples were asked for"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong(capsys, tmp_path, arguments, message):
+    assert main([*arguments.split(), str(tmp_path)]) == 1
+    assert message in capsys.readouterr().err

@@ -1,0 +1,249 @@
+"""Every setting: its files are read, its model trains, losses are one an example."""
+
+import pickle
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from small_files import write_cifar_binary, write_maestro, write_mnist, write_tokenizer
+
+import influence_kit
+from benchmarks.settings import SETTINGS, Data, Setting, Sizes
+from benchmarks.settings.catalog import FIELD, OFFLINE
+from benchmarks.settings.models.gpt2 import new_gpt2
+from benchmarks.settings.models.resnet9 import resnet9
+from benchmarks.settings.models.transformer import GPT, MusicTransformer
+from benchmarks.settings.recipes import MiniBatches, Minimum, WarmupCosine
+from influence_kit.errors import InvalidArgumentError
+
+GPT2_SIZES = {"n_positions": 512, "n_embd": 8, "n_layer": 2, "n_head": 2}
+
+
+def write_shakespeare(folder):
+    (folder / "input.txt").write_text("to be, or not to be " * 500)
+
+
+def write_wikitext(folder):
+    tokens = write_tokenizer(folder)
+    for part in ("train", "valid"):
+        (folder / f"wiki.{part}.raw").write_text(" the cat saw the dog . \n" * 150)
+    ends = {"bos_token_id": tokens - 1, "eos_token_id": tokens - 1}
+    new_gpt2(tokens, **GPT2_SIZES, **ends).network.save_pretrained(folder)
+
+
+WRITERS = {
+    "mnist-lr": write_mnist,
+    "mnist-mlp": write_mnist,
+    "cifar2-resnet9": partial(write_cifar_binary, count=10),
+    "cifar10-resnet9": write_cifar_binary,
+    "maestro-music-transformer": write_maestro,
+    "shakespeare-nanogpt": write_shakespeare,
+    "wikitext2-gpt2": write_wikitext,
+}
+# models of the same kind that a test can train
+SMALL = {
+    "cifar2-resnet9": lambda data: resnet9(data.outputs, width=2),
+    "cifar10-resnet9": lambda data: resnet9(data.outputs, width=2),
+    "maestro-music-transformer": lambda data: MusicTransformer(data.outputs, 256, 1, 8, 2, 8),
+    "shakespeare-nanogpt": lambda data: GPT(data.outputs, 256, 1, 8, 2, dropout=0.2),
+}
+
+
+def small(name: str) -> Setting:
+    """The setting with a small model, trained for one epoch where it is by batches."""
+    setting = SETTINGS[name]
+    setting = replace(setting, network=SMALL.get(name, setting.network))
+    if isinstance(setting.recipe, MiniBatches):
+        return replace(setting, recipe=replace(setting.recipe, epochs=1))
+    return setting
+
+
+def loaded(name: str, folder) -> Data:
+    if name in WRITERS:
+        WRITERS[name](folder)
+        return SETTINGS[name].load(folder, Sizes(4, 2))
+    return SETTINGS[name].load(sizes=Sizes(30, 2))
+
+
+def test_names_are_those_of_the_registry():
+    assert list(SETTINGS) == [setting.name for setting in (*FIELD, *OFFLINE)]
+    assert [setting.name for setting in FIELD] == list(WRITERS)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_is_whole(name, tmp_path):
+    setting, data = small(name), loaded(name, tmp_path)
+    before = setting.new_model(data, seed=3)
+    model = setting.train(data, [0, 1, 3], seed=3)
+    assert not model.training
+    pairs = zip(before.parameters(), model.parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in pairs)
+    for values, examples in (
+        (setting.losses(model, data.train), data.train),
+        (setting.measure(model, data.test), data.test),
+    ):
+        assert values.shape == (len(examples),)
+        assert values.isfinite().all()
+    assert (setting.losses(model, data.train) >= 0).all()
+    # a minimum is the same from any start, up to the tolerance
+    again = setting.measure(setting.train(data, [0, 1, 3], seed=3), data.test)
+    assert torch.equal(again, setting.measure(model, data.test))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_can_be_attributed(name, tmp_path):
+    setting, data = small(name), loaded(name, tmp_path)
+    trained = setting.train_with_checkpoints(data, 1)
+    method = influence_kit.GradDot(
+        trained.model,
+        data.train,
+        trained.checkpoints,
+        layers=setting.layer_names(trained.model),
+        loss_fn=setting.loss_fn,
+    )
+    scores = method.influence(data.test.tensors)
+    assert scores.shape == (len(data.test), len(data.train))
+    assert scores.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_training_function_goes_to_other_processes(name):
+    data = SETTINGS["wine-lr"].load() if name in WRITERS else SETTINGS[name].load()
+    train = pickle.loads(pickle.dumps(partial(SETTINGS[name].train, data)))
+    assert repr(train.func.__self__) == repr(SETTINGS[name])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_published_figures_are_of_the_metrics(name):
+    setting = SETTINGS[name]
+    assert {figure.metric for figure in setting.published} <= set(setting.metrics)
+    assert all(-1 <= figure.value <= 1 and figure.source for figure in setting.published)
+    assert bool(setting.needs) == (setting in FIELD)
+    assert not setting.published or setting in FIELD or name == "digits-mlp"
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_setting_of_files_asks_for_a_folder(name, tmp_path):
+    with pytest.raises(InvalidArgumentError, match="name the folder that holds them"):
+        SETTINGS[name].load()
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+        SETTINGS[name].load(tmp_path)
+
+
+def test_recipes_are_the_published_ones():
+    recipes = {name: setting.recipe for name, setting in SETTINGS.items()}
+    sgd = partial(MiniBatches, optimizer="sgd")
+    assert recipes["mnist-lr"] == sgd(20, 32, 0.01)
+    assert recipes["mnist-mlp"] == sgd(50, 64, 0.01, momentum=0.9)
+    assert recipes["cifar2-resnet9"] == sgd(10, 64, 0.01, momentum=0.9)
+    assert recipes["digits-mlp"] == sgd(20, 64, 0.03, momentum=0.9, weight_decay=1e-3)
+    assert recipes["wikitext2-gpt2"] == MiniBatches(3, 8, 5e-5, "adamw", weight_decay=0.01)
+    sizes = {name: tuple(setting.sizes) for name, setting in SETTINGS.items()}
+    assert sizes["mnist-lr"] == (5000, 500)
+    assert sizes["shakespeare-nanogpt"] == (3921, 435)
+    assert sizes["digits-mlp"] == (1437, 100)
+
+
+def test_checkpoints_are_evenly_spaced_and_end_at_the_model():
+    setting = replace(
+        SETTINGS["digits-mlp"],
+        recipe=MiniBatches(5, 16, 0.1, schedule=WarmupCosine(warmup=0.1, floor=0.5)),
+    )
+    data = setting.load(sizes=Sizes(32, 2))
+    trained = setting.train_with_checkpoints(data, 2, seed=1)
+    assert [c["epoch"] for c in trained.checkpoints] == [2, 5]
+    assert trained.checkpoints[0]["learning_rate"] > trained.checkpoints[1]["learning_rate"]
+    final = trained.model.state_dict()
+    assert all(torch.equal(v, final[k]) for k, v in trained.checkpoints[1]["state_dict"].items())
+    # a shorter training is the beginning of a longer one, where rates are the same
+    plain = replace(setting, recipe=MiniBatches(5, 16, 0.1))
+    short = replace(setting, recipe=MiniBatches(2, 16, 0.1)).train(data, seed=1).state_dict()
+    start = plain.train_with_checkpoints(data, 2, seed=1).checkpoints[0]["state_dict"]
+    assert all(torch.equal(value, short[key]) for key, value in start.items())
+
+
+def test_no_more_checkpoints_than_epochs():
+    setting = SETTINGS["wine-lr"]
+    assert len(setting.train_with_checkpoints(setting.load(), 5).checkpoints) == 1
+
+
+@pytest.mark.parametrize("name", [n for n, setting in SETTINGS.items() if setting.at_once])
+def test_models_trained_at_once_are_those_trained_alone(name, tmp_path):
+    setting, data = small(name), loaded(name, tmp_path)
+    half = len(data.train) // 2
+    subsets = [torch.arange(half), torch.arange(half, 2 * half)]
+    for model, subset, seed in zip(
+        setting.trainer(data).train_many(subsets, [4, 5]), subsets, (4, 5), strict=True
+    ):
+        alone = setting.train(data, subset, seed).state_dict()
+        assert all(torch.allclose(v, alone[k], atol=1e-5) for k, v in model.state_dict().items())
+
+
+def test_other_recipes_are_not_trained_at_once():
+    setting = replace(SETTINGS["wine-lr"], at_once=True)
+    with pytest.raises(InvalidArgumentError, match=r"wine-lr is trained by Minimum.*`at_once` out"):
+        setting.trainer(setting.load())
+
+
+def test_layers_are_found_by_patterns(tmp_path):
+    setting = SETTINGS["wikitext2-gpt2"]
+    model = setting.new_model(loaded(setting.name, tmp_path))
+    kinds = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    expected = [f"network.transformer.h.{block}.{kind}" for block in range(2) for kind in kinds]
+    assert setting.layer_names(model) == expected
+    with pytest.raises(InvalidArgumentError, match=r"of wikitext2-gpt2 has no layers \['head'\]"):
+        replace(setting, layers=("*.c_fc", "head")).layer_names(model)
+    assert SETTINGS["mnist-lr"].layer_names(model) is None
+
+
+def test_gpt2_needs_the_folder_of_its_data(tmp_path):
+    data = replace(loaded("wikitext2-gpt2", tmp_path), folder=None)
+    with pytest.raises(InvalidArgumentError, match="weights are read from the data's folder"):
+        SETTINGS["wikitext2-gpt2"].new_model(data)
+
+
+def test_large_models_have_the_sizes_of_the_literature(tmp_path):
+    def millions(name, data):
+        with torch.device("meta"):
+            model = SETTINGS[name].network(data)
+        return sum(p.numel() for p in model.parameters()) / 1e6
+
+    data = loaded("mnist-lr", tmp_path)
+    assert 10.6 < millions("shakespeare-nanogpt", replace(data, outputs=65)) < 10.8
+    assert 13 < millions("maestro-music-transformer", replace(data, outputs=390)) < 14
+
+
+def test_wrong_labels_are_a_share_and_another_class():
+    data = SETTINGS["digits-mlp"].load()
+    changed, is_wrong = data.with_wrong_labels(0.1, seed=0)
+    (images, labels), (same, others) = data.train.tensors, changed.train.tensors
+    assert int(is_wrong.sum()) == 144
+    assert torch.equal(labels != others, is_wrong)
+    assert torch.equal(images, same)
+    assert set(others.tolist()) == set(range(10))
+    assert not torch.equal(is_wrong, data.with_wrong_labels(0.1, seed=1)[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "share", "message"),
+    [
+        ("diabetes-ridge", 0.1, r"targets of shape \[353, 1\] and type torch.float64 are not one"),
+        ("wine-lr", 0.0, r"the share of labels to change is 0.0, not in \(0, 1\)"),
+    ],
+)
+def test_labels_that_cannot_be_changed(name, share, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        SETTINGS[name].load().with_wrong_labels(share, 0)
+
+
+def test_tables_are_standardised_and_split_at_random():
+    for name in ("breast-cancer-lr", "wine-lr", "diabetes-ridge"):
+        data = SETTINGS[name].load()
+        rows = torch.cat([data.train.tensors[0], data.test.tensors[0]])
+        assert torch.allclose(rows.mean(0), torch.zeros_like(rows[0]), atol=1e-9)
+        assert torch.allclose(rows.std(0), torch.ones_like(rows[0]))
+        assert len(data.train) == int(0.8 * len(rows))
+    labels = SETTINGS["wine-lr"].load().test.tensors[1]
+    assert set(labels.tolist()) == {0, 1, 2}  # sorted by class, they would be one
+    assert isinstance(SETTINGS["wine-lr"].recipe, Minimum)
