@@ -42,7 +42,7 @@ def pieces(model: nn.Module, names: Sequence[str]) -> list[Piece]:
     transposed = set()
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        is_conv1d = type(module).__name__ == "Conv1D"
+        is_conv1d = "Conv1D" in [base.__qualname__ for base in type(module).__mro__]
         if is_conv1d:
             transposed.add(f"{prefix}weight")
         if is_conv1d or isinstance(module, MATRICES):

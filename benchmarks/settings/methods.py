@@ -91,7 +91,6 @@ METHODS: Mapping[str, Callable[[Question], Keywords]] = {
     "GradCos": _shared,
     "TracInCP": _of_training,
     "TracInCPFast": _of_last_layer,
-    "TracInCPFastRandProj": _of_last_layer,
     "ExplicitInfluenceFunction": _with_curvature,
     "CGInfluenceFunction": _with_curvature,
     "LiSSAInfluenceFunction": _with_curvature,

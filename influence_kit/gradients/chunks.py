@@ -89,9 +89,9 @@ def narrowed(values: Tensor, layout: Layout, first: int) -> Tensor:
     """
     values = values.detach()
     stored = values.to(layout.dtype)
-    finite = torch.isfinite(stored)
-    if not finite.all():
-        row, column = (~finite).nonzero()[0].tolist()
+    # many times faster than isfinite of every number
+    if not all(torch.isfinite(end) for end in torch.aminmax(stored)):
+        row, column = (~torch.isfinite(stored)).nonzero()[0].tolist()
         _refuse(float(values[row, column]), first + row, layout.name_at(column), layout.dtype)
     if layout.dtype == torch.float16:
         _warn_of_small(values, stored)

@@ -110,8 +110,9 @@ class Point(Operator):
             step = conjugate_gradients(self, right, penalty, max_iter=MOST_PRODUCTS, tol=tol)
         except CurvatureError as error:
             raise CurvatureError(
-                "the last layer cannot be refitted: its loss must be convex in the outputs, and "
-                f"with l2={self.objective.l2:g} {error}; raise `l2`"
+                f"the last layer cannot be refitted with l2={self.objective.l2:g}: the objective "
+                "is not convex, which it is where the loss is convex in the layer's outputs; use "
+                "another `loss_fn`, or raise `l2`"
             ) from error
         return step.view_as(self.weights)
 
@@ -168,8 +169,9 @@ def minimum(objective: Objective, outputs: int, tol: float, max_iter: int) -> Te
         if point.error <= enough:
             return point.weights
         # steps that are solved the better the nearer the end, and never better than needed
-        step = point.step(max(min(0.1, point.error / first), 0.1 * enough / point.error))
-        weights = point.moved(step) if taken < max_iter else None
+        share = min(0.25, (point.error / first) ** 0.5)
+        solved = max(share, 0.1 * enough / point.error)
+        weights = point.moved(point.step(solved)) if taken < max_iter else None
         if weights is None:
             break
         point = Point(objective, weights)

@@ -29,7 +29,7 @@ class SavedActivations:
         folder: where they are.
         description: what they belong to: the layer, the weights, the data.
         first: the layer's output for the first example alone, by which a model that does something
-            else with the same weights is told.
+            else with the same weights is recognised.
     """
 
     folder: Path

@@ -43,9 +43,9 @@ class SimilarityInfluence(DataInfluence):
 
     The activations of the source examples are saved in ``activation_dir/model_id/src/LAYER`` and
     used again by later calls, also of other processes. What has been saved for other weights,
-    another model or other data is told (each call reads the data once, and runs the model on one
-    example) and computed anew, with a warning. The module runs in evaluation mode and comes back as
-    it was, and so does the random state.
+    another model or other data is recognised (each call reads the data once, and runs the model on
+    one example) and computed anew, with a warning. The module runs in evaluation mode and comes
+    back as it was, and so does the random state.
 
     Args:
         module: the model.

@@ -116,17 +116,17 @@ class Moments:
 
     def add(self, places: Tensor, samples: Tensor) -> None:
         """Take a sample ``[m]`` for each of the places, which may repeat."""
-        ones = samples.new_ones(len(places), 1)
-        counts = torch.zeros_like(self._counts).index_add_(0, places, ones)
-        means = torch.zeros_like(self._means).index_add_(0, places, samples) / counts.clamp(min=1)
-        spread = (samples - means[places]).square()
-        total = (self._counts + counts).clamp(min=1)
+        at, row, repeats = torch.unique(places, return_inverse=True, return_counts=True)
+        counts = repeats.double()[:, None]
+        nothing = samples.new_zeros(len(at), samples.shape[1])
+        means = nothing.index_add(0, row, samples) / counts
+        squares = nothing.index_add(0, row, (samples - means[row]).square())
         # the moments of two groups from those of each: no difference of large sums
-        shift = means - self._means
-        self._squares.index_add_(0, places, spread)
-        self._squares += shift.square() * self._counts * counts / total
-        self._means += shift * counts / total
-        self._counts += counts
+        before = self._counts[at]
+        shift = means - self._means[at]
+        self._counts[at] += counts
+        self._means[at] += shift * counts / self._counts[at]
+        self._squares[at] += squares + shift.square() * before * counts / self._counts[at]
 
     def result(self) -> Values:
         """The means so far."""

@@ -126,7 +126,9 @@ class Semivalue(Valuation):
         m is what earlier subsets had, where there were any.
         """
         # equal subsets are fitted once
-        distinct, place = np.unique(held, axis=0, return_inverse=True)
+        number: dict[bytes, int] = {}
+        place = [number.setdefault(row.tobytes(), len(number)) for row in held]
+        distinct = np.frombuffer(b"".join(number), dtype=bool).reshape(len(number), -1)
         filled = distinct.any(axis=1)
         jobs = [(np.flatnonzero(row), inputs) for row in distinct[filled]]
         found = list(self._scores(jobs, bar))
@@ -138,7 +140,7 @@ class Semivalue(Valuation):
             )
         utilities = self._empty(widths[0]).repeat(len(distinct), 1)
         utilities[torch.from_numpy(filled)] = torch.stack(found)
-        return utilities[torch.from_numpy(place.reshape(-1))]
+        return utilities[place]
 
     def _empty(self, m: int) -> Tensor:
         given = as_scores(self.empty_utility, "`empty_utility`")

@@ -1,10 +1,11 @@
 """Shakespeare, WikiText-2 with GPT-2's tokenizer, and Python's help, as examples of tokens."""
 
 import sys
+from itertools import pairwise
+from pydoc_data.topics import topics
 
 import pytest
 import torch
-from pydoc_data.topics import topics
 from small_files import write_tokenizer
 
 from benchmarks.settings.data import Sizes
@@ -120,7 +121,7 @@ def test_pieces_of_a_paragraph_hold_all_its_tokens():
     for length in range(2, 40):
         for context in (1, 3, 8):
             pieces = even_pieces(list(range(length)), context)
-            assert [pair for p in pieces for pair in zip(p, p[1:], strict=False)] == [
+            assert [pair for piece in pieces for pair in pairwise(piece)] == [
                 (i, i + 1) for i in range(length - 1)
             ]
             sizes = [len(piece) - 1 for piece in pieces]

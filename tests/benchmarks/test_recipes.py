@@ -138,9 +138,7 @@ def test_the_minimum_of_logistic_regression_is_scikit_learns():
     Minimum(weight_decay=0.05)(model, (x, y), class_losses, seed=0)
     # it minimises C * sum of losses + half the squared norm
     other = LogisticRegression(C=1 / (0.05 * 40), fit_intercept=False, tol=1e-10, max_iter=10_000)
-    assert torch.allclose(
-        model.weight.detach(), torch.from_numpy(other.fit(x, y).coef_), atol=1e-6
-    )
+    assert torch.allclose(model.weight.detach(), torch.from_numpy(other.fit(x, y).coef_), atol=1e-6)
 
 
 def test_the_minimum_does_not_depend_on_where_it_starts():

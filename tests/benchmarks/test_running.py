@@ -1,5 +1,6 @@
 """A run: its figures against parts put together by hand, and the command line."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ import influence_kit
 from benchmarks.settings import SETTINGS, Sizes
 from benchmarks.settings.__main__ import main
 from benchmarks.settings.methods import METHODS, Question, last_linear, make_method
+from benchmarks.settings.models.perceptrons import perceptron
 from benchmarks.settings.plan import Plan, Result
 from benchmarks.settings.recipes import MiniBatches
 from benchmarks.settings.run import report, run
@@ -96,10 +98,9 @@ def test_wrong_labels_are_put_together_right(tmp_path):
 
 
 def test_target_models_differ_by_seed(tmp_path):
-    setting = replace(SETTINGS["digits-mlp"], recipe=MiniBatches(2, 16, 0.1, momentum=0.9))
-    data = setting.load(sizes=Sizes(64, 5))
+    data = TINY_MLP.load(sizes=Sizes(64, 5))
     plan = Plan(["GradDot", "TracInCP", "TRAK-2"], subsets=4, repeats=2, targets=2, checkpoints=2)
-    results = by_name(run(setting, data, plan, tmp_path))
+    results = by_name(run(TINY_MLP, data, plan, tmp_path))
     found = results["LDS", "GradDot"]
     assert len(set(found.values)) == 2
     assert found.error == pytest.approx(abs(found.values[0] - found.values[1]) / 2)
@@ -143,27 +144,35 @@ def test_what_a_setting_does_not_have_is_refused_before_training(name, plan, mes
         run(SETTINGS[name], None, plan, tmp_path)
 
 
-@pytest.mark.parametrize("kind", METHODS)
-@pytest.mark.parametrize("name", ["wine-lr", "diabetes-ridge", "digits-mlp"])
-def test_every_method_is_made_for_a_setting(kind, name):
-    setting = SETTINGS[name]
-    if isinstance(setting.recipe, MiniBatches):
-        setting = replace(setting, recipe=replace(setting.recipe, epochs=2))
+TINY_MLP = replace(
+    SETTINGS["digits-mlp"],
+    network=lambda data: perceptron((data.inputs, 4, data.outputs)),
+    recipe=MiniBatches(4, 16, 0.1, momentum=0.9),
+)
+# a thousand steps, and curvature of what is hardly trained: too slow, or refused with a reason
+SLOW = ["LiSSAInfluenceFunction", "CGInfluenceFunction", "NystromInfluenceFunction"]
+CASES = [
+    *((WINE, kind) for kind in METHODS if kind != SLOW[0]),
+    *((TINY_MLP, kind) for kind in METHODS if kind not in SLOW),
+    *((SETTINGS["diabetes-ridge"], kind) for kind in ("TRAK", "EKFACInfluenceFunction")),
+]
+
+
+@pytest.mark.parametrize(("setting", "kind"), CASES, ids=[f"{s.name} {kind}" for s, kind in CASES])
+def test_every_method_scores_a_setting(setting, kind):
     data = setting.load(sizes=Sizes(24, 3))
     trained = setting.train_with_checkpoints(data, 2)
     method = make_method(kind, Question(setting, data, trained))
-    if kind == "KNNShapley" and name == "diabetes-ridge":
-        return  # it values labels of classes
+    assert type(method) is getattr(influence_kit, kind)
     scores = method.influence(data.test.tensors)
     assert scores.shape == (3, 24)
     assert scores.isfinite().all()
 
 
-def test_methods_of_training_get_all_checkpoints_and_others_the_last(wine):
-    trained = SETTINGS["digits-mlp"].train_with_checkpoints(
-        data := SETTINGS["digits-mlp"].load(sizes=Sizes(64, 3)), 4
-    )
-    question = Question(SETTINGS["digits-mlp"], data, trained)
+def test_methods_of_training_get_all_checkpoints_and_others_the_last():
+    data = TINY_MLP.load(sizes=Sizes(64, 3))
+    trained = TINY_MLP.train_with_checkpoints(data, 4)
+    question = Question(TINY_MLP, data, trained)
     assert len(make_method("TracInCP", question).checkpoints) == 4
     assert make_method("GradDot", question).checkpoints == trained.checkpoints[-1:]
     members = [c["state_dict"] for c in trained.checkpoints[:2]]
@@ -191,7 +200,7 @@ def test_published_figures_stand_below_the_table():
     text = report(SETTINGS["mnist-mlp"], results)
     assert "LDS     GradDot          0.300  0.050       1.2" in text
     assert "LDS     (noise ceiling)  0.900  -           -" in text
-    assert "LDS     TRAK-50                     0.446  dattri README, chart" in text
+    assert re.search(r"LDS +TRAK-50 +0\.446 +dattri README, chart", text)
     assert "AUC" not in text  # nothing was measured by it
     assert "Published" not in report(WINE, results)
 

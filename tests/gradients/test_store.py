@@ -25,6 +25,7 @@ from influence_kit.gradients.store import GradientStore
 from influence_kit.gradients.store_manifest import default_chunk_rows
 from influence_kit.memory import MIB, workspace_bytes
 from influence_kit.saved import MANIFEST
+from influence_kit.scoring.reducers import TopK
 
 COLUMNS = {"a.weight": Size([2, 3]), "a.bias": Size([2]), "b": Size([3])}
 ROWS, CHECKPOINTS, WIDTH, CHUNK = 23, 2, 11, 5
@@ -156,6 +157,21 @@ def test_rows_are_gradients_by_name(tmp_path: Path) -> None:
     groups = {"a": ["a.weight", "a.bias"], "b": ["b"]}
     by_group = train.inner_by_group(test, ROWS, groups)
     assert torch.allclose(by_group[1], all_rows(1)[4:7, 8:] @ all_rows()[:, 8:].T, rtol=1e-13)
+
+
+def test_the_best_of_a_store_are_those_of_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, queries = build(tmp_path), build(tmp_path).gradients(1, 0, 4)
+    monkeypatch.setattr(store_module, "workspace_bytes", lambda _: 2 * WIDTH * 16)
+    top = TopK(6, proponents=True)
+    for tile in store.tiles():
+        train = store.gradients(0, tile.start, tile.stop)
+        top.update(torch.arange(tile.start, tile.stop), train.inner(queries, ROWS))
+    expected = (all_rows(1)[:4] @ all_rows().T).sort(dim=1, descending=True)
+    found = top.result()
+    assert torch.equal(found.indices, expected.indices[:, :6])
+    assert torch.allclose(found.influence_scores, expected.values[:, :6], rtol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

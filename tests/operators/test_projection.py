@@ -103,7 +103,9 @@ MORE = {
     ),
 }
 CASES = {**LAYERS, **MORE}
+NARROW = {name: case for name, case in CASES.items() if not name.endswith("wide")}
 every_layer = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+every_narrow_layer = pytest.mark.parametrize("case", NARROW.values(), ids=NARROW.keys())
 
 
 def prepared(case: LayerCase) -> tuple[nn.Module, list[str], Gradients, Tensor]:
@@ -152,10 +154,14 @@ def test_every_layer(case: LayerCase, kind: str, then: bool) -> None:
     }
     assert found.parameters == project.shapes
     assert all(isinstance(form, Dense) for form in found.forms.values())
-    assert_close(found.flat(), expected @ torch.cat(list(columns.values()), dim=1), EXACT)
+    images = expected @ torch.cat(list(columns.values()), dim=1)
+    if kind == "mask" and not images.any():  # of a large table: none of its rows was looked up
+        assert not found.flat().any()
+    else:
+        assert_close(found.flat(), images, EXACT)
 
 
-@every_layer
+@every_narrow_layer
 def test_every_layer_as_it_is(case: LayerCase) -> None:
     """The identity changes the order of entries alone: a matrix has its bias as a last column."""
     model, names, gradients, expected = prepared(case)
@@ -181,7 +187,7 @@ def test_every_layer_in_a_small_workspace(case: LayerCase, monkeypatch: pytest.M
     assert_close(found, expected @ torch.cat(list(columns.values()), dim=1), EXACT)
 
 
-@every_layer
+@every_narrow_layer
 @pytest.mark.parametrize("kind", ["rademacher", "sjlt"])
 def test_all_parameters_together(case: LayerCase, kind: str) -> None:
     model, names, gradients, expected = prepared(case)
