@@ -139,9 +139,12 @@ def telling_damping(curvature: Tensor) -> float:
     return median_eigenvalue(curvature) + max(0.0, -lowest)
 
 
-def auto_damping(curvature: Tensor, index: Tensor) -> float:
-    """A tenth of the mean eigenvalue of a block."""
-    return 0.1 * curvature[index][:, index].diagonal().mean().item()
+def auto_damping(
+    curvature: Tensor, index: Tensor, share: float = 0.1, count: float = float("inf")
+) -> float:
+    """A share of the mean eigenvalue of a block, of which ``count`` may differ from zero."""
+    trace = curvature[index][:, index].diagonal().sum().item()
+    return share * trace / min(len(index), count)
 
 
 # Inverses, [P, P].

@@ -79,7 +79,7 @@ def two_sided(piece: Piece, left: Tensor, right: Tensor) -> Tensor:
     order = (weights.T if piece.transposed else weights).flatten()
     if has_bias:
         order = torch.cat([order, entry[:, -1]])
-    return torch.kron(left, right)[order]
+    return torch.kron(left.contiguous(), right.contiguous())[order]
 
 
 def own_matrix(piece: Piece, found: Any) -> Tensor:
@@ -104,3 +104,53 @@ def written_out(
         columns[places(model, names, piece.names)] = own
         found[piece.names[0]] = columns
     return found
+
+
+# Scores.
+
+
+def curvature(u: Tensor, groups: Sequence[Tensor]) -> Tensor:
+    """Mean of u u^T, zero between groups of columns."""
+    whole = u.T @ u / len(u)
+    kept = torch.zeros_like(whole)
+    for group in groups:
+        kept[group[:, None], group] = whole[group[:, None], group]
+    return kept
+
+
+def groups_of(columns: Mapping[str, Tensor], blocks: Any) -> dict[str, Tensor]:
+    """Which of the K columns are in each block."""
+    ends = torch.tensor([own.shape[1] for own in columns.values()]).cumsum(0).tolist()
+    own = {
+        name: torch.arange(end - columns[name].shape[1], end)
+        for name, end in zip(columns, ends, strict=True)
+    }
+    if blocks == "layer":
+        blocks = {}
+        for name in columns:
+            blocks.setdefault(name.rpartition(".")[0] or name, []).append(name)
+    elif blocks == "full":
+        blocks = {"full": list(columns)}
+    return {block: torch.cat([own[name] for name in names]) for block, names in blocks.items()}
+
+
+def inverse_of(
+    fisher: Tensor,
+    groups: Mapping[str, Tensor],
+    damping: float | Mapping[str, float] | str,
+    count: int = 11,
+) -> Tensor:
+    """(F + damping)^-1 of each group of columns, ``[K, K]``.
+
+    "auto" is 0.3 of the mean eigenvalue, of which ``count`` examples make as many at most.
+    """
+    inverse = torch.zeros_like(fisher)
+    for block, group in groups.items():
+        own = fisher[group[:, None], group]
+        if damping == "auto":
+            value = 0.3 * float(torch.linalg.eigvalsh(own).sum()) / min(len(own), count)
+        else:
+            value = damping[block] if isinstance(damping, Mapping) else damping
+        damped = own + value * torch.eye(len(group), dtype=own.dtype)
+        inverse[group[:, None], group] = torch.linalg.inv(damped)
+    return inverse

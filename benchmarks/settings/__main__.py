@@ -91,6 +91,7 @@ def _run(given: argparse.Namespace) -> str:
         seed=given.seed,
         processes=given.processes,
         device=given.device,
+        show_progress=sys.stderr.isatty(),  # bars are for people
     )
     plan.check(setting)
     sizes = Sizes(given.train or setting.sizes.train, given.test or setting.sizes.test)

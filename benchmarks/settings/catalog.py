@@ -223,16 +223,16 @@ OFFLINE = [
     ),
     Setting(
         name="help-gpt",
-        title="Python's help (pydoc_data.topics), GPT 2 x 64, context 64",
+        title="Python's help (pydoc_data.topics), GPT 2 x 48, context 64",
         loader=sequences.help_topics,
         sizes=Sizes(1000, 100),
         network=partial(
-            _gpt, context=sequences.HELP_CONTEXT, layers=2, width=64, heads=4, dropout=0.0
+            _gpt, context=sequences.HELP_CONTEXT, layers=2, width=48, heads=4, dropout=0.0
         ),
         loss_fn=token_losses,
         measurement=log_likelihoods,
         recipe=MiniBatches(
-            epochs=9, batch_size=32, learning_rate=3e-3, optimizer="adamw", weight_decay=0.01
+            epochs=6, batch_size=32, learning_rate=3e-3, optimizer="adamw", weight_decay=0.01
         ),
         metrics=("LDS",),
     ),

@@ -60,6 +60,10 @@ def _of_last_layer(question: Question) -> Keywords:
     return keywords
 
 
+def _refitted(question: Question) -> Keywords:
+    return {**_of_last_layer(question), "checkpoints": question.final}
+
+
 def _with_curvature(question: Question) -> Keywords:
     """The damping of a minimum is known: the recipe's weight decay makes the Hessian exact."""
     recipe = question.setting.recipe
@@ -102,6 +106,7 @@ METHODS: Mapping[str, Callable[[Question], Keywords]] = {
     "GraSS": _shared,
     "FactGraSS": _shared,
     "TRAK": _trak,
+    "RepresenterPointSelection": _refitted,
     "KNNShapley": _neighbors,
 }
 
@@ -110,9 +115,13 @@ def split_name(name: str) -> tuple[str, int]:
     """The class that a name means, and over how many models on halves; 0 for the target itself.
 
     Raises:
-        InvalidArgumentError: for a method that is not known.
+        InvalidArgumentError: for a method that is not known, or cannot be over several models.
     """
     kind, _, count = name.partition("-")
+    if count and METHODS.get(kind) in (_of_training, _of_last_layer):
+        raise InvalidArgumentError(
+            f"{kind} follows one training run, not several models; ask for '{kind}'"
+        )
     if kind not in METHODS or (count and not re.fullmatch("[1-9][0-9]*", count)):
         raise InvalidArgumentError(
             f"no method is called '{name}'; there are {', '.join(METHODS)}, and NAME-10, say, is a "

@@ -26,6 +26,7 @@ class Plan:
         seed: of the halves, the examples left out and the labels changed.
         processes: in which models are trained.
         device: where models are trained and attributed.
+        show_progress: a bar over the models that are trained on subsets.
     """
 
     methods: Sequence[str]
@@ -38,15 +39,23 @@ class Plan:
     seed: int = 0
     processes: int = 1
     device: str = "cpu"
+    show_progress: bool = False
 
     def check(self, setting: Setting) -> None:
         """Refuse what the setting does not have, before anything is trained.
 
         Raises:
-            InvalidArgumentError: for unknown methods, or metrics that make no sense here.
+            InvalidArgumentError: for unknown methods, metrics that make no sense here, or numbers
+                that are too small.
         """
         for name in self.methods:
             split_name(name)
+        least = {"subsets": 0, "left_out": 0, "targets": 1, "repeats": 1, "checkpoints": 1}
+        for number, smallest in least.items():
+            if getattr(self, number) < smallest:
+                raise InvalidArgumentError(
+                    f"`{number}` is {getattr(self, number)}; it must be at least {smallest}"
+                )
         asked: dict[Metric, float] = {
             "LDS": self.subsets,
             "LOO": self.left_out,

@@ -11,8 +11,14 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.recipe import seeded
 
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
 Loss = Callable[[Tensor, Tensor], Tensor]
 AfterEpoch = Callable[[int, float], None]  # takes the epoch, from 1, and the last learning rate
 
@@ -89,6 +95,13 @@ class MiniBatches:
     schedule: WarmupCosine | None = None
     longest_gradient: float | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse an optimizer that is not known."""
+        if self.optimizer not in OPTIMIZERS:
+            raise InvalidArgumentError(
+                f"`optimizer` is {self.optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}"
+            )
+
     @property
     def is_plain_sgd(self) -> bool:
         """Whether it is SGD with a constant learning rate and whole gradients."""
@@ -135,10 +148,8 @@ class MiniBatches:
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         own: dict[str, Any] = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(model.parameters(), momentum=self.momentum, **own)
-        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
-        return kind(model.parameters(), betas=self.betas, **own)
+        own |= {"momentum": self.momentum} if self.optimizer == "sgd" else {"betas": self.betas}
+        return OPTIMIZERS[self.optimizer](model.parameters(), **own)
 
 
 @dataclass(frozen=True)

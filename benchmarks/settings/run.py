@@ -14,6 +14,7 @@ from benchmarks.settings.data import Data
 from benchmarks.settings.plan import Plan, Result
 from benchmarks.settings.setting import Setting
 from benchmarks.settings.workplace import Workplace
+from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation import (
     RowCorrelation,
     half_subsets,
@@ -79,6 +80,10 @@ def by_subsets(workplace: Workplace) -> Iterator[Result]:
 def by_leaving_out(workplace: Workplace) -> Iterator[Result]:
     """How well each method predicts leaving one example out: by values, and by ranks."""
     plan, count = workplace.plan, len(workplace.data.train)
+    if plan.left_out > count:
+        raise InvalidArgumentError(
+            f"{plan.left_out} examples cannot be left out in turn: there are {count}"
+        )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(plan.seed))
     left_out = order[: plan.left_out]
     seeds = [TRUTH_SEEDS + repeat for repeat in range(plan.repeats)]

@@ -44,6 +44,7 @@ class Workplace:
     folder: Path
     _targets: dict[int, Trained] = field(default_factory=dict)
     _scores: dict[tuple[str, int], tuple[Tensor, float]] = field(default_factory=dict)
+    _members: dict[int, list[Path]] = field(default_factory=dict)
 
     @property
     def target_seeds(self) -> range:
@@ -69,6 +70,7 @@ class Workplace:
             model=self.setting.new_model(self.data).to(self.plan.device),
             label=label,
             n_jobs=self.plan.processes,
+            show_progress=self.plan.show_progress,
         )
 
     @property
@@ -78,13 +80,16 @@ class Workplace:
 
     def members(self, count: int) -> list[Path]:
         """Checkpoints of models with seeds of their own, each trained on another random half."""
-        halves = half_subsets(len(self.data.train), count, seed=self.plan.seed + MEMBER_SEEDS)
-        seeds = [MEMBER_SEEDS + place for place in range(count)]
-        self.retraining.paired_outputs(halves, self.measure, seeds)  # trains all of them at once
-        return [
-            self.retraining.checkpoints(halves[place : place + 1], [seed])[0]
-            for place, seed in enumerate(seeds)
-        ]
+        if count not in self._members:
+            halves = half_subsets(len(self.data.train), count, seed=self.plan.seed + MEMBER_SEEDS)
+            seeds = [MEMBER_SEEDS + place for place in range(count)]
+            # trains all of them at once, where the setting can
+            self.retraining.paired_outputs(halves, self.measure, seeds)
+            self._members[count] = [
+                self.retraining.checkpoints(halves[place : place + 1], [seed])[0]
+                for place, seed in enumerate(seeds)
+            ]
+        return self._members[count]
 
     def method(self, name: str, seed: int) -> Any:
         """A method for the target model of a seed."""

@@ -13,7 +13,7 @@ import json
 import math
 import warnings
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,21 +124,21 @@ def _warn_of_small(values: Tensor, stored: Tensor) -> None:
         )
 
 
-def write_chunk(path: Path, values: Tensor, facts: Mapping[str, str]) -> None:
-    """Write the rows ``[b, K]`` of a chunk, all or nothing, with what its header is to say."""
+def write_chunk(path: Path, values: Tensor, store: str) -> None:
+    """Write the rows ``[b, K]`` of a chunk of a store, all or nothing."""
     data = _bytes(values)
     entry = {
         "dtype": DTYPES[values.dtype],
         "shape": list(values.shape),
         "data_offsets": [0, len(data)],
     }
-    metadata = {**facts, CHECKSUM: _checksum(data)}
+    metadata = {"store": store, "file": path.name, CHECKSUM: _checksum(data)}
     header = json.dumps({"__metadata__": metadata, TENSOR: entry}).encode()
     header += b" " * (-(8 + len(header)) % ALIGNMENT)
     replace_file(path, len(header).to_bytes(8, "little"), header, data)
 
 
-def read_chunk(path: Path, facts: Mapping[str, str]) -> tuple[Tensor, str]:
+def read_chunk(path: Path, store: str) -> tuple[Tensor, str]:
     """The rows ``[b, K]`` of a chunk, a map of its file, and the checksum that its header says.
 
     Raises:
@@ -153,10 +153,10 @@ def read_chunk(path: Path, facts: Mapping[str, str]) -> tuple[Tensor, str]:
         ) from error
     except (OSError, SafetensorError) as error:
         raise _unusable(path, f"cannot be read ({error})") from error
-    expected = {**facts, CHECKSUM: found.get(CHECKSUM, "")}
-    if found != expected:
-        raise _unusable(path, f"belongs elsewhere (its header says {found}, not {dict(facts)})")
-    return values, found[CHECKSUM]
+    checksum = found.get(CHECKSUM, "")
+    if found != {"store": store, "file": path.name, CHECKSUM: checksum}:
+        raise _unusable(path, f"belongs elsewhere: its header says {found}, its store is {store}")
+    return values, checksum
 
 
 def check_bytes(path: Path, values: Tensor, checksum: str) -> None:

@@ -160,7 +160,7 @@ class GradientStore:
             if not is_mine(chunk) or self._path(checkpoint, chunk).exists()
         }
         for chunk, values in whole_chunks(pieces, self.layout, theirs):
-            self._write(checkpoint, chunk, values)
+            write_chunk(self._path(checkpoint, chunk), values, self._manifest.identity)
 
     def finish(self) -> None:
         """Say in the manifest that all chunks are there, with their checksums.
@@ -179,7 +179,7 @@ class GradientStore:
         chunks = []
         for checkpoint, chunk in self._keys():
             path, rows = self._path(checkpoint, chunk), self.layout.rows_of(chunk)
-            _, checksum = read_chunk(path, self._facts(checkpoint, chunk))
+            _, checksum = read_chunk(path, self._manifest.identity)
             place = {"checkpoint": checkpoint, "rows": [rows.start, rows.stop]}
             chunks.append({"file": path.name, **place, CHECKSUM: checksum})
         self._manifest.finish(chunks)
@@ -234,14 +234,6 @@ class GradientStore:
     def _path(self, checkpoint: int, chunk: int) -> Path:
         return self.folder / self.layout.file(checkpoint, chunk)
 
-    def _facts(self, checkpoint: int, chunk: int) -> dict[str, str]:
-        """What a chunk's header says of where it belongs."""
-        return {
-            "store": self._manifest.identity,
-            "checkpoint": str(checkpoint),
-            "chunk": str(chunk),
-        }
-
     def _sample(self, sample: Tensor | None) -> Tensor:
         half = self.layout.dtype.itemsize < 4
         dtype = torch.float32 if half else self.layout.dtype
@@ -257,12 +249,9 @@ class GradientStore:
         path = self._path(checkpoint, chunk)
         if self._mapped is None or self._mapped[0] != path.name:
             self._mapped = None  # so that there are never two of them
-            values, checksum = read_chunk(path, self._facts(checkpoint, chunk))
+            values, checksum = read_chunk(path, self._manifest.identity)
             if path.name not in self._checked:
                 check_bytes(path, values, checksum)
                 self._checked.add(path.name)
             self._mapped = path.name, values
         return self._mapped[1]
-
-    def _write(self, checkpoint: int, chunk: int, values: Tensor) -> None:
-        write_chunk(self._path(checkpoint, chunk), values, self._facts(checkpoint, chunk))

@@ -28,8 +28,8 @@ class CGInfluenceFunction(CurvatureInfluence):
 
     Args:
         damping, curvature, blocks, hessian_dataset, relative, seed: as in
-            ``ExplicitInfluenceFunction``; where C is not written out, "auto" takes its mean
-            eigenvalue exactly for blocks of up to 256 parameters, and from 32 random probes for
+            ``ExplicitInfluenceFunction``; where C is not written out, "auto" takes its trace
+            exactly for blocks of up to 256 parameters, and from 32 random probes for
             larger ones.
         max_iter: the most iterations; a warning tells where they did not suffice.
         tol: an example is done when its residual is this small against its right-hand side.

@@ -37,6 +37,9 @@ class CurvatureInfluence(InfluenceFunction):
             blocks is taken for zero, and a parameter that no block has for frozen.
     """
 
+    # found to serve convex models and networks alike
+    _auto_share = 1.0
+
     def __init__(
         self,
         *args: Any,
@@ -76,8 +79,12 @@ class CurvatureInfluence(InfluenceFunction):
         )
 
     def _means(self, facts: Facts, data: DataSet) -> Tensor:
-        sizes = torch.tensor(self._partition.sizes, device=self._device)
-        return self._curvature(data).traces(self.seed) / sizes
+        return self._means_of(self._curvature(data).traces(self.seed), data)
+
+    def _means_of(self, traces: Tensor, data: DataSet) -> Tensor:
+        """The traces of blocks over the number of directions in which n examples may curve."""
+        sizes = torch.tensor(self._partition.sizes, device=traces.device)
+        return traces / sizes.clamp(max=data.count)
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "curvature": self.curvature}

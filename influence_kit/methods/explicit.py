@@ -28,8 +28,9 @@ class ExplicitInfluenceFunction(CurvatureInfluence):
     loss) ``damping=l2`` makes C + damping the Hessian of what was minimised.
 
     Args:
-        damping: added to the eigenvalues of C: a number, a dict by block, or "auto" (0.1 times the
-            mean eigenvalue of the block).
+        damping: added to the eigenvalues of C: a number, a dict by block, or "auto": the mean
+            eigenvalue of the block, which is its trace over the number of its parameters, or of
+            examples where those are fewer.
         curvature: "ggn", "hessian", "fisher" or "empirical_fisher"; see ``CurvatureInfluence``.
         blocks: "full", "layer", "parameter" or a dict; see ``CurvatureInfluence``.
         hessian_dataset: the data over which C is a mean; the training set where None.
@@ -76,7 +77,8 @@ class ExplicitInfluenceFunction(CurvatureInfluence):
         return [facts[f"curvature.{number}"] for number in range(len(self.block_names))]
 
     def _means(self, facts: Facts, data: DataSet) -> Tensor:
-        return torch.stack([block.diagonal().mean() for block in self._blocks(facts)])
+        traces = torch.stack([block.diagonal().sum() for block in self._blocks(facts)])
+        return self._means_of(traces, data)
 
     def _make_inverse(self, facts: Facts, damping: Tensor, data: DataSet) -> Transform:
         return self._through(Cholesky(self._blocks(facts), damping, self.block_names))

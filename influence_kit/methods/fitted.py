@@ -78,7 +78,7 @@ class FittedInfluence(InnerProductInfluence):
 
     @abstractmethod
     def _means(self, facts: Facts, data: DataSet) -> Tensor:
-        """The mean eigenvalue of each block ``[B]``."""
+        """What damping="auto" is a share of: the mean eigenvalue of each block ``[B]``."""
 
     @abstractmethod
     def _make_inverse(self, facts: Facts, damping: Tensor, data: DataSet) -> Transform:

@@ -4,11 +4,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from influence_kit.checkpoint_loader import CheckpointLoader
-from influence_kit.data import to_device
+from influence_kit.data import take, to_device
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients, join_examples
 from influence_kit.methods.fitted import Facts
@@ -25,6 +26,7 @@ from influence_kit.operators.projection import (
     whole,
 )
 from influence_kit.operators.random_maps import Composed, Coordinates, Identity, key_of, random_map
+from influence_kit.scoring.features import chosen_rows
 
 # examples from which a mask is learnt
 SAMPLE = 64
@@ -75,8 +77,8 @@ class GraSS(MaskedInfluence):
 
     Args:
         projection_dim: the letter k, of each layer; a layer with fewer entries stays as it is.
-        mask: "random", or "learnt" from the gradients of 64 training examples at the first
-            checkpoint: the entries that keep their inner products best.
+        mask: "random", or "learnt" from the gradients of 64 training examples, spread over the
+            training set, at the first checkpoint: the entries that keep their inner products best.
         blow_up: how many times k entries the mask keeps.
         damping, curvature, blocks, hessian_dataset, relative: as in ``LoGra``.
         seed: of mask and projection; that of a layer depends on its name alone.
@@ -160,18 +162,17 @@ class GraSS(MaskedInfluence):
         self._learnt = True
 
     def _sample_gradients(self) -> Gradients:
-        parts: list[Gradients] = []
-        for batch in self.train_dataloader:
-            parts.append(self._source(to_device(batch, self._device), self._train_loss))
-            if sum(part.n for part in parts) >= SAMPLE:
-                break
-        joined = join_examples(parts)
-        if joined.n < 3:
+        """Of examples from all over the training set, which may be in the order of its classes."""
+        count = DataSet(self.train_dataloader, self._device).count
+        if count < 3:
             raise InvalidArgumentError(
-                f"a mask is learnt from correlations, which {joined.n} training examples do not "
+                f"a mask is learnt from correlations, which {count} training examples do not "
                 'have; use mask="random"'
             )
-        return joined.rows(slice(0, SAMPLE))
+        places = torch.linspace(0, count - 1, min(count, SAMPLE)).round().long()
+        chosen = chosen_rows(self.train_dataloader, places, lambda: None)
+        batches = (to_device(take(batch, rows), self._device) for _, rows, batch in chosen)
+        return join_examples([self._source(batch, self._train_loss) for batch in batches])
 
     def _written(self, sample: Gradients, unit: WrittenOut) -> Tensor:
         forms = {name: form for name, form in sample.forms.items() if name in unit.shapes}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from influence_kit.data import (
     Batch,
@@ -20,7 +21,7 @@ from influence_kit.data import (
     targets_of,
 )
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.labels import LABEL_KEYS, logits_of
+from influence_kit.labels import LABEL_KEYS, labels_of, logits_of
 from influence_kit.losses import Loss
 
 
@@ -174,3 +175,33 @@ def joined(parts: Sequence[LastLayer]) -> list[LastLayer]:
         return list(parts)
     features = torch.cat([part.features for part in parts])
     return [LastLayer(features, torch.cat(outputs), (torch.cat(targets),))]
+
+
+def chosen_outputs(values: Tensor, batch: Batch, shift: int) -> Tensor:
+    """Which output a test example's score is a part of: that of its label, ``[n, t, c]``.
+
+    Args:
+        values: minus the slopes of the examples' losses, up to a factor, ``[n, t, c]``.
+        batch: holds the labels.
+        shift: by how many positions labels are behind outputs.
+
+    Raises:
+        InvalidArgumentError: where there are several outputs and no integer label for each.
+    """
+    n, t, c = values.shape
+    if c == 1:
+        return values.sign()
+    labels = labels_of(batch)
+    if labels.is_floating_point() or labels.numel() != n * t:
+        raise InvalidArgumentError(
+            f"of {c} outputs the score is of the label's, so that labels must be integers of shape "
+            f"{[n] if t == 1 else [n, t]}; they are {labels.dtype} of shape {list(labels.shape)}"
+        )
+    labels = F.pad(labels.reshape(n, t)[:, shift:].long(), (0, shift), value=-1)
+    if int(labels.max()) >= c:
+        raise InvalidArgumentError(f"a label is {int(labels.max())}; the layer has {c} outputs")
+    counts = labels >= 0
+    if t > 1:  # positions that the loss ignores, by a label of whatever number
+        counts &= values.ne(0).any(2)
+    chosen = torch.zeros_like(values).scatter_(2, labels.clamp(min=0).unsqueeze(2), 1.0)
+    return chosen * counts.unsqueeze(2)

@@ -20,6 +20,8 @@ EPS = torch.finfo(torch.float64).eps
 MOST_PRODUCTS = 10_000
 # a step must gain this share of what its slope promises; it is shortened this often at most
 GAIN, MOST_TRIALS = 1e-4, 40
+# steps in a row that bring the gradient no nearer to zero: rounding, or a loss without a minimum
+PATIENCE = 10
 
 
 @dataclass(frozen=True)
@@ -163,15 +165,17 @@ def minimum(objective: Objective, outputs: int, tol: float, max_iter: int) -> Te
     """
     features = objective.features
     point = Point(objective, features.new_zeros(outputs, features.shape[1]))
-    first = point.error
+    errors: list[float] = []
     for taken in range(max_iter + 1):
+        errors.append(point.error)
         enough = max(tol * point.scale, point.rounding())
         if point.error <= enough:
             return point.weights
         # steps that are solved the better the nearer the end, and never better than needed
-        share = min(0.25, (point.error / first) ** 0.5)
+        share = min(0.25, (point.error / errors[0]) ** 0.5)
         solved = max(share, 0.1 * enough / point.error)
-        weights = point.moved(point.step(solved)) if taken < max_iter else None
+        goes_on = taken < max_iter and taken - errors.index(min(errors)) < PATIENCE
+        weights = point.moved(point.step(solved)) if goes_on else None
         if weights is None:
             break
         point = Point(objective, weights)

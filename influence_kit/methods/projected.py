@@ -30,8 +30,8 @@ class ProjectedInfluence(ExplicitInfluenceFunction):
 
     Args:
         projection_dim: entries of u for each layer.
-        damping: added to the eigenvalues of F: a number, a dict by block, or "auto" (0.1 times the
-            mean eigenvalue of the block).
+        damping: added to the eigenvalues of F: a number, a dict by block, or "auto" (0.3 times the
+            mean eigenvalue of the block, its trace over min(entries, examples)).
         curvature: "empirical_fisher" (F of the labels of the data) or "fisher" (of labels drawn
             from the model).
         blocks: "layer", "full" (F couples the layers) or a dict; see ``CurvatureInfluence``.
@@ -56,6 +56,7 @@ class ProjectedInfluence(ExplicitInfluenceFunction):
         super().__init__(*args, curvature=curvature, blocks=blocks, **kwargs)
 
     _keeps_rows = True
+    _auto_share = 0.3
 
     # What a method says.
 

@@ -8,9 +8,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.checkpoint_loader import CheckpointLoader
@@ -20,11 +18,11 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.factored import Factored
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rules import linear, rule_for, transposed_linear
-from influence_kit.labels import labels_of
 from influence_kit.losses import LossFunction
 from influence_kit.methods.base import BatchSize
 from influence_kit.methods.example_influence import given
 from influence_kit.methods.inner_product import InnerProductInfluence
+from influence_kit.methods.last_layer import chosen_outputs
 from influence_kit.methods.refit import Head, Refit, Settings
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term
@@ -218,7 +216,7 @@ class RepresenterPointSelection(InnerProductInfluence):
         head, sample = self._heads[place], self._sample
         seen = self._refit.seen(batch)
         values = self._refit.values(seen, head)
-        chosen = _chosen_outputs(values, seen.batch, self._train_loss.shift)
+        chosen = chosen_outputs(values, seen.batch, self._train_loss.shift)
         features, shape = seen.features.to(sample), head.weights.shape
         forms = {
             kind: Factored(deltas.to(sample), features, shape)
@@ -243,33 +241,3 @@ class RepresenterPointSelection(InnerProductInfluence):
 def _without_one(values: Tensor) -> Tensor:
     """``[n, t, c]`` as ``[n, c]`` where there is one position."""
     return values.squeeze(1) if values.shape[1] == 1 else values
-
-
-def _chosen_outputs(values: Tensor, batch: Batch, shift: int) -> Tensor:
-    """Which output a test example's score is a part of: that of its label, ``[n, t, c]``.
-
-    Args:
-        values: minus the slopes of the examples' losses, up to a factor, ``[n, t, c]``.
-        batch: holds the labels.
-        shift: by how many positions labels are behind outputs.
-
-    Raises:
-        InvalidArgumentError: where there are several outputs and no integer label for each.
-    """
-    n, t, c = values.shape
-    if c == 1:
-        return values.sign()
-    labels = labels_of(batch)
-    if labels.is_floating_point() or labels.numel() != n * t:
-        raise InvalidArgumentError(
-            f"of {c} outputs the score is of the label's, so that labels must be integers of shape "
-            f"{[n] if t == 1 else [n, t]}; they are {labels.dtype} of shape {list(labels.shape)}"
-        )
-    labels = F.pad(labels.reshape(n, t)[:, shift:].long(), (0, shift), value=-1)
-    if int(labels.max()) >= c:
-        raise InvalidArgumentError(f"a label is {int(labels.max())}; the layer has {c} outputs")
-    counts = labels >= 0
-    if t > 1:  # positions that the loss ignores, by a label of whatever number
-        counts &= values.ne(0).any(2)
-    chosen = torch.zeros_like(values).scatter_(2, labels.clamp(min=0).unsqueeze(2), 1.0)
-    return chosen * counts.unsqueeze(2)

@@ -12,31 +12,23 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.checkpoints import LoadFunction, load_checkpoint
-from influence_kit.data import Batch, call_model, example_count, targets_of, to_device
+from influence_kit.data import Batch, to_device
 from influence_kit.distributed import sum_over_ranks
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.losses import Loss, LossFunction
-from influence_kit.margins import (
-    OutputFunction,
-    classification_margin,
-    one_minus_probability,
-    slope_along,
-)
+from influence_kit.margins import OutputFunction
 from influence_kit.methods.base import BatchSize
 from influence_kit.methods.damping import DampingArgument
 from influence_kit.methods.fitted import Facts
+from influence_kit.methods.output_features import FEATURES, SLOPE, OutputFeatures, alone, repeated
 from influence_kit.methods.solved import SolvedInfluence
 from influence_kit.operators.passes import DataSet, refuse_non_finite
-from influence_kit.operators.projection import JointProjection
-from influence_kit.operators.random_maps import Placed, RandomMap, random_map
 from influence_kit.operators.solvers import Cholesky
 from influence_kit.scoring.reducers import Reducer, Weighted
 from influence_kit.scoring.term import Side, Term, Transform
 
 KINDS = ("sjlt", "rademacher", "gaussian", "identity")
-FEATURES, SLOPE = "features", "1 - p"
 
 
 class TRAK(SolvedInfluence):
@@ -64,8 +56,9 @@ class TRAK(SolvedInfluence):
             "gaussian" (dense: as many operations an entry as there are features), or "identity"
             (nothing is projected, for small models).
         ridge: added to the eigenvalues of Phi^T Phi, which is a sum over the training set: a number
-            or "auto", their mean. Without one the scores are noise where n is near the number of
-            features or below it. May be set anew; nothing is computed again for that.
+            or "auto", their mean (the trace over the lesser of entries and n). Without one the
+            scores are noise where n is near the number of features or below it. May be set anew;
+            nothing is computed again for that.
         output_fn: ``output_fn(outputs, targets)`` (of a dict batch: ``(outputs, batch)``), one
             value an example in place of the margin, higher for better predictions. 1 - p is then
             the slope -dL/df of ``loss_fn`` along it.
@@ -126,8 +119,6 @@ class TRAK(SolvedInfluence):
             )
         self.projection, self.output_fn = projection, output_fn
         self.projection_dim = projection_dim
-        self._output_fn = classification_margin if output_fn is None else output_fn
-        self._output = Loss(self._output_fn, "none", "output_fn")
         self._is_split = False
         super().__init__(
             model,
@@ -183,56 +174,29 @@ class TRAK(SolvedInfluence):
             return scores * self._slopes_of_train(scores)
         return scores * self._slopes_of(inputs).to(scores)
 
-    # Features: what the margin's gradients are projected to.
+    # What is kept of an example: its features, and its slope.
+
+    @cached_property
+    def _made(self) -> OutputFeatures:
+        kind, dim, seed = self.projection, self.projection_dim, self.seed
+        return OutputFeatures(self._source, self.output_fn, self._train_loss, kind, dim, seed)
 
     @property
     def _shapes(self) -> Mapping[str, torch.Size]:
-        return {FEATURES: torch.Size([self._projection_at(0).k])}
+        return self._made.shapes
 
     @property
     def _kept_shapes(self) -> Mapping[str, torch.Size]:
-        return {**self._shapes, SLOPE: torch.Size([1])}
+        return self._made.all_shapes
 
     def _blocks_of(self, names: list[str]) -> Mapping[str, list[str]]:
         return {FEATURES: [FEATURES]}
 
-    @cached_property
-    def _projections(self) -> dict[int, JointProjection]:
-        return {}
-
-    def _projection_at(self, checkpoint: int) -> JointProjection:
-        if checkpoint not in self._projections:
-            maps = {name: self._map_of(name, checkpoint) for name in self._parameters}
-            self._projections[checkpoint] = JointProjection(maps, FEATURES)
-        return self._projections[checkpoint]
-
-    def _map_of(self, name: str, checkpoint: int) -> RandomMap:
-        sizes = {other: parameter.numel() for other, parameter in self._parameters.items()}
-        if self.projection == "identity":
-            start = sum(list(sizes.values())[: list(sizes).index(name)])
-            return Placed(sizes[name], sum(sizes.values()), start)
-        key = (self.seed, name, checkpoint)
-        return random_map(self.projection, sizes[name], self.projection_dim, *key)
-
     def _features(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
-        return self._projection_at(checkpoint)(self._source(batch, self._output))
+        return self._made(checkpoint, batch)
 
     def _train_features(self, checkpoint: int, batch: Batch) -> Gradients:
-        features = self._features(checkpoint, batch, self._output)
-        slopes = Dense(self._slopes(batch).to(features.sample)[:, None], torch.Size([1]))
-        forms = {**features.forms, SLOPE: slopes}
-        return Gradients(features.n, forms, self._kept_shapes, features.sample)
-
-    def _slopes(self, batch: Batch) -> Tensor:
-        """1 - p of each example, or what stands for it, ``[n]``."""
-        with torch.no_grad():
-            outputs = call_model(self.model, batch)
-            if self.output_fn is None:
-                return one_minus_probability(outputs, targets_of(batch))
-        # a loss that does not say what it reduces over is asked
-        self._source.prepare(batch, self._train_loss)
-        n = example_count(batch)
-        return slope_along(self._train_loss, self.output_fn, outputs, batch, n)
+        return self._made.with_slopes(checkpoint, batch)
 
     # What is measured of them: Phi^T Phi, and the slopes of all training examples.
 
@@ -243,20 +207,20 @@ class TRAK(SolvedInfluence):
         return {
             "features": "projected gradients of the output function",
             "projection": self.projection,
-            "projection_dim": self._projection_at(0).k,
+            "projection_dim": self._partition.sizes[0],
             "seed": self.seed,
         }
 
     @property
     def _differentiated(self) -> Loss:
-        return self._output
+        return self._made.output
 
     @property
     def _fit_batches(self) -> Iterable[Batch]:
         return self._train_batches
 
     def _measure(self, data: DataSet) -> Facts:
-        k = self._projection_at(data.checkpoint).k
+        (k,) = self._partition.sizes
         gram = self._sample.new_zeros(k, k, dtype=torch.float64)
         features = self.train_at(data.checkpoint).features
         slopes = []
@@ -279,7 +243,8 @@ class TRAK(SolvedInfluence):
         return {"gram": refuse_non_finite(gram), SLOPE: refuse_non_finite(of_all)}
 
     def _means(self, facts: Facts, data: DataSet) -> Tensor:
-        return facts["gram"].diagonal().mean()[None]
+        gram = facts["gram"]
+        return gram.trace()[None] / min(len(gram), data.count)
 
     def _make_inverse(self, facts: Facts, damping: Tensor, data: DataSet) -> Transform:
         return self._through(Cholesky([facts["gram"]], damping, [FEATURES]))
@@ -307,7 +272,7 @@ class TRAK(SolvedInfluence):
             for place in range(len(self.checkpoints)):
                 loader.load(place)
                 batches = (to_device(batch, self._device) for batch in self._batches(inputs))
-                total.append(torch.cat([self._slopes(batch) for batch in batches]))
+                total.append(torch.cat([self._made.slopes(batch) for batch in batches]))
         return torch.stack(total).mean(0)
 
     @property
@@ -317,9 +282,8 @@ class TRAK(SolvedInfluence):
 
     def _train_side(self, place: int) -> Side:
         if not self._is_split:
-            return self.train_at(place, _features_alone)
-        project = self._projection_at(place).of_parameters
-        return Side(place, lambda batch: project(self._source(batch, self._output)))
+            return self.train_at(place, alone)
+        return Side(place, lambda batch: self._made.by_parameter(place, batch))
 
     def terms(self) -> list[Term]:
         """One term a checkpoint, the test side through the inverse."""
@@ -332,18 +296,6 @@ class TRAK(SolvedInfluence):
         """The test side for a training side that is split by parameter."""
         if not self._is_split:
             return term
-        solve = term.test.solve or (lambda gradients: gradients)
-        return replace(term, test=replace(term.test, solve=lambda g: self._spread(solve(g))))
-
-    def _spread(self, features: Gradients) -> Gradients:
-        """The same features for every parameter."""
-        form = features.forms[FEATURES]
-        names = list(self._parameters)
-        shapes = dict.fromkeys(names, form.shape)
-        return Gradients(features.n, dict.fromkeys(names, form), shapes, features.sample)
-
-
-def _features_alone(gradients: Gradients) -> Gradients:
-    """Without the slopes."""
-    form = gradients.forms[FEATURES]
-    return Gradients(gradients.n, {FEATURES: form}, {FEATURES: form.shape}, gradients.sample)
+        solve, names = term.test.solve or (lambda features: features), list(self._parameters)
+        test = replace(term.test, solve=lambda features: repeated(solve(features), names))
+        return replace(term, test=test)

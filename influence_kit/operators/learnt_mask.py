@@ -1,4 +1,7 @@
-"""Which entries of gradients keep their inner products best: the mask that GraSS learns."""
+"""Which entries of gradients keep their inner products best: the mask that GraSS learns.
+
+Letters: n examples, p entries of a gradient, k entries that are kept.
+"""
 
 import torch
 from torch import Tensor
@@ -6,34 +9,48 @@ from torch import Tensor
 STEPS, RATE = 100, 0.1
 
 
-def learnt_mask(gradients: Tensor, k: int, sparsity: float = 1e-3) -> Tensor:
-    """The places of the k entries, ascending ``[k]``, that a relaxed mask weighs most.
+def learnt_mask(gradients: Tensor, k: int) -> Tensor:
+    """The places of k entries, ascending ``[k]``, that keep inner products best among those tried.
 
-    The mask sigmoid(s) in (0, 1)^p is fitted by gradient steps (Adam) to maximise the mean
-    correlation, over the examples as queries, of their inner products with the others before and
-    after masking, less ``sparsity`` times its mean (arXiv 2505.18976, section 3).
+    What is maximised is the mean correlation, over the examples as queries, of their inner products
+    with the others before and after masking (arXiv 2505.18976, section 3). Each entry has a score;
+    the mask is that of the k highest, and the scores take gradient steps (Adam) as if the mask were
+    their sigmoid (arXiv 1308.3432). The best mask on the way is returned.
 
     Args:
         gradients: of some training examples, ``[n, p]``.
         k: how many entries to choose.
-        sparsity: the weight of the mask's mean.
     """
     values = gradients.detach()
-    values = values / values.square().mean().sqrt().clamp(min=torch.finfo(values.dtype).tiny)
+    values = values / values.abs().max().clamp(min=torch.finfo(values.dtype).tiny)
     others = ~torch.eye(len(values), dtype=torch.bool, device=values.device)
     target = _standard(values @ values.T, others)
-    logits = torch.zeros(values.shape[1], dtype=values.dtype, device=values.device)
-    logits.requires_grad_()
-    optimizer = torch.optim.Adam([logits], lr=RATE)
+    # not from equal scores: a mask of one weight for all keeps inner products as they are, so that
+    # there rounding alone would decide
+    scores = _own_covariances(values, target, others).requires_grad_()
+    optimizer = torch.optim.Adam([scores], lr=RATE)
+    most, best = -torch.inf, torch.arange(k)
     for _ in range(STEPS):
+        chosen = scores.detach().topk(k).indices
         with torch.enable_grad():
-            mask = logits.sigmoid()
-            masked = values * mask
-            correlation = (target * _standard(masked @ masked.T, others)).sum(1).mean()
-            (sparsity * mask.mean() - correlation).backward()
+            soft = scores.sigmoid()
+            mask = torch.zeros_like(soft).index_fill(0, chosen, 1.0) + soft - soft.detach()
+            kept = _standard((values * mask) @ values.T, others)
+            correlation = (target * kept).sum(1).mean()
+            (-correlation).backward()
+        reached = float(correlation.detach())
+        if reached > most:
+            most, best = reached, chosen
         optimizer.step()
         optimizer.zero_grad()
-    return logits.detach().topk(k).indices.sort().values
+    return best.sort().values
+
+
+def _own_covariances(values: Tensor, target: Tensor, others: Tensor) -> Tensor:
+    """How much each entry's products vary with the inner products: of standard deviation 1."""
+    pairs = torch.zeros_like(others, dtype=values.dtype).masked_scatter(others, target)
+    own = ((pairs @ values) * values).sum(0)
+    return own / own.std(correction=0).clamp(min=torch.finfo(own.dtype).tiny)
 
 
 def _standard(products: Tensor, others: Tensor) -> Tensor:

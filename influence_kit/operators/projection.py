@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from influence_kit.gradients.forms import Dense, Form, Sum
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rows import Rows
 from influence_kit.gradients.rules import convolution, linear, rule_for, transposed_linear
-from influence_kit.operators.random_maps import Identity, RandomMap, random_map
+from influence_kit.operators.random_maps import Identity, Placed, RandomMap, random_map
 
 Forms = Mapping[str, Form]
 
@@ -236,6 +237,28 @@ class JointProjection:
         shape = torch.Size([self.k])
         forms = {self.name: Dense(total, shape)}
         return Gradients(gradients.n, forms, {self.name: shape}, gradients.sample)
+
+
+def joint_projection(
+    parameters: Mapping[str, nn.Parameter], kind: str, dim: int, name: str, *key: object
+) -> JointProjection:
+    """All parameters projected together.
+
+    Args:
+        parameters: by name.
+        kind: of the random maps; "identity" puts all parameters side by side.
+        dim: the letter k.
+        name: what the sum is called.
+        key: what the maps are drawn from, beside the parameters' names.
+    """
+    sizes = {other: parameter.numel() for other, parameter in parameters.items()}
+    if kind == "identity":
+        starts = accumulate(sizes.values(), initial=0)
+        placed = zip(sizes.items(), starts, strict=False)
+        total = sum(sizes.values())
+        return JointProjection({n: Placed(p, total, start) for (n, p), start in placed}, name)
+    maps = {other: random_map(kind, p, dim, other, *key) for other, p in sizes.items()}
+    return JointProjection(maps, name)
 
 
 def whole(unit: Unit) -> TwoSided:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from benchmarks.settings.losses import class_losses, squared_losses
 from benchmarks.settings.recipes import MiniBatches, Minimum, WarmupCosine
+from influence_kit.errors import InvalidArgumentError
 
 
 def examples(n: int = 11):
@@ -119,6 +120,11 @@ def test_rates_follow_the_schedule():
 )
 def test_plain_sgd_is_told(recipe, is_plain):
     assert recipe.is_plain_sgd == is_plain
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(InvalidArgumentError, match=r"is 'lion'; .* one of sgd, adam, adamw"):
+        MiniBatches(1, 2, 0.1, "lion")
 
 
 def test_the_minimum_of_ridge_regression_has_a_closed_form():

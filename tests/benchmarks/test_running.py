@@ -77,6 +77,11 @@ def test_leaving_out_is_put_together_right(wine, tmp_path):
         assert results[metric, plan.methods[0]].mean > 0.9
 
 
+def test_no_more_are_left_out_than_there_are(wine, tmp_path):
+    with pytest.raises(InvalidArgumentError, match=r"41 examples cannot be left out .* are 40"):
+        run(WINE, wine, Plan(["GradDot"], left_out=41), tmp_path)
+
+
 def test_wrong_labels_are_put_together_right(tmp_path):
     data = WINE.load(sizes=Sizes(60, 6))
     plan = Plan(["GradDot", "KNNShapley"], wrong_share=0.2, targets=2, seed=5)
@@ -134,6 +139,9 @@ def test_a_folder_of_other_data_is_refused(wine, tmp_path):
     [
         ("wine-lr", Plan(["Graddot"], subsets=2), "no method is called 'Graddot'; there are GradD"),
         ("wine-lr", Plan(["TRAK-0"], subsets=2), "no method is called 'TRAK-0'"),
+        ("wine-lr", Plan(["TracInCP-3"], subsets=2), "TracInCP follows one training run, not"),
+        ("wine-lr", Plan(["TRAK"], subsets=-1), "`subsets` is -1; it must be at least 0"),
+        ("wine-lr", Plan(["TRAK"], subsets=2, targets=0), "`targets` is 0; it must be at least 1"),
         ("wine-lr", Plan(["TRAK"]), "wine-lr is judged by LOO, LDS, AUC; asked for was nothing"),
         ("help-gpt", Plan(["TRAK"], wrong_share=0.1), "is judged by LDS; asked for was AUC"),
         ("digits-mlp", Plan(["TRAK"], left_out=3), "judged by LDS, AUC; asked for was LOO"),

@@ -95,7 +95,7 @@ def test_resnet9_is_its_formula():
     h = F.max_pool2d(block(model[3], h, padding=1), 2)
     h = h + block(model[5][1], block(model[5][0], h, padding=1), padding=1)
     h = block(model[6], h).amax((2, 3))
-    assert torch.allclose(model(x), 0.2 * h @ model[9].weight.T)
+    assert torch.allclose(model(x), 0.2 * h @ model[10].weight.T)
 
 
 def test_skewing_moves_products_to_their_distances():

@@ -1,5 +1,6 @@
 """Every setting: its files are read, its model trains, losses are one an example."""
 
+import doctest
 import pickle
 from dataclasses import replace
 from functools import partial
@@ -9,11 +10,12 @@ import torch
 from small_files import write_cifar_binary, write_maestro, write_mnist, write_tokenizer
 
 import influence_kit
-from benchmarks.settings import SETTINGS, Data, Setting, Sizes
+from benchmarks.settings import SETTINGS, Data, Setting, Sizes, sequences
 from benchmarks.settings.catalog import FIELD, OFFLINE
 from benchmarks.settings.models.gpt2 import new_gpt2
 from benchmarks.settings.models.resnet9 import resnet9
 from benchmarks.settings.models.transformer import GPT, MusicTransformer
+from benchmarks.settings.readers import music
 from benchmarks.settings.recipes import MiniBatches, Minimum, WarmupCosine
 from influence_kit.errors import InvalidArgumentError
 
@@ -64,6 +66,13 @@ def loaded(name: str, folder) -> Data:
         WRITERS[name](folder)
         return SETTINGS[name].load(folder, Sizes(4, 2))
     return SETTINGS[name].load(sizes=Sizes(30, 2))
+
+
+@pytest.mark.parametrize("module", [music, sequences], ids=lambda module: module.__name__)
+def test_the_examples_in_docstrings_run(module):
+    found = doctest.testmod(module)
+    assert found.attempted > 0
+    assert found.failed == 0
 
 
 def test_names_are_those_of_the_registry():

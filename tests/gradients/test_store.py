@@ -526,7 +526,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match=r"cannot be read .*does not contain"):
         GradientStore.open(tmp_path).read(0, 5, 6)
     saved.save_file({"gradients": torch.ones(2)}, chunk(tmp_path))
-    with pytest.raises(InvalidArgumentError, match=r"belongs elsewhere \(its header says {}"):
+    with pytest.raises(InvalidArgumentError, match=r"belongs elsewhere: its header says {}"):
         GradientStore.open(tmp_path).read(0, 5, 6)
 
 

@@ -282,21 +282,19 @@ def test_nested_layers_are_found_by_name_and_as_modules() -> None:
 
 
 def test_float32_models_are_refitted_in_float64() -> None:
-    expected = made(MLP.model().float().double(), MLP.train, l2=1e-4)
-    model = MLP.model().float()
+    model, exact = MLP.model().float(), MLP.model().float().double()
     train, test = ((x.float(), y) for x, y in (MLP.train, MLP.test))
     weights = torch.tensor([1.0, 2.0, 0.5])
     for loss in (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(weight=weights, reduction="none")):
-        precise = type(loss)(loss.weight, reduction=loss.reduction).double()
-        expected = made(MLP.model().float().double(), MLP.train, l2=1e-4, loss_fn=precise)
-        found = made(model, train, l2=1e-4, loss_fn=loss)
-        assert found.influence(test).dtype == torch.float32
-        assert_close(found.influence(test).double(), expected.influence(MLP.test), 1e-4)
-        assert_close(
-            found.influence(test).sum(1).double(),
-            found.refitted_outputs(test)[torch.arange(MLP.m), test[1]].double(),
-            1e-5,
-        )
+        own = None if loss.weight is None else weights.double()
+        precise = nn.CrossEntropyLoss(weight=own, reduction=loss.reduction)
+        expected = made(exact, MLP.train, loss_fn=precise).influence(MLP.test)
+        representer = made(model, train, loss_fn=loss)
+        found = representer.influence(test)
+        assert found.dtype == torch.float32
+        assert_close(found.double(), expected, 1e-5)
+        outputs = representer.refitted_outputs(test)[torch.arange(MLP.m), test[1]]
+        assert_close(found.sum(1), outputs, 1e-5)
 
 
 def test_a_loss_may_look_at_the_inputs_of_a_dict() -> None:
@@ -326,8 +324,8 @@ def test_the_users_model_and_loss_are_unchanged(
 ) -> None:
     model = MLP.model().train()
     loss = nn.CrossEntropyLoss(weight=torch.ones(3).double())
-    representer = made(model, MLP.train, loss_fn=loss)
+    representer, test = made(model, MLP.train, loss_fn=loss), MLP.test
     with unchanged(model), unchanged(loss):
         representer.representer_values()
-        representer.refitted_outputs(MLP.test)
+        representer.refitted_outputs(test)
         representer.self_influence()

@@ -26,8 +26,10 @@ def resnet9(classes: int, width: int = 64) -> nn.Sequential:
         _convolution(4 * width, 2 * width, padding=0),
         nn.AdaptiveMaxPool2d(1),
         nn.Flatten(),
-        nn.Linear(2 * width, classes, bias=False),
+        # elsewhere the logits are scaled: the same function with the same gradients, but here the
+        # last layer is linear
         Scale(LOGIT_SCALE),
+        nn.Linear(2 * width, classes, bias=False),
     )
 
 

@@ -1,0 +1,109 @@
+"""TRAK's features: projected gradients of an output function, and how much an example has to say.
+
+Letters: n examples, k entries of their features.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from influence_kit.data import Batch, call_model, example_count, targets_of
+from influence_kit.gradients.forms import Dense
+from influence_kit.gradients.per_example import Gradients
+from influence_kit.gradients.source import GradientSource
+from influence_kit.losses import Loss
+from influence_kit.margins import (
+    OutputFunction,
+    classification_margin,
+    one_minus_probability,
+    slope_along,
+)
+from influence_kit.operators.projection import JointProjection, joint_projection
+
+FEATURES, SLOPE = "features", "1 - p"
+
+
+@dataclass
+class OutputFeatures:
+    """phi = P^T grad f, with one projection P of all parameters for each checkpoint.
+
+    Args:
+        source: of the model's gradients.
+        output_fn: the function f; None for the margin of a classifier.
+        loss: whose slope along f is asked for, where f is not the margin.
+        kind: of the projection.
+        dim: the letter k; all parameters' entries where nothing is projected.
+        seed: of the projections.
+    """
+
+    source: GradientSource
+    output_fn: OutputFunction | None
+    loss: Loss
+    kind: str
+    dim: int
+    seed: int
+    _projections: dict[int, JointProjection] = field(default_factory=dict)
+
+    @cached_property
+    def output(self) -> Loss:
+        """The output function, as what is differentiated."""
+        return Loss(self.output_fn or classification_margin, "none", "output_fn")
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Of the features, by name."""
+        return {FEATURES: torch.Size([self._at(0).k])}
+
+    @property
+    def all_shapes(self) -> Mapping[str, torch.Size]:
+        """Of the features with their slopes."""
+        return {**self.shapes, SLOPE: torch.Size([1])}
+
+    def _at(self, checkpoint: int) -> JointProjection:
+        if checkpoint not in self._projections:
+            parameters = self.source.capture.parameters
+            key = (self.seed, checkpoint)
+            made = joint_projection(parameters, self.kind, self.dim, FEATURES, *key)
+            self._projections[checkpoint] = made
+        return self._projections[checkpoint]
+
+    def __call__(self, checkpoint: int, batch: Batch) -> Gradients:
+        """The features of a batch, at the checkpoint that is in the model."""
+        return self._at(checkpoint)(self.source(batch, self.output))
+
+    def by_parameter(self, checkpoint: int, batch: Batch) -> Gradients:
+        """What each parameter adds to them, under its name."""
+        return self._at(checkpoint).of_parameters(self.source(batch, self.output))
+
+    def with_slopes(self, checkpoint: int, batch: Batch) -> Gradients:
+        """The features, and beside them the slopes."""
+        features = self(checkpoint, batch)
+        slopes = Dense(self.slopes(batch).to(features.sample)[:, None], torch.Size([1]))
+        forms = {**features.forms, SLOPE: slopes}
+        return Gradients(features.n, forms, self.all_shapes, features.sample)
+
+    def slopes(self, batch: Batch) -> Tensor:
+        """1 - p of each example, or the slope -dL/df of the loss that stands for it, ``[n]``."""
+        with torch.no_grad():
+            outputs = call_model(self.source.capture.model, batch)
+            if self.output_fn is None:
+                return one_minus_probability(outputs, targets_of(batch))
+        # a loss that does not say what it reduces over is asked
+        self.source.prepare(batch, self.loss)
+        return slope_along(self.loss, self.output_fn, outputs, batch, example_count(batch))
+
+
+def alone(gradients: Gradients) -> Gradients:
+    """The features without the slopes."""
+    form = gradients.forms[FEATURES]
+    return Gradients(gradients.n, {FEATURES: form}, {FEATURES: form.shape}, gradients.sample)
+
+
+def repeated(features: Gradients, names: list[str]) -> Gradients:
+    """The same features under each of the names: to meet what is split by parameter."""
+    form = features.forms[FEATURES]
+    shapes = dict.fromkeys(names, form.shape)
+    return Gradients(features.n, dict.fromkeys(names, form), shapes, features.sample)
