@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     Dataset,
     RandomSampler,
+    SequentialSampler,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
@@ -173,11 +175,12 @@ class Slices:
         batch_size: how many of them a batch.
     """
 
-    # of examples that are looked up one by one, as a DataLoader's
+    # for who looks examples up one by one, as in a DataLoader
     collate_fn = staticmethod(default_collate)
 
     def __init__(self, dataset: TensorDataset, batch_size: int) -> None:
         self.dataset, self.batch_size = dataset, batch_size
+        self.batch_sampler = BatchSampler(SequentialSampler(dataset), batch_size, drop_last=False)
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.batch_size)

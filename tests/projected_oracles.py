@@ -79,7 +79,7 @@ def two_sided(piece: Piece, left: Tensor, right: Tensor) -> Tensor:
     order = (weights.T if piece.transposed else weights).flatten()
     if has_bias:
         order = torch.cat([order, entry[:, -1]])
-    return torch.kron(left.contiguous(), right.contiguous())[order]
+    return torch.kron(left.clone(), right.clone())[order]
 
 
 def own_matrix(piece: Piece, found: Any) -> Tensor:
@@ -134,23 +134,20 @@ def groups_of(columns: Mapping[str, Tensor], blocks: Any) -> dict[str, Tensor]:
     return {block: torch.cat([own[name] for name in names]) for block, names in blocks.items()}
 
 
-def inverse_of(
-    fisher: Tensor,
-    groups: Mapping[str, Tensor],
-    damping: float | Mapping[str, float] | str,
-    count: int = 11,
-) -> Tensor:
-    """(F + damping)^-1 of each group of columns, ``[K, K]``.
+def automatic(fisher: Tensor, group: Tensor, n: int) -> float:
+    """0.3 times the mean of the eigenvalues that n examples can make other than zero."""
+    own = fisher[group[:, None], group]
+    return 0.3 * torch.linalg.eigvalsh(own).sort(descending=True).values[:n].mean().item()
 
-    "auto" is 0.3 of the mean eigenvalue, of which ``count`` examples make as many at most.
-    """
+
+def inverse_of(
+    fisher: Tensor, groups: Mapping[str, Tensor], damping: float | Mapping[str, float]
+) -> Tensor:
+    """(F + damping)^-1 of each group of columns, ``[K, K]``."""
     inverse = torch.zeros_like(fisher)
     for block, group in groups.items():
         own = fisher[group[:, None], group]
-        if damping == "auto":
-            value = 0.3 * float(torch.linalg.eigvalsh(own).sum()) / min(len(own), count)
-        else:
-            value = damping[block] if isinstance(damping, Mapping) else damping
+        value = damping[block] if isinstance(damping, Mapping) else damping
         damped = own + value * torch.eye(len(group), dtype=own.dtype)
         inverse[group[:, None], group] = torch.linalg.inv(damped)
     return inverse

@@ -5,6 +5,7 @@ of the training set.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ class Question(NamedTuple):
 
 Keywords = dict[str, Any]
 TRAK_ENTRIES, NEIGHBORS = 512, 10
+MATRIX_LAYERS = ("Linear", "Conv1d", "Conv2d", "Conv1D")  # the last is GPT-2's linear layer
 
 
 def _shared(question: Question) -> Keywords:
@@ -71,6 +73,21 @@ def _with_curvature(question: Question) -> Keywords:
     return {**_shared(question), **known}
 
 
+def _of_matrices(question: Question) -> Keywords:
+    """Linear layers and convolutions alone: norms and tied weights have no Kronecker form."""
+    keywords, model = _shared(question), question.target.model
+    owners = Counter(
+        parameter for module in model.modules() for parameter in module._parameters.values()
+    )
+    matrices = [
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__ in MATRIX_LAYERS and owners[module.weight] == 1
+    ]
+    chosen = keywords["layers"] or matrices
+    return {**keywords, "layers": [name for name in matrices if name in chosen]}
+
+
 def _trak(question: Question) -> Keywords:
     keywords = _shared(question)
     if question.data.train.tensors[1].is_floating_point():  # there is no margin of a class
@@ -100,8 +117,8 @@ METHODS: Mapping[str, Callable[[Question], Keywords]] = {
     "LiSSAInfluenceFunction": _with_curvature,
     "NystromInfluenceFunction": _with_curvature,
     "DataInf": _shared,
-    "KFACInfluenceFunction": _shared,
-    "EKFACInfluenceFunction": _shared,
+    "KFACInfluenceFunction": _of_matrices,
+    "EKFACInfluenceFunction": _of_matrices,
     "LoGra": _shared,
     "GraSS": _shared,
     "FactGraSS": _shared,

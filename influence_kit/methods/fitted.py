@@ -30,6 +30,8 @@ from influence_kit.scoring.term import Transform
 
 Facts = dict[str, Tensor]
 MEANS = "mean_eigenvalues"
+# what seeds of a user's are unlikely to differ by
+OTHER_DRAW = 0x5851F42D4C957F2D
 
 
 class FittedInfluence(InnerProductInfluence):
@@ -238,9 +240,16 @@ class FittedInfluence(InnerProductInfluence):
             values = [self._damping] * len(self.block_names)
         return torch.tensor(values, dtype=torch.float64, device=self._device)
 
-    def _curvature_features(self, curvature: str, data: DataSet) -> Features:
-        """The gradients whose outer products are the empirical Fisher, or the Fisher."""
-        labels = ModelLabels(self.model, self._train_loss, self.seed)
+    def _curvature_features(self, curvature: str, data: DataSet, draw: int = 0) -> Features:
+        """The gradients whose outer products are the empirical Fisher, or the Fisher.
+
+        Args:
+            curvature: which of the two.
+            data: over which it is a mean.
+            draw: which labels are drawn for the Fisher: those of another draw are independent.
+        """
+        seed = (self.seed + draw * OTHER_DRAW) % 2**63
+        labels = ModelLabels(self.model, self._train_loss, seed)
         of_data = self.train_at(data.checkpoint).features
 
         def features(places: Tensor, batch: Batch) -> Gradients:

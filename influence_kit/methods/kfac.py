@@ -62,6 +62,9 @@ class KroneckerInfluence(InfluenceFunction):
         for measured in layers.values():
             measured.decompose(data.count)
         if self.corrected:
+            if self.curvature == "fisher":
+                # of labels drawn anew: of the same ones the eigenvectors know too much
+                features = self._curvature_features(self.curvature, data, draw=1)
             for places, batch in data.of_this_rank():
                 gradients = features(places, batch)
                 for measured in layers.values():
@@ -179,10 +182,10 @@ class EKFACInfluenceFunction(KroneckerInfluence):
         \Lambda = \frac{1}{n} \sum_j (Q_S^T G_j Q_A)^2
 
     EK-FAC (arXiv 1806.03884, 2308.03296): the eigenvectors of K-FAC with the eigenvalues that fit
-    the per-example gradients G_j best. Two passes over the Hessian data fit it, one over the
-    training set scores all test examples. Rows are test examples; positive is a proponent, and
-    leaving the training example out raises the test loss by about score / n. The mean over
-    checkpoints where there are several.
+    the per-example gradients G_j best; where labels are drawn, at others than the eigenvectors saw.
+    Two passes over the Hessian data fit it, one over the training set scores all test examples.
+    Rows are test examples; positive is a proponent, and leaving the training example out raises the
+    test loss by about score / n. The mean over checkpoints where there are several.
 
     Linear layers, convolutions and embeddings have this form; others are an error that names them.
 

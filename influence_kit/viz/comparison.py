@@ -1,14 +1,14 @@
 """Methods side by side: how far they agree, and how right they are."""
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from influence_kit.evaluation import Comparison, DatamodelingScore
+from influence_kit.viz.colours import BLUE, GREY
+from influence_kit.viz.matrix import draw_matrix
 
 # inches a method, and of what is beside its row
 CELL, MARGIN = 0.62, 2.2
-BAR, CEILING = "#1b6ca8", "#777777"
 
 
 def comparison(result: Comparison) -> Figure:
@@ -36,33 +36,22 @@ def comparison(result: Comparison) -> Figure:
 
 
 def _draw_matrix(axes: Axes, result: Comparison) -> None:
-    values: np.ndarray = result.agreement.numpy()
-    places = range(len(result.names))
-    axes.imshow(values, cmap="RdBu", vmin=-1, vmax=1)
-    axes.set_xticks(places, result.names, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(places, result.names)
+    names = result.names
+    draw_matrix(axes, result.agreement.numpy(), 1.0, names, names, lambda value: f"{value:.2f}")
     axes.set_title("rank correlation of the scores", fontsize=10)
-    for row in places:
-        for column in places:
-            value = values[row, column]
-            # dark cells are those of strong correlations
-            colour = "white" if abs(value) > 0.6 else "black"
-            axes.text(
-                column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9
-            )
 
 
 def _draw_scores(axes: Axes, scores: tuple[DatamodelingScore, ...]) -> None:
     places = range(len(scores))
     errors = [score.standard_error or 0.0 for score in scores]
-    axes.barh(places, [score.mean for score in scores], 0.6, xerr=errors, color=BAR)
+    axes.barh(places, [score.mean for score in scores], 0.6, xerr=errors, color=BLUE)
     # in the order of the matrix's rows, which has the first at the top
     axes.set_ylim(len(scores) - 0.5, -0.5)
     axes.set_yticks([])
     axes.axvline(0, color="black", linewidth=0.8)
     title, ceiling = "linear datamodeling score", scores[0].ceiling
     if ceiling is not None:
-        axes.axvline(ceiling, color=CEILING, linestyle="--")
+        axes.axvline(ceiling, color=GREY, linestyle="--")
         title += f"\n(dashed: noise ceiling {ceiling:.2f})"
     axes.set_xlabel("LDS, with its standard error")
     axes.set_title(title, fontsize=10)

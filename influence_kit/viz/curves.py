@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.viz.colours import GREY
 
 Curve = tuple[Tensor | np.ndarray | Sequence[float], Tensor | np.ndarray | Sequence[float]]
 # told apart by dash as well as by colour, since good curves lie on each other
@@ -40,7 +41,7 @@ def detection_curves(curves: Mapping[str, Curve], until: float = 1.0) -> Figure:
                 "there must be as many of both"
             )
         axes.plot(inspected, found, STYLES[place % len(STYLES)], linewidth=2, label=name)
-    axes.plot([0, 1], [0, 1], ":", color="#777777", linewidth=1.2, label="random order")
+    axes.plot([0, 1], [0, 1], ":", color=GREY, linewidth=1.2, label="random order")
     axes.set(xlim=(0, until), ylim=(0, 1.02))
     axes.set_xlabel("training examples inspected, highest score first")
     axes.set_ylabel("wrong labels found")

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.scoring.reducers import KMostInfluentialResults
-from influence_kit.viz.tables import score_text
+from influence_kit.viz.colours import NEUTRAL, RIGHT, WRONG
+from influence_kit.viz.tables import HEADS, label_text, score_text
 
 Images = Tensor | np.ndarray | Sequence[Any]
 
-# two colours that stay apart for colour-blind eyes; a word always says the same
-RIGHT, WRONG, NEUTRAL = "#1b6ca8", "#c8501e", "#333333"
 # sizes that stay legible where a page shows eleven thumbnails side by side
 INCHES, LINE_INCHES, FONT, LETTERS = 1.0, 0.14, 8, 16
 GAP = 0.2  # between groups of thumbnails, in thumbnails
@@ -38,6 +37,7 @@ def proponents_and_opponents(
     train_labels: Sequence[Any] | Tensor,
     is_wrong: Sequence[bool] | Tensor | None = None,
     cmap: str = "gray",
+    heads: tuple[str, str] = HEADS,
 ) -> Figure:
     """A row a test image: the image, its k proponents, and its k opponents, best first.
 
@@ -50,6 +50,7 @@ def proponents_and_opponents(
         train_labels: their labels ``[n]``, shown by ``str``.
         is_wrong: where known, whether each label is wrong, ``[n]``: those get the word and a frame.
         cmap: matplotlib's colours for images of one channel; "gray_r" draws 0 as white.
+        heads: what to write above proponents and opponents.
 
     Raises:
         InvalidArgumentError: where the numbers of images, titles and results differ, or an image
@@ -65,7 +66,6 @@ def proponents_and_opponents(
     left.suptitle("test image", fontsize=10, weight="bold")
     for axes, image, title in zip(_grid(left, m, 1).flat, queries, query_titles, strict=True):
         _draw(axes, image, title, cmap)
-    heads = ("proponents: lowered its loss", "opponents: raised its loss")
     for side, head, results in zip(sides, heads, shown, strict=True):
         side.suptitle(head, fontsize=10, weight="bold")
         _draw_results(side, results, train_images, train_labels, is_wrong, cmap)
@@ -120,10 +120,10 @@ def suspects(
 def _verdict(given: Any, true: Any) -> tuple[str, str]:
     """What is said of a label, and its colour."""
     if true is None:
-        return f"label {_text(given)}", NEUTRAL
-    if _text(given) == _text(true):
-        return f"label {_text(given)}: right", RIGHT
-    return f"label {_text(given)}: wrong\n(it is {_text(true)})", WRONG
+        return f"label {label_text(given)}", NEUTRAL
+    if label_text(given) == label_text(true):
+        return f"label {label_text(given)}: right", RIGHT
+    return f"label {label_text(given)}: wrong\n(it is {label_text(true)})", WRONG
 
 
 def _check_rows(
@@ -156,7 +156,7 @@ def _draw_results(
     scores = results.influence_scores.flatten().tolist()
     for axes, index, score in zip(_grid(side, m, k).flat, indices, scores, strict=True):
         wrong = is_wrong is not None and bool(is_wrong[index])
-        label = f"label {_text(labels[index])}{', wrong' if wrong else ''}"
+        label = f"label {label_text(labels[index])}{', wrong' if wrong else ''}"
         colour = WRONG if wrong else NEUTRAL
         _draw(axes, images[index], f"#{index}\n{score_text(score)}\n{label}", cmap, colour)
 
@@ -174,7 +174,8 @@ def _draw(axes: Axes, image: Any, title: str, cmap: str, colour: str = NEUTRAL) 
     """One image with its title; a frame where the colour says that something is wrong."""
     axes.imshow(_pixels(image), cmap=cmap, interpolation="nearest")
     wrapped = [textwrap.fill(line, LETTERS, break_on_hyphens=False) for line in title.splitlines()]
-    axes.set_title("\n".join(wrapped), fontsize=FONT, color=colour)
+    # a dollar sign is one
+    axes.set_title("\n".join(wrapped), fontsize=FONT, color=colour, parse_math=False)
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
@@ -202,7 +203,3 @@ def _pixels(image: Any) -> np.ndarray:
             "expected 0 to 1 (or integers of 8 bits): undo its normalization first"
         )
     return pixels
-
-
-def _text(label: Any) -> str:
-    return str(label.item() if isinstance(label, Tensor | np.generic) else label)

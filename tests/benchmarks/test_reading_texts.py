@@ -75,8 +75,10 @@ def test_wikitext_is_read_line_by_line(tmp_path, inside, ending):
         read_wikitext(tmp_path, "valid")
 
 
-def test_the_tokenizer_is_that_of_the_files(tmp_path):
-    size = write_tokenizer(tmp_path)
+@pytest.mark.parametrize("inside", ["", "gpt2"])
+def test_the_tokenizer_is_that_of_the_files(tmp_path, inside):
+    (tmp_path / inside).mkdir(exist_ok=True)
+    size = write_tokenizer(tmp_path / inside)
     tokenizer = read_tokenizer(tmp_path)
     assert len(tokenizer) == size
     ids = tokenizer("cat the the.\n")["input_ids"]

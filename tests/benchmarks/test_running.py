@@ -11,10 +11,12 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 import influence_kit
-from benchmarks.settings import SETTINGS, Sizes
+from benchmarks.settings import SETTINGS, Sizes, Trained
 from benchmarks.settings.__main__ import main
 from benchmarks.settings.methods import METHODS, Question, last_linear, make_method
 from benchmarks.settings.models.perceptrons import perceptron
+from benchmarks.settings.models.resnet9 import resnet9
+from benchmarks.settings.models.transformer import GPT
 from benchmarks.settings.plan import Plan, Result
 from benchmarks.settings.recipes import MiniBatches
 from benchmarks.settings.run import report, run
@@ -191,6 +193,29 @@ def test_the_damping_of_a_minimum_is_its_weight_decay(wine):
     question = Question(WINE, wine, WINE.train_with_checkpoints(wine, 1))
     assert make_method("CGInfluenceFunction", question).damping == 0.01
     assert make_method("EKFACInfluenceFunction", question).damping == "auto"
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (GPT(7, 4, layers=1, width=4, heads=2), ["qkv", "out", "up", "down"]),
+        (GPT(7, 4, layers=1, width=4, heads=2, tied=False), ["qkv", "out", "up", "down", "head"]),
+        (resnet9(2, width=2), [*["0"] * 8, "10"]),
+        (perceptron((4, 3, 2)), ["1", "3"]),
+    ],
+    ids=["gpt", "untied gpt", "resnet9", "perceptron"],
+)
+def test_kronecker_factors_are_of_linear_layers_and_convolutions(model, expected, wine):
+    trained = Trained(model, [{"state_dict": model.state_dict()}])
+    for kind in ("KFACInfluenceFunction", "EKFACInfluenceFunction"):
+        layers = make_method(kind, Question(WINE, wine, trained)).layers
+        assert sorted(name.rpartition(".")[2] for name in layers) == sorted(expected)
+
+
+def test_chosen_layers_stay_chosen(wine):
+    model = perceptron((4, 3, 2))
+    question = Question(replace(WINE, layers=("3",)), wine, Trained(model, [model.state_dict()]))
+    assert make_method("EKFACInfluenceFunction", question).layers == ["3"]
 
 
 def test_the_last_linear_layer_is_found():

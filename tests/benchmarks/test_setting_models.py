@@ -236,16 +236,17 @@ def test_influence_kit_attributes_to_it(build, batch, loss_fn, unchanged):
     assert torch.allclose(scores, expected @ expected.T)
 
 
-def test_pretrained_gpt2_is_read_from_a_folder(tmp_path):
+@pytest.mark.parametrize("inside", ["", "gpt2"])
+def test_pretrained_gpt2_is_read_from_a_folder(tmp_path, inside):
     model = small_gpt2().eval()
-    model.network.save_pretrained(tmp_path)
+    model.network.save_pretrained(tmp_path / inside)
     again = pretrained_gpt2(tmp_path).double().eval()
     x = ids(2)
     assert torch.allclose(again(x), model(x), atol=1e-6)
-    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / inside / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"GPT-2's weights: .* no model.safetensors or"):
         pretrained_gpt2(tmp_path)
-    (tmp_path / "config.json").unlink()
+    (tmp_path / inside / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"GPT-2's configuration: .* has no config.json"):
         pretrained_gpt2(tmp_path)
 

@@ -6,17 +6,19 @@ import influence_oracles as dense
 import oracles
 import pytest
 import torch
-from cases import Examples, cross_entropy
-from contract import assert_close
+from cases import CASES, Examples, cross_entropy
+from contract import assert_close, build
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import influence_kit
 from influence_kit import EKFACInfluenceFunction
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.methods.fitted import OTHER_DRAW
 from influence_kit.operators import eigenbasis
 from influence_kit.operators.eigenbasis import Eigenbasis
 from influence_kit.operators.kronecker import MatrixLayer
+from influence_kit.operators.labels import uniform
 
 N, M, DAMPING = 12, 4, 0.02
 MATRICES = {
@@ -454,3 +456,41 @@ def test_an_rtol_that_cannot_be_meant(rtol: float) -> None:
 def test_a_curvature_without_outer_products_is_refused() -> None:
     with pytest.raises(InvalidArgumentError, match='must be "fisher" or "empirical_fisher"; got'):
         explain("KFACInfluenceFunction", wide(), wide_data(5, 0), curvature="ggn")
+
+
+def test_eigenvalues_are_measured_at_labels_that_the_eigenvectors_did_not_see() -> None:
+    """Each basis diagonalises the covariances at the first draw; Lambda is of the second."""
+    case = CASES["mlp"]
+    ekfac = build("EKFACInfluenceFunction", case, curvature="fisher", seed=7)
+    ekfac.checkpoints = [case.states[0]]
+    ekfac.fit()
+    model = case.model()
+    model.load_state_dict(case.states[0])
+    inputs, targets = case.train
+
+    def drawn(seed: int) -> Tensor:
+        with torch.no_grad():
+            cumulative = model(inputs).softmax(1).cumsum(1)
+        u = uniform(seed, torch.arange(len(inputs)), 1)
+        return (u > cumulative).sum(1).to(targets)
+
+    first, second = drawn(7), drawn((7 + OTHER_DRAW) % 2**63)
+    assert not torch.equal(first, second)
+    facts = ekfac._facts[0]
+    for layer in ("body.0", "body.2", "head"):
+        left, right = facts[f"{layer}.left"][0], facts[f"{layer}.right"][0]
+
+        def rotated(labels: Tensor, layer: str, *bases: Tensor) -> Tensor:
+            names = [f"{layer}.weight", f"{layer}.bias"]
+            flat = [oracles.gradients(model, (inputs, labels), case.loss, [n]) for n in names]
+            matrix = flat[0].view(len(flat[0]), flat[1].shape[1], -1)
+            joined = torch.cat([matrix, flat[1].unsqueeze(-1)], dim=2)
+            return bases[0].T @ joined @ bases[1]
+
+        grid = rotated(second, layer, left, right).square().mean(0)
+        assert_close(facts[f"{layer}.grid"].view_as(grid), grid)
+        # of a layer with one position the bias column is the output gradient
+        deltas = oracles.gradients(model, (inputs, first), case.loss, [f"{layer}.bias"])
+        covariance = left.T @ deltas.T @ deltas @ left
+        off = covariance - covariance.diagonal().diag()
+        assert off.abs().max() < 1e-10 * covariance.abs().max()

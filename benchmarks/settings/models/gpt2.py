@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from benchmarks.settings.optional import optional
 from benchmarks.settings.readers.files import find_file
+from benchmarks.settings.readers.text import GPT2_FOLDERS
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
@@ -25,16 +26,16 @@ class GPT2(nn.Module):
 def pretrained_gpt2(folder: Path) -> GPT2:
     """GPT-2 with the weights of a folder: ``config.json`` and ``model.safetensors``.
 
+    They are in the folder or in ``gpt2`` below it.
+
     Raises:
         FileNotFoundError: where a file is missing.
         ModuleNotFoundError: where transformers is not installed.
     """
-    find_file(folder, ["config.json"], "GPT-2's configuration")
-    find_file(folder, WEIGHTS, "GPT-2's weights")
-    network = optional("transformers").GPT2LMHeadModel.from_pretrained(
-        str(folder), local_files_only=True
-    )
-    return GPT2(network)
+    config = find_file(folder, ["config.json"], "GPT-2's configuration", GPT2_FOLDERS)
+    find_file(config.parent, WEIGHTS, "GPT-2's weights")
+    model = optional("transformers").GPT2LMHeadModel
+    return GPT2(model.from_pretrained(str(config.parent), local_files_only=True))
 
 
 def new_gpt2(tokens: int, **config: Any) -> GPT2:

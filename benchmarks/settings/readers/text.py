@@ -11,7 +11,7 @@ from influence_kit.errors import InvalidArgumentError
 
 SHAKESPEARE = ("input.txt", "tinyshakespeare.txt", "shakespeare.txt")
 WIKITEXT_FOLDERS = ("wikitext-2-raw", "wikitext-2")
-TOKENIZER_FILES = ("vocab.json", "merges.txt")
+GPT2_FOLDERS = ("gpt2",)
 WORD = re.compile(r"\w+|[^\w\s]")
 # a paragraph with fewer words and marks, or with fewer letters among its visible characters, is a
 # heading, a table or an example: such junk has large gradients and is everybody's proponent
@@ -51,13 +51,16 @@ def read_wikitext(folder: Path, part: str) -> list[str]:
 def read_tokenizer(folder: Path) -> Any:
     """GPT-2's byte-pair tokenizer from ``vocab.json`` and ``merges.txt``, by ``transformers``.
 
+    They are in the folder or in ``gpt2`` below it.
+
     Raises:
         FileNotFoundError: where a file is missing.
         ModuleNotFoundError: where transformers is not installed.
     """
-    files = [find_file(folder, [name], "GPT-2's tokenizer") for name in TOKENIZER_FILES]
+    words = find_file(folder, ["vocab.json"], "GPT-2's tokenizer", GPT2_FOLDERS)
+    find_file(words.parent, ["merges.txt"], "GPT-2's tokenizer")
     tokenizer = optional("transformers").GPT2TokenizerFast
-    return tokenizer.from_pretrained(str(files[0].parent), local_files_only=True)
+    return tokenizer.from_pretrained(str(words.parent), local_files_only=True)
 
 
 class Paragraph(NamedTuple):

@@ -1,0 +1,136 @@
+"""Texts that helped and hurt predictions: what the image grid is for images.
+
+Letters: m test texts, n training texts, k of them a test text.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, zip_longest
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.scoring.reducers import KMostInfluentialResults
+from influence_kit.viz.colours import NEGATIVE, NEUTRAL, POSITIVE
+from influence_kit.viz.tables import HEADS, label_text, score_text
+
+# a column of so many letters, of a font whose letters are all as wide
+LETTERS, FONT, LETTER_INCHES, LINE_INCHES = 58, 8, 0.072, 0.155
+MARGIN, GAP = 0.15, 0.3  # inches
+ELLIPSIS = " ..."
+
+
+class _Line(NamedTuple):
+    """A line of text, and how it looks."""
+
+    text: str
+    colour: str = NEUTRAL
+    bold: bool = False
+
+
+# the lines that stand beside each other, by column
+_Row = Sequence[_Line | None]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The training texts, and how much of one is shown."""
+
+    texts: Sequence[str]
+    labels: Sequence[Any] | Tensor | None
+    lines: int
+
+    def entries(self, results: KMostInfluentialResults, row: int) -> list[list[_Line]]:
+        """What is written of the training texts in a row of the results."""
+        scores = results.influence_scores[row].tolist()
+        return list(map(self._entry, results.indices[row].tolist(), scores))
+
+    def _entry(self, index: int, score: float) -> list[_Line]:
+        """The place of a training text, its score and its label, then the text."""
+        label = "" if self.labels is None else f"  {label_text(self.labels[index])}"
+        colour = POSITIVE if score > 0 else NEGATIVE if score < 0 else NEUTRAL
+        head = _wrapped(f"#{index}  {score_text(score)}{label}", LETTERS, lines=1)
+        excerpt = _wrapped(self.texts[index], LETTERS, self.lines)
+        return [_Line(head[0], colour, bold=True), *map(_Line, excerpt)]
+
+
+def influential_texts(
+    queries: Sequence[str],
+    proponents: KMostInfluentialResults,
+    opponents: KMostInfluentialResults,
+    train_texts: Sequence[str],
+    train_labels: Sequence[Any] | Tensor | None = None,
+    lines: int = 3,
+    heads: tuple[str, str] = HEADS,
+) -> Figure:
+    """The beginning of each test text, and under it those of its k proponents and k opponents.
+
+    Proponents stand left, opponents right, best first, each under its place in the training set,
+    its score and its label.
+
+    Args:
+        queries: the test texts ``[m]``, or what else describes the test examples.
+        proponents: what ``influence(..., k=k)`` returned for them.
+        opponents: what ``influence(..., k=k, proponents=False)`` returned.
+        train_texts: the training texts ``[n]``, or what else describes the training examples.
+        train_labels: their labels ``[n]``, shown by ``str``, where there are any.
+        lines: how many lines of a text to show at most; white space is drawn together.
+        heads: what to write above proponents and opponents.
+
+    Raises:
+        InvalidArgumentError: where the numbers of texts and results differ, or for no line.
+    """
+    counts = len(proponents.indices), len(opponents.indices)
+    if not queries or set(counts) != {len(queries)} or lines < 1:
+        raise InvalidArgumentError(
+            f"got {len(queries)} test texts, results of {counts[0]} (proponents) and {counts[1]} "
+            f"(opponents), and lines={lines}; there must be at least one test text and line, and a "
+            "row of each result a test text"
+        )
+    source = _Source(train_texts, train_labels, lines)
+    rows: list[_Row] = []
+    for place, query in enumerate(queries):
+        rows += [[_Line(line, bold=True)] for line in _wrapped(query, 2 * LETTERS, lines)]
+        rows += [[], [_Line(head, bold=True) for head in heads]]
+        sides = [source.entries(results, place) for results in (proponents, opponents)]
+        for beside in zip_longest(*sides, fillvalue=[]):
+            rows += [*zip_longest(*beside), []]
+        rows += [[], []]
+    return _drawn(rows[:-3])
+
+
+def _wrapped(text: str, letters: int, lines: int) -> list[str]:
+    """The beginning of a text, its white space drawn together."""
+    plain = " ".join(text.split())
+    return textwrap.wrap(plain, letters, max_lines=lines, placeholder=ELLIPSIS) or ["(empty)"]
+
+
+def _drawn(rows: Sequence[_Row]) -> Figure:
+    """The rows from the top down; an empty one is half as high."""
+    width = 2 * (LETTERS * LETTER_INCHES + MARGIN) + GAP
+    heights = [LINE_INCHES if row else LINE_INCHES / 2 for row in rows]
+    height = sum(heights) + 2 * MARGIN
+    figure = Figure(figsize=(width, height))
+    tops = accumulate(heights, initial=MARGIN)
+    for top, row in zip(tops, rows, strict=False):
+        for line, left in zip(row, (MARGIN, MARGIN + LETTERS * LETTER_INCHES + GAP), strict=False):
+            if line is not None:
+                _write(figure, line, left / width, 1 - top / height)
+    return figure
+
+
+def _write(figure: Figure, line: _Line, x: float, y: float) -> None:
+    figure.text(
+        x,
+        y,
+        line.text,
+        color=line.colour,
+        weight="bold" if line.bold else "normal",
+        family="monospace",
+        fontsize=FONT,
+        verticalalignment="top",
+        parse_math=False,  # a dollar sign is one
+    )
