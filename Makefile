@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 TEST_FLAGS ?= -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types format docs tutorials bench clean
+.PHONY: help demo test lint types format docs tutorials bench quality clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,11 @@ tutorials: $(VENV)/.tutorials  ## run all notebooks and keep their outputs
 bench: $(VENV)/.test  ## time the floor, influence_kit and its peers; writes benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.curvature --write
+	$(BIN)/python -m benchmarks.projections --write
+	$(BIN)/python -m benchmarks.store --write
+
+quality: $(VENV)/.test  ## judge every method where no download is needed; writes benchmarks/QUALITY.md
+	$(BIN)/python -m benchmarks.quality
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info sphinx/_build sphinx/tutorials .pytest_cache .mypy_cache .ruff_cache

@@ -12,14 +12,13 @@ EXTRAS = {
     "demo": ["scikit-learn>=1.3"],
     "hf": ["transformers>=4.40"],
     "ann": ["faiss-cpu>=1.8"],
-    "eval": ["joblib>=1.4"],
-    "valuation": ["joblib>=1.3"],
+    "parallel": ["joblib>=1.4"],
     "tutorials": ["scikit-learn>=1.3", "ipykernel>=6", "nbclient>=0.10", "nbformat>=5.9"],
     "docs": ["sphinx>=7.3", "furo>=2024.1", "myst-nb>=1.1", "sphinx-copybutton>=0.5"],
     "test": ["pytest>=8", "pytest-xdist>=3.5", "scikit-learn>=1.3", "scipy>=1.11"],
     "lint": ["ruff>=0.6", "mypy>=1.10"],
 }
-EXTRAS["test"] += EXTRAS["hf"] + EXTRAS["ann"] + EXTRAS["eval"] + EXTRAS["valuation"]
+EXTRAS["test"] += EXTRAS["hf"] + EXTRAS["ann"] + EXTRAS["parallel"]
 
 setup(
     name="influence_kit",

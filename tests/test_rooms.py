@@ -23,6 +23,7 @@ FLOORS = [
         "checkpoint_files",
         "checkpoint_loader",
         "losses",
+        "processes",
         "distributed",
         "dropout_ensemble",
         "dropout_masks",

@@ -17,6 +17,7 @@ from influence_kit.evaluation.arrays import Values, subset_masks
 from influence_kit.evaluation.model_folder import Job, ModelFolder
 from influence_kit.evaluation.recipe import Measure, TrainFunction, TrainsMany, describe, seeded
 from influence_kit.evaluation.training import Rows, measured, train_group, trained
+from influence_kit.processes import process_count, results
 
 
 class Retraining:
@@ -70,7 +71,7 @@ class Retraining:
         self.show_progress = show_progress
         self._model = copy.deepcopy(model)
         self._path, self._label = folder, label
-        self._processes = 1 if n_jobs == 1 else _processes(n_jobs)
+        self._processes = process_count(n_jobs)
 
     def outputs(self, subsets: Values, measure: Measure, seeds: Sequence[int] = (0,)) -> Tensor:
         """What is measured of a model for each subset and seed, float64 ``[S, R, m]``.
@@ -183,13 +184,7 @@ class Retraining:
         self, jobs: list[Job], folder: ModelFolder | None, measure: Measure | None
     ) -> Iterable[Rows]:
         tasks = ((self.train_fn, group, folder, measure) for group in self._groups(jobs))
-        if self._processes == 1:
-            return (train_group(*task) for task in tasks)
-        from joblib import Parallel, delayed
-
-        parallel = Parallel(n_jobs=self._processes, return_as="generator_unordered")
-        rows: Iterable[Rows] = parallel(delayed(train_group)(*task) for task in tasks)
-        return rows
+        return results(train_group, tasks, self._processes, ordered=False)
 
     def _groups(self, jobs: list[Job]) -> Iterator[list[Job]]:
         """The jobs that are trained at once: subsets of one size."""
@@ -224,16 +219,3 @@ def _jobs(masks: Tensor, seeds: Sequence[int]) -> list[Job]:
             f"got {len(seeds)} seeds for {len(masks)} models; there must be one for each"
         )
     return [Job.of(mask, seed) for mask, seed in zip(masks, seeds, strict=True)]
-
-
-def _processes(n_jobs: int) -> int:
-    try:
-        from joblib import effective_n_jobs
-    except ImportError as error:
-        raise InvalidArgumentError(
-            f"n_jobs={n_jobs} trains in processes of joblib, which is not installed: pip install "
-            "'influence_kit[eval]', or use n_jobs=1"
-        ) from error
-    if n_jobs == 0:
-        raise InvalidArgumentError("`n_jobs` is 0; it must be a number of processes, or -1")
-    return int(effective_n_jobs(n_jobs))

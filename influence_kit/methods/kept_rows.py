@@ -14,6 +14,7 @@ from influence_kit.data import Batch, example_count, to_device
 from influence_kit.distributed import is_first_rank, wait_for_all
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.store import GradientStore
+from influence_kit.gradients.store_manifest import default_chunk_rows
 from influence_kit.scoring.term import Side
 
 
@@ -107,9 +108,18 @@ class Build:
         dtype: torch.dtype | None,
     ) -> RowsOnDisk:
         """Write what a folder lacks of them; of several ranks each writes its share."""
-        rows = description["examples"]
+        rows, dtype = description["examples"], dtype or self.sample.dtype
+        width = sum(shape.numel() for shape in columns.values())
+        # whole batches, so that none is computed for two chunks
+        batch_size = getattr(self.batches, "batch_size", None) or 1
         store = GradientStore.create_or_open(
-            folder, description, columns, rows, len(self.sides), dtype or self.sample.dtype
+            folder,
+            description,
+            columns,
+            rows,
+            len(self.sides),
+            dtype,
+            default_chunk_rows(rows, width * dtype.itemsize, batch_size),
         )
         if not store.is_complete:
             for side in self.sides:

@@ -48,8 +48,6 @@ class TRAK(SolvedInfluence):
     they are computed anew for every question.
 
     Args:
-        model, train_dataset, checkpoints, checkpoints_load_func, layers, batch_size, eval_mode,
-            store, store_dtype: as in ``InnerProductInfluence``.
         loss_fn: only for an ``output_fn``, whose slope takes the place of 1 - p.
         projection_dim: entries of the features; at most n, for which there is a warning.
         projection: "sjlt" (sparse: each entry is added to one of the features), "rademacher" or
@@ -63,6 +61,8 @@ class TRAK(SolvedInfluence):
             value an example in place of the margin, higher for better predictions. 1 - p is then
             the slope -dL/df of ``loss_fn`` along it.
         seed: of the projection; each checkpoint has one of its own.
+
+    The other arguments are those of ``InnerProductInfluence``.
 
     Raises:
         InvalidArgumentError: for arguments that cannot be meant; where the margin does not fit.

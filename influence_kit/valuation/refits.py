@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
+from influence_kit.processes import process_count, results
 
 Places = NDArray[np.int64]
 Marks = NDArray[np.bool_]
@@ -50,7 +51,7 @@ class Valuation(DataInfluence):
         train_count: n, how many training examples there are.
         seed: of all that is drawn. The draws do not depend on ``n_jobs``.
         n_jobs: how many processes fit models, as joblib counts them (-1: one a core). Other numbers
-            than 1 need the extra ``valuation``.
+            than 1 need the extra ``parallel``.
         keep_models: keep each model in memory, so that further questions fit none again.
     """
 
@@ -63,13 +64,7 @@ class Valuation(DataInfluence):
 
     def __post_init__(self) -> None:
         check_count(self.train_count, "train_count")
-        if isinstance(self.n_jobs, bool) or not isinstance(self.n_jobs, int) or self.n_jobs == 0:
-            raise InvalidArgumentError(
-                "`n_jobs` is a number of processes, or negative (-1: one a core); got "
-                f"{self.n_jobs!r}"
-            )
-        if self.n_jobs != 1:
-            _import_joblib()
+        process_count(self.n_jobs)
 
     @cached_property
     def _models(self) -> dict[bytes, Any]:
@@ -82,23 +77,12 @@ class Valuation(DataInfluence):
             (self.fit, self.score, self._models.get(_key(places)), places, inputs, self.keep_models)
             for places, inputs in jobs
         )
-        done = self._in_order(calls)
+        done = results(_fit_and_score, calls, self.n_jobs, ordered=True)
         for (places, _), (model, scores) in zip(jobs, done, strict=True):
             if self.keep_models:
                 self._models[_key(places)] = model
             bar.update()
             yield scores
-
-    def _in_order(self, calls: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, Tensor]]:
-        """The results of ``_fit_and_score``, here or in other processes, in the calls' order."""
-        if self.n_jobs == 1:
-            return (_fit_and_score(*call) for call in calls)
-        joblib = _import_joblib()
-        parallel = joblib.Parallel(n_jobs=self.n_jobs, return_as="generator")
-        results: Iterator[tuple[Any, Tensor]] = parallel(
-            joblib.delayed(_fit_and_score)(*call) for call in calls
-        )
-        return results
 
     def _bar(self, total: int, show: bool) -> "tqdm[Any]":
         """A bar of models; there may be fewer than ``total``."""
@@ -183,14 +167,3 @@ def _fit_and_score(
 
 def _key(places: Places) -> bytes:
     return places.tobytes()
-
-
-def _import_joblib() -> Any:
-    try:
-        import joblib
-    except ImportError as error:
-        raise InvalidArgumentError(
-            "`n_jobs` other than 1 requires installing joblib: pip install "
-            "'influence_kit[valuation]'; n_jobs=1 needs nothing"
-        ) from error
-    return joblib

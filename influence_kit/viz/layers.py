@@ -10,6 +10,7 @@ from influence_kit.viz.colours import NEGATIVE, POSITIVE
 from influence_kit.viz.tables import score_text
 
 PANEL, BAR_INCHES, MARGIN = 2.6, 0.3, 1.0
+ROOM = 0.5  # for a number at the end of a bar, as a share of the longest
 
 
 def layer_bars(by_layer: Mapping[str, Values], titles: Sequence[str]) -> Figure:
@@ -43,9 +44,19 @@ def layer_bars(by_layer: Mapping[str, Values], titles: Sequence[str]) -> Figure:
         bars = axes.barh(places, values, 0.65, color=colours)
         axes.bar_label(bars, [score_text(value) for value in values], padding=3, fontsize=8)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.margins(x=0.35)  # room for the numbers
+        axes.set_xlim(*_with_room(values))
+        axes.tick_params(length=0)
         axes.set_title(f"{title}\nsum {score_text(sum(values))}", fontsize=9)
         axes.set_xticks([])
         axes.set_yticks(places, list(by_layer))
     panels[0].set_ylim(len(parts) - 0.5, -0.5)
     return figure
+
+
+def _with_room(values: Sequence[float]) -> tuple[float, float]:
+    """The limits of bars, with room for the numbers at their ends."""
+    low, high = min(*values, 0.0), max(*values, 0.0)
+    room = ROOM * (high - low or 1.0)
+    return low - room * any(value < 0 for value in values), high + room * any(
+        value >= 0 for value in values
+    )

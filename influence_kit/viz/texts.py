@@ -50,9 +50,9 @@ class _Source:
 
     def _entry(self, index: int, score: float) -> list[_Line]:
         """The place of a training text, its score and its label, then the text."""
-        label = "" if self.labels is None else f"  {label_text(self.labels[index])}"
+        label = "" if self.labels is None else f" | {label_text(self.labels[index])}"
         colour = POSITIVE if score > 0 else NEGATIVE if score < 0 else NEUTRAL
-        head = _wrapped(f"#{index}  {score_text(score)}{label}", LETTERS, lines=1)
+        head = _wrapped(f"#{index} | {score_text(score)}{label}", LETTERS, lines=1)
         excerpt = _wrapped(self.texts[index], LETTERS, self.lines)
         return [_Line(head[0], colour, bold=True), *map(_Line, excerpt)]
 
@@ -84,7 +84,7 @@ def influential_texts(
         InvalidArgumentError: where the numbers of texts and results differ, or for no line.
     """
     counts = len(proponents.indices), len(opponents.indices)
-    if not queries or set(counts) != {len(queries)} or lines < 1:
+    if len(queries) == 0 or set(counts) != {len(queries)} or lines < 1:
         raise InvalidArgumentError(
             f"got {len(queries)} test texts, results of {counts[0]} (proponents) and {counts[1]} "
             f"(opponents), and lines={lines}; there must be at least one test text and line, and a "
