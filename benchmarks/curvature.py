@@ -47,7 +47,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import influence_kit
 from benchmarks.models import CASES, Case
-from benchmarks.speed import LONG, RESULTS, _machine, _peak, floor, timed, write_section
+from benchmarks.speed import LONG, RESULTS, _peak, floor, machine, timed, write_section
 
 Scorer = Callable[[], Tensor]
 ITERATIONS = 10
@@ -384,7 +384,7 @@ def main() -> None:
         head = HEAD.format(
             rounds=arguments.rounds,
             long=LONG,
-            machine=_machine(),
+            machine=machine(),
             peers=", ".join(peers) or "none",
         )
         write_section(head + "\n".join(lines) + "\n")

@@ -215,7 +215,7 @@ fresh process's peak by one call. All scores are exact (float32). Checkpoints: M
 """
 
 
-def _machine() -> str:
+def machine() -> str:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -262,7 +262,7 @@ def main() -> None:
                 peers = not arguments.no_peers
                 lines += rows(case, own, threads, arguments.rounds, peers)
     if not arguments.case and not arguments.no_peers:
-        head = HEAD.format(rounds=arguments.rounds, long=LONG, machine=_machine())
+        head = HEAD.format(rounds=arguments.rounds, long=LONG, machine=machine())
         write_section(head + "\n".join(lines) + "\n")
         print(f"written to {RESULTS.name}")
 

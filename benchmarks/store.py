@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Size
 
-from benchmarks.speed import _machine, _peak, timed, write_section
+from benchmarks.speed import _peak, machine, timed, write_section
 from influence_kit.gradients.per_example import Gradients, from_flat
 from influence_kit.gradients.store import GradientStore
 from influence_kit.memory import MIB
@@ -258,7 +258,7 @@ def main() -> None:
                 chunks=len(question.files),
                 written=written,
                 rounds=arguments.rounds,
-                machine=_machine(),
+                machine=machine(),
             )
             write_section(head + "\n".join(lines) + "\n")
 

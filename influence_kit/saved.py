@@ -55,7 +55,12 @@ def replace_file(path: Path, *parts: bytes | memoryview) -> None:
                 file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+        try:
+            part.replace(path)
+        except FileNotFoundError:
+            # another builder was done, and swept away what it took for the rest of a killed one
+            if not path.exists():
+                raise
     finally:
         part.unlink(missing_ok=True)
     if os.name == "posix":  # the name as well; elsewhere folders cannot be opened

@@ -79,7 +79,8 @@ def two_sided(piece: Piece, left: Tensor, right: Tensor) -> Tensor:
     order = (weights.T if piece.transposed else weights).flatten()
     if has_bias:
         order = torch.cat([order, entry[:, -1]])
-    return torch.kron(left.clone(), right.clone())[order]
+    kronecker = torch.einsum("oa,ib->oiab", left, right).reshape(o * i, -1)
+    return kronecker[order]
 
 
 def own_matrix(piece: Piece, found: Any) -> Tensor:

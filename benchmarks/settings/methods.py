@@ -38,6 +38,11 @@ class Question(NamedTuple):
         """The checkpoints of a method that looks at trained models."""
         return list(self.members) or self.target.checkpoints[-1:]
 
+    @property
+    def has_values(self) -> bool:
+        """Whether targets are numbers, not classes or tokens."""
+        return self.data.train.tensors[1].is_floating_point()
+
 
 Keywords = dict[str, Any]
 TRAK_ENTRIES, NEIGHBORS = 512, 10
@@ -90,7 +95,7 @@ def _of_matrices(question: Question) -> Keywords:
 
 def _trak(question: Question) -> Keywords:
     keywords = _shared(question)
-    if question.data.train.tensors[1].is_floating_point():  # there is no margin of a class
+    if question.has_values:  # there is no margin of a class
         keywords["output_fn"] = question.setting.measurement
     # a projection to as many entries as there are parameters or examples only adds noise
     parameters = sum(p.numel() for p in question.target.model.parameters())
@@ -103,6 +108,8 @@ def _trak(question: Question) -> Keywords:
 def _neighbors(question: Question) -> Keywords:
     keywords = {**_shared(question), "n_neighbors": NEIGHBORS}
     keywords["layer"] = last_linear(question.target.model)[1]
+    if question.has_values:
+        keywords["utility"] = "squared_error"
     del keywords["layers"]
     return keywords
 

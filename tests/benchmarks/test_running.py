@@ -164,7 +164,10 @@ SLOW = ["LiSSAInfluenceFunction", "CGInfluenceFunction", "NystromInfluenceFuncti
 CASES = [
     *((WINE, kind) for kind in METHODS if kind != SLOW[0]),
     *((TINY_MLP, kind) for kind in METHODS if kind not in SLOW),
-    *((SETTINGS["diabetes-ridge"], kind) for kind in ("TRAK", "EKFACInfluenceFunction")),
+    *(
+        (SETTINGS["diabetes-ridge"], kind)
+        for kind in ("TRAK", "KNNShapley", "EKFACInfluenceFunction")
+    ),
 ]
 
 

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from influence_kit.scoring import reducers
-from influence_kit.scoring.reducers import AllScores, KMostInfluentialResults, TopK, WholeRows
+from influence_kit.scoring.reducers import (
+    AllScores,
+    KMostInfluentialResults,
+    TopK,
+    Weighted,
+    WholeRows,
+)
 
 M, N = 4, 37
 
@@ -194,3 +200,36 @@ def test_whole_rows_of_two_ranks_are_in_the_order_of_the_test_examples(merged, k
         expected = fed(TopK(k, True), scores, [N]).local_result()
         assert torch.equal(found.indices, expected.indices)
         assert torch.equal(found.influence_scores, expected.influence_scores)
+
+
+# Weights of the training examples.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", CHUNKS.values(), ids=CHUNKS.keys())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_weighted_scores(kind: str, sizes: list[int], dtype: torch.dtype) -> None:
+    """Each column times its weight, which may be negative, zero, or not known at first."""
+    scores = scores_of(kind, dtype)
+    known: dict[str, torch.Tensor] = {}
+    weights = torch.linspace(-1, 2, N, dtype=torch.float64)
+    weights[5] = 0
+    expected = scores * weights.to(dtype)
+    every = Weighted(AllScores(), lambda: known["weights"])
+    best = [Weighted(TopK(5, proponents), lambda: known["weights"]) for proponents in (True, False)]
+    assert every.keeps_all
+    assert not best[0].keeps_all
+    known["weights"] = weights
+    assert torch.equal(fed(every, scores, sizes).result(), expected)
+    for reducer, highest in zip(best, (True, False), strict=True):
+        found = fed(reducer, scores, sizes).result()
+        order = expected.sort(dim=1, descending=highest, stable=True)
+        assert torch.equal(found.influence_scores, order.values[:, :5])
+        assert torch.equal(found.indices, order.indices[:, :5])
+
+
+def test_weighted_blocks_are_not_changed() -> None:
+    scores = scores_of("distinct")
+    before = scores.clone()
+    fed(Weighted(AllScores(), lambda: torch.zeros(N)), scores, [N])
+    assert torch.equal(scores, before)
