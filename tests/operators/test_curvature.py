@@ -474,3 +474,28 @@ def test_the_traces_of_outer_products(blocks: str, monkeypatch: pytest.MonkeyPat
     small = means()
     monkeypatch.setattr("influence_kit.operators.operator.SMALL", 0)
     assert means() == pytest.approx(small, rel=1e-12)
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_torchs_squared_error_stays_in_forward_mode(curvature: str, reduction: str) -> None:
+    """Its mean has no forward derivative of the second one; a warning would be an error here."""
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 3).double(), torch.randn(8, 2).double()
+    model, train = nn.Linear(3, 2).double(), TensorDataset(x, y)
+    influence = ExplicitInfluenceFunction(
+        model,
+        train,
+        [model.state_dict()],
+        loss_fn=nn.MSELoss(reduction=reduction),
+        curvature=curvature,
+        damping=0.1,
+    )
+    # of the mean over both outputs the loss of an example is half of its sum
+    share = 0.5 if reduction == "mean" else 1.0
+    inputs = torch.cat([x, torch.ones(8, 1).double()], dim=1)
+    covariance = inputs.T @ inputs / 8
+    inverse = torch.linalg.inv(2 * share * covariance + 0.1 * torch.eye(4).double())
+    residuals = 2 * share * (model(x) - y).detach()
+    expected = (residuals @ residuals.T) * (inputs @ inverse @ inputs.T)
+    assert torch.allclose(influence.influence((x, y)), expected, rtol=1e-9)
