@@ -44,6 +44,7 @@ def execute(notebook: nbformat.NotebookNode, folder: str) -> None:
         km=manager,
         timeout=SECONDS_A_CELL,
         record_timing=False,
+        coalesce_streams=True,  # one block of text a cell, however it was flushed
         resources={"metadata": {"path": folder}},
     )
     client.execute()

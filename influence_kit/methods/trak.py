@@ -54,9 +54,9 @@ class TRAK(SolvedInfluence):
             "gaussian" (dense: as many operations an entry as there are features), or "identity"
             (nothing is projected, for small models).
         ridge: added to the eigenvalues of Phi^T Phi, which is a sum over the training set: a number
-            or "auto", their mean (the trace over the lesser of entries and n). Without one the
-            scores are noise where n is near the number of features or below it. May be set anew;
-            nothing is computed again for that.
+            or "auto", half of their mean (the trace over the lesser of entries and n). Without one
+            the scores are noise where n is near the number of features or below it. May be set
+            anew; nothing is computed again for that.
         output_fn: ``output_fn(outputs, targets)`` (of a dict batch: ``(outputs, batch)``), one
             value an example in place of the margin, higher for better predictions. 1 - p is then
             the slope -dL/df of ``loss_fn`` along it.
@@ -81,7 +81,7 @@ class TRAK(SolvedInfluence):
         torch.Size([4, 3])
     """
 
-    _auto_share = 1.0
+    _auto_share = 0.5
     _damping_name = "ridge"
     _keeps_rows = True
 
