@@ -5,6 +5,7 @@ A test builds the method on a case with ``build``, with any argument changed.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import oracles
@@ -25,6 +26,7 @@ from influence_kit import (
     GradCos,
     GradDot,
     GraSS,
+    InnerProductInfluence,
     KFACInfluenceFunction,
     KNNShapley,
     LiSSAInfluenceFunction,
@@ -283,6 +285,13 @@ METHODS = {
         _at_one(ArnoldiInfluenceFunction, projection_dim=3, arnoldi_dim=6, hessian_reg=1.0)
     ),
 }
+
+
+def stores(method: str) -> bool:
+    """Whether it can keep the training set's gradients in a folder."""
+    made = build(method, CASES["mlp"])
+    has_argument = "store" in signature(type(made)).parameters
+    return isinstance(made, InnerProductInfluence) and has_argument and method != "DVEmb"
 
 
 def build(method: str, case: Case, **changed: Any) -> Any:

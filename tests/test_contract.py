@@ -2,17 +2,29 @@
 
 import copy
 import warnings
+from inspect import signature
+from pathlib import Path
 
 import oracles
 import pytest
 import torch
 from captum.influence import DataInfluence
 from cases import CASES, Case, Examples, reduced
-from contract import METHODS, assert_close, assert_same, build, cast, scores, snapshot
+from contract import (
+    METHODS,
+    assert_close,
+    assert_same,
+    build,
+    cast,
+    scores,
+    snapshot,
+    stores,
+)
 from torch import nn
 from torch.utils.data import DataLoader
 
 from influence_kit import KMostInfluentialResults
+from influence_kit.errors import InvalidArgumentError
 
 every_method = pytest.mark.parametrize("method", METHODS)
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -315,3 +327,32 @@ def test_no_warning_in_ordinary_use(method: str) -> None:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*stores quantities related.*")
         scores(build(method, case, loss_fn=nn.CrossEntropyLoss()), case.test)
+
+
+@pytest.mark.parametrize("name", ["mlp", "gpt"])
+@pytest.mark.parametrize("method", [m for m in METHODS if stores(m)])
+def test_a_store_is_asked_in_place_of_the_data(
+    method: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, kept = CASES[name], {"store": tmp_path / "store"}
+    live = build(method, case)
+    expected = scores(live, case.test)
+    close = METHODS[method].close[0]
+    built = build(method, case, **kept)
+    assert_close(scores(built, case.test), expected, close)
+
+    asked = build(method, case, **kept)
+    with monkeypatch.context() as patched:
+        if "hessian_dataset" not in signature(type(asked)).parameters:
+            patched.setattr(asked, "_train_features", None)
+        assert_close(scores(asked, case.test), expected, close)
+        best = asked.influence(case.test, k=3)
+        assert torch.equal(best.indices, oracles.top_k(expected, 3, True)[0])
+        assert_close(asked.self_influence(), live.self_influence(), close)
+        aggregated = asked.influence(case.test, k=None, aggregate=True)
+        assert_close(aggregated, expected.sum(0, keepdim=True), close)
+    other = build(
+        method, case, model=case.model(7), checkpoints=[case.model(9).state_dict()], **kept
+    )
+    with pytest.raises(InvalidArgumentError, match="was built for something else"):
+        scores(other, case.test)

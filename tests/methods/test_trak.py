@@ -147,7 +147,7 @@ def test_scores_are_the_formula(name: str, projection: str, share: float) -> Non
 @every_case
 @every_kind
 @pytest.mark.parametrize("dim", [1, 5, 30])
-def test_automatic_ridge_is_half_of_the_mean_eigenvalue(name: str, projection: str, dim: int) -> None:
+def test_automatic_ridge_is_half_the_mean(name: str, projection: str, dim: int) -> None:
     trak = make(name, projection=projection, projection_dim=dim)
     assert_close(trak.influence(CASES[name].test), formula(trak, name, "auto"), CLOSE)
     expected = [automatic(gradients(name, c, False) @ matrix(trak, name, c)) for c in range(3)]
