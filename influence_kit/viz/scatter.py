@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -63,22 +64,23 @@ def _checked(title: str, predicted: Values, actual: Values) -> tuple[Tensor, Ten
 
 
 def _draw(axes: Axes, predicted: Tensor, actual: Tensor) -> None:
-    slope = float((predicted * actual).sum() / predicted.square().sum())
+    """Both axes are linear around zero, within the smaller half of the values, then logarithmic."""
+    slope = float(((predicted * actual).sum(1) / predicted.square().sum(1)).nanmedian())
     correlation = float(spearman(predicted, actual).mean())
-    ends = torch.stack([predicted, actual]).aminmax()
-    margin = 0.05 * float(ends.max - ends.min)
-    limits = (float(ends.min) - margin, float(ends.max) + margin)
+    sizes = torch.cat([predicted.flatten(), actual.flatten()]).abs()
+    limit, linear = float(sizes.max()), float(sizes[sizes > 0].median())
+    axes.set_xscale("symlog", linthresh=linear)
+    axes.set_yscale("symlog", linthresh=linear)
     # many points are drawn small and see-through
-    count = predicted.numel()
-    size, opacity = (12, 0.7) if count <= 1000 else (5, 0.25)
+    size, opacity = (12, 0.7) if predicted.numel() <= 1000 else (4, 0.2)
     axes.axhline(0, color=GREY, linewidth=0.6)
     axes.axvline(0, color=GREY, linewidth=0.6)
-    axes.scatter(
-        predicted.flatten(), actual.flatten(), size, color=BLUE, alpha=opacity, linewidth=0
-    )
-    axes.axline((0, 0), slope=1, color=GREY, linestyle="--", linewidth=1.2)
-    axes.axline((0, 0), slope=slope, color=ORANGE, linewidth=1.5)
-    axes.set(xlim=limits, ylim=limits, aspect="equal")
+    axes.scatter(predicted.flatten(), actual.flatten(), size, color=BLUE, alpha=opacity, linewidth=0)
+    # a straight line through the origin is none on these axes
+    along = np.concatenate([-np.geomspace(limit, linear / 10, 60), np.geomspace(linear / 10, limit, 60)])
+    axes.plot(along, along, color=GREY, linestyle="--", linewidth=1.2)
+    axes.plot(along, slope * along, color=ORANGE, linewidth=1.5)
+    axes.set(xlim=(-1.3 * limit, 1.3 * limit), ylim=(-1.3 * limit, 1.3 * limit), aspect="equal")
     axes.text(
         0.03,
         0.97,
@@ -88,5 +90,4 @@ def _draw(axes: Axes, predicted: Tensor, actual: Tensor) -> None:
         fontsize=9,
         bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 2},
     )
-    axes.locator_params(nbins=5)
     axes.grid(alpha=0.3)
