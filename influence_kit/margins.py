@@ -3,7 +3,7 @@
 Letters: n examples, t positions, c classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from influence_kit.losses import Loss
 OutputFunction = Callable[[Any, Any], Tensor]
 
 
-def classification_margin(outputs: Any, targets: Any) -> Tensor:
+def classification_margin(outputs: Any, targets: Any, shift: int | None = None) -> Tensor:
     """Log p - log(1 - p) of the labels' probability p in a softmax: z_y - log sum_{j != y} e^z_j.
 
     Computed from the logits, it is finite where p rounds to 1. Of sequences the sum over positions;
@@ -27,6 +27,8 @@ def classification_margin(outputs: Any, targets: Any) -> Tensor:
         outputs: logits ``[n, c]``, ``[n, t, c]`` (which it is if t = c) or ``[n, c, t]``, or a
             model's output that has ``logits``.
         targets: integer labels ``[n]`` or ``[n, t]``, or a dict that holds them.
+        shift: by how many positions labels are behind logits: 1 for a causal language model, whose
+            labels are its inputs. None is 0, where there is no doubt.
 
     Returns:
         ``[n]``.
@@ -34,18 +36,18 @@ def classification_margin(outputs: Any, targets: Any) -> Tensor:
     Raises:
         InvalidArgumentError: for targets that are no labels of classes.
     """
-    margins, counts = _margins(outputs, targets)
+    margins, counts = _margins(outputs, targets, shift)
     return (margins * counts).sum(1)
 
 
-def one_minus_probability(outputs: Any, targets: Any) -> Tensor:
+def one_minus_probability(outputs: Any, targets: Any, shift: int | None = None) -> Tensor:
     """1 - p of the labels' probability, ``[n]``; of sequences the mean where labels count."""
-    margins, counts = _margins(outputs, targets)
+    margins, counts = _margins(outputs, targets, shift)
     wrong = torch.sigmoid(-margins)
     return (wrong * counts).sum(1) / counts.sum(1).clamp(min=1)
 
 
-def _margins(outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+def _margins(outputs: Any, targets: Any, shift: int | None) -> tuple[Tensor, Tensor]:
     """The margin of each label, and whether it counts, ``[n, 1]`` or ``[n, t]``."""
     try:
         logits = logits_of(outputs)
@@ -61,12 +63,25 @@ def _margins(outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
             f"outputs of shape {list(logits.shape)} are no logits of two or more classes for "
             f"labels of shape {list(labels.shape)}"
         )
+    if shift is None and logits.dim() == 3 and _has_own_loss(outputs):
+        raise InvalidArgumentError(
+            "the model has a loss of its own for labels of tokens, which may score the logits at a "
+            "position with the next label: pass shift=1 for a causal language model, shift=0 for a "
+            "label at each token"
+        )
+    if shift:
+        logits, labels = logits[:, :-shift], labels[:, shift:]
     counts = labels >= 0
     places = labels.clamp(min=0).long().unsqueeze(-1)
     right = logits.gather(-1, places).squeeze(-1)
     others = logits.scatter(-1, places, float("-inf")).logsumexp(-1)
     n = len(labels)
     return (right - others).reshape(n, -1), counts.to(logits).reshape(n, -1)
+
+
+def _has_own_loss(outputs: Any) -> bool:
+    held = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    return not isinstance(outputs, Tensor) and held is not None
 
 
 def _refusal(why: str) -> InvalidArgumentError:

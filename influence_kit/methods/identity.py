@@ -43,11 +43,11 @@ def identity(
         "weights of the checkpoints": prints,
         "examples": data.count,
         "hash of the examples": hash_of(batches),
-        LOSSES: _first_losses(source, loss, data),
+        LOSSES: first_losses(source, loss, data),
     }
 
 
-def _first_losses(source: GradientSource, loss: Loss, data: DataSet) -> list[float]:
+def first_losses(source: GradientSource, loss: Loss, data: DataSet) -> list[float]:
     """The losses of a few examples, by which another loss is told."""
     losses: list[float] = []
     model = source.capture.model

@@ -30,7 +30,7 @@ class LoGra(ProjectedInfluence):
         projection_dim: a pair, the columns of P_o and P_i (less where a layer has less), or the
             most entries of u: then the root of it for each side, and layers that have no more
             entries stay as they are.
-        projection: "gaussian", "rademacher", "orthogonal" or "identity" (nothing is projected);
+        projection: "orthogonal", "gaussian", "rademacher" or "identity" (nothing is projected);
             inner products of projected gradients have those of the gradients as their mean.
         damping: added to the eigenvalues of F: a number, a dict by layer, or "auto" (0.3 times the
             mean eigenvalue in the layer: its trace over min(entries of u, examples)).
@@ -67,7 +67,7 @@ class LoGra(ProjectedInfluence):
         self,
         *args: Any,
         projection_dim: Dim = 4096,
-        projection: Literal["gaussian", "rademacher", "orthogonal", "identity"] = "gaussian",
+        projection: Literal["gaussian", "rademacher", "orthogonal", "identity"] = "orthogonal",
         **kwargs: Any,
     ) -> None:
         if projection not in KINDS:

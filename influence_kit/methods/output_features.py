@@ -5,7 +5,7 @@ Letters: n examples, k entries of their features.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class OutputFeatures:
         kind: of the projection.
         dim: the letter k; all parameters' entries where nothing is projected.
         seed: of the projections.
+        shift: by how many positions labels are behind logits, for the margin.
     """
 
     source: GradientSource
@@ -45,12 +46,14 @@ class OutputFeatures:
     kind: str
     dim: int
     seed: int
+    shift: int | None = None
     _projections: dict[int, JointProjection] = field(default_factory=dict)
 
     @cached_property
     def output(self) -> Loss:
         """The output function, as what is differentiated."""
-        return Loss(self.output_fn or classification_margin, "none", "output_fn")
+        margin = partial(classification_margin, shift=self.shift)
+        return Loss(self.output_fn or margin, "none", "output_fn")
 
     @property
     def shapes(self) -> Mapping[str, torch.Size]:
@@ -90,7 +93,7 @@ class OutputFeatures:
         with torch.no_grad():
             outputs = call_model(self.source.capture.model, batch)
             if self.output_fn is None:
-                return one_minus_probability(outputs, targets_of(batch))
+                return one_minus_probability(outputs, targets_of(batch), self.shift)
         # a loss that does not say what it reduces over is asked
         self.source.prepare(batch, self.loss)
         return slope_along(self.loss, self.output_fn, outputs, batch, example_count(batch))

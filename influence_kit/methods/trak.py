@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.checkpoints import LoadFunction, load_checkpoint
 from influence_kit.data import Batch, to_device
 from influence_kit.distributed import sum_over_ranks
@@ -21,10 +22,12 @@ from influence_kit.margins import OutputFunction
 from influence_kit.methods.base import BatchSize
 from influence_kit.methods.damping import DampingArgument
 from influence_kit.methods.fitted import Facts
+from influence_kit.methods.identity import first_losses
 from influence_kit.methods.output_features import FEATURES, SLOPE, OutputFeatures, alone, repeated
 from influence_kit.methods.solved import SolvedInfluence
 from influence_kit.operators.passes import DataSet, refuse_non_finite
 from influence_kit.operators.solvers import Cholesky
+from influence_kit.saved import LOSSES
 from influence_kit.scoring.reducers import Reducer, Weighted
 from influence_kit.scoring.term import Side, Term, Transform
 
@@ -60,6 +63,9 @@ class TRAK(SolvedInfluence):
         output_fn: ``output_fn(outputs, targets)`` (of a dict batch: ``(outputs, batch)``), one
             value an example in place of the margin, higher for better predictions. 1 - p is then
             the slope -dL/df of ``loss_fn`` along it.
+        shift: by how many positions labels are behind logits, for the margin: 1 for a causal
+            language model whose labels are its inputs; None is 0, and refused where a model with a
+            loss of its own leaves it in doubt.
         seed: of the projection; each checkpoint has one of its own.
 
     The other arguments are those of ``InnerProductInfluence``.
@@ -99,6 +105,7 @@ class TRAK(SolvedInfluence):
         projection: Literal["sjlt", "rademacher", "gaussian", "identity"] = "sjlt",
         ridge: float | Literal["auto"] = "auto",
         output_fn: OutputFunction | None = None,
+        shift: int | None = None,
         seed: int = 0,
         eval_mode: bool = True,
         store: str | Path | None = None,
@@ -117,7 +124,9 @@ class TRAK(SolvedInfluence):
                 "`output_fn` needs a `loss_fn` beside it, whose slope along it says how much each "
                 "training example still has to say"
             )
-        self.projection, self.output_fn = projection, output_fn
+        if shift is not None and (isinstance(shift, bool) or shift not in (0, 1)):
+            raise InvalidArgumentError(f"`shift` must be None, 0 or 1; got {shift!r}")
+        self.projection, self.output_fn, self.shift = projection, output_fn, shift
         self.projection_dim = projection_dim
         self._is_split = False
         super().__init__(
@@ -179,7 +188,8 @@ class TRAK(SolvedInfluence):
     @cached_property
     def _made(self) -> OutputFeatures:
         kind, dim, seed = self.projection, self.projection_dim, self.seed
-        return OutputFeatures(self._source, self.output_fn, self._train_loss, kind, dim, seed)
+        differentiated = self._source, self.output_fn, self._train_loss
+        return OutputFeatures(*differentiated, kind, dim, seed, self.shift)
 
     @property
     def _shapes(self) -> Mapping[str, torch.Size]:
@@ -210,6 +220,13 @@ class TRAK(SolvedInfluence):
             "projection_dim": self._partition.sizes[0],
             "seed": self.seed,
         }
+
+    def _identity(self, loader: CheckpointLoader, batches: Iterable[Batch]) -> dict[str, Any]:
+        found = super()._identity(loader, batches)
+        if self.output_fn is not None:  # the slopes are those of another function
+            data = DataSet(batches, self._device)
+            found[LOSSES] += first_losses(self._source, self._train_loss, data)
+        return found
 
     @property
     def _differentiated(self) -> Loss:

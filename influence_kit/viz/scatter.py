@@ -1,5 +1,6 @@
 """Predictions against what happened. Letters: m test and k training examples."""
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -23,9 +24,11 @@ def predicted_and_actual(
 ) -> Figure:
     """A panel for each name: what was predicted to the right, what happened upwards.
 
-    Both axes of a panel have one scale. On the dashed line both are equal. The orange line through
-    the origin fits best; its slope says by how much predictions are too small (above 1) or too
-    large (below 1). The rank correlation is the mean over rows, as ``loo_correlation`` has it.
+    Influences go over many powers of ten, of both signs: the axes, which have one scale, are
+    logarithmic but for the smaller half of the values around zero. On the dashed line predicted and
+    actual are equal. On the orange line they have the ratio that fits a test example best by least
+    squares, the median over test examples: above 1, predictions are too small. The rank correlation
+    is the mean over test examples, as ``loo_correlation`` has it.
 
     Args:
         pairs: ``{title: (predicted, actual)}``, ``[k]``, or ``[m, k]`` with a row a test example.
@@ -34,7 +37,7 @@ def predicted_and_actual(
 
     Raises:
         InvalidArgumentError: for nothing to draw, shapes that differ, values that are not finite,
-            or predictions that are all zero.
+            or a test example whose predictions are all zero.
     """
     if not pairs:
         raise InvalidArgumentError("got nothing to draw; pass {title: (predicted, actual)}")
@@ -58,29 +61,31 @@ def _checked(title: str, predicted: Values, actual: Values) -> tuple[Tensor, Ten
             f"'{title}' has predictions of shape {list(left.shape)}, and what happened of "
             f"{list(right.shape)}; both must be [k] or [m, k]"
         )
-    if not bool(left.any()):
-        raise InvalidArgumentError(f"all predictions of '{title}' are zero: there is no slope")
-    return left.view(-1, left.shape[-1]), right.view(-1, left.shape[-1])
+    left, right = (side.view(-1, side.shape[-1]) for side in (left, right))
+    zero = torch.nonzero(~left.any(dim=1)).flatten()
+    if len(zero):
+        raise InvalidArgumentError(
+            f"the predictions of '{title}' for test example {int(zero[0])} are all zero: they have "
+            "no ratio to what happened. Leave it out"
+        )
+    return left, right
 
 
 def _draw(axes: Axes, predicted: Tensor, actual: Tensor) -> None:
-    """Both axes are linear around zero, within the smaller half of the values, then logarithmic."""
-    slope = float(((predicted * actual).sum(1) / predicted.square().sum(1)).nanmedian())
+    slope = float(((predicted * actual).sum(1) / predicted.square().sum(1)).median())
     correlation = float(spearman(predicted, actual).mean())
-    sizes = torch.cat([predicted.flatten(), actual.flatten()]).abs()
-    limit, linear = float(sizes.max()), float(sizes[sizes > 0].median())
-    axes.set_xscale("symlog", linthresh=linear)
-    axes.set_yscale("symlog", linthresh=linear)
+    _set_scales(axes, torch.cat([predicted.flatten(), actual.flatten()]).abs())
     # many points are drawn small and see-through
     size, opacity = (12, 0.7) if predicted.numel() <= 1000 else (4, 0.2)
-    axes.axhline(0, color=GREY, linewidth=0.6)
-    axes.axvline(0, color=GREY, linewidth=0.6)
-    axes.scatter(predicted.flatten(), actual.flatten(), size, color=BLUE, alpha=opacity, linewidth=0)
-    # a straight line through the origin is none on these axes
-    along = np.concatenate([-np.geomspace(limit, linear / 10, 60), np.geomspace(linear / 10, limit, 60)])
+    dots = predicted.flatten().numpy(), actual.flatten().numpy()
+    axes.scatter(*dots, size, color=BLUE, alpha=opacity, linewidth=0)
+    # through many points, since straight lines are none on these axes
+    low, high = axes.get_xlim()
+    half = np.geomspace(high / 1e8, high, 200)
+    along = np.concatenate([-half[::-1], [0.0], half])
     axes.plot(along, along, color=GREY, linestyle="--", linewidth=1.2)
     axes.plot(along, slope * along, color=ORANGE, linewidth=1.5)
-    axes.set(xlim=(-1.3 * limit, 1.3 * limit), ylim=(-1.3 * limit, 1.3 * limit), aspect="equal")
+    axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
     axes.text(
         0.03,
         0.97,
@@ -91,3 +96,19 @@ def _draw(axes: Axes, predicted: Tensor, actual: Tensor) -> None:
         bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 2},
     )
     axes.grid(alpha=0.3)
+
+
+def _set_scales(axes: Axes, sizes: Tensor) -> None:
+    """The same two axes for absolute values, with as many ticks as have room."""
+    limit, linear = float(sizes.max()), float(sizes[sizes > 0].median())
+    highest, lowest = (math.floor(math.log10(size)) for size in (limit, linear))
+    step = max(2, math.ceil((highest - lowest) / 2))
+    powers = [10.0**power for power in range(highest, lowest, -step)] or [10.0**highest]
+    ticks = [*(-power for power in powers), 0.0, *reversed(powers)]
+    axes.axhline(0, color=GREY, linewidth=0.6)
+    axes.axvline(0, color=GREY, linewidth=0.6)
+    axes.set_xscale("symlog", linthresh=linear)
+    axes.set_yscale("symlog", linthresh=linear)
+    axes.set_xticks(ticks)
+    axes.set_yticks(ticks)
+    axes.set(xlim=(-1.5 * limit, 1.5 * limit), ylim=(-1.5 * limit, 1.5 * limit))

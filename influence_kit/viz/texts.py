@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate, zip_longest
 from typing import Any, NamedTuple
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -114,16 +115,18 @@ def _drawn(rows: Sequence[_Row]) -> Figure:
     heights = [LINE_INCHES if row else LINE_INCHES / 2 for row in rows]
     height = sum(heights) + 2 * MARGIN
     figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1))  # a notebook does not show a figure without any
+    axes.set_axis_off()
     tops = accumulate(heights, initial=MARGIN)
     for top, row in zip(tops, rows, strict=False):
         for line, left in zip(row, (MARGIN, MARGIN + LETTERS * LETTER_INCHES + GAP), strict=False):
             if line is not None:
-                _write(figure, line, left / width, 1 - top / height)
+                _write(axes, line, left / width, 1 - top / height)
     return figure
 
 
-def _write(figure: Figure, line: _Line, x: float, y: float) -> None:
-    figure.text(
+def _write(axes: Axes, line: _Line, x: float, y: float) -> None:
+    axes.text(
         x,
         y,
         line.text,

@@ -510,7 +510,7 @@ def test_saved_and_loaded(method: str, name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "changed", "match"),
     [
-        ("LoGra", {"projection": "orthogonal"}, "projection: .*orthogonal"),
+        ("LoGra", {"projection": "gaussian"}, "projection: .*gaussian"),
         ("LoGra", {"projection_dim": (2, 2)}, r"projection_dim: \[2, 3\] there, \[2, 2\] here"),
         ("LoGra", {"projection_dim": 6}, r"projection_dim: \[2, 3\] there, 6 here"),
         ("LoGra", {"seed": 1}, "seed: 0 there, 1 here"),

@@ -695,3 +695,68 @@ def test_weights_that_change_after_the_fit() -> None:
         trak.influence(case.test)
     anew = make(checkpoints=states).influence(case.test)
     assert_close(trak.fit().influence(case.test), anew, 1e-10)
+
+
+class OwnLoss(nn.Module):
+    """A causal language model as others write them: it shifts the labels in a loss of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(7, 4), nn.Linear(4, 7)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.head(self.tokens(input_ids).cumsum(1))
+        losses = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:])
+        return {"loss": losses, "logits": logits}
+
+
+def test_labels_of_a_causal_language_model_are_shifted_when_told() -> None:
+    torch.manual_seed(0)
+    model, ids = OwnLoss().double(), torch.randint(0, 7, (9, 5))
+    train, test = [{"input_ids": row, "labels": row} for row in ids], ids[:3]
+    batch = {"input_ids": test, "labels": test}
+
+    def made(data: Any = train, **arguments: Any) -> TRAK:
+        state = [model.state_dict()]
+        return TRAK(model, data, state, projection="identity", ridge=0.1, **arguments)
+
+    with pytest.raises(InvalidArgumentError, match="pass shift=1 for a causal language model"):
+        made().influence(batch)
+
+    class Plain(OwnLoss):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.head(self.tokens(input_ids).cumsum(1))[:, :-1]
+
+    plain = Plain().double()
+    plain.load_state_dict(model.state_dict())
+    pairs = [(row, row[1:]) for row in ids]
+    expected = TRAK(plain, pairs, [plain.state_dict()], projection="identity", ridge=0.1)
+    found = made(shift=1).influence(batch)
+    assert_close(found, expected.influence((test, test[:, 1:])), 1e-9)
+    assert not torch.allclose(found, made(shift=0).influence(batch))
+
+
+@pytest.mark.parametrize("shift", [2, -1, True])
+def test_a_shift_that_is_none(shift: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="`shift` must be None, 0 or 1; got"):
+        TRAK(nn.Linear(2, 2), [], [], shift=shift)
+
+
+def test_a_store_of_slopes_of_another_loss_is_refused(tmp_path: Path) -> None:
+    x, y = torch.randn(9, 3).double(), torch.randn(9, 1).double()
+    model, train = nn.Linear(3, 1).double(), TensorDataset(x, y)
+
+    def made(loss_fn: Any) -> TRAK:
+        return TRAK(
+            model,
+            train,
+            [model.state_dict()],
+            loss_fn=loss_fn,
+            output_fn=lambda outputs, targets: outputs[:, 0],
+            projection="identity",
+            store=tmp_path / "store",
+        )
+
+    made(nn.MSELoss()).influence((x, y))
+    with pytest.raises(InvalidArgumentError, match="losses of the first examples"):
+        made(nn.L1Loss()).influence((x, y))
