@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from contract import METHODS, applies
 from torch import nn
 
 
@@ -55,3 +56,15 @@ def unchanged() -> Callable[[nn.Module], AbstractContextManager[None]]:
     Compared are values (bitwise), objects, flags, gradients, hooks and the random state.
     """
     return _unchanged
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the pairs of a method and a case that it has no meaning for."""
+    foreign = []
+    for item in items:
+        given = getattr(getattr(item, "callspec", None), "params", {})
+        method, case = given.get("method"), given.get("case", given.get("name"))
+        if method in METHODS and case is not None and not applies(method, case):
+            foreign.append(item)
+    config.hook.pytest_deselected(items=foreign)
+    items[:] = [item for item in items if item not in foreign]

@@ -9,7 +9,6 @@ from inspect import signature
 from typing import Any
 
 import oracles
-import pytest
 import torch
 from cases import CASES, RATES, Case, Examples
 from torch import Tensor
@@ -294,10 +293,13 @@ def stores(method: str) -> bool:
     return isinstance(made, InnerProductInfluence) and has_argument and method != "DVEmb"
 
 
+def applies(method: str, case: Case | str) -> bool:
+    """Whether the method knows such labels: those of the GPT are one a token."""
+    return not (METHODS[method].one_label and case in ("gpt", CASES["gpt"]))
+
+
 def build(method: str, case: Case, **changed: Any) -> Any:
     """A method on a case; ``changed`` replaces model, data, checkpoints or keyword arguments."""
-    if METHODS[method].one_label and case is CASES["gpt"]:
-        pytest.skip("an example has a label for each token")
     model = changed.pop("model", None) or case.model()
     data = changed.pop("data", None) or Examples(case.train)
     checkpoints = changed.pop("checkpoints", None) or case.checkpoints()

@@ -47,7 +47,9 @@ def feature_matrix(
     # as many decimals as give the largest two digits
     decimals = max(0, 1 - math.floor(math.log10(limit)))
     form = f"+.{decimals}f" if decimals <= MOST_DECIMALS else "+.1e"
-    draw_matrix(axes, numbers_, limit, rows, columns, lambda value: f"{value:{form}}")
+    # what rounds to zero is no negative zero
+    shown = numbers_.round(decimals) + 0.0 if decimals <= MOST_DECIMALS else numbers_
+    draw_matrix(axes, shown, limit, rows, columns, lambda value: f"{value:{form}}")
     axes.set_aspect("auto")
     axes.set_title(title, fontsize=10)
     return figure

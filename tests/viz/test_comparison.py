@@ -1,9 +1,8 @@
 """The picture of a comparison: its numbers, bars and lines."""
 
-import io
-
 import pytest
 import torch
+from drawn import is_drawable
 
 from influence_kit.evaluation import SubsetTruth, compare, half_subsets
 from influence_kit.viz import comparison
@@ -12,13 +11,6 @@ GENERATOR = torch.Generator().manual_seed(0)
 SCORES = {name: torch.randn(4, 12, generator=GENERATOR) for name in ("one", "another")}
 SUBSETS = half_subsets(12, 9)
 OUTPUTS = torch.randn(9, 3, 4, generator=GENERATOR)
-
-
-def is_drawable(figure):
-    """A PNG file comes out."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue().startswith(b"\x89PNG")
 
 
 def test_the_matrix_has_the_correlations_by_name():

@@ -1,18 +1,18 @@
 """What the figures hold: axes, titles, pixels and lines, rather than how they are drawn."""
 
-import io
 import itertools
 
 import numpy as np
 import pytest
 import torch
+from drawn import is_drawable
 from matplotlib.colors import same_color
 from matplotlib.figure import Figure
 
 from influence_kit import KMostInfluentialResults
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.viz import detection_curves, proponents_and_opponents, suspects, text_table
-from influence_kit.viz.images import NEUTRAL, RIGHT, WRONG
+from influence_kit.viz.colours import NEUTRAL, RIGHT, WRONG
 from influence_kit.viz.tables import score_text
 
 TRAIN = torch.arange(6 * 4 * 5.0).view(6, 1, 4, 5)
@@ -29,13 +29,6 @@ OPPONENTS = KMostInfluentialResults(
 
 def pixels(axes):
     return np.asarray(axes.images[0].get_array())
-
-
-def is_drawable(figure):
-    """A PNG file comes out."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue().startswith(b"\x89PNG")
 
 
 def explained(**changes):
@@ -64,6 +57,13 @@ def test_rows_hold_the_test_image_then_proponents_then_opponents():
     for axes, image in zip(figure.axes, shown, strict=True):
         np.testing.assert_array_equal(pixels(axes).squeeze(), image)
     assert is_drawable(figure)
+
+
+def test_groups_may_have_other_names_and_titles_dollar_signs():
+    figure = explained(heads=("raised it", "lowered it"), query_titles=["$5$", "a $ b"])
+    heads = [group.get_suptitle() for group in figure.subfigs if group.get_suptitle()]
+    assert heads == ["test image", "raised it", "lowered it"]
+    assert figure.axes[0].title.get_parse_math() is False
 
 
 def test_groups_are_named_and_stand_left_to_right():
