@@ -105,8 +105,12 @@ def influential_texts(
 
 def _wrapped(text: str, letters: int, lines: int) -> list[str]:
     """The beginning of a text, its white space drawn together."""
-    plain = " ".join(text.split())
-    return textwrap.wrap(plain, letters, max_lines=lines, placeholder=ELLIPSIS) or ["(empty)"]
+    wrapped = textwrap.wrap(" ".join(text.split()), letters)
+    shown = wrapped[:lines]
+    if len(shown) < len(wrapped):
+        # not textwrap's own `max_lines`, which shows nothing of a long word
+        shown[-1] = shown[-1][: letters - len(ELLIPSIS)] + ELLIPSIS
+    return shown or ["(empty)"]
 
 
 def _drawn(rows: Sequence[_Row]) -> Figure:

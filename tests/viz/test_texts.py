@@ -34,7 +34,7 @@ def test_texts_stand_under_their_places_scores_and_labels():
         *["#3 | +0.00 | 3", "w" * 54 + " ..."],
         "second query",
         *["proponents: lowered its loss", "opponents: raised its loss"],
-        *["#5 | +1.00 | 5", "#4 | -3.00e-05 | 4", "a word " * 7 + "a ...", "(empty)"],
+        *["#5 | +1.00 | 5", "#4 | -3.00e-05 | 4", ("a word " * 9)[:54] + " ...", "(empty)"],
         *["#1 | +0.500 | 1", "two words"],
     ]
     assert is_drawable(figure)
