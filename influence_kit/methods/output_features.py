@@ -21,7 +21,7 @@ from influence_kit.margins import (
     one_minus_probability,
     slope_along,
 )
-from influence_kit.operators.projection import JointProjection, joint_projection
+from influence_kit.operators.joint_projection import JointProjection, joint_projection
 
 FEATURES, SLOPE = "features", "1 - p"
 

@@ -1,4 +1,4 @@
-"""Gradients made short: layer by layer, from both sides of a matrix, or all parameters together.
+"""Gradients made short, layer by layer: a matrix from both sides, before it is formed.
 
 Letters: n examples, t positions, o outputs and i inputs (with the bias) of a layer, p entries of
 its gradient, k entries of what they are projected to.
@@ -10,7 +10,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from influence_kit.gradients.forms import Dense, Form, Sum
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rows import Rows
 from influence_kit.gradients.rules import convolution, linear, rule_for, transposed_linear
-from influence_kit.operators.random_maps import Identity, Placed, RandomMap, random_map
+from influence_kit.operators.random_maps import Identity, RandomMap, random_map
 
 Forms = Mapping[str, Form]
 
@@ -199,66 +198,6 @@ class Projection:
             if values is not None:
                 forms[name] = Dense(values, torch.Size([unit.k]))
         return Gradients(gradients.n, forms, self.shapes, gradients.sample)
-
-
-@dataclass(frozen=True)
-class JointProjection:
-    """All parameters' gradients projected to the same k entries and added.
-
-    Args:
-        maps: of each parameter, to k entries.
-        name: what the sum is called.
-    """
-
-    maps: Mapping[str, RandomMap]
-    name: str
-
-    @property
-    def k(self) -> int:
-        """Entries of the image."""
-        return next(iter(self.maps.values())).k
-
-    def of_parameters(self, gradients: Gradients) -> Gradients:
-        """The summands ``[n, k]`` by parameter."""
-        shape = torch.Size([self.k])
-        forms = {}
-        for name, form in gradients.forms.items():
-            slices = form.example_slices(2 * form.p)
-            parts = [self.maps[name](form.rows(rows).dense()) for rows in slices]
-            forms[name] = Dense(torch.cat(parts), shape)
-        return Gradients(gradients.n, forms, dict.fromkeys(self.maps, shape), gradients.sample)
-
-    def __call__(self, gradients: Gradients) -> Gradients:
-        """The projected gradients, written out."""
-        parts = self.of_parameters(gradients).forms.values()
-        total = gradients.sample.new_zeros(gradients.n, self.k)
-        for part in parts:
-            total += part.dense()
-        shape = torch.Size([self.k])
-        forms = {self.name: Dense(total, shape)}
-        return Gradients(gradients.n, forms, {self.name: shape}, gradients.sample)
-
-
-def joint_projection(
-    parameters: Mapping[str, nn.Parameter], kind: str, dim: int, name: str, *key: object
-) -> JointProjection:
-    """All parameters projected together.
-
-    Args:
-        parameters: by name.
-        kind: of the random maps; "identity" puts all parameters side by side.
-        dim: the letter k.
-        name: what the sum is called.
-        key: what the maps are drawn from, beside the parameters' names.
-    """
-    sizes = {other: parameter.numel() for other, parameter in parameters.items()}
-    if kind == "identity":
-        starts = accumulate(sizes.values(), initial=0)
-        placed = zip(sizes.items(), starts, strict=False)
-        total = sum(sizes.values())
-        return JointProjection({n: Placed(p, total, start) for (n, p), start in placed}, name)
-    maps = {other: random_map(kind, p, dim, other, *key) for other, p in sizes.items()}
-    return JointProjection(maps, name)
 
 
 def whole(unit: Unit) -> TwoSided:

@@ -26,8 +26,8 @@ from influence_kit.gradients.forms import Dense, Sum
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.source import GradientSource
 from influence_kit.losses import Loss
+from influence_kit.operators.joint_projection import JointProjection
 from influence_kit.operators.projection import (
-    JointProjection,
     Projection,
     TwoSided,
     Unit,
