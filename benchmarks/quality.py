@@ -15,25 +15,47 @@ from pathlib import Path
 import torch
 
 from benchmarks.settings.catalog import SETTINGS
+from benchmarks.settings.damping import Variant, by_damping
 from benchmarks.settings.plan import Plan, Result
 from benchmarks.settings.run import run
+from benchmarks.settings.workplace import Workplace
 
 PAGE = Path(__file__).with_name("QUALITY.md")
 # one pass each
 DIRECT = ["GradDot", "GradCos", "TracInCP", "DataInf"]
+ITERATIVE = ["LiSSAInfluenceFunction", "NystromInfluenceFunction", "ArnoldiInfluenceFunction"]
 KRONECKER = ["KFACInfluenceFunction", "EKFACInfluenceFunction"]
 PROJECTED = ["LoGra", "GraSS", "FactGraSS", "TRAK"]
 FEATURES = ["RepresenterPointSelection", "KNNShapley"]
 EXPLICIT = "ExplicitInfluenceFunction"
+# of the automatic damping
+FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 @dataclass(frozen=True)
 class Study:
-    """A setting and how much is done in it."""
+    """A setting and how much is done in it.
+
+    Attributes:
+        setting: its name.
+        plan: how much is done.
+        remark: what a reader of the page has to know.
+        dampings: methods to judge at multiples of their damping, in place of the plan's methods.
+    """
 
     setting: str
     plan: Plan
     remark: str
+    dampings: Sequence[Variant] = ()
+
+    def results(self, folder: Path) -> list[Result]:
+        """All results; the folder keeps what is trained."""
+        setting, folder = SETTINGS[self.setting], folder / self.setting
+        data = setting.load()
+        if self.dampings:
+            workplace = Workplace(setting, data, self.plan, folder)
+            return list(by_damping(workplace, self.dampings, FACTORS))
+        return run(setting, data, self.plan, folder)
 
 
 def studies(processes: int) -> list[Study]:
@@ -53,13 +75,24 @@ def studies(processes: int) -> list[Study]:
         return Study(name, plan, "trained to the minimum, where all seeds give one model")
 
     digits = Plan(
-        [*DIRECT, EXPLICIT, *KRONECKER, *PROJECTED, "TRAK-10", *FEATURES],
+        [
+            *DIRECT,
+            "TracInCPFast",
+            EXPLICIT,
+            *ITERATIVE,
+            *KRONECKER,
+            *PROJECTED,
+            "TRAK-10",
+            *FEATURES,
+        ],
         subsets=100,
         repeats=10,
         targets=3,
         checkpoints=6,
         processes=processes,
     )
+    dampings = [Variant("TRAK", {"projection_dim": size}) for size in (512, 1024, 2048, 4096)]
+    dampings += [Variant(name) for name in ("DataInf", EXPLICIT, *KRONECKER, "LoGra")]
     wrong = Plan(
         [*DIRECT, *KRONECKER, *PROJECTED, *FEATURES],
         targets=3,
@@ -82,6 +115,9 @@ def studies(processes: int) -> list[Study]:
         Study("digits-mlp", digits, "100 halves x 10 models; TRAK-10: ten models on halves"),
         at_minimum("digits-lr", convex, 20, 0.0),
         Study("help-gpt", text, "30 halves x 2 models"),
+        Study(
+            "digits-mlp", digits, "the LDS above at multiples of the automatic damping", dampings
+        ),
     ]
 
 
@@ -133,12 +169,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SETTINGS, help="some of the settings")
     given = parser.parse_args()
     parts = [HEAD.format(torch=f"torch {torch.__version__}", machine=platform.machine())]
-    for number, study in enumerate(studies(given.processes)):
+    for study in studies(given.processes):
         if given.only and study.setting not in given.only:
             continue
-        setting = SETTINGS[study.setting]
-        results = run(setting, setting.load(), study.plan, given.out / f"{number}-{study.setting}")
-        parts.append(section(study, results))
+        parts.append(section(study, study.results(given.out)))
         print(parts[-1], flush=True)
         if not given.only:
             PAGE.write_text("\n\n".join(parts) + "\n")

@@ -71,6 +71,12 @@ def _refitted(question: Question) -> Keywords:
     return {**_of_last_layer(question), "checkpoints": question.final}
 
 
+def _of_one_model(question: Question) -> Keywords:
+    keywords = {**_shared(question), "checkpoint": question.final[0]}
+    del keywords["checkpoints"]
+    return keywords
+
+
 def _with_curvature(question: Question) -> Keywords:
     """The damping of a minimum is known: the recipe's weight decay makes the Hessian exact."""
     recipe = question.setting.recipe
@@ -123,6 +129,7 @@ METHODS: Mapping[str, Callable[[Question], Keywords]] = {
     "CGInfluenceFunction": _with_curvature,
     "LiSSAInfluenceFunction": _with_curvature,
     "NystromInfluenceFunction": _with_curvature,
+    "ArnoldiInfluenceFunction": _of_one_model,
     "DataInf": _shared,
     "KFACInfluenceFunction": _of_matrices,
     "EKFACInfluenceFunction": _of_matrices,
@@ -154,10 +161,10 @@ def split_name(name: str) -> tuple[str, int]:
     return kind, int(count or 0)
 
 
-def make_method(name: str, question: Question) -> Any:
-    """The method of a name, for a question."""
+def make_method(name: str, question: Question, **own: Any) -> Any:
+    """The method of a name, for a question, with other keywords where they are given."""
     kind, _ = split_name(name)
-    keywords = METHODS[kind](question)
+    keywords = METHODS[kind](question) | own
     model = question.target.model
     return getattr(influence_kit, kind)(model, train_dataset=question.data.train, **keywords)
 

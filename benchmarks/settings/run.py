@@ -1,6 +1,6 @@
 """A run: how good methods are in a setting, by each of the metrics asked for.
 
-Letters: n training and m test examples, T target models.
+Letters: n training and m test examples, T target models, S subsets, R models on each.
 """
 
 from collections.abc import Iterator, Sequence
@@ -61,20 +61,25 @@ def run(setting: Setting, data: Data, plan: Plan, folder: Path) -> list[Result]:
 
 def by_subsets(workplace: Workplace) -> Iterator[Result]:
     """The linear datamodeling score of each method, and the noise ceiling where it is known."""
-    plan, count = workplace.plan, len(workplace.data.train)
-    subsets = half_subsets(count, plan.subsets, seed=plan.seed)
-    seeds = [TRUTH_SEEDS + repeat for repeat in range(plan.repeats)]
-    outputs = workplace.retraining.outputs(subsets, workplace.measure, seeds)
+    subsets, outputs = truth(workplace)
     ceiling = None
-    for name in plan.methods:
+    for name in workplace.plan.methods:
         found = [
             linear_datamodeling_score(scores, subsets, outputs, "margin")
             for scores in workplace.scores_by_target(name)
         ]
         ceiling = found[0].ceiling
-        yield _over_targets("LDS", name, found, workplace.seconds(name))
+        yield over_targets("LDS", name, found, workplace.seconds(name))
     if ceiling is not None:
         yield Result("LDS", "(noise ceiling)", (ceiling,), None, None)
+
+
+def truth(workplace: Workplace) -> tuple[Tensor, Tensor]:
+    """Random halves ``[S, n]``, and what models trained on them give ``[S, R, m]``."""
+    plan, count = workplace.plan, len(workplace.data.train)
+    subsets = half_subsets(count, plan.subsets, seed=plan.seed)
+    seeds = [TRUTH_SEEDS + repeat for repeat in range(plan.repeats)]
+    return subsets, workplace.retraining.outputs(subsets, workplace.measure, seeds)
 
 
 def by_leaving_out(workplace: Workplace) -> Iterator[Result]:
@@ -96,8 +101,8 @@ def by_leaving_out(workplace: Workplace) -> Iterator[Result]:
             for scores in workplace.scores_by_target(name)
         ]
         seconds = workplace.seconds(name)
-        yield _over_targets("LOO", name, [one.pearson for one in found], seconds)
-        yield _over_targets("LOO, ranks", name, [one.spearman for one in found], seconds)
+        yield over_targets("LOO", name, [one.pearson for one in found], seconds)
+        yield over_targets("LOO, ranks", name, [one.spearman for one in found], seconds)
 
 
 def by_wrong_labels(workplace: Workplace) -> Iterator[Result]:
@@ -137,9 +142,10 @@ def _suspicions(workplace: Workplace, target: int) -> dict[str, tuple[Tensor, fl
     return found
 
 
-def _over_targets(
-    metric: str, method: str, found: Sequence[RowCorrelation], seconds: float
+def over_targets(
+    metric: str, method: str, found: Sequence[RowCorrelation], seconds: float | None
 ) -> Result:
+    """One result from those for each target model."""
     values = [one.mean for one in found]
     error = found[0].standard_error if len(found) == 1 else error_of(values)
     return Result(metric, method, tuple(values), error, seconds)

@@ -91,11 +91,12 @@ class Workplace:
             ]
         return self._members[count]
 
-    def method(self, name: str, seed: int) -> Any:
-        """A method for the target model of a seed."""
+    def method(self, name: str, seed: int, **own: Any) -> Any:
+        """A method for the target model of a seed, with other keywords where they are given."""
         _, count = split_name(name)
         members = self.members(count) if count else ()
-        return make_method(name, Question(self.setting, self.data, self.target(seed), members))
+        question = Question(self.setting, self.data, self.target(seed), members)
+        return make_method(name, question, **own)
 
     def scores_by_target(self, name: str) -> list[Tensor]:
         """All scores of a method ``[m, n]`` for each target model; the folder keeps them too."""

@@ -13,6 +13,7 @@ from torch import nn
 import influence_kit
 from benchmarks.settings import SETTINGS, Sizes, Trained
 from benchmarks.settings.__main__ import main
+from benchmarks.settings.damping import Variant, by_damping
 from benchmarks.settings.methods import METHODS, Question, last_linear, make_method
 from benchmarks.settings.models.perceptrons import perceptron
 from benchmarks.settings.models.resnet9 import resnet9
@@ -20,6 +21,7 @@ from benchmarks.settings.models.transformer import GPT
 from benchmarks.settings.plan import Plan, Result
 from benchmarks.settings.recipes import MiniBatches
 from benchmarks.settings.run import report, run
+from benchmarks.settings.workplace import Workplace
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation import half_subsets
 
@@ -116,6 +118,37 @@ def test_target_models_differ_by_seed(tmp_path):
     assert results["LDS", "(noise ceiling)"].error is None
     # four halves with two seeds, two members
     assert len(list((tmp_path / "models").glob("*.safetensors"))) == 10
+
+
+def test_scores_at_multiples_of_the_automatic_damping(tmp_path):
+    data = TINY_MLP.load(sizes=Sizes(64, 5))
+    plan = Plan(["ExplicitInfluenceFunction"], subsets=4, repeats=2)
+    workplace = Workplace(TINY_MLP, data, plan, tmp_path)
+    variants = [Variant("TRAK", {"projection_dim": 20}), Variant("ExplicitInfluenceFunction")]
+    found = list(by_damping(workplace, variants, [0.5, 1.0]))
+    assert [(one.metric, one.method) for one in found] == [
+        ("0.5 x auto", "TRAK, projection_dim 20"),
+        ("1 x auto", "TRAK, projection_dim 20"),
+        ("0.5 x auto", "ExplicitInfluenceFunction"),
+        ("1 x auto", "ExplicitInfluenceFunction"),
+    ]
+    results = by_name(run(TINY_MLP, data, plan, tmp_path))
+    assert found[3].mean == pytest.approx(results["LDS", "ExplicitInfluenceFunction"].mean)
+    # one by hand
+    target = TINY_MLP.train_with_checkpoints(data, 5)
+    method = influence_kit.TRAK(
+        target.model,
+        data.train,
+        target.checkpoints[-1:],
+        loss_fn=TINY_MLP.loss_fn,
+        projection_dim=20,
+    ).fit()
+    method.ridge = method.ridge_used[0] / 2
+    halves = half_subsets(64, 4)
+    outputs = workplace.retraining.outputs(halves, workplace.measure, [1000, 1001]).mean(1)
+    predicted = method.influence(data.test.tensors).double() @ halves.double().T
+    expected = [spearmanr(predicted[t], outputs[:, t]).statistic for t in range(5)]
+    assert found[0].mean == pytest.approx(np.mean(expected))
 
 
 def test_a_run_goes_on_where_it_was(wine, tmp_path, monkeypatch):
