@@ -181,20 +181,12 @@ class Setting:
     @torch.no_grad()
     def measure(self, model: nn.Module, test: TensorDataset) -> Tensor:
         """What is measured of each test example, ``[m]`` on the CPU; higher is better."""
-        return self._evaluate(self.measurement, model, test)
-
-    @torch.no_grad()
-    def losses(self, model: nn.Module, examples: TensorDataset) -> Tensor:
-        """The loss of each example, ``[n]`` on the CPU."""
-        return self._evaluate(self.loss_fn, model, examples)
-
-    def _evaluate(self, value: Loss, model: nn.Module, examples: TensorDataset) -> Tensor:
         device, was_training = next(model.parameters()).device, model.training
         model.eval()
         found = []
-        for rows in torch.arange(len(examples)).split(BATCH):
-            inputs, targets = (tensor[rows].to(device) for tensor in examples.tensors)
-            found.append(value(model(inputs), targets).cpu())
+        for rows in torch.arange(len(test)).split(BATCH):
+            inputs, targets = (tensor[rows].to(device) for tensor in test.tensors)
+            found.append(self.measurement(model(inputs), targets).cpu())
         model.train(was_training)
         return torch.cat(found)
 

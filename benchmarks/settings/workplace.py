@@ -3,7 +3,6 @@
 Letters: n training and m test examples, C checkpoints.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from benchmarks.settings.data import Data
@@ -19,7 +17,7 @@ from benchmarks.settings.methods import Question, make_method, split_name
 from benchmarks.settings.plan import Plan
 from benchmarks.settings.recipes import Minimum
 from benchmarks.settings.setting import Setting, Trained
-from influence_kit.evaluation import Retraining, half_subsets
+from influence_kit.evaluation import Retraining, checkpoint_losses, half_subsets
 from influence_kit.evaluation.cost import measured
 from influence_kit.saved import hash_of
 
@@ -118,9 +116,7 @@ class Workplace:
 
     def losses(self, seed: int) -> Tensor:
         """The loss of each training example at each checkpoint of a target model, ``[C, n]``."""
-        target, found = self.target(seed), []
-        model = copy.deepcopy(target.model)
-        for checkpoint in target.checkpoints:
-            model.load_state_dict(checkpoint["state_dict"])
-            found.append(self.setting.losses(model, self.data.train))
-        return torch.stack(found)
+        target = self.target(seed)
+        return checkpoint_losses(
+            target.model, self.data.train, target.checkpoints, self.setting.loss_fn
+        )

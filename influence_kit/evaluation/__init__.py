@@ -1,5 +1,6 @@
 """How good an attribution is: retraining and functions of plain scores, which know no method."""
 
+from influence_kit.evaluation.at_checkpoints import checkpoint_logits, checkpoint_losses
 from influence_kit.evaluation.baselines import (
     label_cosine,
     last_loss,
@@ -13,17 +14,11 @@ from influence_kit.evaluation.batched_sgd import BatchedSGD
 from influence_kit.evaluation.comparison import Comparison, SubsetTruth, compare
 from influence_kit.evaluation.correlation import RowCorrelation
 from influence_kit.evaluation.cost import Cost
-from influence_kit.evaluation.datamodel import (
-    DatamodelingScore,
-    half_subsets,
-    linear_datamodeling_score,
-)
+from influence_kit.evaluation.datamodel import half_subsets, linear_datamodeling_score
 from influence_kit.evaluation.leave_one_out import (
     LeaveOneOutCorrelation,
-    RidgeLeaveOneOut,
     leave_one_out,
     loo_correlation,
-    ridge_leave_one_out,
 )
 from influence_kit.evaluation.mislabel import (
     detection_curve,
@@ -39,6 +34,7 @@ from influence_kit.evaluation.removal import (
     removal_curve,
 )
 from influence_kit.evaluation.retraining import Retraining
+from influence_kit.evaluation.ridge import RidgeLeaveOneOut, ridge_leave_one_out
 from influence_kit.evaluation.tuning import Tuned, tune_damping
 
 __all__ = [
@@ -46,7 +42,6 @@ __all__ = [
     "Brittleness",
     "Comparison",
     "Cost",
-    "DatamodelingScore",
     "LeaveOneOutCorrelation",
     "MislabelReport",
     "MislabelRow",
@@ -57,6 +52,8 @@ __all__ = [
     "SubsetTruth",
     "Tuned",
     "brittleness",
+    "checkpoint_logits",
+    "checkpoint_losses",
     "compare",
     "detection_curve",
     "half_subsets",

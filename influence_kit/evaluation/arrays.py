@@ -1,6 +1,6 @@
 """What users hand in, as tensors on the CPU: checked once, named in the errors.
 
-Letters: m test and n training examples, S subsets of the training set.
+Letters: m test and n training examples, S subsets of the training set, R repeats (seeds).
 """
 
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ def numbers(values: Values, name: str, shape: str) -> Tensor:
         InvalidArgumentError: for another number of dimensions, no values, or one that is not
             finite.
     """
-    tensor = torch.as_tensor(values).detach().to("cpu", torch.float64)
-    if tensor.dim() != shape.count(",") + 1 or tensor.numel() == 0:
+    tensor = _float64(values)
+    if tensor.dim() != _dimensions(shape) or tensor.numel() == 0:
         raise InvalidArgumentError(f"`{name}` has shape {list(tensor.shape)}; expected {shape}")
     bad = torch.nonzero(~torch.isfinite(tensor))
     if len(bad):
@@ -38,6 +38,48 @@ def numbers(values: Values, name: str, shape: str) -> Tensor:
             f"{tensor[place].item()} at {list(place)}"
         )
     return tensor
+
+
+def repeated_numbers(values: Values, name: str, shape: str) -> Tensor:
+    """As ``numbers``; values without the dimension ``R`` of the shape are those of one repeat."""
+    tensor = _float64(values)
+    if tensor.dim() == _dimensions(shape) - 1:
+        tensor = tensor.unsqueeze(shape.strip("[]").split(", ").index("R"))
+    return numbers(tensor, name, shape)
+
+
+def _float64(values: Values) -> Tensor:
+    # at once: lists of numbers would become float32 on the way
+    return torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
+
+
+def _dimensions(shape: str) -> int:
+    return shape.count(",") + 1
+
+
+def marks(values: Values, name: str, shape: str, meaning: str) -> Tensor:
+    """Booleans, or 0 and 1, as bool on the CPU.
+
+    Args:
+        values: a tensor, an array, or nested lists.
+        name: the argument's name, for errors.
+        shape: the dimensions, as in ``"[S, n]"``; only their number is checked.
+        meaning: of True, for errors.
+
+    Raises:
+        InvalidArgumentError: for other values, another number of dimensions, or none.
+    """
+    tensor = torch.as_tensor(values).detach().cpu()
+    if tensor.dim() != _dimensions(shape) or tensor.numel() == 0:
+        raise InvalidArgumentError(
+            f"`{name}` has shape {list(tensor.shape)}; expected {shape}: {meaning}"
+        )
+    other = tensor[(tensor != 0) & (tensor != 1)]
+    if len(other):
+        raise InvalidArgumentError(
+            f"`{name}` holds {other[0].item()}; it must hold booleans, or 0 and 1: {meaning}"
+        )
+    return tensor.bool()
 
 
 def class_labels(labels: Values, name: str, n: int) -> Tensor:
@@ -61,20 +103,13 @@ def subset_masks(subsets: Values, n: int | None = None) -> Tensor:
     Raises:
         InvalidArgumentError: for other values or shapes, or a subset that is empty.
     """
-    masks = torch.as_tensor(subsets).detach().cpu()
-    if masks.dim() != 2 or len(masks) == 0 or (n is not None and masks.shape[1] != n):
-        wanted = "[S, n]" if n is None else f"[S, {n}]"
+    meaning = "a row a subset, True where it has the training example (masks, not places)"
+    shape = "[S, n]" if n is None else f"[S, {n}]"
+    masks = marks(subsets, "subsets", shape, meaning)
+    if n is not None and masks.shape[1] != n:
         raise InvalidArgumentError(
-            f"`subsets` has shape {list(masks.shape)}; expected {wanted}: one row a subset, True "
-            "where it has the training example"
+            f"`subsets` has shape {list(masks.shape)}; expected {shape}: {meaning}"
         )
-    other = masks[(masks != 0) & (masks != 1)]
-    if len(other):
-        raise InvalidArgumentError(
-            f"`subsets` holds {other[0].item()}; it must hold booleans, or 0 and 1: True where the "
-            "subset has the training example (masks, not places)"
-        )
-    masks = masks.bool()
     empty = torch.nonzero(~masks.any(dim=1)).flatten()
     if len(empty):
         raise InvalidArgumentError(f"subset {int(empty[0])} has no examples to train on")
@@ -86,9 +121,11 @@ def places(indices: Values | None, n: int) -> Tensor:
     if indices is None:
         return torch.arange(n)
     tensor = torch.as_tensor(indices).detach().cpu()
-    if tensor.dim() != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
+    whole = not (tensor.is_floating_point() or tensor.dtype == torch.bool)
+    if tensor.dim() != 1 or len(tensor) == 0 or not whole:
         raise InvalidArgumentError(
-            f"`indices` has shape {list(tensor.shape)} and {tensor.dtype}; expected integers [k]"
+            f"`indices` has shape {list(tensor.shape)} and {tensor.dtype}; expected integers [k], "
+            "one or more"
         )
     outside = tensor[(tensor < 0) | (tensor >= n)]
     if len(outside):

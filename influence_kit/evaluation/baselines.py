@@ -34,7 +34,7 @@ def mean_loss(losses: Values) -> Tensor:
     """The loss of each training example, the mean over checkpoints.
 
     Args:
-        losses: ``[C, n]``.
+        losses: ``[C, n]``, of ``checkpoint_losses``.
 
     Returns:
         Suspicions ``[n]``.
@@ -50,7 +50,7 @@ def last_loss(losses: Values) -> Tensor:
     """The loss of each training example at the last checkpoint.
 
     Args:
-        losses: ``[C, n]``, in the order of training.
+        losses: ``[C, n]``, of ``checkpoint_losses``, in the order of training.
 
     Returns:
         Suspicions ``[n]``.
@@ -69,7 +69,7 @@ def low_margin(logits: Values, labels: Values) -> Tensor:
     stand for the epochs.
 
     Args:
-        logits: ``[C, n, c]``.
+        logits: ``[C, n, c]``, of ``checkpoint_logits``.
         labels: the labels that are given, ``[n]``.
 
     Returns:

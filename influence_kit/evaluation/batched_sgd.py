@@ -6,23 +6,29 @@ B models stacked, a step of all costs little more than a step of one.
 Letters: n training examples, B models trained at once, b examples a batch.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
-from torch.nn.modules.dropout import _DropoutNd
+from torch.func import functional_call, vmap
 
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.evaluation.batch_order import Part, Step, own_batches, shared_batches
 from influence_kit.evaluation.recipe import describe_function, seeded
+from influence_kit.evaluation.stacked_models import (
+    INSTEAD,
+    ModelStack,
+    Stacked,
+    check_model,
+    put_into,
+)
 from influence_kit.gradients.source import kept_bytes
 from influence_kit.memory import resident_bytes, rows_within
 from influence_kit.saved import hash_of
 
-Stacked = dict[str, Tensor]
-INSTEAD = "Give `Retraining` a function that trains one model"
 # more gain nothing: by then the arithmetic takes the time
 MOST_MODELS = 128
 # what may be in a setting, and how that is said
@@ -45,6 +51,12 @@ class BatchedSGD:
     generator of that seed, ``batch_size`` at a time (the last batch may be short), with
     ``torch.optim.SGD``. The models are those of that loop, up to rounding.
 
+    With ``same_batches``, the order of a seed is that of all n examples, whatever the subset. An
+    example that the subset lacks counts nothing in its batches, and all others as much as ever: the
+    loss of what is left of a batch is multiplied by its share. So a model without an example
+    differs by that example alone, and leaving one out is far less noisy; on half of the examples,
+    steps are half as long.
+
     Models that are trained at once take as many steps: subsets of other sizes are trained
     separately. Learning rate, momentum and weight decay are constant. A model that changes its
     buffers in training (BatchNorm), draws random numbers (dropout) or has operations without a
@@ -61,6 +73,7 @@ class BatchedSGD:
         momentum: of ``torch.optim.SGD``.
         weight_decay: of ``torch.optim.SGD``: added to the gradient, times the weights.
         at_once: the letter B; "auto" takes as many as fit into memory, 128 at most.
+        same_batches: whether all subsets see the batches of the whole training set.
 
     Raises:
         InvalidArgumentError: for settings outside their range, or a model that cannot be trained
@@ -86,6 +99,7 @@ class BatchedSGD:
     momentum: float = 0.0
     weight_decay: float = 0.0
     at_once: int | Literal["auto"] = "auto"
+    same_batches: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained, before hours of training."""
@@ -99,11 +113,10 @@ class BatchedSGD:
                 "target an input"
             )
         with seeded(0):
-            _check_model(self.make_model().train(), self.inputs[:2])
+            check_model(self.make_model().train(), self.inputs[:2])
+            stack = ModelStack.of([self.make_model(), self.make_model()])
             try:
-                self._train(
-                    _Stack.of([self.make_model(), self.make_model()]), [torch.zeros(2, 2).long()]
-                )
+                self._gradients(stack, [Part(None, torch.zeros(2, 2).long())])
             except RuntimeError as error:
                 raise InvalidArgumentError(
                     f"torch.func.vmap cannot train this model: {error}. {INSTEAD}"
@@ -130,20 +143,50 @@ class BatchedSGD:
                 f"got {len(subsets)} subsets of sizes {sizes} and {len(seeds)} seeds; models that "
                 "are trained at once need subsets of one size, and a seed each"
             )
-        stack = _Stack.of([self._made(seed) for seed in seeds])
-        self._train(stack, self._batches(subsets, seeds))
-        return {n: t.detach() for n, t in {**stack.parameters, **stack.buffers}.items()}
+        stack = ModelStack.of([self._made(seed) for seed in seeds])
+        for _ in self._train(stack, subsets, seeds):
+            pass
+        return stack.tensors()
 
     def train_many(self, subsets: Sequence[Tensor], seeds: Sequence[int]) -> Iterator[nn.Module]:
         """The models trained on the subsets, all of one size."""
         stacked = self.stacked(subsets, seeds)
         for place, seed in enumerate(seeds):
-            model = self._made(seed)
-            own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-            with torch.no_grad():
-                for name, tensor in own.items():
-                    tensor.copy_(stacked[name][place])
-            yield model
+            yield put_into(self._made(seed), stacked, place)
+
+    def checkpoints(
+        self, indices: Tensor, seed: int, epochs: Sequence[int]
+    ) -> list[dict[str, Any]]:
+        """Checkpoints along the run whose end is the model of ``indices`` and ``seed``.
+
+        Methods take them as their ``checkpoints``.
+
+        Args:
+            indices: the places of the training examples.
+            seed: of the run.
+            epochs: after which to keep one, ascending, from 1 to ``epochs`` of the training.
+
+        Returns:
+            ``{"state_dict", "learning_rate", "epoch"}`` for each.
+
+        Raises:
+            InvalidArgumentError: for no epochs, or others.
+        """
+        if len(epochs) == 0 or list(epochs) != sorted({*epochs} & {*range(1, self.epochs + 1)}):
+            raise InvalidArgumentError(
+                f"`epochs` is {list(epochs)}; it must be one or more of 1 to {self.epochs}, "
+                "ascending"
+            )
+        model, kept = self._made(seed), []
+        stack = ModelStack.of([self._made(seed)])
+        for epoch in self._train(stack, [indices], [seed]):
+            if epoch in epochs:
+                state = copy.deepcopy(put_into(model, stack.tensors(), 0).state_dict())
+                rate = self.learning_rate
+                kept.append({"state_dict": state, "learning_rate": rate, "epoch": epoch})
+            if len(kept) == len(epochs):
+                break
+        return kept
 
     def at_once_of(self, size: int) -> int:
         """How many models on ``size`` examples each to train at once."""
@@ -158,11 +201,11 @@ class BatchedSGD:
 
     def describe(self) -> dict[str, Any]:
         """What tells this training from another: code, settings and data."""
-        settings = ("epochs", "learning_rate", "batch_size", "momentum", "weight_decay")
+        numbers = ("epochs", "learning_rate", "batch_size", "momentum", "weight_decay")
         return {
             "make_model": describe_function(self.make_model),
             "loss_fn": describe_function(self.loss_fn),
-            **{name: getattr(self, name) for name in settings},
+            **{name: getattr(self, name) for name in (*numbers, "same_batches")},
             "data": hash_of([(self.inputs, self.targets)]),
         }
 
@@ -170,73 +213,47 @@ class BatchedSGD:
         with seeded(seed):
             return self.make_model()
 
-    def _batches(self, subsets: Sequence[Tensor], seeds: Sequence[int]) -> Iterator[Tensor]:
-        """The examples of each step, ``[B, b]``."""
+    def _train(
+        self, stack: ModelStack, subsets: Sequence[Tensor], seeds: Sequence[int]
+    ) -> Iterator[int]:
+        """Train the stacked models in place; yields each epoch's number, from 1, at its end."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        for _ in range(self.epochs):
-            orders = [
-                subset[torch.randperm(len(subset), generator=generator)]
-                for subset, generator in zip(subsets, generators, strict=True)
-            ]
-            yield from torch.stack(orders).split(self.batch_size, dim=1)
+        velocities = [torch.zeros_like(weight) for weight in stack.weights]
+        for epoch in range(1, self.epochs + 1):
+            if self.same_batches:
+                steps = shared_batches(len(self.inputs), subsets, generators, self.batch_size)
+            else:
+                steps = own_batches(subsets, generators, self.batch_size)
+            for step in steps:
+                self._take(step, stack, velocities)
+            yield epoch
 
-    def _train(self, stack: "_Stack", batches: Iterable[Tensor]) -> None:
-        """Take the steps of ``torch.optim.SGD`` in the stacked parameters, in place."""
-        weights = [p for p in stack.parameters.values() if p.requires_grad]
-        velocities = [torch.zeros_like(weight) for weight in weights]
-        for rows in batches:
-            rows = rows.to(self.inputs.device)
-            gradients = self._gradients(stack, weights, self.inputs[rows], self.targets[rows])
-            with torch.no_grad():
-                for weight, velocity, gradient in zip(weights, velocities, gradients, strict=True):
-                    if gradient is not None:  # the optimizer, too, leaves unused parameters alone
-                        velocity.mul_(self.momentum).add_(gradient)
-                        velocity.add_(weight, alpha=self.weight_decay)
-                        weight.sub_(velocity, alpha=self.learning_rate)
+    def _take(self, step: Step, stack: ModelStack, velocities: list[Tensor]) -> None:
+        """Take a step of ``torch.optim.SGD``, in place."""
+        gradients = self._gradients(stack, step)
+        with torch.no_grad():
+            for weight, velocity, gradient in zip(
+                stack.weights, velocities, gradients, strict=True
+            ):
+                if gradient is not None:  # the optimizer, too, leaves unused parameters alone
+                    velocity.mul_(self.momentum).add_(gradient)
+                    velocity.add_(weight, alpha=self.weight_decay)
+                    weight.sub_(velocity, alpha=self.learning_rate)
 
-    def _gradients(
-        self, stack: "_Stack", weights: list[Tensor], inputs: Tensor, targets: Tensor
-    ) -> Sequence[Tensor | None]:
+    def _gradients(self, stack: ModelStack, step: Step) -> Sequence[Tensor | None]:
         def loss(parameters: Stacked, buffers: Stacked, x: Tensor, y: Tensor) -> Tensor:
             return self.loss_fn(functional_call(stack.base, (parameters, buffers), (x,)), y)
 
+        totals = []
         with torch.enable_grad():
-            losses = vmap(loss)(stack.parameters, stack.buffers, inputs, targets)
-            if losses.dim() != 1:
-                raise InvalidArgumentError(
-                    f"`loss_fn` returned shape {list(losses.shape[1:])} for one batch; it must "
-                    "return a scalar, the mean over the batch"
-                )
+            for models, rows, share in step:
+                rows = rows.to(self.inputs.device)
+                losses = vmap(loss)(*stack.some(models), self.inputs[rows], self.targets[rows])
+                if losses.dim() != 1:
+                    raise InvalidArgumentError(
+                        f"`loss_fn` returned shape {list(losses.shape[1:])} for one batch; it must "
+                        "return a scalar, the mean over the batch"
+                    )
+                totals.append(share * losses.sum())
             # a model's loss depends on its own parameters alone: the gradient of the sum is each's
-            return torch.autograd.grad(losses.sum(), weights, allow_unused=True)
-
-
-class _Stack(NamedTuple):
-    """Models of one kind: the first, and the parameters and buffers of all, ``[B, ...]``."""
-
-    base: nn.Module
-    parameters: Stacked
-    buffers: Stacked
-
-    @classmethod
-    def of(cls, models: Sequence[nn.Module]) -> "_Stack":
-        return cls(models[0].train(), *stack_module_state(list(models)))
-
-
-def _check_model(model: nn.Module, few: Tensor) -> None:
-    """Refuse a model that draws random numbers or changes its buffers in training."""
-    for name, module in model.named_modules():
-        if isinstance(module, _DropoutNd) and module.p > 0:
-            raise InvalidArgumentError(
-                f"layer '{name}' is {module}, which draws other numbers for models trained "
-                f"together than for each alone. {INSTEAD}"
-            )
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.no_grad():
-        model(few)
-    changed = [n for n, buffer in model.named_buffers() if not torch.equal(buffer, before[n])]
-    if changed:
-        raise InvalidArgumentError(
-            f"training changes the buffer '{changed[0]}', as the statistics of a BatchNorm layer, "
-            f"which stacked models do not share. {INSTEAD}"
-        )
+            return torch.autograd.grad(torch.stack(totals).sum(), stack.weights, allow_unused=True)

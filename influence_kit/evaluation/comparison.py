@@ -3,7 +3,7 @@
 Letters: m test and n training examples, K methods.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -13,10 +13,18 @@ from tqdm.auto import tqdm
 
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, numbers
-from influence_kit.evaluation.correlation import is_constant, pearson, ranks
+from influence_kit.evaluation.correlation import (
+    RowCorrelation,
+    is_constant,
+    pearson,
+    ranks,
+)
 from influence_kit.evaluation.cost import Cost, measured
-from influence_kit.evaluation.datamodel import DatamodelingScore, Kind, linear_datamodeling_score
+from influence_kit.evaluation.datamodel import Kind, linear_datamodeling_score
 from influence_kit.tables import text_table
+
+# of correlations side by side: as many as fit into 80 characters
+COLUMNS = 10
 
 
 class Influence(Protocol):
@@ -59,37 +67,43 @@ class Comparison:
     agreement: Tensor
     constant: tuple[int, ...]
     costs: tuple[Cost | None, ...]
-    scores: tuple[DatamodelingScore, ...] | None
+    scores: tuple[RowCorrelation, ...] | None
 
     def __repr__(self) -> str:
+        title = "mean rank correlation of the scores:"
+        return "\n".join([self._methods(), *self._notes(), "", title, *self._correlations()])
+
+    def _methods(self) -> str:
         header = ["", "method", "seconds", "added MiB"]
-        header += [f"corr. {place}" for place in range(1, len(self.names) + 1)]
         rows = [
-            [
-                place + 1,
-                name,
-                *_shown(self.costs[place]),
-                *(f"{c:.2f}" for c in self.agreement[place]),
-            ]
-            for place, name in enumerate(self.names)
+            [place, name, *_shown(cost)]
+            for place, (name, cost) in enumerate(zip(self.names, self.costs, strict=True), 1)
         ]
         if self.scores is not None:
             header[2:2] = ["LDS", "std. error"]
             for row, score in zip(rows, self.scores, strict=True):
-                error = score.standard_error
-                row[2:2] = [f"{score.mean:.3f}", "-" if error is None else f"{error:.3f}"]
-        return "\n".join([text_table(header, rows), *self._notes()])
+                row[2:2] = score.cells()
+        return text_table(header, rows)
 
     def _notes(self) -> list[str]:
-        notes = ["corr. 1: mean rank correlation with the scores of method 1"]
-        if self.scores is not None and self.scores[0].ceiling is not None:
-            notes.append(f"noise ceiling of the LDS: {self.scores[0].ceiling:.2f}")
-        notes += [
+        ceiling = None if self.scores is None else self.scores[0].ceiling
+        notes = [] if ceiling is None else [f"noise ceiling of the LDS: {ceiling:.2f}"]
+        return notes + [
             f"{name}: {count} test examples of constant scores, which count as 0"
             for name, count in zip(self.names, self.constant, strict=True)
             if count
         ]
-        return notes
+
+    def _correlations(self) -> Iterator[str]:
+        """Tables of some columns of the agreement each; methods go by their numbers."""
+        places = range(1, len(self.names) + 1)
+        for start in range(0, len(places), COLUMNS):
+            some = slice(start, start + COLUMNS)
+            rows = [
+                [place, *(f"{value:.2f}" for value in row[some])]
+                for place, row in zip(places, self.agreement.tolist(), strict=True)
+            ]
+            yield text_table(["", *map(str, places[some])], rows)
 
 
 def compare(
@@ -121,56 +135,60 @@ def compare(
                 [0.5000, 1.0000]], dtype=torch.float64)
     """
     named = _named(methods)
-    rows: dict[str, Tensor] = {}
-    costs: list[Cost | None] = []
-    scores: list[DatamodelingScore] = []
-    constant = []
+    rows: dict[str, _Row] = {}
     for name, method in tqdm(named.items(), desc="compare", disable=not show_progress):
-        found, cost = _scores_of(method, inputs)
-        tau = numbers(found, f"the scores of {name}", "[m, n]")
-        first = next(iter(rows), name)
-        if tau.shape != rows.get(first, tau).shape:
+        rows[name] = row = _row_of(name, method, inputs, truth)
+        first = next(iter(rows))
+        if row.ranks.shape != rows[first].ranks.shape:
             raise InvalidArgumentError(
-                f"the scores of {name} have shape {list(tau.shape)}, those of {first} "
-                f"{list(rows[first].shape)}; methods are compared on the same examples"
+                f"the scores of {name} have shape {list(row.ranks.shape)}, those of {first} "
+                f"{list(rows[first].ranks.shape)}; methods are compared on the same examples"
             )
-        if truth is not None:
-            scores.append(linear_datamodeling_score(tau, *truth))
-        costs.append(cost)
-        constant.append(int(is_constant(tau).sum()))
-        rows[name] = ranks(tau)
+    found = rows.values()
     return Comparison(
-        tuple(named),
-        _agreement(list(rows.values())),
-        tuple(constant),
-        tuple(costs),
-        None if truth is None else tuple(scores),
+        tuple(rows),
+        _agreement([row.ranks for row in found]),
+        tuple(row.constant for row in found),
+        tuple(row.cost for row in found),
+        None if truth is None else tuple(row.score for row in found if row.score is not None),
     )
 
 
-def _named(methods: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
-    if isinstance(methods, Mapping):
-        named = dict(methods)
+class _Row(NamedTuple):
+    """What is kept of one method's scores."""
+
+    ranks: Tensor
+    constant: int
+    cost: Cost | None
+    score: RowCorrelation | None
+
+
+def _row_of(name: str, method: Any, inputs: Any, truth: SubsetTruth | None) -> _Row:
+    if isinstance(method, Tensor):
+        scores, cost = method, None
     else:
-        named = {type(method).__name__: method for method in methods}
-    if len(named) != len(methods) or not named:
-        names = (
-            list(methods) if isinstance(methods, Mapping) else [type(m).__name__ for m in methods]
-        )
+        scores, cost = measured(lambda: method.influence(inputs))
+    tau = numbers(scores, f"the scores of {name}", "[m, n]")
+    score = None if truth is None else linear_datamodeling_score(tau, *truth)
+    return _Row(ranks(tau), int(is_constant(tau).sum()), cost, score)
+
+
+def _named(methods: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
+    pairs = (
+        list(methods.items())
+        if isinstance(methods, Mapping)
+        else [(type(method).__name__, method) for method in methods]
+    )
+    named = dict(pairs)
+    if not named or len(named) < len(pairs):
         raise InvalidArgumentError(
-            f"got the methods {names}; there must be at least one, and no two of one class in a "
-            "list: pass {name: method}"
+            f"got the methods {[name for name, _ in pairs]}; there must be at least one, and no "
+            "two of one class in a list: pass {name: method}"
         )
     return named
 
 
-def _scores_of(method: Any, inputs: Any) -> tuple[Any, Cost | None]:
-    if isinstance(method, Tensor):
-        return method, None
-    return measured(lambda: method.influence(inputs))
-
-
-def _agreement(rows: list[Tensor]) -> Tensor:
+def _agreement(rows: Sequence[Tensor]) -> Tensor:
     values = [[float(pearson(left, right).mean()) for right in rows] for left in rows]
     return torch.tensor(values, dtype=torch.float64)
 

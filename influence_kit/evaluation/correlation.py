@@ -1,8 +1,9 @@
 """Correlations of two matrices row by row: scores against the truth, for each test example.
 
-Letters: m test examples (rows), c columns (subsets, or training examples).
+Letters: m test examples (rows), c columns (subsets, or training examples), R repeats of the truth.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,19 +12,26 @@ from torch import Tensor
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import standard_error
 
+Correlation = Callable[[Tensor, Tensor], Tensor]
+SPLITS = 20
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RowCorrelation:
     """A correlation for each test example, and their mean.
 
     Attributes:
-        per_test: ``[m]``, float64, from -1 to 1.
-        constant: the number of test examples whose scores are all the same: they tell nothing
-            apart, and their correlation counts as 0.
+        per_test: ``[m]``, float64, from -1 to 1; without the test examples that were left out.
+        constant: the number of test examples whose scores (predictions) are all the same: they tell
+            nothing apart, and their correlation counts as 0.
+        ceiling: about what perfect scores would reach against the mean of R repeats; None for one.
+        left_out: the places of the test examples that were left out, as was asked for.
     """
 
     per_test: Tensor
     constant: int
+    ceiling: float | None = None
+    left_out: tuple[int, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -36,10 +44,104 @@ class RowCorrelation:
         error = standard_error(self.per_test)
         return None if error is None else float(error)
 
+    def cells(self) -> list[str]:
+        """The mean and its standard error, as a table shows them."""
+        error = self.standard_error
+        return [f"{self.mean:.3f}", "-" if error is None else f"{error:.3f}"]
+
     def __repr__(self) -> str:
         error = "" if self.standard_error is None else f" +- {self.standard_error:.3f}"
-        text = f"{self.mean:.3f}{error} over {len(self.per_test)} test examples"
-        return f"{text}, {self.constant} of constant scores" if self.constant else text
+        parts = [f"{self.mean:.3f}{error} over {len(self.per_test)} test examples"]
+        parts += [f"{self.constant} of constant scores"] * (self.constant > 0)
+        parts += [f"{len(self.left_out)} left out"] * bool(self.left_out)
+        parts += [] if self.ceiling is None else [f"noise ceiling {self.ceiling:.2f}"]
+        return ", ".join(parts)
+
+
+def row_correlations(
+    predicted: Tensor,
+    repeats: Tensor,
+    name: str,
+    leave_out_constant: bool,
+    measures: Sequence[Correlation],
+    noise: float = 0.0,
+) -> list[RowCorrelation]:
+    """The correlations of predictions with the mean of the repeats of the truth.
+
+    Args:
+        predicted: ``[m, c]``.
+        repeats: the truth, ``[R, m, c]``.
+        name: of the truth, for errors.
+        leave_out_constant: leave out the test examples whose predictions or truths are all the
+            same.
+        measures: ``pearson``, ``spearman``.
+        noise: differences of the predictions that rounding explains, relative to the largest.
+
+    Raises:
+        InvalidArgumentError: for a single column, or where the truth of a test example is the same
+            everywhere; where constant ones are left out, if that is all of them.
+    """
+    truth = repeats.mean(dim=0)
+    if truth.shape[1] < 2:
+        raise InvalidArgumentError(
+            f"`{name}` has {truth.shape[1]} value a test example; a correlation needs at least two"
+        )
+    same = is_constant(predicted, noise)
+    out = torch.zeros_like(same)
+    if leave_out_constant:
+        out = same | is_constant(truth)
+        if bool(out.all()):
+            raise InvalidArgumentError(
+                f"the scores or the `{name}` of each of the {len(out)} test examples are the same "
+                "everywhere; with leave_out_constant=True none is left"
+            )
+    else:
+        _refuse_constant(truth, name)
+    predicted, truth, repeats, same = predicted[~out], truth[~out], repeats[:, ~out], same[~out]
+    left_out = tuple(torch.nonzero(out).flatten().tolist())
+    return [
+        RowCorrelation(
+            measure(predicted, truth).masked_fill(same, 0.0),
+            int(same.sum()),
+            noise_ceiling(repeats, measure),
+            left_out,
+        )
+        for measure in measures
+    ]
+
+
+def _refuse_constant(truth: Tensor, name: str) -> None:
+    constant = torch.nonzero(is_constant(truth)).flatten()
+    if len(constant):
+        place = int(constant[0])
+        raise InvalidArgumentError(
+            f"in `{name}`, {len(constant)} of {len(truth)} test examples have the same value "
+            f"everywhere (the first is test example {place}: {truth[place, 0].item():.6g}), with "
+            "which nothing correlates; leave them out of all arguments, or pass "
+            "leave_out_constant=True"
+        )
+
+
+def noise_ceiling(repeats: Tensor, measure: Correlation) -> float | None:
+    """About the correlation of the noiseless truth with the mean of its repeats ``[R, m, c]``.
+
+    From the correlation between the means of two halves of the repeats (averaged over random
+    splits), extended to all of them by Spearman and Brown's formula: the root is the correlation
+    with the mean of infinitely many. 0 where the halves do not agree at all; None for one repeat.
+    """
+    r = len(repeats)
+    if r < 2:
+        return None
+    half, generator = r // 2, torch.Generator().manual_seed(0)
+    between = 0.0
+    for _ in range(SPLITS):
+        first, second = torch.randperm(r, generator=generator)[: 2 * half].split(half)
+        sides = repeats[first].mean(dim=0), repeats[second].mean(dim=0)
+        between += float(measure(*sides).mean()) / SPLITS
+    if between <= 0:
+        return 0.0
+    times = r / half
+    return float((times * between / (1 + (times - 1) * between)) ** 0.5)
 
 
 def ranks(rows: Tensor) -> Tensor:
@@ -58,7 +160,8 @@ def ranks(rows: Tensor) -> Tensor:
 def is_constant(rows: Tensor, noise: float = 0.0) -> Tensor:
     """Whether all values of a row are the same, up to ``noise`` times the largest; bool ``[m]``."""
     low, high = rows.aminmax(dim=1)
-    return high - low <= noise * torch.maximum(low.abs(), high.abs())
+    # of finite values their difference may be infinite
+    return high <= low + noise * torch.maximum(low.abs(), high.abs())
 
 
 def pearson(left: Tensor, right: Tensor) -> Tensor:
@@ -69,30 +172,13 @@ def pearson(left: Tensor, right: Tensor) -> Tensor:
 
 def _unit(rows: Tensor) -> Tensor:
     """The rows less their means, of norm 1."""
-    centred = rows - rows.mean(dim=1, keepdim=True)
-    # so that the squares of very small or large values stay numbers
-    scaled = centred / centred.abs().amax(dim=1, keepdim=True)
-    norms: Tensor = scaled.norm(dim=1, keepdim=True)
-    return scaled / norms
+    # so that sums and squares of very small or large values stay numbers
+    scaled = rows / rows.abs().amax(dim=1, keepdim=True)
+    centred = scaled - scaled.mean(dim=1, keepdim=True)
+    norms: Tensor = centred.norm(dim=1, keepdim=True)
+    return centred / norms
 
 
 def spearman(left: Tensor, right: Tensor) -> Tensor:
     """The rank correlation of each row of one matrix with that of the other, 0 of constant rows."""
     return pearson(ranks(left), ranks(right))
-
-
-def check_truth(truth: Tensor, name: str) -> Tensor:
-    """The truth ``[m, c]``, refused where a test example's values are all the same."""
-    if truth.shape[1] < 2:
-        raise InvalidArgumentError(
-            f"`{name}` has {truth.shape[1]} value a test example; a correlation needs at least two"
-        )
-    constant = torch.nonzero(is_constant(truth)).flatten()
-    if len(constant):
-        place = int(constant[0])
-        raise InvalidArgumentError(
-            f"in `{name}`, {len(constant)} of {len(truth)} test examples have the same value "
-            f"everywhere (the first is test example {place}: {truth[place, 0].item():.6g}), with "
-            "which nothing correlates; leave them out"
-        )
-    return truth

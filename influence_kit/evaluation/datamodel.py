@@ -3,45 +3,26 @@
 Letters: m test and n training examples, S subsets of the training set, R repeats (seeds).
 """
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.evaluation.arrays import Values, count_of, numbers, subset_masks
-from influence_kit.evaluation.correlation import (
-    RowCorrelation,
-    check_truth,
-    is_constant,
-    spearman,
+from influence_kit.evaluation.arrays import (
+    Values,
+    count_of,
+    numbers,
+    repeated_numbers,
+    subset_masks,
 )
+from influence_kit.evaluation.correlation import RowCorrelation, row_correlations, spearman
 
 Kind = Literal["margin", "loss"]
 # proponents raise a margin and lower a loss
 SIGNS = {"margin": 1.0, "loss": -1.0}
-SPLITS = 20
 # of a sum of n numbers in float64, relative to the largest
 ROUNDING = torch.finfo(torch.float64).eps
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class DatamodelingScore(RowCorrelation):
-    """How well scores predict what training on a subset does; see ``linear_datamodeling_score``.
-
-    Attributes:
-        per_test: the rank correlation over the S subsets for each test example, ``[m]``.
-        constant: the number of test examples for which the prediction is the same for all subsets;
-            their correlation counts as 0.
-        ceiling: about what perfect scores would reach against outputs of R repeats; None for one.
-    """
-
-    ceiling: float | None
-
-    def __repr__(self) -> str:
-        ceiling = "" if self.ceiling is None else f", noise ceiling {self.ceiling:.2f}"
-        return f"{super().__repr__()}{ceiling}"
 
 
 def half_subsets(n: int, count: int, fraction: float = 0.5, seed: int = 0) -> Tensor:
@@ -74,8 +55,12 @@ def half_subsets(n: int, count: int, fraction: float = 0.5, seed: int = 0) -> Te
 
 
 def linear_datamodeling_score(
-    scores: Values, subsets: Values, outputs: Values, outputs_are: Kind
-) -> DatamodelingScore:
+    scores: Values,
+    subsets: Values,
+    outputs: Values,
+    outputs_are: Kind,
+    leave_out_constant: bool = False,
+) -> RowCorrelation:
     r"""LDS = mean over test examples of Spearman(sum of the scores of a subset, its output).
 
     .. math::
@@ -97,6 +82,9 @@ def linear_datamodeling_score(
             ``[S, R, m]`` as ``Retraining.outputs`` returns it.
         outputs_are: "margin" where higher is better (a margin, a log-likelihood), "loss" where
             lower is better.
+        leave_out_constant: leave out the test examples whose outputs, or whose predictions, are the
+            same for all subsets. Where it is not set, such outputs are an error, and such
+            predictions count as 0: a method that says nothing has predicted nothing.
 
     Raises:
         InvalidArgumentError: for shapes that do not fit each other, values that are not finite, or
@@ -110,13 +98,19 @@ def linear_datamodeling_score(
         1.0
     """
     tau = numbers(scores, "scores", "[m, n]")
-    masks = subset_masks(subsets, tau.shape[1])
-    repeats = _repeats(outputs, len(masks), len(tau)) * sign_of(outputs_are)
-    truth = check_truth(repeats.mean(dim=1).T, "outputs")
+    (m, n), masks = tau.shape, subset_masks(subsets, tau.shape[1])
+    repeats = repeated_numbers(outputs, "outputs", "[S, R, m]")
+    if repeats.shape[0] != len(masks) or repeats.shape[2] != m:
+        raise InvalidArgumentError(
+            f"`outputs` are of {repeats.shape[0]} subsets and {repeats.shape[2]} test examples; "
+            f"there are {len(masks)} subsets, and scores of {m} test examples"
+        )
+    truth = sign_of(outputs_are) * repeats.permute(1, 2, 0)
     predicted = tau @ masks.double().T
-    constant = is_constant(predicted, noise=tau.shape[1] * ROUNDING)
-    per_test = spearman(predicted, truth).masked_fill(constant, 0.0)
-    return DatamodelingScore(per_test, int(constant.sum()), _ceiling(repeats))
+    (found,) = row_correlations(
+        predicted, truth, "outputs", leave_out_constant, [spearman], noise=n * ROUNDING
+    )
+    return found
 
 
 def sign_of(outputs_are: str) -> float:
@@ -127,33 +121,3 @@ def sign_of(outputs_are: str) -> float:
             "(lower is better)"
         )
     return SIGNS[outputs_are]
-
-
-def _repeats(outputs: Values, subsets: int, m: int) -> Tensor:
-    """The outputs ``[S, R, m]``."""
-    tensor = torch.as_tensor(outputs)
-    if tensor.dim() == 2:
-        tensor = tensor[:, None]
-    repeats = numbers(tensor, "outputs", "[S, R, m]")
-    if repeats.shape[0] != subsets or repeats.shape[2] != m:
-        raise InvalidArgumentError(
-            f"`outputs` are of {repeats.shape[0]} subsets and {repeats.shape[2]} test examples; "
-            f"there are {subsets} subsets, and scores of {m} test examples"
-        )
-    return repeats
-
-
-def _ceiling(repeats: Tensor) -> float | None:
-    r = repeats.shape[1]
-    if r < 2:
-        return None
-    half, generator = r // 2, torch.Generator().manual_seed(0)
-    between = 0.0
-    for _ in range(SPLITS):
-        first, second = torch.randperm(r, generator=generator)[: 2 * half].split(half)
-        sides = [repeats[:, places].mean(dim=1).T for places in (first, second)]
-        between += float(spearman(*sides).mean()) / SPLITS
-    if between <= 0:
-        return 0.0
-    times = r / half
-    return float((times * between / (1 + (times - 1) * between)) ** 0.5)

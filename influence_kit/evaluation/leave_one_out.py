@@ -1,6 +1,6 @@
 """Leave-one-out: what training without one example changes, and how well scores predict it.
 
-Letters: m test and n training examples, k of them left out in turn, d features.
+Letters: m test and n training examples, k of them left out in turn, R repeats (seeds).
 """
 
 from collections.abc import Sequence
@@ -8,15 +8,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.evaluation.arrays import Values, numbers, places
+from influence_kit.evaluation.arrays import Values, numbers, places, repeated_numbers
 from influence_kit.evaluation.correlation import (
     RowCorrelation,
-    check_truth,
-    is_constant,
     pearson,
+    row_correlations,
     spearman,
 )
 from influence_kit.evaluation.datamodel import Kind, sign_of
@@ -36,31 +34,6 @@ class LeaveOneOutCorrelation(NamedTuple):
     spearman: RowCorrelation
 
 
-class RidgeLeaveOneOut(NamedTuple):
-    """Predictions of ridge regression.
-
-    Attributes:
-        predictions: of each test example, trained on all examples, ``[m]``.
-        without: of each test example, trained without each training example, ``[m, n]``.
-    """
-
-    predictions: Tensor
-    without: Tensor
-
-    def loss_differences(self, test_targets: Values) -> Tensor:
-        """How much the squared error (f - y)^2 rises without each example, ``[m, n]``.
-
-        Positive: the example is a proponent.
-        """
-        targets = numbers(test_targets, "test_targets", "[m]")
-        if len(targets) != len(self.predictions):
-            raise InvalidArgumentError(
-                f"got {len(targets)} test targets for {len(self.predictions)} test examples"
-            )
-        before = (self.predictions - targets).square()
-        return (self.without - targets[:, None]).square() - before[:, None]
-
-
 def leave_one_out(
     train: TrainFunction | Retraining,
     n: int,
@@ -68,13 +41,17 @@ def leave_one_out(
     outputs_are: Kind,
     indices: Values | None = None,
     seeds: Sequence[int] = (0,),
+    by_seed: bool = False,
 ) -> Tensor:
     """How much worse each output is without each example, by real retraining: ``[m, k]``.
 
     Positive: the example is a proponent (without it the loss is higher, or the margin lower). The
     mean over seeds, each of which trains k + 1 models. A single example changes little: unless
-    training finds the one optimum of a convex loss, the seeds' noise is larger than what is
-    measured.
+    training finds the one optimum of a convex loss, what the seed changes is more than what is
+    measured. Two things help: that a seed decides the same with and without an example
+    (``BatchedSGD(..., same_batches=True)``), and several seeds. ``loo_correlation`` tells from the
+    differences of each seed how much noise is left; ``differences.std(0) / R ** 0.5`` is the
+    standard error of each mean.
 
     Args:
         train: ``train_fn(indices, seed) -> model``, or a ``Retraining``.
@@ -83,6 +60,7 @@ def leave_one_out(
         outputs_are: "loss" or "margin" (higher is better): what is measured.
         indices: which examples to leave out in turn, ``[k]``; None for all.
         seeds: of the trainings.
+        by_seed: return the differences of each seed, ``[R, m, k]``, not their mean.
 
     Raises:
         InvalidArgumentError: for places outside the training set, or fewer than two examples;
@@ -105,79 +83,27 @@ def leave_one_out(
     left_out = places(indices, n)
     masks = torch.ones(1 + len(left_out), n, dtype=torch.bool)
     masks[torch.arange(1, len(masks)), left_out] = False
-    outputs = as_retraining(train).outputs(masks, measure, seeds).mean(dim=1)
-    return sign * (outputs[:1] - outputs[1:]).T
+    outputs = as_retraining(train).outputs(masks, measure, seeds)
+    differences = sign * (outputs[:1] - outputs[1:]).permute(1, 2, 0)
+    return differences if by_seed else differences.mean(dim=0)
 
 
-def ridge_leave_one_out(
-    inputs: Values, targets: Values, test_inputs: Values, ridge: float, bias: bool = True
-) -> RidgeLeaveOneOut:
-    r"""Predictions of ridge regression without each training example, in closed form.
-
-    .. math::
-        f_{-i}(x) = f(x) - \frac{x^T A^{-1} x_i \, (y_i - f(x_i))}{1 - x_i^T A^{-1} x_i},
-        \qquad A = \sum_j x_j x_j^T + \text{ridge} \cdot I
-
-    What minimising sum_j (f(x_j) - y_j)^2 + ridge norm(w)^2 without example i gives, by the formula
-    of Sherman and Morrison; the ridge stays the same. In float64.
-
-    Args:
-        inputs: the training inputs ``[n, d]``.
-        targets: the training targets ``[n]``.
-        test_inputs: the test inputs ``[m, d]``.
-        ridge: not negative.
-        bias: whether the model has one, which the ridge leaves alone.
-
-    Raises:
-        InvalidArgumentError: for shapes that do not fit, or where the model is not determined with
-            or without an example.
-
-    Example:
-        >>> x, y = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([0.0, 1.0, 5.0])
-        >>> ridge_leave_one_out(x, y, torch.tensor([[4.0]]), ridge=0.0).without
-        tensor([[13.0000, 10.0000,  4.0000]], dtype=torch.float64)
-    """
-    x, tests = numbers(inputs, "inputs", "[n, d]"), numbers(test_inputs, "test_inputs", "[m, d]")
-    y = numbers(targets, "targets", "[n]")
-    if len(y) != len(x) or tests.shape[1] != x.shape[1]:
-        raise InvalidArgumentError(
-            f"`inputs` has shape {list(x.shape)}, `targets` {list(y.shape)} and `test_inputs` "
-            f"{list(tests.shape)}; expected [n, d], [n] and [m, d]"
-        )
-    if ridge < 0:
-        raise InvalidArgumentError(f"`ridge` is {ridge}; it must not be negative")
-    penalty = torch.full((x.shape[1],), float(ridge), dtype=torch.float64)
-    if bias:
-        # a constant feature, without a penalty
-        x, tests = (pad(side, (0, 1), value=1.0) for side in (x, tests))
-        penalty = pad(penalty, (0, 1))
-    factor, failed = torch.linalg.cholesky_ex(x.T @ x + penalty.diag())
-    if failed:
-        raise InvalidArgumentError(
-            f"{len(x)} examples of {x.shape[1]} features determine no model with ridge={ridge}; "
-            "give a positive ridge"
-        )
-    solved = torch.cholesky_solve(x.T, factor)
-    leverage = (x.T * solved).sum(dim=0)
-    undetermined = torch.nonzero(leverage > 1 - 1e-10).flatten()
-    if len(undetermined):
-        raise InvalidArgumentError(
-            f"without example {int(undetermined[0])} the other {len(x) - 1} determine no model; "
-            "give a positive (larger) ridge"
-        )
-    theta = solved @ y
-    shift = tests @ solved * ((y - x @ theta) / (1 - leverage))
-    predictions = tests @ theta
-    return RidgeLeaveOneOut(predictions, predictions[:, None] - shift)
-
-
-def loo_correlation(scores: Values, differences: Values) -> LeaveOneOutCorrelation:
+def loo_correlation(
+    scores: Values, differences: Values, leave_out_constant: bool = False
+) -> LeaveOneOutCorrelation:
     """How well scores predict leave-one-out differences: correlations over training examples.
+
+    Differences by seed tell the noise ceiling: what perfect scores would reach against their mean,
+    estimated as for ``linear_datamodeling_score``.
 
     Args:
         scores: ``[m, k]``, positive is a proponent; of the examples left out:
             ``scores[:, indices]``.
-        differences: what ``leave_one_out`` returned, ``[m, k]``, positive is a proponent.
+        differences: what ``leave_one_out`` returned, ``[m, k]``, or ``[R, m, k]`` by seed; positive
+            is a proponent.
+        leave_out_constant: leave out the test examples whose differences, or whose scores, are all
+            the same. Where it is not set, such differences are an error, and such scores count
+            as 0: a method that says nothing has predicted nothing.
 
     Raises:
         InvalidArgumentError: for shapes that differ, values that are not finite, or a test example
@@ -188,15 +114,13 @@ def loo_correlation(scores: Values, differences: Values) -> LeaveOneOutCorrelati
         tensor([0.5000], dtype=torch.float64)
     """
     predicted = numbers(scores, "scores", "[m, k]")
-    real = numbers(differences, "differences", "[m, k]")
-    if predicted.shape != real.shape:
+    real = repeated_numbers(differences, "differences", "[R, m, k]")
+    if predicted.shape != real.shape[1:]:
         raise InvalidArgumentError(
-            f"`scores` has shape {list(predicted.shape)} and `differences` {list(real.shape)}; "
+            f"`scores` has shape {list(predicted.shape)} and `differences` {list(real.shape[1:])}; "
             "both must be [m, k], of the same training examples"
         )
-    check_truth(real, "differences")
-    constant = int(is_constant(predicted).sum())
+    measures = [pearson, spearman]
     return LeaveOneOutCorrelation(
-        RowCorrelation(pearson(predicted, real), constant),
-        RowCorrelation(spearman(predicted, real), constant),
+        *row_correlations(predicted, real, "differences", leave_out_constant, measures)
     )

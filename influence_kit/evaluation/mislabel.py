@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.evaluation.arrays import Values, count_of
+from influence_kit.evaluation.arrays import Values, count_of, marks, numbers
 
 
 def mislabel_auc(scores: Values, is_wrong: Values) -> float:
@@ -131,26 +131,13 @@ def _counts(scores: Values, is_wrong: Values, fraction: float) -> tuple[int, int
 
 def _checked(scores: Values, is_wrong: Values) -> tuple[Tensor, Tensor]:
     """Scores as float64 ``[n]`` and marks as bool ``[n]``, on the CPU."""
-    values = torch.as_tensor(scores).detach().to("cpu", torch.float64)
-    marks = torch.as_tensor(is_wrong).detach().cpu()
-    if values.dim() != 1 or marks.shape != values.shape:
+    values = numbers(scores, "scores", "[n]")
+    wrong = marks(is_wrong, "is_wrong", "[n]", "True where the label is wrong")
+    if len(wrong) != len(values):
         raise InvalidArgumentError(
-            f"`scores` has shape {list(values.shape)} and `is_wrong` {list(marks.shape)}; both "
-            "must be [n], one value an example"
+            f"got {len(values)} `scores` and {len(wrong)} of `is_wrong`; there must be one of each "
+            "an example"
         )
-    other = marks[(marks != 0) & (marks != 1)]
-    if len(other):
-        raise InvalidArgumentError(
-            f"`is_wrong` holds {other[0].item()}; it must hold booleans, or 0 and 1 (1: the label "
-            "is wrong)"
-        )
-    bad = torch.nonzero(~torch.isfinite(values)).flatten()
-    if len(bad):
-        raise InvalidArgumentError(
-            f"{len(bad)} of {len(values)} scores are not finite; the first is that of example "
-            f"{int(bad[0])}: {values[bad[0]].item()}. An order needs finite scores"
-        )
-    wrong = marks.bool()
     if not 0 < int(wrong.sum()) < len(wrong):
         raise InvalidArgumentError(
             f"`is_wrong` marks {int(wrong.sum())} of {len(wrong)} labels as wrong; there must be "

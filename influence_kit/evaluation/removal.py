@@ -92,34 +92,45 @@ def brittleness(
         seeds: of the trainings.
 
     Raises:
-        InvalidArgumentError: for counts outside their range, or predictions of other than m test
-            examples; otherwise as ``Retraining.outputs``.
+        InvalidArgumentError: for counts outside their range, predictions of other than m test
+            examples, or such that are no classes; otherwise as ``Retraining.outputs``.
     """
     tau = numbers(scores, "scores", "[m, n]")
-    m, n = tau.shape
+    masks = _without_top(tau, counts)
+    everything = torch.ones(1, tau.shape[1], dtype=torch.bool)
+    jobs = torch.cat([everything, masks.flatten(0, 1)])
+    classes = as_retraining(train).outputs(jobs, predict, seeds)
+    if classes.shape[2] != len(tau):
+        raise InvalidArgumentError(
+            f"`predict` returned {classes.shape[2]} classes; the scores are of {len(tau)} test "
+            "examples"
+        )
+    if not torch.equal(classes, classes.round()):
+        raise InvalidArgumentError(
+            f"`predict` returned {classes[classes != classes.round()][0].item():.6g}; it must "
+            "return predicted classes, whole numbers: `argmax` of the logits, say"
+        )
+    without = classes[1:].unflatten(0, masks.shape[:2])
+    # of the model trained without a test example's proponents, that test example's prediction
+    own = without.diagonal(dim1=0, dim2=3)  # [K, R, m]
+    flipped = (own != classes[0]).double()
+    return Brittleness(tuple(counts), flipped.mean(dim=1).T)
+
+
+def _without_top(scores: Tensor, counts: Sequence[int]) -> Tensor:
+    """What is left without each test example's top proponents, bool ``[m, K, n]``."""
+    m, n = scores.shape
     wrong = [count for count in counts if not 1 <= count < n]
     if wrong or len(counts) == 0:
         raise InvalidArgumentError(
             f"`counts` is {list(counts)}; each must be from 1 to {n - 1}, as many proponents as "
             f"can be removed of {n} examples, and there must be at least one"
         )
-    order = tau.argsort(dim=1, descending=True, stable=True)
+    order = scores.argsort(dim=1, descending=True, stable=True)
     masks = torch.ones(m, len(counts), n, dtype=torch.bool)
     for place, count in enumerate(counts):
         masks[:, place].scatter_(1, order[:, :count], False)
-    everything = torch.ones(1, n, dtype=torch.bool)
-    predicted = as_retraining(train).outputs(
-        torch.cat([everything, masks.flatten(0, 1)]), predict, seeds
-    )
-    if predicted.shape[2] != m:
-        raise InvalidArgumentError(
-            f"`predict` returned {predicted.shape[2]} classes; the scores are of {m} test examples"
-        )
-    without = predicted[1:].unflatten(0, (m, len(counts)))
-    # of the model trained without a test example's proponents, that test example's prediction
-    own = without[torch.arange(m), :, :, torch.arange(m)]
-    flipped = own != predicted[0].T[:, None]
-    return Brittleness(tuple(counts), flipped.double().mean(dim=2))
+    return masks
 
 
 def removal_curve(

@@ -209,6 +209,10 @@ def _pairs(subsets: Values, seeds: Sequence[int]) -> tuple[Tensor, list[int]]:
     """Each subset with each seed, a subset's side by side."""
     if len(seeds) == 0:
         raise InvalidArgumentError("got no seeds; at least one model is trained a subset")
+    if len({*seeds}) < len(seeds):
+        raise InvalidArgumentError(
+            f"got the seeds {list(seeds)}; of equal ones there is one model, which is no repeat"
+        )
     masks = subset_masks(subsets)
     return masks.repeat_interleave(len(seeds), dim=0), [*seeds] * len(masks)
 

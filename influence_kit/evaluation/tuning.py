@@ -7,7 +7,8 @@ from typing import Any
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values
 from influence_kit.evaluation.comparison import Influence
-from influence_kit.evaluation.datamodel import DatamodelingScore, Kind, linear_datamodeling_score
+from influence_kit.evaluation.correlation import RowCorrelation
+from influence_kit.evaluation.datamodel import Kind, linear_datamodeling_score
 from influence_kit.tables import text_table
 
 ATTRIBUTES = ("damping", "ridge")
@@ -27,7 +28,7 @@ class Tuned:
     attribute: str
     value: Any
     values: tuple[Any, ...]
-    scores: tuple[DatamodelingScore, ...]
+    scores: tuple[RowCorrelation, ...]
 
     @property
     def is_at_edge(self) -> bool:
@@ -37,14 +38,8 @@ class Tuned:
 
     def __repr__(self) -> str:
         rows = [
-            [
-                value,
-                f"{score.mean:.3f}",
-                "-" if score.standard_error is None else f"{score.standard_error:.3f}",
-                mark,
-            ]
+            [value, *score.cells(), "chosen" if value == self.value else ""]
             for value, score in zip(self.values, self.scores, strict=True)
-            for mark in ["chosen" if value == self.value else ""]
         ]
         table = text_table([self.attribute, "LDS", "std. error", ""], rows)
         edge = "the best value is the last on its side: try more beyond it"

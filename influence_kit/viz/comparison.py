@@ -3,7 +3,7 @@
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from influence_kit.evaluation import Comparison, DatamodelingScore
+from influence_kit.evaluation import Comparison, RowCorrelation
 from influence_kit.viz.colours import BLUE, GREY
 from influence_kit.viz.matrix import draw_matrix
 
@@ -41,7 +41,7 @@ def _draw_matrix(axes: Axes, result: Comparison) -> None:
     axes.set_title("rank correlation of the scores", fontsize=10)
 
 
-def _draw_scores(axes: Axes, scores: tuple[DatamodelingScore, ...]) -> None:
+def _draw_scores(axes: Axes, scores: tuple[RowCorrelation, ...]) -> None:
     places = range(len(scores))
     errors = [score.standard_error or 0.0 for score in scores]
     axes.barh(places, [score.mean for score in scores], 0.6, xerr=errors, color=BLUE)

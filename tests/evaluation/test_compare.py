@@ -70,20 +70,38 @@ def test_methods_of_a_list_are_called_by_their_class():
     assert float(found.agreement[0, 1]) == pytest.approx(expected)
 
 
-def test_it_is_printed_as_a_table():
+def test_it_is_printed_as_two_tables():
     constant = {**SCORES, "flat": torch.ones(M, N)}
-    lines = repr(compare(constant, None, SubsetTruth(SUBSETS, OUTPUTS, "margin"))).splitlines()
-    header = "method LDS std. error seconds added MiB corr. 1 corr. 2 corr. 3 corr. 4"
-    assert lines[0].split() == header.split()
+    found = compare(constant, None, SubsetTruth(SUBSETS, OUTPUTS, "margin"))
+    lines = repr(found).splitlines()
+    assert lines[0].split() == ["method", "LDS", "std.", "error", "seconds", "added", "MiB"]
     score = linear_datamodeling_score(SCORES["a"], SUBSETS, OUTPUTS, "margin")
-    assert lines[2].split()[:6] == [
+    assert lines[2].split() == [
         "1", "a", f"{score.mean:.3f}", f"{score.standard_error:.3f}", "-", "-",
     ]  # fmt: skip
-    assert lines[6:] == [
-        "corr. 1: mean rank correlation with the scores of method 1",
+    assert lines[6:10] == [
         f"noise ceiling of the LDS: {score.ceiling:.2f}",
         "flat: 4 test examples of constant scores, which count as 0",
+        "",
+        "mean rank correlation of the scores:",
     ]
+    assert lines[10].split() == ["1", "2", "3", "4"]
+    for place, line in enumerate(lines[12:]):
+        row = [f"{value:.2f}" for value in found.agreement[place].tolist()]
+        assert line.split() == [str(place + 1), *row]
+    assert len(lines) == 16
+
+
+def test_many_methods_fit_into_eighty_characters():
+    many = {f"method {place}": SCORES["abc"[place % 3]] * (-1) ** place for place in range(23)}
+    found = compare(many, None)
+    lines = repr(found).splitlines()
+    assert max(map(len, lines)) <= 80
+    first = [line for line in lines if line.split()[:1] == ["1"]]
+    # the methods, and columns 1 to 10, 11 to 20 and 21 to 23
+    assert [len(line.split()) for line in first] == [5, 10, 11, 11, 4]
+    cells = [cell for line in first[2:] for cell in line.split()[1:]]
+    assert cells == [f"{value:.2f}" for value in found.agreement[0].tolist()]
 
 
 def test_costs_are_printed():

@@ -92,6 +92,17 @@ def test_constant_scores_count_as_zero_and_are_counted():
     )
 
 
+def test_test_examples_without_a_truth_are_left_out_on_request():
+    scores, subsets, outputs = random_case()
+    outputs[:, :, 3], scores[1] = 2.0, 0.0
+    found = linear_datamodeling_score(scores, subsets, outputs, "margin", leave_out_constant=True)
+    assert found.left_out == (1, 3)
+    kept = [0, 2, 4, 5]
+    expected = linear_datamodeling_score(scores[kept], subsets, outputs[:, :, kept], "margin")
+    assert torch.equal(found.per_test, expected.per_test)
+    assert found.ceiling == expected.ceiling
+
+
 def test_subsets_are_random_and_of_one_size():
     masks = half_subsets(11, 200, fraction=0.3, seed=5)
     assert masks.shape == (200, 11)

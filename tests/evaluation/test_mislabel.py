@@ -47,6 +47,8 @@ def test_auc_of_known_orders():
     assert mislabel_auc([4, 3, 2, 1], is_wrong) == 1.0
     assert mislabel_auc([1, 2, 3, 4], is_wrong) == 0.0
     assert mislabel_auc([7, 7, 7, 7], is_wrong) == 0.5
+    # not equal, though they are in float32
+    assert mislabel_auc([0.1 + 1e-12, 0.1, 0.05], [True, False, False]) == 1.0
 
 
 def test_curve_is_the_roc_curve_in_other_units():
@@ -96,19 +98,29 @@ def test_tensors_arrays_and_lists_are_the_same():
 @pytest.mark.parametrize(
     ("scores", "is_wrong", "message"),
     [
-        ([1.0, 2.0], [True], r"`scores` has shape \[2\] and `is_wrong` \[1\]; both must be \[n\]"),
-        ([[1.0, 2.0]], [[True, False]], r"shape \[1, 2\] and `is_wrong` \[1, 2\]"),
+        ([1.0, 2.0], [True], "got 2 `scores` and 1 of `is_wrong`; there must be one of each"),
+        ([[1.0, 2.0]], [True, False], r"`scores` has shape \[1, 2\]; expected \[n\]"),
+        ([1.0, 2.0], [[True, False]], r"`is_wrong` has shape \[1, 2\]; expected \[n\]: True wh"),
         (
             [1.0, float("nan"), float("inf")],
             [True, False, False],
-            r"2 of 3 scores are not finite; the first is that of example 1: nan",
+            r"2 of the 3 values in `scores` are not finite; the first is nan at \[1\]",
         ),
         ([1.0, 2.0], [True, True], r"marks 2 of 2 labels as wrong; there must be at least one"),
         ([1.0, 2.0], [0, 0], r"marks 0 of 2 labels as wrong"),
-        ([], [], r"marks 0 of 0 labels as wrong"),
+        ([], [], r"`scores` has shape \[0\]; expected \[n\]"),
         ([1.0, 2.0], [0, 7], r"`is_wrong` holds 7; it must hold booleans, or 0 and 1"),
     ],
-    ids=["lengths", "matrix", "not finite", "all wrong", "all right", "empty", "not boolean"],
+    ids=[
+        "lengths",
+        "matrix",
+        "marks",
+        "not finite",
+        "all wrong",
+        "all right",
+        "empty",
+        "not boolean",
+    ],
 )
 def test_bad_input_is_refused(function, scores, is_wrong, message):
     with pytest.raises(InvalidArgumentError, match=message):

@@ -66,6 +66,38 @@ def test_seeds_are_averaged():
     torch.testing.assert_close(both, (each[0] + each[1]) / 2)
 
 
+def test_differences_by_seed():
+    each = [leave_one_out(train_ridge, N, losses, "loss", seeds=[seed]) for seed in (1, 2, 5)]
+    found = leave_one_out(train_ridge, N, losses, "loss", seeds=[1, 2, 5], by_seed=True)
+    torch.testing.assert_close(found, torch.stack(each))
+    mean = leave_one_out(train_ridge, N, losses, "loss", seeds=[1, 2, 5])
+    torch.testing.assert_close(found.mean(dim=0), mean)
+
+
+def test_differences_by_seed_tell_the_ceiling():
+    scores = torch.randn(M, N, generator=GENERATOR, dtype=torch.float64)
+    seeds = scores + torch.randn(2, M, N, generator=GENERATOR, dtype=torch.float64)
+    found = loo_correlation(scores, seeds)
+    mean = loo_correlation(scores, seeds.mean(dim=0))
+    for own, one, reference in [
+        (found.pearson, mean.pearson, pearsonr),
+        (found.spearman, mean.spearman, spearmanr),
+    ]:
+        assert torch.equal(own.per_test, one.per_test)
+        between = np.mean([reference(*pair).statistic for pair in zip(*seeds, strict=True)])
+        assert own.ceiling == pytest.approx((2 * between / (1 + between)) ** 0.5)
+        assert one.ceiling is None
+
+
+def test_constant_rows_are_left_out_on_request():
+    rows = torch.tensor([[1.0, 2.0, 4.0], [0.0, 0.0, 0.0], [3.0, 1.0, 2.0]])
+    found = loo_correlation(rows, rows.roll(1, dims=0), leave_out_constant=True)
+    assert found.pearson.left_out == found.spearman.left_out == (1, 2)
+    assert found.spearman.per_test.tolist() == [spearmanr(rows[0], rows[2]).statistic]
+    with pytest.raises(InvalidArgumentError, match="or pass leave_out_constant=True"):
+        loo_correlation(rows, rows)
+
+
 def test_correlations_are_those_of_scipy():
     scores = torch.randn(M, N, generator=GENERATOR).round(decimals=1)
     differences = torch.randn(M, N, generator=GENERATOR, dtype=torch.float64)

@@ -112,6 +112,10 @@ def test_nothing_and_everything_are_ends_of_the_curves():
             "`predict` returned 2 classes; the scores are of 1 test examples",
         ),
         (
+            lambda: brittleness(VOTES, train, lambda model: margins(model) / 4, [1]),
+            "`predict` returned 0.5; it must return predicted classes, whole numbers: `argmax`",
+        ),
+        (
             lambda: removal_curve(VOTES[0], train, margins, [1.0]),
             r"`fractions` \[1.0\] of 5 examples, \[5\] each; .* 0 to 4 examples to remove",
         ),

@@ -359,6 +359,8 @@ def test_seeds_must_be_there():
         Retraining(Trainer()).paired_outputs(SUBSETS, measure, [0])
     with pytest.raises(InvalidArgumentError, match="got no seeds; at least one model"):
         Retraining(Trainer()).outputs(SUBSETS, measure, [])
+    with pytest.raises(InvalidArgumentError, match=r"got the seeds \[3, 3\]; of equal ones"):
+        Retraining(Trainer()).outputs(SUBSETS, measure, [3, 3])
 
 
 def test_no_processes_are_refused(monkeypatch):

@@ -1,0 +1,168 @@
+"""Losses and logits of a training set at all checkpoints of a run: what baselines are made of.
+
+Letters: C checkpoints, n examples, c classes.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from influence_kit.checkpoint_loader import CheckpointLoader
+from influence_kit.checkpoints import LoadFunction, find_checkpoints, label_of, load_checkpoint
+from influence_kit.data import Batch, as_loader, call_model, example_count, take, to_device
+from influence_kit.errors import InvalidArgumentError, NonFiniteError
+from influence_kit.labels import logits_of
+from influence_kit.losses import Loss, LossFunction, declared_reduction
+from influence_kit.restore import borrowed
+
+ROWS = 256  # at once, of a data set
+
+
+def checkpoint_losses(
+    model: nn.Module,
+    dataset: Dataset[Any] | DataLoader[Any],
+    checkpoints: Any,
+    loss_fn: LossFunction | None = None,
+    *,
+    checkpoints_load_func: LoadFunction = load_checkpoint,
+    batch_size: int = ROWS,
+    show_progress: bool = False,
+) -> Tensor:
+    """The loss of each example at each checkpoint, float64 ``[C, n]``: for ``mean_loss``, say.
+
+    The losses are those whose gradients the methods take, in evaluation mode. A ``loss_fn`` that
+    returns the sum or the mean over a batch is called for each example alone, which takes longer
+    than one with ``reduction="none"``. The model comes back as it was.
+
+    Args:
+        model: the model, as for a method.
+        dataset: the examples, as a method's ``train_dataset``.
+        checkpoints: as a method takes them.
+        loss_fn: as a method takes it: one loss an example, their sum or their mean.
+        checkpoints_load_func: ``load(model, checkpoint) -> learning rate``.
+        batch_size: how many examples at once, where ``dataset`` is no loader.
+        show_progress: a bar over the checkpoints.
+
+    Raises:
+        InvalidArgumentError: for no checkpoints or examples, a loader that shuffles, or a loss that
+            is none of single examples.
+        NonFiniteError: where a loss is NaN or infinite.
+
+    Example:
+        >>> data = torch.utils.data.TensorDataset(torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1))
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> run = [{"weight": torch.tensor([[1.0]])}, {"weight": torch.tensor([[0.5]])}]
+        >>> checkpoint_losses(model, data, run, nn.MSELoss()).tolist()
+        [[1.0, 4.0], [0.25, 1.0]]
+    """
+    loss = Loss(loss_fn, declared_reduction(loss_fn, None), "loss_fn")
+    loader = as_loader(dataset, batch_size, "dataset")
+    run = _Run(model, checkpoints, checkpoints_load_func, show_progress)
+    return run.measured(loader, "loss", lambda batch: _losses(model, loss, batch))
+
+
+def checkpoint_logits(
+    model: nn.Module,
+    dataset: Dataset[Any] | DataLoader[Any],
+    checkpoints: Any,
+    *,
+    checkpoints_load_func: LoadFunction = load_checkpoint,
+    batch_size: int = ROWS,
+    show_progress: bool = False,
+) -> Tensor:
+    """The logits of each example at each checkpoint, float64 ``[C, n, c]``: for ``low_margin``.
+
+    Of a model that returns more, its ``logits``. In evaluation mode; the model comes back as it
+    was.
+
+    Args:
+        model: the model, as for a method.
+        dataset: the examples, as a method's ``train_dataset``.
+        checkpoints: as a method takes them.
+        checkpoints_load_func: ``load(model, checkpoint) -> learning rate``.
+        batch_size: how many examples at once, where ``dataset`` is no loader.
+        show_progress: a bar over the checkpoints.
+
+    Raises:
+        InvalidArgumentError: for no checkpoints or examples, a loader that shuffles, or a model
+            without logits ``[n, c]``.
+        NonFiniteError: where a logit is NaN or infinite.
+    """
+    loader = as_loader(dataset, batch_size, "dataset")
+    run = _Run(model, checkpoints, checkpoints_load_func, show_progress)
+    return run.measured(loader, "logits", lambda batch: _logits(model, batch))
+
+
+class _Run(NamedTuple):
+    """A model and the checkpoints of its training."""
+
+    model: nn.Module
+    checkpoints: Any
+    load: LoadFunction
+    show_progress: bool
+
+    def measured(
+        self, loader: Iterable[Batch], what: str, measure: Callable[[Batch], Tensor]
+    ) -> Tensor:
+        """What is measured of all batches at each checkpoint, float64 ``[C, n, ...]``."""
+        device = next(self.model.parameters()).device
+        found = find_checkpoints(self.checkpoints, self.load is not load_checkpoint)
+        rows = []
+        with borrowed(self.model), torch.no_grad():
+            states = CheckpointLoader(self.model, found, self.load)
+            for place in tqdm(range(len(found)), what, disable=not self.show_progress):
+                states.load(place)
+                parts = [measure(to_device(batch, device)).cpu().double() for batch in loader]
+                if not parts:
+                    raise InvalidArgumentError(
+                        f"`dataset` gave no examples at checkpoint {place}; it must give the same "
+                        "ones whenever it is gone through"
+                    )
+                rows.append(torch.cat(parts))
+                _refuse_not_finite(rows[-1], what, f"checkpoint {place} ({label_of(found[place])})")
+        return torch.stack(rows)
+
+
+def _refuse_not_finite(values: Tensor, what: str, where: str) -> None:
+    bad = torch.nonzero(~torch.isfinite(values))
+    if len(bad):
+        value = values[tuple(bad[0].tolist())].item()
+        raise NonFiniteError(f"the {what} of example {int(bad[0, 0])} at {where} is {value}")
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    logits = logits_of(call_model(model, batch))
+    if logits.dim() != 2:
+        raise InvalidArgumentError(
+            f"the model returned logits of shape {list(logits.shape)} for {example_count(batch)} "
+            "examples; expected [n, c], a row an example"
+        )
+    return logits
+
+
+def _losses(model: nn.Module, loss: Loss, batch: Batch) -> Tensor:
+    """The loss of each example, ``[n]``; of a loss of several positions the sum over them."""
+    n, outputs = example_count(batch), call_model(model, batch)
+    if loss.values(outputs, batch).dim() == 0:
+        alone = list(_alone(model, loss, outputs, batch))
+        # every batch, as no single one may tell; a model's own loss may give way to a formula
+        loss.settle((outputs, batch), alone, closeness=0.0)
+        loss.total(outputs, batch, n)
+        if loss.reduction != "none":
+            return torch.stack([loss.values(*one).sum() for one in alone])
+    loss.total(outputs, batch, n)  # refuses what is not one loss an example
+    return loss.values(outputs, batch).reshape(n, -1).sum(dim=1)
+
+
+def _alone(model: nn.Module, loss: Loss, outputs: Any, batch: Batch) -> Iterator[tuple[Any, Batch]]:
+    """Outputs and batch of each example by itself."""
+    n = example_count(batch)
+    has_rows = loss.is_of_outputs and isinstance(outputs, Tensor) and outputs.shape[:1] == (n,)
+    for place in range(n):
+        row = slice(place, place + 1)
+        one = take(batch, row)
+        yield (outputs[row] if has_rows else call_model(model, one)), one

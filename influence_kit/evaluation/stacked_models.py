@@ -1,0 +1,74 @@
+"""Models of one kind with their parameters stacked, and which models that can be done with.
+
+Letter: B models.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import stack_module_state
+from torch.nn.modules.dropout import _DropoutNd
+
+from influence_kit.errors import InvalidArgumentError
+
+Stacked = dict[str, Tensor]
+INSTEAD = "Give `Retraining` a function that trains one model"
+
+
+class ModelStack(NamedTuple):
+    """The first of the models, and the parameters and buffers of all, ``[B, ...]``."""
+
+    base: nn.Module
+    parameters: Stacked
+    buffers: Stacked
+
+    @classmethod
+    def of(cls, models: Sequence[nn.Module]) -> "ModelStack":
+        """The models, in training mode."""
+        return cls(models[0].train(), *stack_module_state(list(models)))
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """What is trained."""
+        return [tensor for tensor in self.parameters.values() if tensor.requires_grad]
+
+    def some(self, models: Tensor | None) -> tuple[Stacked, Stacked]:
+        """The parameters and the buffers of the models at these places; None for all."""
+        if models is None:
+            return self.parameters, self.buffers
+        sides = (self.parameters, self.buffers)
+        first, second = ({name: t[models.to(t.device)] for name, t in s.items()} for s in sides)
+        return first, second
+
+    def tensors(self) -> Stacked:
+        """All of them by name, ``[B, ...]``."""
+        return {name: t.detach() for name, t in {**self.parameters, **self.buffers}.items()}
+
+
+def put_into(model: nn.Module, stacked: Stacked, place: int) -> nn.Module:
+    """The model, with the tensors of the one at that place."""
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            tensor.copy_(stacked[name][place])
+    return model
+
+
+def check_model(model: nn.Module, few: Tensor) -> None:
+    """Refuse a model that draws random numbers or changes its buffers in training."""
+    for name, module in model.named_modules():
+        if isinstance(module, _DropoutNd) and module.p > 0:
+            raise InvalidArgumentError(
+                f"layer '{name}' is {module}, which draws other numbers for models trained "
+                f"together than for each alone. {INSTEAD}"
+            )
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.no_grad():
+        model(few)
+    changed = [n for n, buffer in model.named_buffers() if not torch.equal(buffer, before[n])]
+    if changed:
+        raise InvalidArgumentError(
+            f"training changes the buffer '{changed[0]}', as the statistics of a BatchNorm layer, "
+            f"which stacked models do not share. {INSTEAD}"
+        )
