@@ -29,7 +29,7 @@ setup(
     license="BSD-3-Clause",
     python_requires=">=3.10",
     packages=find_packages(include=["influence_kit", "influence_kit.*"]),
-    package_data={"influence_kit": ["py.typed"]},
+    package_data={"influence_kit": ["py.typed"], "influence_kit.viz": ["templates/*"]},
     install_requires=[
         "torch>=2.3",
         "captum>=0.9",

@@ -37,7 +37,7 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         metavar="FOLDER",
         type=Path,
         default=Path("influence_kit_demo"),
-        help="where to write checkpoints and pictures (default: ./%(default)s)",
+        help="where to write checkpoints, pictures and a report (default: ./%(default)s)",
     )
 
 

@@ -36,10 +36,12 @@ def ran(tmp_path_factory):
 def test_the_files_are_there(ran):
     result, said, folder, _ = ran
     names = [str(path.relative_to(folder)) for path in result.files]
-    assert names == [f"checkpoints/epoch-0{epoch}.pt" for epoch in (2, 4, 6)] + PICTURES
+    checkpoints = [f"checkpoints/epoch-0{epoch}.pt" for epoch in (2, 4, 6)]
+    assert names == [*checkpoints, *PICTURES, "report.html"]
     assert sorted(path for path in folder.rglob("*") if path.is_file()) == sorted(result.files)
-    for path in result.files[3:]:
+    for path in result.files[3:6]:
         assert path.read_bytes().startswith(b"\x89PNG")
+    assert "report.html" in said[-1]
     assert said[-1].splitlines()[-1] == str(folder.resolve())
 
 
@@ -81,7 +83,7 @@ def test_scores_are_those_of_the_checkpoints(ran):
             self_influence[i] += saved["learning_rate"] * sum(g.square().sum() for g in gradients)
     expected = [self_influence, torch.stack(losses).mean(0), losses[-1]]
     for detection, scores in zip(result.detections.values(), expected, strict=True):
-        torch.testing.assert_close(detection.scores[:3], scores, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(detection.scores[:3].float(), scores, rtol=1e-4, atol=1e-6)
 
 
 def test_explained_images_are_explained_by_tracin(ran):
@@ -128,6 +130,24 @@ def test_the_explanations_say_what_was_computed(ran):
     assert "positive: a proponent; training on it lowered the loss" in text
     assert "1438 training and 359 test images" in text
     assert "144 of the training labels (10%)" in text
+
+
+def test_the_page_has_what_was_computed(ran):
+    result = ran[0]
+    page = result.files[-1].read_text(encoding="utf-8")
+    assert "<h1>Handwritten digits, 10% of them with a wrong label</h1>" in page
+    assert "<dd>TracInCP</dd>" in page
+    explained = result.explained
+    for row, (reason, place) in enumerate(explained.places.items()):
+        assert f"<h3>Test image #{place}, the {reason}</h3>" in page
+        assert f"<dd>{int(result.digits.test_labels[place])}</dd>" in page
+        guess, sure = explained.predictions[row].split(", ")
+        assert explained.titles[row].splitlines()[1:] == [f"predicted {guess}", sure]
+        assert f"<dd>{guess}, {sure}</dd>" in page
+    for index in explained.proponents.indices.flatten().tolist():
+        assert f'alt="training example #{index}"' in page
+    assert "<caption>the 24 highest of 1438 scores</caption>" in page
+    assert f"<figcaption>{report.verdict(result.detections)}</figcaption>" in page
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 """The digits, some wrong labels, and a small network that learns them.
 
 The data are the 1797 handwritten digits of 8 x 8 pixels that come with scikit-learn (UCI Machine
-Learning Repository, CC BY 4.0). Letters: n training images, C checkpoints.
+Learning Repository, CC BY 4.0). Letter: n training images.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from influence_kit.checkpoints import load_checkpoint
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.restore import borrowed
 
 CLASSES = 10
 BATCH = 32
@@ -161,16 +159,3 @@ def train_network(
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """The share of images classified as labelled."""
     return float((model(images).argmax(1) == labels).float().mean())
-
-
-@torch.no_grad()
-def losses_by_checkpoint(
-    model: nn.Module, checkpoints: Sequence[Path], images: Tensor, labels: Tensor
-) -> Tensor:
-    """The loss of each image at each checkpoint, ``[C, n]``; the model comes back as it was."""
-    losses = []
-    with borrowed(model):
-        for checkpoint in checkpoints:
-            load_checkpoint(model, checkpoint)
-            losses.append(cross_entropy(model(images), labels, reduction="none"))
-    return torch.stack(losses)

@@ -27,12 +27,14 @@ class Explained(NamedTuple):
         titles: label and prediction of each, ``[m]``.
         proponents: the k highest scores of each.
         opponents: the k lowest scores of each.
+        predictions: the predicted class of each and how sure the network is, ``[m]``.
     """
 
     places: dict[str, int]
     titles: list[str]
     proponents: KMostInfluentialResults
     opponents: KMostInfluentialResults
+    predictions: list[str]
 
 
 class Detection(NamedTuple):
@@ -90,16 +92,16 @@ def explain(
     places = list(chosen.values())
     batch = images[places], labels[places]
     confidence, predicted = probabilities[places].max(dim=1)
+    said = list(zip(predicted.tolist(), confidence.tolist(), strict=True))
+    predictions = [f"{guess}, {sure:.0%} sure" for guess, sure in said]
     titles = [
         f"true {label}\npredicted {guess}\n{sure:.0%} sure"
-        for label, guess, sure in zip(
-            batch[1].tolist(), predicted.tolist(), confidence.tolist(), strict=True
-        )
+        for label, (guess, sure) in zip(batch[1].tolist(), said, strict=True)
     ]
     proponents, opponents = (
         tracin.influence(batch, k, highest, show_progress) for highest in (True, False)
     )
-    return Explained(chosen, titles, proponents, opponents)
+    return Explained(chosen, titles, proponents, opponents, predictions)
 
 
 def detect(self_influence: Tensor, losses: Tensor, is_wrong: Tensor) -> dict[str, Detection]:

@@ -15,12 +15,12 @@ from influence_kit.demo.digits import (
     accuracy,
     flip_labels,
     load_digits_split,
-    losses_by_checkpoint,
     one_thread,
     train_network,
 )
 from influence_kit.demo.findings import Detection, Explained, detect, explain
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.evaluation import checkpoint_losses
 from influence_kit.methods.tracin import TracInCP
 
 
@@ -46,7 +46,7 @@ def run(
     """Train on digits with wrong labels, explain three test images, find the wrong labels.
 
     Args:
-        output: the folder for checkpoints and pictures; made where it does not exist.
+        output: the folder for checkpoints, pictures and the page; made where it does not exist.
         settings: how much to do; the defaults take some ten seconds.
         say: takes each part of the report as it is ready.
         show_progress: bars while training and scoring.
@@ -60,25 +60,35 @@ def run(
     given, is_wrong = flip_labels(digits.train_labels, settings.wrong_share, settings.seed)
     say(report.data_text(digits, is_wrong))
 
-    train = digits.train_images, given
-    model, checkpoints = train_network(*train, folder / "checkpoints", settings, show_progress)
+    train = TensorDataset(digits.train_images, given)
+    model, checkpoints = train_network(
+        digits.train_images, given, folder / "checkpoints", settings, show_progress
+    )
     test_accuracy = accuracy(model, digits.test_images, digits.test_labels)
     say(f"Checkpoints saved while training:\n\n{checkpoint_table(checkpoints)}")
     say(f"Accuracy on the test images: {test_accuracy:.1%}")
 
-    tracin = TracInCP(model, TensorDataset(*train), checkpoints, loss_fn=nn.CrossEntropyLoss())
+    loss_fn = nn.CrossEntropyLoss(reduction="none")
+    tracin = TracInCP(model, train, checkpoints, loss_fn=loss_fn)
     test = digits.test_images, digits.test_labels
     explained = explain(tracin, model, *test, settings.k, show_progress)
     say(f"WHICH TRAINING IMAGES HELPED, WHICH HURT (TracInCP)\n\n{report.SCORE_MEANING}")
     say(report.explained_text(explained, given, digits.train_labels))
 
     suspicion = tracin.self_influence(show_progress=show_progress)
-    detections = detect(suspicion, losses_by_checkpoint(model, checkpoints, *train), is_wrong)
+    losses = checkpoint_losses(model, train, checkpoints, loss_fn)
+    detections = detect(suspicion, losses, is_wrong)
     say(f"WHICH TRAINING LABELS ARE WRONG\n\n{report.detection_text(detections)}")
 
     pictures = report.figures(digits, given, is_wrong, explained, detections)
-    files = [*checkpoints, *report.save(pictures, folder)]
-    say(f"Pictures: {', '.join(pictures)}, and the checkpoints, in\n{folder.resolve()}")
+    page = report.page(
+        tracin, digits, given, explained, detections, pictures["detection_curves.png"]
+    )
+    files = [*checkpoints, *report.save(pictures, folder), page.write(folder / "report.html")]
+    say(
+        f"All of it on one page: report.html. Pictures: {', '.join(pictures)}.\n"
+        f"They are, with the checkpoints, in\n{folder.resolve()}"
+    )
     return Result(digits, given, is_wrong, test_accuracy, explained, detections, files)
 
 

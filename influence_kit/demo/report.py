@@ -1,4 +1,4 @@
-"""What the demo says and draws of what it found: texts and figures, printed and saved elsewhere."""
+"""What the demo says and draws of what it found: texts, figures and a page, printed elsewhere."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +11,7 @@ from influence_kit import viz
 from influence_kit.demo.digits import BATCH, Digits
 from influence_kit.demo.findings import INSPECTED, SELF_INFLUENCE, Detection, Explained, winners
 from influence_kit.evaluation import detection_curve
+from influence_kit.methods.tracin import TracInCP
 from influence_kit.tables import text_table
 from influence_kit.viz.tables import score_text
 
@@ -74,19 +75,22 @@ def detection_text(detections: Mapping[str, Detection]) -> str:
     """The table of scores that find wrong labels, and which of them did best."""
     rows = [[name, f"{d.auc:.4f}", f"{d.recall:.1%}"] for name, d in detections.items()]
     table = text_table(["score", "AUC", f"found in the first {INSPECTED:.0%}"], rows)
+    return f"{table}\n\n{verdict(detections)}"
+
+
+def verdict(detections: Mapping[str, Detection]) -> str:
+    """Which scores found the wrong labels best."""
     by_auc = winners({name: d.auc for name, d in detections.items()})
     by_recall = winners({name: d.recall for name, d in detections.items()})
     if by_auc == by_recall == [SELF_INFLUENCE]:
-        verdict = "Self-influence won here; the losses are cheaper, and close."
+        judged = "Self-influence won here; the losses are cheaper, and close."
     elif SELF_INFLUENCE in (*by_auc, *by_recall):
-        verdict = "Self-influence is among the best here; the losses are cheaper."
+        judged = "Self-influence is among the best here; the losses are cheaper."
     else:
-        verdict = (
-            "Self-influence did not win here: a loss, which is cheaper to compute, did better."
-        )
+        judged = "Self-influence did not win here: a loss, which is cheaper to compute, did better."
     return (
-        f"{table}\n\nHighest AUC: {' and '.join(by_auc)}.\n"
-        f"Most found in the first {INSPECTED:.0%}: {' and '.join(by_recall)}.\n{verdict}"
+        f"Highest AUC: {' and '.join(by_auc)}.\n"
+        f"Most found in the first {INSPECTED:.0%}: {' and '.join(by_recall)}.\n{judged}"
     )
 
 
@@ -119,6 +123,37 @@ def figures(
         ),
         "detection_curves.png": viz.detection_curves(curves, until=3 * INSPECTED),
     }
+
+
+def page(
+    tracin: TracInCP,
+    digits: Digits,
+    given: Tensor,
+    explained: Explained,
+    detections: Mapping[str, Detection],
+    curves: Figure,
+) -> viz.Report:
+    """All of it as a web page, with the images beside their scores."""
+    places = explained.places
+    chosen, wrong = list(places.values()), float((given != digits.train_labels).float().mean())
+    made = viz.Report(
+        f"Handwritten digits, {wrong:.0%} of them with a wrong label",
+        digits.train_images,
+        given,
+        true_labels=digits.train_labels,
+        method=tracin,
+        cmap="gray_r",
+    )
+    made.explain(
+        digits.test_images[chosen],
+        explained.proponents,
+        explained.opponents,
+        titles=[f"Test image #{place}, the {reason}" for reason, place in places.items()],
+        labels=digits.test_labels[chosen],
+        predictions=explained.predictions,
+    )
+    made.ranking(detections[SELF_INFLUENCE].scores, first=SUSPECTS)
+    return made.figure("How fast the wrong labels are found", curves, verdict(detections))
 
 
 def save(pictures: Mapping[str, Figure], folder: Path) -> list[Path]:

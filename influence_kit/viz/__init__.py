@@ -1,4 +1,7 @@
-"""Pictures and tables of results; each picture is a ``matplotlib.figure.Figure``, never shown."""
+"""Pictures, tables and a web page of results.
+
+Each picture is a ``matplotlib.figure.Figure``, never shown.
+"""
 
 from influence_kit.tables import text_table
 from influence_kit.viz.comparison import comparison
@@ -7,10 +10,12 @@ from influence_kit.viz.images import proponents_and_opponents, suspects
 from influence_kit.viz.layers import layer_bars
 from influence_kit.viz.matrix import feature_matrix
 from influence_kit.viz.ranking import self_influence_ranking
+from influence_kit.viz.report import Report
 from influence_kit.viz.scatter import predicted_and_actual
 from influence_kit.viz.texts import influential_texts
 
 __all__ = [
+    "Report",
     "comparison",
     "detection_curves",
     "feature_matrix",

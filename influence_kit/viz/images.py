@@ -172,7 +172,7 @@ def _grid(figure: Figure | SubFigure, rows: int, columns: int) -> np.ndarray:
 
 def _draw(axes: Axes, image: Any, title: str, cmap: str, colour: str = NEUTRAL) -> None:
     """One image with its title; a frame where the colour says that something is wrong."""
-    axes.imshow(_pixels(image), cmap=cmap, interpolation="nearest")
+    axes.imshow(pixels_of(image), cmap=cmap, interpolation="nearest")
     wrapped = [textwrap.fill(line, LETTERS, break_on_hyphens=False) for line in title.splitlines()]
     # a dollar sign is one
     axes.set_title("\n".join(wrapped), fontsize=FONT, color=colour, parse_math=False)
@@ -183,7 +183,7 @@ def _draw(axes: Axes, image: Any, title: str, cmap: str, colour: str = NEUTRAL) 
         spine.set_linewidth(2.5 if colour == WRONG else 0.8)
 
 
-def _pixels(image: Any) -> np.ndarray:
+def pixels_of(image: Any) -> np.ndarray:
     """An image as matplotlib takes it: ``[height, width]`` or ``[height, width, channels]``."""
     tensor = torch.as_tensor(image).detach().cpu()
     pixels: np.ndarray = tensor.float().numpy()

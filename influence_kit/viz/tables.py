@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 # what proponents and opponents did, where nothing else is said
@@ -15,5 +14,5 @@ def score_text(score: float) -> str:
 
 
 def label_text(label: Any) -> str:
-    """A label as ``str`` writes its value."""
-    return str(label.item() if isinstance(label, Tensor | np.generic) else label)
+    """A label as ``str`` writes its value, in its own precision."""
+    return str(label.numpy(force=True) if isinstance(label, Tensor) else label)

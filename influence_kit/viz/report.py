@@ -1,0 +1,243 @@
+"""Results as a web page: what helped and hurt predictions, which labels look wrong, and figures.
+
+Letters: m test and n training examples, k of them a test example.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.evaluation.arrays import Values, numbers
+from influence_kit.scoring.reducers import KMostInfluentialResults
+from influence_kit.viz.colours import NEGATIVE, POSITIVE
+from influence_kit.viz.sections import Labels, Question, Section, TrainingSet, check_counts
+from influence_kit.viz.shown import QUERY_SIDE, Display, figure_address
+from influence_kit.viz.tables import HEADS, label_text
+
+CSS_PIXELS_AN_INCH = 96
+READING = (
+    "A positive score marks a proponent: training on that example lowered the loss of the test "
+    "example. A negative score marks an opponent: training on it raised that loss. Near 0 it "
+    "hardly mattered. The bars compare the scores of one test example."
+)
+SUSPICION = (
+    "The examples that the model had to bend most to fit, the highest score first. Many of them "
+    "have a wrong label; others are only rare, or hard."
+)
+
+
+class Report:
+    """A page of results in one file that needs nothing else: for a browser, a phone, or paper.
+
+    Its sections stand in the order in which they are asked for, and the same inputs give the same
+    bytes. Examples are shown by what they are: a ``str`` as text, ``[features]`` as numbers with
+    their names, ``[height, width]`` and ``[channels, height, width]`` as an image of 1 or 3
+    channels, as in ``proponents_and_opponents``. So that many of them fit on a page, an image is
+    embedded with at most 96 pixels a side (240 of a test example) and a row with its first 40
+    numbers; what is left out of a row or a text is said.
+
+    Args:
+        title: what to write on top.
+        train_examples: the training examples ``[n, ...]``, or any sequence of them.
+        train_labels: their labels ``[n]``, shown by ``str``, where there are any.
+        true_labels: what they should be, ``[n]``, where known: a label that differs is marked.
+        method: what gave the scores, for its name and its formula; a ``str`` is a name alone.
+        feature_names: what to call the numbers of an example.
+        cmap: matplotlib's colours for images of one channel; "gray_r" draws 0 as white.
+        letters: how many letters of a text to show at most.
+        reading: how to read a score.
+        date: what to write of the date; None writes none.
+
+    Raises:
+        InvalidArgumentError: for no training example, other numbers of labels, true labels alone,
+            an unknown cmap, or less than one letter.
+
+    Example:
+        >>> import torch
+        >>> from influence_kit import KMostInfluentialResults
+        >>> helpful = KMostInfluentialResults(torch.tensor([[1]]), torch.tensor([[0.5]]))
+        >>> report = Report("Reviews", ["dull", "a joy"], ["bad", "good"], method="TracInCP")
+        >>> page = report.explain(["what a joy"], helpful, predictions=["good"]).html()
+        >>> "what a joy" in page
+        True
+    """
+
+    def __init__(
+        self,
+        title: str,
+        train_examples: Tensor | Sequence[Any],
+        train_labels: Labels | None = None,
+        *,
+        true_labels: Labels | None = None,
+        method: object = None,
+        feature_names: Sequence[str] | None = None,
+        cmap: str = "gray",
+        letters: int = 600,
+        reading: str = READING,
+        date: str | None = None,
+    ) -> None:
+        if cmap not in colormaps or letters < 1:
+            raise InvalidArgumentError(
+                f"got cmap='{cmap}' and letters={letters}; expected a name in "
+                "matplotlib.colormaps, and at least one letter"
+            )
+        self._display = Display(feature_names, cmap, letters)
+        self._train = TrainingSet(train_examples, train_labels, true_labels, self._display)
+        name, formula = _name_and_formula(method)
+        facts = {
+            "Method": name,
+            "Formula": formula,
+            "Training examples": str(len(self._train)),
+            "Date": date,
+        }
+        self._head = {"title": title, "head": facts, "reading": reading}
+        self._sections: list[Section] = []
+
+    def explain(
+        self,
+        queries: Tensor | Sequence[Any],
+        proponents: KMostInfluentialResults,
+        opponents: KMostInfluentialResults | None = None,
+        titles: Sequence[str] | None = None,
+        labels: Labels | None = None,
+        predictions: Labels | None = None,
+        heading: str = "What helped, and what hurt",
+        heads: tuple[str, str] = HEADS,
+    ) -> "Report":
+        """Add test examples, each with its proponents and opponents side by side, best first.
+
+        Args:
+            queries: the test examples ``[m, ...]``, or any sequence of them.
+            proponents: what ``influence(..., k=k)`` returned for them.
+            opponents: what ``influence(..., k=k, proponents=False)`` returned, if asked.
+            titles: what to call each, ``[m]``; by its place among them where None.
+            labels: their labels ``[m]``, shown by ``str``, where known.
+            predictions: what the model says of each, ``[m]``, shown by ``str``.
+            heading: what to write above all of them.
+            heads: what to write above proponents and opponents.
+
+        Returns:
+            The report itself.
+
+        Raises:
+            InvalidArgumentError: for no test example, other numbers of results, titles or labels,
+                places that the training set does not have, or an example that cannot be shown.
+        """
+        m, train = len(queries), self._train
+        known = {"Label": labels, "Prediction": predictions}
+        check_counts(m, "test", titles=titles, labels=labels, predictions=predictions)
+        results = [
+            (head, *train.results(*result, m))
+            for head, result in zip(heads, (proponents, opponents), strict=True)
+            if result is not None
+        ]
+        questions = []
+        for row, query in enumerate(queries):
+            title = f"Test example #{row}" if titles is None else titles[row]
+            facts = {name: label_text(v[row]) for name, v in known.items() if v is not None}
+            largest = max(scores[row].abs().max() for _, _, scores in results)
+            tables = [
+                train.table(head, indices[row], scores[row], largest)
+                for head, indices, scores in results
+            ]
+            shown = self._display.shown(query, QUERY_SIDE)
+            questions.append(Question(title, shown, facts, tables))
+        return self._with(Section(heading, "", questions))
+
+    def ranking(
+        self,
+        scores: Values,
+        first: int = 20,
+        heading: str = "Which labels look wrong",
+        text: str = SUSPICION,
+    ) -> "Report":
+        """Add the training examples of highest scores; of equal ones the lower place comes first.
+
+        Args:
+            scores: of the training examples, ``[n]``: what ``self_influence()`` returned, or any
+                other suspicion.
+            first: how many to show, at least 1.
+            heading: what to write above them.
+            text: what the scores say.
+
+        Returns:
+            The report itself.
+
+        Raises:
+            InvalidArgumentError: for scores that are not finite or of another number, none to
+                show, or an example that cannot be shown.
+        """
+        values, n = numbers(scores, "scores", "[n]"), len(self._train)
+        if len(values) != n or first < 1:
+            raise InvalidArgumentError(
+                f"got {len(values)} scores and first={first}; there are {n} training examples, and "
+                "there must be a score for each and at least one to show"
+            )
+        order = values.argsort(descending=True, stable=True)[:first]
+        highest = values[order]
+        caption = f"the {len(order)} highest of {n} scores"
+        table = self._train.table(caption, order, highest, highest.abs().max())
+        if self._train.truth is not None:
+            wrong = sum(entry.truth is not None for entry in table.entries)
+            text = f"{text} Of these {len(order)}, {wrong} have a wrong label."
+        return self._with(Section(heading, text, ranking=table))
+
+    def figure(self, heading: str, figure: Figure, text: str = "") -> "Report":
+        """Add a figure as it is now, one of this package or any other of matplotlib.
+
+        Args:
+            heading: what to write above it, and what a screen reader calls it.
+            figure: the figure.
+            text: what to see in it.
+
+        Returns:
+            The report itself.
+        """
+        width = round(CSS_PIXELS_AN_INCH * float(figure.get_figwidth()))
+        return self._with(Section(heading, text, picture=figure_address(figure), width=width))
+
+    def html(self) -> str:
+        """The page.
+
+        Raises:
+            InvalidArgumentError: for a report without any section.
+        """
+        if not self._sections:
+            raise InvalidArgumentError(
+                "the report is empty; call `explain`, `ranking` or `figure` first"
+            )
+        environment = Environment(
+            loader=PackageLoader("influence_kit.viz"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        colours = {"positive": POSITIVE, "negative": NEGATIVE}
+        page = environment.get_template("report.html")
+        return page.render(**self._head, sections=self._sections, colours=colours)
+
+    def write(self, path: str | Path) -> Path:
+        """Write the page into a file, in UTF-8, and return the file's path."""
+        path = Path(path)
+        # half a surrogate pair, which a text decoded from bytes may hold, has no UTF-8
+        path.write_bytes(self.html().encode("utf-8", "xmlcharrefreplace"))
+        return path
+
+    def _with(self, section: Section) -> "Report":
+        self._sections.append(section)
+        return self
+
+
+def _name_and_formula(method: object) -> tuple[str | None, str | None]:
+    """What a method is called, and the first line of its own documentation."""
+    if method is None or isinstance(method, str):
+        return method, None
+    kind = method if isinstance(method, type) else type(method)
+    return kind.__name__, (kind.__doc__ or "").strip().partition("\n")[0] or None

@@ -1,0 +1,137 @@
+"""What the report's template takes: questions, rankings and pictures, as words and addresses.
+
+Letters: m test and n training examples, k of them a test example.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.evaluation.arrays import Values, numbers, places
+from influence_kit.viz.shown import Display, Shown
+from influence_kit.viz.tables import label_text, score_text
+
+Labels = Sequence[Any] | Tensor
+
+
+class Entry(NamedTuple):
+    """A training example in a table.
+
+    Attributes:
+        place: its place in the training set.
+        shown: the example itself.
+        label: its label, where known.
+        truth: what the label should be, where that is known and differs.
+        score: its score as it is written.
+        sign: "positive", "negative" or "zero".
+        share: the length of its bar, in percent of the longest.
+    """
+
+    place: int
+    shown: Shown
+    label: str | None
+    truth: str | None
+    score: str
+    sign: str
+    share: str
+
+
+class Table(NamedTuple):
+    """Proponents of a test example, or its opponents, or a ranking, best first."""
+
+    caption: str
+    entries: Sequence[Entry]
+
+
+class Question(NamedTuple):
+    """A test example with what is known of it, and its tables side by side."""
+
+    title: str
+    shown: Shown
+    facts: Mapping[str, str]
+    tables: Sequence[Table]
+
+
+class Section(NamedTuple):
+    """A heading and a text, with questions, a ranking or a picture under them.
+
+    Attributes:
+        width: of the picture on a page with room, in pixels of the page.
+    """
+
+    heading: str
+    text: str
+    questions: Sequence[Question] = ()
+    ranking: Table | None = None
+    picture: str | None = None
+    width: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The training examples, ``[n]``, and how they are shown.
+
+    Attributes:
+        examples: the examples.
+        labels: their labels, where there are any.
+        truth: what the labels should be, where known.
+        display: how an example is shown.
+    """
+
+    examples: Tensor | Sequence[Any]
+    labels: Labels | None
+    truth: Labels | None
+    display: Display
+
+    def __post_init__(self) -> None:
+        check_counts(len(self), "training", train_labels=self.labels, true_labels=self.truth)
+        if self.labels is None and self.truth is not None:
+            raise InvalidArgumentError(
+                "got true_labels without train_labels, with which to compare them; pass both"
+            )
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def results(self, indices: Tensor, influence_scores: Values, m: int) -> tuple[Tensor, Tensor]:
+        """Places and scores ``[m, k]`` on the CPU; refused where they are not of m tests."""
+        scores = numbers(influence_scores, "influence_scores", "[m, k]")
+        if indices.shape != scores.shape or len(scores) != m:
+            raise InvalidArgumentError(
+                f"a result has indices of shape {list(indices.shape)} and influence_scores of "
+                f"{list(scores.shape)}; both must be [m, k], with a row for each of the {m} test "
+                "examples"
+            )
+        return places(indices.flatten(), len(self)).view(scores.shape), scores
+
+    def table(self, caption: str, indices: Tensor, scores: Tensor, largest: Tensor) -> Table:
+        """The training examples at places ``[k]``; a bar of full length is the largest score."""
+        shares = (100 * scores.abs() / largest).nan_to_num()
+        rows = zip(indices.tolist(), scores.tolist(), shares.tolist(), strict=True)
+        return Table(caption, [self._entry(*row) for row in rows])
+
+    def _entry(self, place: int, score: float, share: float) -> Entry:
+        label = None if self.labels is None else label_text(self.labels[place])
+        truth = None if self.truth is None else label_text(self.truth[place])
+        return Entry(
+            place,
+            self.display.shown(self.examples[place]),
+            label,
+            None if truth == label else truth,
+            score_text(score),
+            "positive" if score > 0 else "negative" if score < 0 else "zero",
+            f"{share:.1f}%",
+        )
+
+
+def check_counts(count: int, kind: str, **given: Any) -> None:
+    """Refuse no examples, and anything given that has not one item an example."""
+    counts = {name: len(items) for name, items in given.items() if items is not None}
+    if count == 0 or any(other != count for other in counts.values()):
+        raise InvalidArgumentError(
+            f"got {count} {kind} examples, and {counts}; there must be at least one, and one of "
+            "each an example"
+        )
