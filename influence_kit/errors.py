@@ -9,6 +9,10 @@ class InvalidArgumentError(AssertionError, ValueError):
     """
 
 
+class LabelError(InvalidArgumentError):
+    """A label that names no class, with the example that has it."""
+
+
 class UnknownLayerError(ValueError, AttributeError):
     """A layer name that the model does not have (Captum raises ``AttributeError`` there)."""
 

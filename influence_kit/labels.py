@@ -1,15 +1,19 @@
-"""Where the labels of a batch and the logits of a model's output are, for what looks at them."""
+"""Where the labels of a batch and the logits of a model's output are, and labels of no class."""
 
+import copy
+import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from influence_kit.data import Batch
-from influence_kit.errors import InvalidArgumentError
+from influence_kit.data import Batch, map_tensors
+from influence_kit.errors import InvalidArgumentError, LabelError
 
 # of a dict batch, in this order
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
+IGNORED_LABEL = -100  # of torch's and Hugging Face's cross-entropy
 
 
 def label_key(batch: Batch) -> Any:
@@ -53,3 +57,65 @@ def logits_of(outputs: Any) -> Tensor:
     if not isinstance(found, Tensor):
         raise InvalidArgumentError(f"the model returns a {type(outputs).__name__} without `logits`")
     return found
+
+
+def with_logits(outputs: Any, logits: Tensor) -> Any:
+    """A model's output with other logits in the place of its own."""
+    known = logits_of(outputs)
+    shown = map_tensors(outputs, lambda tensor: logits if tensor is known else tensor)
+    if logits_of(shown) is not logits:  # an object with an attribute
+        shown = copy.copy(outputs)
+        shown.logits = logits
+    return shown
+
+
+def check_labels(labels: Tensor, classes: int, ignored: int | None = None) -> None:
+    """Refuse labels that name no class: on a GPU an index by one stops the whole process.
+
+    Args:
+        labels: integers, ``[n]`` or ``[n, *]``.
+        classes: how many there are.
+        ignored: the one label that may be none; None where any negative one is.
+
+    Raises:
+        LabelError: with the example, its label and the classes.
+    """
+    labels = labels.long()
+    try:
+        least, most = torch.stack(torch.aminmax(labels)).tolist()
+    except RuntimeError:  # of no labels, and under vmap, which shows no values
+        return
+    if most < classes and (least >= 0 or ignored is None):
+        return
+    wrong = labels >= classes
+    if ignored is not None:
+        wrong = (wrong | (labels < 0)) & (labels != ignored)
+    if bool(wrong.any()):
+        also = "a negative one" if ignored is None else f"the label {ignored}"
+        raise LabelError(
+            f"{_first(wrong, labels)}, and there are {classes} classes: labels are 0 to "
+            f"{classes - 1}, and {also} counts nothing"
+        )
+
+
+def label_in(error: IndexError, targets: Any) -> str | None:
+    """The label that torch's cross-entropy stumbled over, in words; None for another error."""
+    found = re.match(r"Target (-?\d+) is out of bounds", str(error))
+    if found is None:
+        return None
+    labels = targets
+    if isinstance(targets, Mapping):
+        labels = next((targets[key] for key in LABEL_KEYS if key in targets), None)
+    if isinstance(labels, Tensor):
+        try:
+            return _first(labels == int(found[1]), labels)
+        except (IndexError, RuntimeError):  # it is not there, or under vmap
+            pass
+    return f"an example has the label {found[1]}"
+
+
+def _first(wrong: Tensor, labels: Tensor) -> str:
+    """The first example with a wrong label, in words."""
+    place, n = wrong.nonzero()[0].tolist(), len(labels)
+    which = f"example {place[0]} of a batch of {n}" if n > 1 else "an example"
+    return f"{which} has the label {int(labels[tuple(place)])}"

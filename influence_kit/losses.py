@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from influence_kit.data import Batch, targets_of
-from influence_kit.errors import InvalidArgumentError
+from influence_kit.errors import InvalidArgumentError, LabelError
+from influence_kit.labels import IGNORED_LABEL, check_labels, label_in
+from influence_kit.own_losses import OWN_FORMULAS, example_means, next_token_losses
 
 LossFunction = Callable[[Any, Any], Tensor]
-IGNORED_LABEL = -100  # of torch's and Hugging Face's cross-entropy
+CROSS_ENTROPIES = (nn.CrossEntropyLoss, nn.NLLLoss)
 NO_EXAMPLE_LOSS = (
     "A mean over tokens with padding or over examples weighted by class has no loss per example: "
     "pass a loss with one value an example (reduction='none', shape [n] or [n, tokens])"
@@ -79,7 +81,7 @@ class Loss:
     def shift(self) -> int:
         """By how many positions labels are behind logits: 1 for a language model's own loss."""
         formula = self._formula
-        return int(isinstance(formula, partial) and _next_token_losses in formula.args)
+        return int(isinstance(formula, partial) and next_token_losses in formula.args)
 
     @property
     def is_of_outputs(self) -> bool:
@@ -93,7 +95,15 @@ class Loss:
 
     def values(self, outputs: Any, batch: Batch) -> Tensor:
         """What the loss returns, checked to be a tensor."""
-        value = self._formula(outputs, targets_of(batch))
+        targets = targets_of(batch)
+        self._check_labels(outputs, targets)
+        try:
+            value = self._formula(outputs, targets)
+        except IndexError as error:
+            told = label_in(error, targets)
+            if told is None:
+                raise
+            raise LabelError(f"{told}, which `{self.name}` cannot look up") from error
         if not isinstance(value, Tensor):
             raise InvalidArgumentError(
                 f"`{self.name}` must return a tensor; got a {type(value).__name__}"
@@ -194,6 +204,16 @@ class Loss:
                 f"an example and returned a scalar for {n} examples"
             )
 
+    def _check_labels(self, outputs: Any, targets: Any) -> None:
+        """Refuse labels that torch's cross-entropy cannot look up: a GPU would not say which."""
+        loss = self._formula
+        ignored = loss.ignore_index if isinstance(loss, CROSS_ENTROPIES) else IGNORED_LABEL
+        # a subclass may shape outputs and targets anew
+        plain = type(loss) in CROSS_ENTROPIES or loss in (F.cross_entropy, F.nll_loss)
+        labels = plain and isinstance(targets, Tensor) and not targets.is_floating_point()
+        if labels and isinstance(outputs, Tensor) and outputs.dim() > 0:
+            check_labels(targets, outputs.shape[min(1, outputs.dim() - 1)], ignored)
+
     def _check_shares(self, targets: Any, n: int) -> None:
         """Refuse a mean of torch's cross-entropy in which a batch's examples count differently.
 
@@ -201,7 +221,7 @@ class Loss:
         """
         loss = self._formula
         labels = isinstance(targets, Tensor) and not targets.is_floating_point()
-        if n == 1 or not labels or not isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss):
+        if n == 1 or not labels or not isinstance(loss, CROSS_ENTROPIES):
             return
         kept = targets != loss.ignore_index
         weights = kept if loss.weight is None else loss.weight[targets.where(kept, 0)] * kept
@@ -219,53 +239,19 @@ class Loss:
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
             return False
-        for formula in (_next_token_losses, _token_losses, _class_losses):
+        for formula in OWN_FORMULAS:
             found = formula(logits, labels)
             if found is None:
                 continue
             # each example alone, and the batch: classes may have weights, which alone do not show
             whole = found[0].sum() / found[1].sum()
-            expected = torch.cat([_example_means(formula, outputs, batch), whole.reshape(1)])
+            expected = torch.cat([example_means(formula, outputs, batch), whole.reshape(1)])
             own = torch.cat([singles, self.values(*together).reshape(1)])
             if torch.allclose(expected, own.to(expected), closeness, 1e-12):
-                self._formula = partial(_example_means, formula)
+                self._formula = partial(example_means, formula)
                 self.reduction, self.settled = "none", True
                 return True
         return False
-
-
-OwnFormula = Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None]
-
-
-def _example_means(formula: OwnFormula, outputs: Any, batch: Any) -> Tensor:
-    """The formula's loss of each example, ``[n]``; 0 where nothing is labelled."""
-    found = formula(outputs.logits, batch["labels"])
-    assert found is not None
-    sums, counts = found
-    return sums / counts.clamp(min=1)
-
-
-def _token_losses(logits: Tensor, labels: Tensor, shift: int = 0) -> tuple[Tensor, Tensor] | None:
-    """Each sequence's cross-entropy over its labelled tokens, summed, and their number, ``[n]``."""
-    if logits.dim() != 3 or labels.shape != logits.shape[:2]:
-        return None
-    logits, labels = logits[:, : logits.shape[1] - shift], labels[:, shift:]
-    losses = F.cross_entropy(
-        logits.transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none"
-    )
-    return losses.sum(1), (labels != IGNORED_LABEL).sum(1)
-
-
-def _next_token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The same where position t predicts label t + 1."""
-    return _token_losses(logits, labels, shift=1)
-
-
-def _class_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Cross-entropy of one class an example, and 1, ``[n]``."""
-    if logits.dim() != 2 or labels.dim() != 1 or labels.is_floating_point():
-        return None
-    return F.cross_entropy(logits, labels, reduction="none"), torch.ones_like(labels)
 
 
 def _squared_errors(loss_fn: nn.MSELoss, outputs: Any, targets: Any) -> Tensor:

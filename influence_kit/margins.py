@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influence_kit.data import Batch, map_tensors, targets_of
+from influence_kit.data import Batch, targets_of
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.labels import labels_of, logits_of
+from influence_kit.labels import check_labels, labels_of, logits_of, with_logits
 from influence_kit.losses import Loss
 
 OutputFunction = Callable[[Any, Any], Tensor]
@@ -34,7 +34,9 @@ def classification_margin(outputs: Any, targets: Any, shift: int | None = None) 
         ``[n]``.
 
     Raises:
-        InvalidArgumentError: for targets that are no labels of classes.
+        InvalidArgumentError: for targets that are no labels of classes, or have no positions to
+            shift.
+        LabelError: for a label that is none of these classes.
     """
     margins, counts = _margins(outputs, targets, shift)
     return (margins * counts).sum(1)
@@ -69,8 +71,14 @@ def _margins(outputs: Any, targets: Any, shift: int | None) -> tuple[Tensor, Ten
             "position with the next label: pass shift=1 for a causal language model, shift=0 for a "
             "label at each token"
         )
-    if shift:
+    if shift not in (None, 0):
+        if isinstance(shift, bool) or not isinstance(shift, int) or shift < 0 or labels.dim() != 2:
+            raise InvalidArgumentError(
+                f"`shift` must be None, or a count of positions of labels [n, t]; got {shift!r} "
+                f"for labels of shape {list(labels.shape)}"
+            )
         logits, labels = logits[:, :-shift], labels[:, shift:]
+    check_labels(labels, logits.shape[-1])
     counts = labels >= 0
     places = labels.clamp(min=0).long().unsqueeze(-1)
     right = logits.gather(-1, places).squeeze(-1)
@@ -99,11 +107,19 @@ def slope_along(
     The slope by least squares, -<dL/dz, df/dz> / |df/dz|^2 over an example's logits z: exact where
     L is a function of f.
     """
-    known = logits_of(outputs)
-    logits = known.detach().requires_grad_()
-    shown = map_tensors(outputs, lambda t: logits if t is known else t)
+    logits = logits_of(outputs).detach().requires_grad_()
+    shown = with_logits(outputs, logits)
     with torch.enable_grad():
-        along = torch.autograd.grad(output_fn(shown, targets_of(batch)).sum(), logits)[0]
-        down = torch.autograd.grad(loss.total(shown, batch, n), logits)[0]
+        along = _gradient(output_fn(shown, targets_of(batch)).sum(), logits, "output_fn")
+        down = _gradient(loss.total(shown, batch, n), logits, loss.name)
     product, square = (along * down).reshape(n, -1).sum(1), along.square().reshape(n, -1).sum(1)
     return -product / square.clamp(min=torch.finfo(square.dtype).tiny)
+
+
+def _gradient(value: Tensor, logits: Tensor, name: str) -> Tensor:
+    if not value.requires_grad:
+        raise InvalidArgumentError(
+            f"`{name}` is no function of the model's output (its `logits`), so that the loss has "
+            "no slope along `output_fn`; compute it from the logits"
+        )
+    return torch.autograd.grad(value, logits)[0]

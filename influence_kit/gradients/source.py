@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_kit.data import Batch, call_model, example_count, take
+from influence_kit.errors import LabelError
 from influence_kit.gradients.capture import Capture
 from influence_kit.gradients.check import check
 from influence_kit.gradients.comparison import EXAMPLES
@@ -47,7 +48,12 @@ class GradientSource:
         distinct = min(example_count(batch), EXAMPLES)
         known, seen = self._checked.get(id(loss), (loss, 0))
         if seen < distinct or not known.settled:
-            check(self.capture, batch, loss)
+            try:
+                check(self.capture, batch, loss)
+            except LabelError:  # which counts the few examples that were looked at
+                with torch.no_grad():
+                    loss.values(call_model(self.capture.model, batch), batch)
+                raise
             self._checked[id(loss)] = (loss, distinct)
             self._say_slow()
 

@@ -3,8 +3,7 @@
 Letters: m test and n training examples, P chosen parameters, B examples of a step.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from influence_kit.checkpoint_loader import is_live, memory_of
-from influence_kit.checkpoints import load_checkpoint
 from influence_kit.data import Batch, to_device
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients, from_flat
@@ -21,26 +18,16 @@ from influence_kit.losses import Loss
 from influence_kit.methods.by_place import ExamplesByPlace, count_by_place
 from influence_kit.methods.example_influence import given
 from influence_kit.methods.inner_product import InnerProductInfluence
-from influence_kit.methods.kept_rows import Places
+from influence_kit.methods.looked_up import LookedUp, places_in_pieces
 from influence_kit.methods.projected import Dim, check_dim
-from influence_kit.methods.walk_back import check_memory, walk_back
+from influence_kit.methods.step_gradients import StepGradients
+from influence_kit.methods.walk_back import check_epochs, check_memory, walk_back
 from influence_kit.operators.projection import Projection, layer_by_layer
 from influence_kit.scoring.reducers import Reducer
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term
 from influence_kit.training_step import steps_of
 from influence_kit.training_trace import TrainingTrace
-
-
-@dataclass(frozen=True)
-class _Embedded(Term):
-    """A term whose training side is looked up; ``own`` gives gradients of the same examples."""
-
-    own: Callable[[Batch], Gradients] = field(kw_only=True)
-
-    def self_products(self, batch: Batch) -> tuple[Gradients, Tensor]:
-        train = self.train(batch)
-        return train, self.own(batch).paired(train)
 
 
 class DVEmb(InnerProductInfluence):
@@ -123,12 +110,7 @@ class DVEmb(InnerProductInfluence):
         self.projection_dim = None if projection_dim is None else check_dim(projection_dim)
         self.seed = seed
         self._steps = steps_of(trace, count_by_place(train_dataset))
-        known = {step.epoch for step in self._steps}
-        if epochs is not None and (not epochs or not set(epochs) <= known):
-            raise InvalidArgumentError(
-                f"`epochs` must be epochs of the trace, which has {sorted(known, key=str)}; got "
-                f"{epochs!r}"
-            )
+        check_epochs(epochs, self._steps)
         self.trace = trace
         self.epochs = epochs
         self._embeddings: Tensor | None = None
@@ -139,7 +121,7 @@ class DVEmb(InnerProductInfluence):
     def terms(self) -> list[Term]:
         """One term: gradients after training, and embeddings."""
         test, train = Side(0, self._test_gradients), Side(0, self._embedded)
-        return [_Embedded(test, train, weight=1.0, own=self._own_gradients)]
+        return [LookedUp(test, train, weight=1.0, own=self._own_gradients)]
 
     # What a user calls.
 
@@ -154,12 +136,13 @@ class DVEmb(InnerProductInfluence):
         """
         if self._embeddings is None:
             check_memory(self._train_count(), self._size, self._steps, self._sample)
-            doing = "embed the training examples. Processing step"
+            doing, of_examples = "embed the training examples. Processing step", self._own_gradients
             with self._session(), self._bar(doing, len(self._steps), show_progress) as bar:
-                empty = self._sample.new_zeros(self._train_count(), self._size)
-                self._embeddings = walk_back(
-                    self._steps, self._gradients_at, empty, self.epochs, bar.update
+                read = StepGradients(
+                    self.model, self.trace, self._steps, of_examples, self._examples.rows
                 )
+                empty = self._sample.new_zeros(self._train_count(), self._size)
+                self._embeddings = walk_back(self._steps, read, empty, self.epochs, bar.update)
         return self._embeddings
 
     def self_influence(
@@ -230,8 +213,7 @@ class DVEmb(InnerProductInfluence):
 
     @property
     def _train_batches(self) -> Iterable[Batch]:
-        pieces = torch.arange(self._train_count()).split(self._examples.rows)
-        return [Places((places,)) for places in pieces]
+        return places_in_pieces(self._train_count(), self._examples.rows)
 
     def _batches(self, inputs: Any, ordered: bool = True) -> Iterable[Batch]:
         if not isinstance(inputs, Tensor):
@@ -261,18 +243,6 @@ class DVEmb(InnerProductInfluence):
         (places,) = batch
         examples = self._examples(places.tolist())
         return self.train_at(0)(to_device(examples, self._device))
-
-    def _gradients_at(self, number: int) -> Tensor:
-        """The gradients of a step's examples at the weights before it, ``[B, P]``."""
-        state = self.trace[number]["state_dict"]
-        if is_live(state, memory_of(self.model)):
-            raise InvalidArgumentError(
-                f"the state_dict of step {number} is the model's own memory, which training has "
-                "changed since; a trace needs copies: copy.deepcopy(model.state_dict())"
-            )
-        load_checkpoint(self.model, state)
-        pieces = torch.tensor(self._steps[number].indices).split(self._examples.rows)
-        return torch.cat([self._own_gradients((places,)).flat() for places in pieces])
 
     @cached_property
     def _projection(self) -> Projection | None:

@@ -6,6 +6,7 @@ Letters: m test and n training examples, k examples asked for.
 from abc import abstractmethod
 from typing import Any, overload
 
+from captum.influence import DataInfluence
 from torch import Tensor
 
 from influence_kit.errors import InvalidArgumentError
@@ -13,8 +14,8 @@ from influence_kit.methods.base import InfluenceBase
 from influence_kit.scoring.reducers import AllScores, KMostInfluentialResults, Reducer, TopK
 
 
-class ExampleInfluence(InfluenceBase):
-    """A method that scores training examples for test examples, however it does so."""
+class Question(DataInfluence):
+    """What scores training examples for test examples: a method, or a valuation."""
 
     @overload
     def influence(
@@ -47,18 +48,35 @@ class ExampleInfluence(InfluenceBase):
         """The scores of all training examples for each test example, or the k best.
 
         Args:
-            inputs: test examples: one batch (tuple, list or dict) or a DataLoader.
+            inputs: test examples: one batch (tuple, list or dict) or a DataLoader. Of a valuation
+                what its ``score`` takes, handed on as it is.
             k: how many proponents or opponents to return; None for all scores.
             proponents: the highest scores; False for the lowest.
-            show_progress: a bar over the training set.
-            aggregate: the influence on the sum of the test examples' losses: one row.
+            show_progress: a bar over the training set (of a valuation: over the models fitted).
+            aggregate: the influence on the sum of the test examples' losses (of a valuation: of
+                their scores): one row.
 
         Returns:
             Scores ``[m, n]`` (``[1, n]`` if ``aggregate``) in the order of the training set, or
             ``KMostInfluentialResults`` of ``[m, min(k, n)]``. Positive: a proponent, training on it
-            lowered the test loss.
+            lowered the test loss (raised the score).
         """
         check_k(k)
+        return self._answer(inputs, k, proponents, show_progress, aggregate)
+
+    @abstractmethod
+    def _answer(
+        self, inputs: Any, k: int | None, proponents: bool, show_progress: bool, aggregate: bool
+    ) -> Tensor | KMostInfluentialResults:
+        """The answer to ``influence``, whose k is none or a count."""
+
+
+class ExampleInfluence(Question, InfluenceBase):
+    """A method that scores training examples for test examples, however it does so."""
+
+    def _answer(
+        self, inputs: Any, k: int | None, proponents: bool, show_progress: bool, aggregate: bool
+    ) -> Tensor | KMostInfluentialResults:
         doing = "compute influence for training batches"
         if k is not None:
             kind = "proponents" if proponents else "opponents"

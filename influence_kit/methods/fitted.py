@@ -7,13 +7,11 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from typing_extensions import Self
 
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.data import Batch, as_loader, is_dataset
@@ -21,11 +19,11 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.methods.chosen import group_by_layer
 from influence_kit.methods.damping import AUTO_SHARE, DampingArgument, check_damping, share_of
-from influence_kit.methods.inner_product import InnerProductInfluence
+from influence_kit.methods.kept_fit import KeptFit
 from influence_kit.operators.labels import ModelLabels
 from influence_kit.operators.partition import Partition
 from influence_kit.operators.passes import DataSet, Features, Memory, Remembered
-from influence_kit.saved import read_folder, write_folder
+from influence_kit.operators.wording import OF_CURVATURE
 from influence_kit.scoring.term import Transform
 
 Facts = dict[str, Tensor]
@@ -34,7 +32,7 @@ MEANS = "mean_eigenvalues"
 OTHER_DRAW = 0x5851F42D4C957F2D
 
 
-class FittedInfluence(InnerProductInfluence):
+class FittedInfluence(KeptFit):
     """A method that measures the curvature of the loss at every checkpoint, once.
 
     What is measured (``fit``) does not depend on the damping, is kept for later calls, and can be
@@ -43,8 +41,8 @@ class FittedInfluence(InnerProductInfluence):
 
     # of damping="auto": a part of the mean eigenvalue of a block
     _auto_share = AUTO_SHARE
-    # what the argument is called
-    _damping_name = "damping"
+    # what errors call the curvature and the damping
+    _wording = OF_CURVATURE
 
     def __init__(
         self,
@@ -100,7 +98,7 @@ class FittedInfluence(InnerProductInfluence):
 
     @damping.setter
     def damping(self, damping: DampingArgument) -> None:
-        self._damping = check_damping(damping, self.block_names, self._damping_name)
+        self._damping = check_damping(damping, self.block_names, self._wording.damping)
         self._inverses.clear()
 
     @property
@@ -112,56 +110,6 @@ class FittedInfluence(InnerProductInfluence):
             if self._damping != "auto" or MEANS in self._facts[c]
         ]
 
-    def fit(self, show_progress: bool = False) -> Self:
-        """Measure the curvature at every checkpoint, anew; ``influence`` does so by itself once.
-
-        Args:
-            show_progress: a bar over the checkpoints.
-        """
-        self._forget()
-        with (
-            self._session() as loader,
-            self._bar(
-                "fit the curvature. Processing checkpoint", len(self.checkpoints), show_progress
-            ) as bar,
-        ):
-            for place in range(len(self.checkpoints)):
-                self._fit_at(place, loader)
-                bar.update()
-        return self
-
-    def save(self, folder: str | Path) -> None:
-        """Write what was measured of the curvature to a folder; measures it where it is not yet.
-
-        The damping is not part of it.
-        """
-        tensors = {}
-        with self._session() as loader:
-            for place in range(len(self.checkpoints)):
-                self._fit_at(place, loader)
-                for name, value in self._facts[place].items():
-                    tensors[f"{place}/{name}"] = value
-            write_folder(folder, tensors, self._description(loader))
-
-    def load(self, folder: str | Path) -> Self:
-        """Take what ``save`` has written, in place of ``fit``.
-
-        Raises:
-            InvalidArgumentError: where it was saved for another model, data set, loss or setting.
-        """
-        with self._session() as loader:
-            tensors = read_folder(folder, self._description(loader))
-            self._forget()
-            for place in range(len(self.checkpoints)):
-                loader.load(place)
-                self._prints[place] = loader.fingerprint(place)
-                self._facts[place] = {
-                    name.partition("/")[2]: value.to(self._device)
-                    for name, value in tensors.items()
-                    if name.startswith(f"{place}/")
-                }
-        return self
-
     # How it is done.
 
     def _settings(self) -> dict[str, Any]:
@@ -169,13 +117,19 @@ class FittedInfluence(InnerProductInfluence):
         # a list: the order counts
         return {"seed": self.seed, "blocks": [list(b) for b in self._partition.blocks.items()]}
 
-    def _description(self, loader: CheckpointLoader) -> dict[str, Any]:
-        """What a saved curvature belongs to."""
-        return {
-            "method": self.get_name(),
-            **self._settings(),
-            **self._identity(loader, self._hessian_loader),
-        }
+    @property
+    def _what_is_fitted(self) -> str:
+        return self._wording.matrix
+
+    @property
+    def _fit_data(self) -> Iterable[Batch]:
+        return self._hessian_loader
+
+    def _found_at(self, place: int) -> Facts:
+        return self._facts[place]
+
+    def _take(self, place: int, facts: Facts, fingerprint: tuple[float, ...]) -> None:
+        self._facts[place], self._prints[place] = facts, fingerprint
 
     @cached_property
     def _partition(self) -> Partition:
@@ -203,10 +157,10 @@ class FittedInfluence(InnerProductInfluence):
         known = self._prints.get(place)
         if known is not None and known != loader.fingerprint(place):
             raise InvalidArgumentError(
-                f"checkpoint {place} holds other weights than when its curvature was measured; "
-                "call `fit()` to measure it anew"
+                f"checkpoint {place} holds other weights than when {self._what_is_fitted} was "
+                "measured; call `fit()` to measure it anew"
             )
-        data = DataSet(self._fit_batches, self._device, place)
+        data = DataSet(self._fit_batches, self._device, place, self._wording.data)
         if place not in self._facts:
             self._facts[place] = self._measure(data)
             self._prints[place] = loader.fingerprint(place)
@@ -233,7 +187,8 @@ class FittedInfluence(InnerProductInfluence):
         """The damping of each block ``[B]``, float64."""
         if self._damping == "auto":
             means = self._facts[place][MEANS].tolist()
-            values = share_of(means, self.block_names, self._auto_share, self._damping_name)
+            name = self._wording.damping
+            values = share_of(means, self.block_names, self._auto_share, name)
         elif isinstance(self._damping, Mapping):
             values = [self._damping[name] for name in self.block_names]
         else:

@@ -46,6 +46,12 @@ class Reader:
     any_number: bool
     device: torch.device
 
+    def refuse_unfit_labels(self, batches: Iterable[Batch], kind: str) -> None:
+        """Refuse examples whose labels are none, by the first batch: before the model runs."""
+        for batch in batches:
+            self._labels(batch, kind)
+            return
+
     def __call__(
         self, batches: Iterable[Batch], kind: str, tick: Callable[[], Any] = lambda: None
     ) -> Points:
@@ -65,9 +71,9 @@ class Reader:
             if is_mine(number) or number == 0:
                 kept = slice(None) if is_mine(number) else slice(0, 0)
                 batch = to_device(batch, self.device)
-                features = self._scaled(self.features(batch), places, kind)
-                labels = self._labels(batch)
+                labels = self._labels(batch, kind)
                 _refuse_non_finite(labels[:, None], places, f"the label of {kind} example")
+                features = self._scaled(self.features(batch), places, kind)
                 found.append((features[kept], labels[kept], places[kept]))
             tick()
         if not found:
@@ -90,16 +96,18 @@ class Reader:
             )
         return features / norms[:, None]
 
-    def _labels(self, batch: Batch) -> Tensor:
+    def _labels(self, batch: Batch, kind: str) -> Tensor:
         labels = labels_of(batch)
         if labels.dim() == 2 and labels.shape[1] == 1:
             labels = labels.squeeze(1)
         fractions = labels.is_floating_point() and not self.any_number
         if labels.dim() == 1 and not fractions and not labels.is_complex():
             return labels
+        advice = ". Give a sequence one label, or take a method of gradients"
         raise InvalidArgumentError(
-            f"the labels are {labels.dtype} of shape {list(labels.shape)}; the label of an example "
-            'must be one integer, or one number with utility="squared_error"'
+            f"the labels of {kind} examples are {labels.dtype} of shape {list(labels.shape)}; that "
+            'of an example must be one integer, or one number with utility="squared_error"'
+            + (advice if labels.dim() > 1 else "")
         )
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.data import Batch, loader_length
@@ -48,6 +49,8 @@ class KNNShapley(ExampleInfluence):
     ``[n, d]`` a checkpoint, are kept in memory during a call.
 
     Args:
+        model: without a ``layer`` its weights mean nothing: ``torch.nn.Identity()`` will do.
+        checkpoints: only for a ``layer``, and to be left out without one.
         n_neighbors: K. With K > n each set has fewer neighbours, and the sum still is over K.
         layer: the name of the layer whose output, flattened, are the features; the model's
             floating-point inputs where None. Of a layer that runs several times, the last output.
@@ -64,16 +67,18 @@ class KNNShapley(ExampleInfluence):
         NonFiniteError: for features, distances or labels that are NaN or infinite.
 
     Example:
-        >>> model = torch.nn.Linear(1, 2)
         >>> x, y = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([0, 1, 0])
         >>> train = torch.utils.data.TensorDataset(x, y)
-        >>> knn = KNNShapley(model, train, [model.state_dict()], n_neighbors=1)
+        >>> knn = KNNShapley(torch.nn.Identity(), train, n_neighbors=1)
         >>> knn.influence((torch.tensor([[0.2]]), torch.tensor([0])))
         tensor([[ 0.8333, -0.1667,  0.3333]])
     """
 
     def __init__(
         self,
+        model: nn.Module,
+        train_dataset: Dataset[Any] | DataLoader[Any],
+        checkpoints: Any = None,
         *args: Any,
         n_neighbors: int = 5,
         layer: str | None = None,
@@ -91,7 +96,17 @@ class KNNShapley(ExampleInfluence):
             )
         self.n_neighbors, self.layer = n_neighbors, layer
         self.metric, self.utility = metric, utility
-        super().__init__(*args, **kwargs)
+        super().__init__(model, train_dataset, checkpoints, *args, **kwargs)
+
+    def _find(self, checkpoints: Any) -> list[Any]:
+        if checkpoints is not None:
+            return super()._find(checkpoints)
+        if self.layer is not None:
+            raise InvalidArgumentError(
+                f"`checkpoints` is None: the output of layer '{self.layer}' is compared at each "
+                "checkpoint; [model.state_dict()] is the model as it is now"
+            )
+        return []
 
     def _look_at(self, layers: Any) -> None:
         if layers is not None:
@@ -103,9 +118,7 @@ class KNNShapley(ExampleInfluence):
             check_layers(self.model, [self.layer])
         self.layers = None
         # they tell the device and the precision alone; a model without any is where torch puts it
-        self._parameters = dict(self.model.named_parameters()) or {
-            "": torch.nn.Parameter(torch.empty(0))
-        }
+        self._parameters = dict(self.model.named_parameters()) or {"": nn.Parameter(torch.empty(0))}
         self._source = GradientSource(self.model, {})
 
     # What a user calls.
@@ -170,6 +183,9 @@ class KNNShapley(ExampleInfluence):
         features = Features(self.model, self.layer)
         any_number = self.utility == "squared_error"
         read = Reader(features, self.metric == "cosine", any_number, self._device)
+        read.refuse_unfit_labels(train, "training")
+        if test is not None:
+            read.refuse_unfit_labels(test, "test")
         found: tuple[list[Points], list[Points]] = ([], [])
         with self._bar(doing, total, show_progress) as bar:
             for place in places:

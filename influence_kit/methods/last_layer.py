@@ -3,7 +3,6 @@
 Letters: n examples, t positions (1 unless an example is a sequence), d features, c outputs.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +20,7 @@ from influence_kit.data import (
     targets_of,
 )
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.labels import LABEL_KEYS, labels_of, logits_of
+from influence_kit.labels import LABEL_KEYS, check_labels, labels_of, logits_of, with_logits
 from influence_kit.losses import Loss
 
 
@@ -47,7 +46,7 @@ class LastLayer:
     def total(self, loss: Loss, logits: Tensor) -> Tensor:
         """The sum of the examples' losses, were the layer's outputs ``logits`` ``[n, t, c]``."""
         known = logits_of(self.outputs)
-        shown = _with_logits(self.outputs, known, logits.reshape(known.shape))
+        shown = with_logits(self.outputs, logits.reshape(known.shape))
         try:
             return loss.total(shown, self.batch, len(self.features))
         except RuntimeError as error:
@@ -124,15 +123,6 @@ def _check(layer: str, calls: Sequence[tuple[Tensor, Tensor]], logits: Tensor, n
         )
 
 
-def _with_logits(outputs: Any, known: Tensor, logits: Tensor) -> Any:
-    """A model's output with other logits in the place of those known."""
-    shown = map_tensors(outputs, lambda tensor: logits if tensor is known else tensor)
-    if logits_of(shown) is not logits:  # an object with an attribute
-        shown = copy.copy(outputs)
-        shown.logits = logits
-    return shown
-
-
 def _for_the_loss(batch: Batch) -> Batch:
     """What the loss takes, in float64 (of mixed precisions some losses compute in the lower)."""
 
@@ -198,10 +188,9 @@ def chosen_outputs(values: Tensor, batch: Batch, shift: int) -> Tensor:
             f"{[n] if t == 1 else [n, t]}; they are {labels.dtype} of shape {list(labels.shape)}"
         )
     labels = F.pad(labels.reshape(n, t)[:, shift:].long(), (0, shift), value=-1)
-    if int(labels.max()) >= c:
-        raise InvalidArgumentError(f"a label is {int(labels.max())}; the layer has {c} outputs")
-    counts = labels >= 0
-    if t > 1:  # positions that the loss ignores, by a label of whatever number
-        counts &= values.ne(0).any(2)
-    chosen = torch.zeros_like(values).scatter_(2, labels.clamp(min=0).unsqueeze(2), 1.0)
+    matters = values.ne(0).any(2)  # else the loss ignores it, by a label of whatever number
+    counts = (labels >= 0) & (matters if t > 1 else matters | (labels < c))
+    labels = labels.where(counts, 0)
+    check_labels(labels, c)
+    chosen = torch.zeros_like(values).scatter_(2, labels.unsqueeze(2), 1.0)
     return chosen * counts.unsqueeze(2)

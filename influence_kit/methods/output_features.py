@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from influence_kit.data import Batch, call_model, example_count, targets_of
+from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.forms import Dense
+from influence_kit.gradients.functional import exact
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.source import GradientSource
 from influence_kit.losses import Loss
@@ -24,6 +26,21 @@ from influence_kit.margins import (
 from influence_kit.operators.joint_projection import JointProjection, joint_projection
 
 FEATURES, SLOPE = "features", "1 - p"
+KINDS = ("sjlt", "rademacher", "gaussian", "identity")
+
+
+def check_features(projection: object, projection_dim: object, shift: object) -> None:
+    """Refuse arguments of ``TRAK`` that make no features."""
+    if projection not in KINDS:
+        raise InvalidArgumentError(
+            f"`projection` must be one of {', '.join(KINDS)}; got {projection!r}"
+        )
+    if isinstance(projection_dim, bool) or not isinstance(projection_dim, int):
+        raise InvalidArgumentError(f"`projection_dim` must be an int; got {projection_dim!r}")
+    if projection_dim < 1:
+        raise InvalidArgumentError(f"`projection_dim` must be at least 1; got {projection_dim}")
+    if shift is not None and (isinstance(shift, bool) or shift not in (0, 1)):
+        raise InvalidArgumentError(f"`shift` must be None, 0 or 1; got {shift!r}")
 
 
 @dataclass
@@ -83,12 +100,17 @@ class OutputFeatures:
 
     def with_slopes(self, checkpoint: int, batch: Batch) -> Gradients:
         """The features, and beside them the slopes."""
-        features = self(checkpoint, batch)
-        slopes = Dense(self.slopes(batch).to(features.sample)[:, None], torch.Size([1]))
-        forms = {**features.forms, SLOPE: slopes}
+        features, slopes = self(checkpoint, batch), self.slopes_alone(batch)
+        forms = {**features.forms, **slopes.forms}
         return Gradients(features.n, forms, self.all_shapes, features.sample)
 
-    def slopes(self, batch: Batch) -> Tensor:
+    def slopes_alone(self, batch: Batch) -> Gradients:
+        """The slopes of a batch, at the checkpoint that is in the model."""
+        sample = exact(next(iter(self.source.capture.parameters.values())).detach())
+        slopes, one = self._slopes(batch).to(sample), torch.Size([1])
+        return Gradients(len(slopes), {SLOPE: Dense(slopes[:, None], one)}, {SLOPE: one}, sample)
+
+    def _slopes(self, batch: Batch) -> Tensor:
         """1 - p of each example, or the slope -dL/df of the loss that stands for it, ``[n]``."""
         with torch.no_grad():
             outputs = call_model(self.source.capture.model, batch)

@@ -5,9 +5,11 @@ of the last layer, c outputs.
 """
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,7 +23,7 @@ from influence_kit.gradients.rules import linear, rule_for, transposed_linear
 from influence_kit.losses import LossFunction
 from influence_kit.methods.base import BatchSize
 from influence_kit.methods.example_influence import given
-from influence_kit.methods.inner_product import InnerProductInfluence
+from influence_kit.methods.kept_fit import KeptFit
 from influence_kit.methods.last_layer import chosen_outputs
 from influence_kit.methods.refit import Head, Refit, Settings
 from influence_kit.scoring.stream import Stream
@@ -31,7 +33,7 @@ from influence_kit.scoring.term import Side, Term
 VALUE, CHOSEN = "representer value", "chosen output"
 
 
-class RepresenterPointSelection(InnerProductInfluence):
+class RepresenterPointSelection(KeptFit):
     r"""score = alpha_train[label of test] * <f_train, f_test>, f the input of the last layer.
 
     .. math::
@@ -60,7 +62,8 @@ class RepresenterPointSelection(InnerProductInfluence):
 
     The refit is Newton's method in float64, started at zero; the features of the training set and
     what the loss takes beside them (of a dict batch, without images and the like) are in memory
-    while it runs. It is done at the first call, once a checkpoint; nothing is saved to disk.
+    while it runs. It is done at the first call, once a checkpoint; ``save`` writes its weights to a
+    folder, and ``load`` reads them in its place.
 
     Args:
         final_fc_layer: the linear layer that gives the model's output, or its name.
@@ -119,7 +122,7 @@ class RepresenterPointSelection(InnerProductInfluence):
         max_iter: int = 100,
         eval_mode: bool = True,
     ) -> None:
-        self._settings = Settings(l2, normalize, count_bias, tol, max_iter)
+        self._how = Settings(l2, normalize, count_bias, tol, max_iter)
         names: dict[Any, str] = {module: name for name, module in model.named_modules()}
         super().__init__(
             model,
@@ -180,12 +183,29 @@ class RepresenterPointSelection(InnerProductInfluence):
     @property
     def _refit(self) -> Refit:
         return Refit(
-            self.model, self._layer, self._source, self._train_loss, self.loss_fn, self._settings
+            self.model, self._layer, self._source, self._train_loss, self.loss_fn, self._how
         )
 
     def _forget(self) -> None:
         super()._forget()
         self._heads: dict[int, Head] = {}
+
+    @property
+    def _what_is_fitted(self) -> str:
+        return "the last layer"
+
+    def _settings(self) -> dict[str, Any]:
+        how = asdict(self._how)
+        # the most steps change nothing where fewer were enough
+        del how["max_iter"]
+        return {"layer": self._layer, **how}
+
+    def _found_at(self, place: int) -> dict[str, Tensor]:
+        head = self._heads[place]
+        return {"weights": head.weights, "examples": torch.tensor(head.n)}
+
+    def _take(self, place: int, facts: dict[str, Tensor], fingerprint: tuple[float, ...]) -> None:
+        self._heads[place] = Head(facts["weights"], int(facts["examples"]), fingerprint)
 
     def _plan(
         self, loader: CheckpointLoader, inputs: Any, ordered: bool = True

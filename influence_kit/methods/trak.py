@@ -1,9 +1,8 @@
 """TRAK: Park et al. 2023, arXiv 2303.14186."""
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.checkpoints import LoadFunction, load_checkpoint
-from influence_kit.data import Batch, to_device
-from influence_kit.distributed import sum_over_ranks
+from influence_kit.data import Batch
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.losses import Loss, LossFunction
@@ -23,15 +21,27 @@ from influence_kit.methods.base import BatchSize
 from influence_kit.methods.damping import DampingArgument
 from influence_kit.methods.fitted import Facts
 from influence_kit.methods.identity import first_losses
-from influence_kit.methods.output_features import FEATURES, SLOPE, OutputFeatures, alone, repeated
+from influence_kit.methods.normal_equations import (
+    GRAM,
+    OF_FEATURES,
+    mean_eigenvalue,
+    normal_equations,
+)
+from influence_kit.methods.output_features import (
+    FEATURES,
+    SLOPE,
+    OutputFeatures,
+    alone,
+    check_features,
+    repeated,
+)
 from influence_kit.methods.solved import SolvedInfluence
-from influence_kit.operators.passes import DataSet, refuse_non_finite
+from influence_kit.operators.passes import DataSet
 from influence_kit.operators.solvers import Cholesky
 from influence_kit.saved import LOSSES
 from influence_kit.scoring.reducers import Reducer, Weighted
+from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term, Transform
-
-KINDS = ("sjlt", "rademacher", "gaussian", "identity")
 
 
 class TRAK(SolvedInfluence):
@@ -45,7 +55,8 @@ class TRAK(SolvedInfluence):
     parameters together, Phi the features of all n training examples, and the means are over C
     checkpoints: best of independently trained models, of which each may have seen another half of
     the training set (arXiv 2303.14186). Rows are test examples; positive is a proponent: leaving
-    the training example out lowers the test example's margin by about the score.
+    the training example out lowers the test example's margin by about the score. A layer's part of
+    it (``influence_by_layer``) is what the training example's gradient there adds to its features.
 
     The features of the training set are computed once and kept in memory where they fit; otherwise
     they are computed anew for every question.
@@ -88,7 +99,7 @@ class TRAK(SolvedInfluence):
     """
 
     _auto_share = 0.5
-    _damping_name = "ridge"
+    _wording = OF_FEATURES
     _keeps_rows = True
 
     def __init__(
@@ -111,24 +122,14 @@ class TRAK(SolvedInfluence):
         store: str | Path | None = None,
         store_dtype: torch.dtype | None = None,
     ) -> None:
-        if projection not in KINDS:
-            raise InvalidArgumentError(
-                f"`projection` must be one of {', '.join(KINDS)}; got {projection!r}"
-            )
-        if isinstance(projection_dim, bool) or not isinstance(projection_dim, int):
-            raise InvalidArgumentError(f"`projection_dim` must be an int; got {projection_dim!r}")
-        if projection_dim < 1:
-            raise InvalidArgumentError(f"`projection_dim` must be at least 1; got {projection_dim}")
+        check_features(projection, projection_dim, shift)
         if output_fn is not None and loss_fn is None:
             raise InvalidArgumentError(
                 "`output_fn` needs a `loss_fn` beside it, whose slope along it says how much each "
                 "training example still has to say"
             )
-        if shift is not None and (isinstance(shift, bool) or shift not in (0, 1)):
-            raise InvalidArgumentError(f"`shift` must be None, 0 or 1; got {shift!r}")
         self.projection, self.output_fn, self.shift = projection, output_fn, shift
         self.projection_dim = projection_dim
-        self._is_split = False
         super().__init__(
             model,
             train_dataset,
@@ -160,17 +161,6 @@ class TRAK(SolvedInfluence):
         """The ridge of each checkpoint that is fitted."""
         return [used[FEATURES] for used in self.damping_used]
 
-    def influence_by_layer(
-        self, inputs: Any, show_progress: bool = False, aggregate: bool = False
-    ) -> dict[str, Tensor]:
-        """The scores by layer of the training examples' gradients; they sum to ``influence``."""
-        self._is_split = True
-        try:
-            found = super().influence_by_layer(inputs, show_progress, aggregate)
-        finally:
-            self._is_split = False
-        return {layer: scores * self._slopes_of_train(scores) for layer, scores in found.items()}
-
     def self_influence(
         self,
         inputs: Any = None,
@@ -179,9 +169,8 @@ class TRAK(SolvedInfluence):
     ) -> Tensor:
         """The score of each example with itself, ``[n]``; see ``TracInCP.self_influence``."""
         scores = super().self_influence(inputs, show_progress, outer_loop_by_checkpoints)
-        if inputs is None:
-            return scores * self._slopes_of_train(scores)
-        return scores * self._slopes_of(inputs).to(scores)
+        slopes = self._mean_slopes() if inputs is None else self._slopes_of(inputs)
+        return scores * slopes.to(scores)
 
     # What is kept of an example: its features, and its slope.
 
@@ -237,34 +226,14 @@ class TRAK(SolvedInfluence):
         return self._train_batches
 
     def _measure(self, data: DataSet) -> Facts:
-        (k,) = self._partition.sizes
-        gram = self._sample.new_zeros(k, k, dtype=torch.float64)
         features = self.train_at(data.checkpoint).features
-        slopes = []
-        for places, batch in data.of_this_rank():
-            gradients = features(batch)
-            phi = gradients.forms[FEATURES].dense()
-            gram += phi.T @ phi
-            slopes.append((places, gradients.forms[SLOPE].dense()[:, 0].double()))
-        of_all = self._sample.new_zeros(data.count, dtype=torch.float64)
-        for places, own in slopes:
-            of_all[places] = own
-        if data.count < k:
-            warnings.warn(
-                f"{data.count} training examples have features of {k} entries: Phi^T Phi is "
-                "singular, and the ridge alone decides in most directions; take a "
-                "`projection_dim` below the number of examples",
-                stacklevel=2,
-            )
-        gram, of_all = sum_over_ranks(gram), sum_over_ranks(of_all)
-        return {"gram": refuse_non_finite(gram), SLOPE: refuse_non_finite(of_all)}
+        return normal_equations(features, data, *self._partition.sizes)
 
     def _means(self, facts: Facts, data: DataSet) -> Tensor:
-        gram = facts["gram"]
-        return gram.trace()[None] / min(len(gram), data.count)
+        return mean_eigenvalue(facts[GRAM], data.count)
 
     def _make_inverse(self, facts: Facts, damping: Tensor, data: DataSet) -> Transform:
-        return self._through(Cholesky([facts["gram"]], damping, [FEATURES]))
+        return self._through(Cholesky([facts[GRAM]], damping, [FEATURES], OF_FEATURES))
 
     @property
     def _needs_fit_for_quantities(self) -> bool:
@@ -279,40 +248,30 @@ class TRAK(SolvedInfluence):
         """The mean over checkpoints of the training examples' slopes, ``[n]``."""
         return torch.stack([facts[SLOPE] for facts in self._facts.values()]).mean(0)
 
-    def _slopes_of_train(self, like: Tensor) -> Tensor:
-        return self._mean_slopes().to(like)
-
     def _slopes_of(self, inputs: Any) -> Tensor:
         """The mean over checkpoints of the slopes of any examples, ``[n]``."""
-        total: list[Tensor] = []
+        sides = [Side(place, self._made.slopes_alone) for place in range(len(self.checkpoints))]
         with self._session() as loader:
-            for place in range(len(self.checkpoints)):
-                loader.load(place)
-                batches = (to_device(batch, self._device) for batch in self._batches(inputs))
-                total.append(torch.cat([self._made.slopes(batch) for batch in batches]))
-        return torch.stack(total).mean(0)
-
-    @property
-    def _train_batches(self) -> Iterable[Batch]:
-        # what is kept is not split by parameter
-        return self.train_dataloader if self._is_split else super()._train_batches
+            stream = Stream([], loader, self._sample)
+            slopes = [stream.vectors(side, self._batches(inputs)) for side in sides]
+        return torch.cat(slopes, dim=1).mean(1)
 
     def _train_side(self, place: int) -> Side:
-        if not self._is_split:
-            return self.train_at(place, alone)
-        return Side(place, lambda batch: self._made.by_parameter(place, batch))
+        return self.train_at(place, alone)
 
-    def terms(self) -> list[Term]:
-        """One term a checkpoint, the test side through the inverse."""
-        return [self._with_split(term) for term in super().terms()]
+    def _by_parameter(self, terms: list[Term]) -> tuple[list[Term], Iterable[Batch]]:
+        """Each parameter's part of the training features meets the whole test side.
 
-    def _given_terms(self) -> list[Term]:
-        return [self._with_split(term) for term in super()._given_terms()]
+        The parts are made anew: what is kept is their sum.
+        """
+        names = list(self._parameters)
 
-    def _with_split(self, term: Term) -> Term:
-        """The test side for a training side that is split by parameter."""
-        if not self._is_split:
-            return term
-        solve, names = term.test.solve or (lambda features: features), list(self._parameters)
-        test = replace(term.test, solve=lambda features: repeated(solve(features), names))
-        return replace(term, test=test)
+        def split(term: Term) -> Term:
+            place, solved = term.train.checkpoint, term.test.solved
+            return replace(
+                term,
+                test=replace(term.test, solve=lambda features: repeated(solved(features), names)),
+                train=Side(place, partial(self._made.by_parameter, place)),
+            )
+
+        return [split(term) for term in terms], self.train_dataloader

@@ -51,6 +51,16 @@ def walk_back(
     return embeddings
 
 
+def check_epochs(epochs: Collection[int] | None, steps: Sequence[Step]) -> None:
+    """Refuse epochs that the steps do not have; None is all of them."""
+    known = {step.epoch for step in steps}
+    if epochs is not None and (not epochs or not set(epochs) <= known):
+        raise InvalidArgumentError(
+            f"`epochs` must be epochs of the trace, which has {sorted(known, key=str)}; got "
+            f"{epochs!r}"
+        )
+
+
 def check_memory(n: int, size: int, steps: Sequence[Step], sample: Tensor) -> None:
     """Refuse what does not fit: the product of steps, the embeddings, a step's gradients.
 

@@ -1,0 +1,107 @@
+"""What a method fits once a checkpoint: kept for later calls, saved to a folder and loaded."""
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import Self
+
+from influence_kit.checkpoint_loader import CheckpointLoader
+from influence_kit.data import Batch
+from influence_kit.methods.inner_product import InnerProductInfluence
+from influence_kit.saved import read_folder, write_folder
+
+
+class KeptFit(InnerProductInfluence):
+    """A method of terms that fits something at every checkpoint before it scores."""
+
+    # What a method says.
+
+    @property
+    @abstractmethod
+    def _what_is_fitted(self) -> str:
+        """What is fitted, in words."""
+
+    @abstractmethod
+    def _fit_at(self, place: int, loader: CheckpointLoader) -> None:
+        """Have what is fitted at a checkpoint, which is then in the model."""
+
+    @abstractmethod
+    def _found_at(self, place: int) -> dict[str, Tensor]:
+        """What was fitted at a checkpoint, as tensors by name."""
+
+    @abstractmethod
+    def _take(self, place: int, facts: dict[str, Tensor], fingerprint: tuple[float, ...]) -> None:
+        """Have what ``_found_at`` gave when it was saved, of weights with that fingerprint."""
+
+    @abstractmethod
+    def _settings(self) -> dict[str, Any]:
+        """What ``fit`` depends on beside model, data and loss."""
+
+    @property
+    def _fit_data(self) -> Iterable[Batch]:
+        """What it is fitted on."""
+        return self.train_dataloader
+
+    # What a user calls.
+
+    def fit(self, show_progress: bool = False) -> Self:
+        """Fit at every checkpoint, anew; ``influence`` does so by itself once.
+
+        Args:
+            show_progress: a bar over the checkpoints.
+        """
+        self._forget()
+        doing = f"fit {self._what_is_fitted}. Processing checkpoint"
+        with (
+            self._session() as loader,
+            self._bar(doing, len(self.checkpoints), show_progress) as bar,
+        ):
+            for place in range(len(self.checkpoints)):
+                self._fit_at(place, loader)
+                bar.update()
+        return self
+
+    def save(self, folder: str | Path) -> None:
+        """Write what was fitted to a folder; fits where that has not been done.
+
+        What may be set anew without fitting again (a damping, a ridge) is not part of it.
+        """
+        tensors = {}
+        with self._session() as loader:
+            for place in range(len(self.checkpoints)):
+                self._fit_at(place, loader)
+                for name, value in self._found_at(place).items():
+                    tensors[f"{place}/{name}"] = value
+            write_folder(folder, tensors, self._description(loader))
+
+    def load(self, folder: str | Path) -> Self:
+        """Take what ``save`` has written, in place of ``fit``.
+
+        Raises:
+            InvalidArgumentError: where it was saved for another model, data set, loss or setting.
+        """
+        with self._session() as loader:
+            tensors = read_folder(folder, self._description(loader))
+            self._forget()
+            for place in range(len(self.checkpoints)):
+                loader.load(place)
+                own = {
+                    name.partition("/")[2]: value.to(self._device)
+                    for name, value in tensors.items()
+                    if name.startswith(f"{place}/")
+                }
+                self._take(place, own, loader.fingerprint(place))
+        return self
+
+    # How it is done.
+
+    def _description(self, loader: CheckpointLoader) -> dict[str, Any]:
+        """What is saved belongs to."""
+        return {
+            "method": self.get_name(),
+            **self._settings(),
+            **self._identity(loader, self._fit_data),
+        }
