@@ -29,6 +29,7 @@ from influence_kit.methods.representer import RepresenterPointSelection
 from influence_kit.methods.similarity import SimilarityInfluence
 from influence_kit.methods.tracin import TracInCP, TracInCPBase
 from influence_kit.methods.tracin_fast import TracInCPFast
+from influence_kit.methods.tracin_projected import TracInCPRandProj
 from influence_kit.methods.tracin_rand_proj import TracInCPFastRandProj
 from influence_kit.methods.trak import TRAK
 from influence_kit.scoring.features import MostInfluentialFeatures
@@ -68,6 +69,7 @@ __all__ = [
     "TracInCPBase",
     "TracInCPFast",
     "TracInCPFastRandProj",
+    "TracInCPRandProj",
     "TrainingTrace",
     "checkpoint_table",
     "classification_margin",

@@ -36,6 +36,7 @@ from influence_kit import (
     TracInCP,
     TracInCPFast,
     TracInCPFastRandProj,
+    TracInCPRandProj,
 )
 
 CLOSE = 1e-10
@@ -232,6 +233,7 @@ METHODS = {
     "TracInCPFast": Method(_last_layer(TracInCPFast), _tracin_of_last),
     "TracInCPFastRandProj": Method(_rand_proj, _tracin_of_last, has_self_influence=False),
     "TracInCPFastRandProj, projected": Method(_projected, None, has_self_influence=False),
+    "TracInCPRandProj": Method(_whole_model(TracInCPRandProj, projection_dim=(2, 3)), None),
     # examples outside the training set have no embedding
     "DVEmb": Method(
         _with_trace,
@@ -263,8 +265,17 @@ METHODS = {
     "KFACInfluenceFunction": _inverted(_kronecker(KFACInfluenceFunction)),
     "EKFACInfluenceFunction": _inverted(_kronecker(EKFACInfluenceFunction)),
     "LoGra": _inverted(_curved(LoGra, projection_dim=(2, 3), relative="theta")),
-    "LoGra, kept": replace(_inverted(_whole_model(LoGra, projection_dim=6)), of_whole_set=True),
+    # with more than twice as many entries in the block as examples
+    "LoGra, kept": replace(
+        _inverted(_whole_model(LoGra, projection_dim=9, blocks="full")), of_whole_set=True
+    ),
     "GraSS": _inverted(_curved(GraSS, projection_dim=5, blow_up=2)),
+    # the mask is that of the first checkpoint
+    "GraSS, learnt": replace(
+        _inverted(_whole_model(GraSS, projection_dim=4, mask="learnt")),
+        over_checkpoints="other",
+        of_whole_set=True,
+    ),
     "FactGraSS": _inverted(_curved(FactGraSS, projection_dim=5, blow_up=2)),
     "TRAK": Method(
         _whole_model(TRAK, projection_dim=4, projection="sjlt"),

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -201,6 +202,13 @@ def test_what_has_no_margin(outputs: Any, targets: Any, why: str) -> None:
             function(outputs, targets)
 
 
+@pytest.mark.parametrize(("shape", "shift"), [((), 1), ((T,), -1), ((T,), True), ((2, 3), 1)])
+def test_a_shift_without_positions(shape: tuple[int, ...], shift: Any) -> None:
+    match = r"`shift` must be None, or a count of positions of labels \[n, t\]; got"
+    with pytest.raises(InvalidArgumentError, match=match):
+        classification_margin(normal(N, *shape, C), labels(N, *shape), shift)
+
+
 # The slope of a loss along another function.
 
 
@@ -284,6 +292,26 @@ def test_the_slope_in_outputs_and_batches_of_any_kind() -> None:
     assert torch.allclose(found, 2 * (y - f), rtol=1e-12)
     with torch.no_grad():
         assert torch.equal(slope(squared, prediction, f, (None, y)), found)
+
+
+def test_the_slope_of_an_object_with_logits() -> None:
+    z, y = normal(N, C), labels(N)
+    found = slope_along(
+        Loss(lambda o, t: F.cross_entropy(o.logits, t, reduction="none"), "none", "loss_fn"),
+        classification_margin,
+        SimpleNamespace(logits=z, loss=None),
+        (None, y),
+        N,
+    )
+    assert torch.allclose(found, one_minus_probability(z, y))
+
+
+@pytest.mark.parametrize("name", ["output_fn", "loss_fn"])
+def test_what_does_not_look_at_the_logits_has_no_slope(name: str) -> None:
+    functions: Any = {"output_fn": lambda o, t: o.sum(1), "loss_fn": lambda o, t: o.sum(1)}
+    functions[name] = lambda o, t: torch.zeros(N)
+    with pytest.raises(InvalidArgumentError, match=f"`{name}` is no function of the model's out"):
+        slope(functions["loss_fn"], functions["output_fn"], normal(N, 2), (None, None))
 
 
 def test_an_output_that_does_not_move_has_slope_zero() -> None:

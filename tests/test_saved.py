@@ -1,6 +1,7 @@
 """What is saved of a curvature: loaded it gives the same scores, or is refused with the reason."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from influence_kit import (
 from influence_kit import saved as saved_module
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.methods.fitted import FittedInfluence
+from influence_kit.methods.kept_fit import KeptFit
+from influence_kit.methods.refit import Refit
 from influence_kit.saved import MANIFEST, TENSORS, hash_of, read_folder, write_folder
 
 CASE = CASES["mlp"]
-FITTED = [name for name in METHODS if isinstance(build(name, CASE), FittedInfluence)]
+FITTED = [name for name in METHODS if isinstance(build(name, CASE), KeptFit)]
 
 
 def assert_equal(found: Tensor, expected: Tensor) -> None:
@@ -39,6 +42,7 @@ def no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     def all_classes(cls: type) -> list[type]:
         return [cls, *(sub for child in cls.__subclasses__() for sub in all_classes(child))]
 
+    monkeypatch.setattr(Refit, "head", refuse)
     for cls in all_classes(FittedInfluence):
         for name in ("_measure", "_means"):
             if name in vars(cls):
@@ -140,14 +144,17 @@ def swapped_data(case: Case) -> Examples:
 
 
 DIFFERENCES: dict[str, tuple[Any, str]] = {
-    "weights": (lambda: {"checkpoints": slightly(CASE)}, "weights of the checkpoints: .*there"),
+    "weights": (
+        lambda: {"checkpoints": slightly(CASE)},
+        "weights of the checkpoints: 1 of 3 entries differ \\(number 1: ",
+    ),
     "fewer checkpoints": (
         lambda: {"checkpoints": CASE.checkpoints()[:2]},
-        "weights of the checkpoints:",
+        "weights of the checkpoints: 3 entries there, 2 here",
     ),
     "a value of the data": (
         lambda: {"hessian_dataset": changed_data(CASE)},
-        'hash of the examples: "[0-9a-f]+" there, "[0-9a-f]+" here',
+        r'hash of the examples: "[0-9a-f]+\.\.\. there, "[0-9a-f]+\.\.\. here',
     ),
     "the order of the data": (
         lambda: {"hessian_dataset": swapped_data(CASE)},
@@ -157,7 +164,10 @@ DIFFERENCES: dict[str, tuple[Any, str]] = {
         lambda: {"hessian_dataset": Examples(tuple(t[:9] for t in CASE.train))},
         "examples: 11 there, 9 here",
     ),
-    "loss": (lambda: {"loss_fn": Other()}, "losses of the first examples:"),
+    "loss": (
+        lambda: {"loss_fn": Other()},
+        "losses of the first examples: 8 of 8 entries differ \\(number 0: ",
+    ),
     "seed": (lambda: {"seed": 1}, "seed: 0 there, 1 here"),
     "layers": (lambda: {"layers": ["head"]}, ""),
 }
@@ -305,6 +315,30 @@ def test_every_difference_is_told(folder: Path) -> None:
     match = 'extra: null there, "x" here; for: "a test" there, "another" here; number: 1.5 there'
     with pytest.raises(InvalidArgumentError, match=match):
         read_folder(folder, {"for": "another", "extra": "x"})
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "told"),
+    [
+        (list(range(40)), [*range(39), 7], "1 of 40 entries differ (number 39: 39 there, 7 here)"),
+        (list(range(40)), list(range(50)), "40 entries there, 50 here."),
+        ([0, *range(40)], [1, *range(9)], "41 entries there, 10 here (number 0: 0 there, 1 here)"),
+        ([1, 2, 3], [1, 2, 4], "[1, 2, 3] there, [1, 2, 4] here"),
+        (
+            [[0.5] * 30, [0.25] * 30],
+            [[0.5] * 30, [0.25] * 9 + [0.3] * 21],
+            "1 of 2 entries differ (number 1: 21 of 30 entries differ (number 9: 0.25 there, 0.3 h",
+        ),
+        ("ab" * 32, "cd" * 32, '"abababababababababababa... there, "cdcdcdcdcdcdcdcdcdcdcdc... h'),
+        ("x" * 80 + "a.", "x" * 80 + "b.", '...xxxxxxxxxxxxa." there, ...xxxxxxxxxxxxb." here'),
+        ([1.5] * 40, None, "[1.5, 1.5, 1.5, 1.5, 1.5... there, null here"),
+    ],
+)
+def test_differences_are_short(there: Any, here: Any, told: str, tmp_path: Path) -> None:
+    """No list is shown whole, and what is cut out of a text is where it differs."""
+    write_folder(tmp_path, {}, {"key": there})
+    with pytest.raises(InvalidArgumentError, match=re.escape(f"key: {told}")):
+        read_folder(tmp_path, {"key": here})
 
 
 def test_another_format_is_refused(folder: Path) -> None:

@@ -16,8 +16,8 @@ from influence_kit.operators.curvature import (
     Curvature,
     GaussNewton,
     HessianOfLoss,
-    OuterProducts,
 )
+from influence_kit.operators.outer_products import OuterProducts
 from influence_kit.operators.passes import DataSet
 
 CurvatureName = Literal["ggn", "hessian", "fisher", "empirical_fisher"]

@@ -7,6 +7,8 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.memory import free_bytes
 from influence_kit.methods.curvature_influence import CurvatureInfluence
 from influence_kit.methods.fitted import Facts
+from influence_kit.operators.block import Block
+from influence_kit.operators.curvature import Curvature
 from influence_kit.operators.passes import DataSet
 from influence_kit.operators.solvers import Cholesky
 from influence_kit.scoring.term import Transform
@@ -20,7 +22,9 @@ class ExplicitInfluenceFunction(CurvatureInfluence):
         C = \frac{1}{n} \sum_j C_j
 
     The exact inverse (arXiv 1703.04730), block by block: P^2 numbers in float64 and P^3 / 3
-    operations for a block of P parameters. Rows are test examples; positive is a proponent, and
+    operations for a block of P parameters. "fisher" and "empirical_fisher" of n <= P / 2 examples
+    take n * P numbers, their gradients, and n^2 * P operations: C is inverted through their inner
+    products (Woodbury) and never written out. Rows are test examples; positive is a proponent, and
     leaving the training example out raises the test loss by about score / n. The mean over
     checkpoints where there are several.
 
@@ -60,9 +64,20 @@ class ExplicitInfluenceFunction(CurvatureInfluence):
     """
 
     def _measure(self, data: DataSet) -> Facts:
-        sizes = self._partition.sizes
-        # the blocks and their factors, and one of them while it is decomposed
-        need = 8 * (2 * sum(size**2 for size in sizes) + max(sizes) ** 2)
+        curvature = self._curvature(data)
+        self._check_memory(curvature)
+        facts = {}
+        for number, block in enumerate(curvature.blocks()):
+            facts[f"curvature.{number}"] = block.core
+            if block.rows is not None:
+                facts[f"rows.{number}"] = block.rows
+        return facts
+
+    def _check_memory(self, curvature: Curvature) -> None:
+        sizes, cores = curvature.sizes, curvature.core_sizes
+        rows = sum(core * size for core, size in zip(cores, sizes, strict=True) if core < size)
+        # what is decomposed, its factors, and one of them while that is done
+        need = 8 * (2 * sum(core**2 for core in cores) + max(cores) ** 2 + rows)
         free = free_bytes(self._device)
         if need > free:
             raise InvalidArgumentError(
@@ -70,14 +85,13 @@ class ExplicitInfluenceFunction(CurvatureInfluence):
                 f'out; {free / 2**30:.1f} GiB are free. Use blocks="layer", `layers`, or '
                 "`EKFACInfluenceFunction` or `CGInfluenceFunction`, which write nothing out"
             )
-        blocks = self._curvature(data).dense()
-        return {f"curvature.{number}": block for number, block in enumerate(blocks)}
 
-    def _blocks(self, facts: Facts) -> list[Tensor]:
-        return [facts[f"curvature.{number}"] for number in range(len(self.block_names))]
+    def _blocks(self, facts: Facts) -> list[Block]:
+        numbers = range(len(self.block_names))
+        return [Block(facts[f"curvature.{i}"], facts.get(f"rows.{i}")) for i in numbers]
 
     def _means(self, facts: Facts, data: DataSet) -> Tensor:
-        traces = torch.stack([block.diagonal().sum() for block in self._blocks(facts)])
+        traces = torch.stack([block.core.diagonal().sum() for block in self._blocks(facts)])
         return self._means_of(traces, data)
 
     def _make_inverse(self, facts: Facts, damping: Tensor, data: DataSet) -> Transform:

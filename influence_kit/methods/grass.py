@@ -1,31 +1,27 @@
 """GraSS and FactGraSS: Hu et al. 2025, arXiv 2505.18976."""
 
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.data import take, to_device
+from influence_kit.distributed import from_first_rank
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients, join_examples
 from influence_kit.methods.fitted import Facts
 from influence_kit.methods.kept_rows import KeptRows
 from influence_kit.methods.projected import ProjectedInfluence
+from influence_kit.operators.draws import key_of
 from influence_kit.operators.learnt_mask import learnt_mask
+from influence_kit.operators.maps import Composed, Coordinates, Identity, VectorMap
 from influence_kit.operators.passes import DataSet
-from influence_kit.operators.projection import (
-    TwoSided,
-    Unit,
-    UnitMap,
-    WrittenOut,
-    columns_within,
-    whole,
-)
-from influence_kit.operators.random_maps import Composed, Coordinates, Identity, key_of, random_map
+from influence_kit.operators.projection import columns_within, whole
+from influence_kit.operators.random_maps import random_map, shortened
+from influence_kit.operators.unit_maps import TwoSided, UnitMap, WrittenOut
+from influence_kit.operators.units import Unit
 from influence_kit.scoring.features import chosen_rows
 
 # examples from which a mask is learnt
@@ -41,6 +37,7 @@ class MaskedInfluence(ProjectedInfluence):
     """
 
     projection = "sjlt"
+    projection_dim: int
 
     def __init__(
         self, *args: Any, projection_dim: int = 4096, blow_up: int = 4, **kwargs: Any
@@ -54,49 +51,35 @@ class MaskedInfluence(ProjectedInfluence):
     def _projection_settings(self) -> dict[str, Any]:
         return {**super()._projection_settings(), "blow_up": self.blow_up}
 
-    def _sparse(self, p: int, name: str) -> Any:
+    def _sparse(self, p: int, name: str) -> VectorMap:
         """The sparse projection of p entries that are left."""
-        if p <= self.projection_dim:
-            return Identity(p)
-        return random_map("sjlt", p, self.projection_dim, self.seed, name)
+        return shortened("sjlt", p, self.projection_dim, self.seed, name)
 
 
 class GraSS(MaskedInfluence):
-    r"""score = sum over layers of u_test^T (F + damping I)^-1 u_train, u = S M g.
+    """score = sum over layers of u_test^T (F + damping I)^-1 u_train, u = S M g.
 
-    .. math::
-        u_l = S_l M_l \, g_l, \qquad F_l = \frac{1}{n} \sum_j u_{jl} u_{jl}^T
-
-    M keeps ``blow_up`` * k entries of a layer's gradient g, and the sparse Johnson-Lindenstrauss
-    transform S adds them up to k entries with random signs (arXiv 2505.18976). Rows are test
-    examples; positive is a proponent, and leaving the training example out raises the test loss by
-    about score / n, as far as the projection keeps it. The mean over checkpoints where there are
-    several.
-
-    Gradients are formed, one batch at a time; ``FactGraSS`` forms only what the mask keeps.
+    ``LoGra`` with another projection: of a layer's whole gradient g the mask M keeps ``blow_up``
+    times k entries, and the sparse Johnson-Lindenstrauss transform S adds them up to k entries with
+    random signs (arXiv 2505.18976). F, sign, scale and what is kept are as there. Gradients are
+    formed, one batch at a time; ``FactGraSS`` forms only what the mask keeps.
 
     Args:
         projection_dim: the letter k, of each layer; a layer with fewer entries stays as it is.
         mask: "random", or "learnt" from the gradients of 64 training examples, spread over the
             training set, at the first checkpoint: the entries that keep their inner products best.
         blow_up: how many times k entries the mask keeps.
-        damping, curvature, blocks, hessian_dataset, relative: as in ``LoGra``.
         seed: of mask and projection; that of a layer depends on its name alone.
 
-    The other arguments are those of ``InnerProductInfluence``.
+    The other arguments are those of ``LoGra``.
 
     Example:
         >>> import torch
-        >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(
-        ...     torch.nn.Linear(20, 30), torch.nn.Tanh(), torch.nn.Linear(30, 2)
-        ... )
-        >>> x, y = torch.randn(8, 20), torch.arange(8) % 2
-        >>> train = torch.utils.data.TensorDataset(x, y)
-        >>> loss = torch.nn.CrossEntropyLoss()
+        >>> model, x, y = torch.nn.Linear(20, 2), torch.randn(8, 20), torch.arange(8) % 2
+        >>> train, loss = torch.utils.data.TensorDataset(x, y), torch.nn.CrossEntropyLoss()
         >>> grass = GraSS(model, train, [model.state_dict()], loss_fn=loss, projection_dim=16)
-        >>> grass.influence((x[:4], y[:4])).shape
-        torch.Size([4, 8])
+        >>> grass.influence((x[:4], y[:4]), k=3).indices.shape
+        torch.Size([4, 3])
     """
 
     def __init__(
@@ -137,9 +120,10 @@ class GraSS(MaskedInfluence):
         if self.mask == "learnt" and not self._learnt:
             loader.load(0)
             sample = self._sample_gradients()
+            # ranks learn from the same examples, but rounding may choose between two entries
             self._set_masks(
                 {
-                    name: learnt_mask(self._written(sample, unit), mask.k)
+                    name: from_first_rank(learnt_mask(self._written(sample, unit), mask.k))
                     for name, (unit, mask) in self._masked.items()
                 }
             )
@@ -182,63 +166,47 @@ class GraSS(MaskedInfluence):
         masks = {f"{MASKS}{name}": mask.chosen for name, (_, mask) in self._masked.items()}
         return {**super()._measure(data), **(masks if self.mask == "learnt" else {})}
 
-    def load(self, folder: str | Path) -> Self:
-        """Take what ``save`` has written, in place of ``fit``; the mask, too."""
-        super().load(folder)
+    def _take(self, place: int, facts: Facts, fingerprint: tuple[float, ...]) -> None:
+        super()._take(place, facts, fingerprint)
         if self.mask == "learnt":
-            facts = self._facts[0]
             self._set_masks({name: facts[f"{MASKS}{name}"] for name in self._masked})
-        return self
 
 
 class FactGraSS(MaskedInfluence):
-    r"""score = sum over layers of u_test^T (F + damping I)^-1 u_train, u = S vec(M_o^T G M_i).
+    """score = sum over layers of u_test^T (F + damping I)^-1 u_train, u = S vec(M_o^T G M_i).
 
-    .. math::
-        u_l = S_l \operatorname{vec} \Bigl( \sum_t (M_o^T d_t) (M_i^T [a_t, 1])^T \Bigr), \qquad
-        F_l = \frac{1}{n} \sum_j u_{jl} u_{jl}^T
-
-    Random masks M keep some entries of the output gradients d and of the inputs a of each layer,
-    ``blow_up`` * k products in all; only those are formed, and the sparse Johnson-Lindenstrauss
-    transform S adds them up to k entries with random signs (arXiv 2505.18976). Rows are test
-    examples; positive is a proponent, and leaving the training example out raises the test loss by
-    about score / n, as far as the projection keeps it. The mean over checkpoints where there are
-    several.
+    ``GraSS`` for gradients G = sum_t d_t [a_t, 1]^T that are never formed: random masks keep some
+    entries of the output gradients d and of the inputs a of each layer, ``blow_up`` times k
+    products in all; only those are formed, and S adds them up to k entries with random signs (arXiv
+    2505.18976). F, sign, scale and what is kept are as in ``LoGra``.
 
     Args:
         projection_dim: the letter k, of each layer; a layer with fewer entries stays as it is.
         blow_up: how many times k products the masks keep.
-        damping, curvature, blocks, hessian_dataset, relative: as in ``LoGra``.
         seed: of masks and projection; those of a layer depend on its name alone.
 
-    The other arguments are those of ``InnerProductInfluence``.
+    The other arguments are those of ``LoGra``.
 
     Example:
         >>> import torch
-        >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(
-        ...     torch.nn.Linear(20, 30), torch.nn.Tanh(), torch.nn.Linear(30, 2)
-        ... )
-        >>> x, y = torch.randn(8, 20), torch.arange(8) % 2
-        >>> train = torch.utils.data.TensorDataset(x, y)
-        >>> loss = torch.nn.CrossEntropyLoss()
+        >>> model, x, y = torch.nn.Linear(20, 2), torch.randn(8, 20), torch.arange(8) % 2
+        >>> train, loss = torch.utils.data.TensorDataset(x, y), torch.nn.CrossEntropyLoss()
         >>> fact = FactGraSS(model, train, [model.state_dict()], loss_fn=loss, projection_dim=16)
-        >>> fact.influence((x[:4], y[:4])).shape
-        torch.Size([4, 8])
+        >>> fact.influence((x[:4], y[:4]), k=3).indices.shape
+        torch.Size([4, 3])
     """
 
     def _map_of(self, unit: Unit) -> UnitMap:
         name, dim = unit.names[0], self.projection_dim
-        if not unit.outputs:
-            p = self._parameters[name].numel()
-            return WrittenOut({name: self._parameters[name].shape}, self._sparse(p, name))
+        if not unit.is_matrix:
+            shape = self._parameters[name].shape
+            return WrittenOut({name: shape}, self._sparse(shape.numel(), name))
         if unit.outputs * unit.inputs <= dim:
             return whole(unit)
-        columns = columns_within(self.blow_up * dim, unit.outputs, unit.inputs)
-        left, right = columns or (unit.outputs, unit.inputs)
+        left, right = columns_within(self.blow_up * dim, unit.outputs, unit.inputs)
         return TwoSided(
             unit,
-            random_map("mask", unit.outputs, left, self.seed, name, "outputs"),
-            random_map("mask", unit.inputs, right, self.seed, name, "inputs"),
+            shortened("mask", unit.outputs, left, self.seed, name, "outputs"),
+            shortened("mask", unit.inputs, right, self.seed, name, "inputs"),
             self._sparse(left * right, name),
         )

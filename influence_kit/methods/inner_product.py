@@ -127,10 +127,12 @@ class InnerProductInfluence(ExampleInfluence):
         Layers are those named by ``layers``, else the modules that own parameters.
         """
         groups = group_by_layer(self.model, list(self._parameters), self.layers)
-        reducer = AllScores()
+        reducer = self._reducer(None, proponents=True)
         doing = "compute influence by layer for training batches"
         self._stream_scores(inputs, reducer, doing, show_progress, aggregate, groups)
-        return dict(zip(groups, reducer.result().to(self._dtype), strict=True))
+        found = reducer.result()
+        assert isinstance(found, Tensor)
+        return dict(zip(groups, found.to(self._dtype), strict=True))
 
     def self_influence(
         self,
@@ -181,6 +183,10 @@ class InnerProductInfluence(ExampleInfluence):
     def _train_batches(self) -> Iterable[Batch]:
         """What the train sides of the terms take, in the order of the training set."""
         return self.train_dataloader if self._kept is None else self._kept.batches()
+
+    def _by_parameter(self, terms: list[Term]) -> tuple[list[Term], Iterable[Batch]]:
+        """The terms with sides that tell parameters apart, and what their train sides take."""
+        return terms, self._train_batches
 
     def _plan(
         self, loader: CheckpointLoader, inputs: Any, ordered: bool = True
@@ -246,6 +252,8 @@ class InnerProductInfluence(ExampleInfluence):
         with self._session() as loader:
             terms, test = self._plan(loader, given(inputs), ordered=not aggregate)
             train = self._train_batches
+            if groups is not None:
+                terms, train = self._by_parameter(terms)
             with self._bar(doing, _times(train, terms), show_progress) as bar:
                 stream = Stream(
                     terms, loader, self._sample, self._train_count(), groups, bar.update

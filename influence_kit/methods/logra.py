@@ -2,11 +2,7 @@
 
 from typing import Any, Literal
 
-from influence_kit.errors import InvalidArgumentError
-from influence_kit.methods.projected import Dim, ProjectedInfluence
-from influence_kit.operators.projection import Unit, UnitMap, from_both_sides
-
-KINDS = ("gaussian", "rademacher", "orthogonal", "identity")
+from influence_kit.methods.projected import Dim, ProjectedInfluence, check_kind
 
 
 class LoGra(ProjectedInfluence):
@@ -24,12 +20,13 @@ class LoGra(ProjectedInfluence):
     there are several.
 
     The projected gradients of the training set are computed once and kept in memory where they
-    fit; otherwise they are computed anew for every question.
+    fit; otherwise they are computed anew for every question. F is inverted through the inner
+    products of the u where there are at most half as many examples as entries of u.
 
     Args:
-        projection_dim: a pair, the columns of P_o and P_i (less where a layer has less), or the
-            most entries of u: then the root of it for each side, and layers that have no more
-            entries stay as they are.
+        projection_dim: a pair, the columns of P_o and P_i, or the most entries of u: then the root
+            of it for each side, and what a shorter side leaves for the other. A side that has no
+            more entries stays as it is.
         projection: "orthogonal", "gaussian", "rademacher" or "identity" (nothing is projected);
             inner products of projected gradients have those of the gradients as their mean.
         damping: added to the eigenvalues of F: a number, a dict by layer, or "auto" (0.3 times the
@@ -70,13 +67,5 @@ class LoGra(ProjectedInfluence):
         projection: Literal["gaussian", "rademacher", "orthogonal", "identity"] = "orthogonal",
         **kwargs: Any,
     ) -> None:
-        if projection not in KINDS:
-            raise InvalidArgumentError(
-                f"`projection` must be one of {', '.join(KINDS)}; got {projection!r}"
-            )
-        self.projection = projection
+        self.projection = check_kind(projection)
         super().__init__(*args, projection_dim=projection_dim, **kwargs)
-
-    def _map_of(self, unit: Unit) -> UnitMap:
-        shape = self._parameters[unit.names[0]].shape
-        return from_both_sides(unit, shape, self.projection, self.projection_dim, self.seed)

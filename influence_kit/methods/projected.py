@@ -1,6 +1,5 @@
-"""Influence functions of projected gradients: short vectors, kept, with an exact inverse."""
+"""What methods of projected gradients share: short vectors, kept; and their influence functions."""
 
-from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -13,31 +12,72 @@ from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.losses import Loss
 from influence_kit.methods.explicit import ExplicitInfluenceFunction
-from influence_kit.operators.projection import Projection, Unit, UnitMap, units_of
+from influence_kit.methods.inner_product import InnerProductInfluence
+from influence_kit.operators.projection import Projection, from_both_sides
+from influence_kit.operators.unit_maps import UnitMap
+from influence_kit.operators.units import Unit, units_of
 
 Dim = int | Sequence[int]
+KINDS = ("gaussian", "rademacher", "orthogonal", "identity")
 
 
-class ProjectedInfluence(ExplicitInfluenceFunction):
+class ProjectedGradients(InnerProductInfluence):
+    """A method whose gradients are projected, layer by layer, on both sides of its terms.
+
+    Those of the training set are kept in memory where they fit.
+
+    Args:
+        projection_dim: entries for each layer: a number, or a pair (output side, input side).
+        projection: the kind of the random maps.
+        seed: of the random maps; that of a layer depends on its name alone.
+    """
+
+    projection: str
+    projection_dim: Dim
+    seed: int
+
+    _keeps_rows = True
+
+    def _map_of(self, unit: Unit) -> UnitMap:
+        """What the gradient of a unit becomes."""
+        shape = self._parameters[unit.names[0]].shape
+        return from_both_sides(unit, shape, self.projection, self.projection_dim, self.seed)
+
+    @cached_property
+    def _projection(self) -> Projection:
+        units = units_of(self.model, self._parameters)
+        return Projection({unit.names[0]: self._map_of(unit) for unit in units})
+
+    @property
+    def _shapes(self) -> Mapping[str, torch.Size]:
+        return self._projection.shapes
+
+    def _features(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
+        return self._projection(super()._features(checkpoint, batch, loss))
+
+    def _feature_settings(self) -> dict[str, Any]:
+        return {"features": "projected gradients", **self._projection_settings()}
+
+    def _projection_settings(self) -> dict[str, Any]:
+        """What the projection is drawn from."""
+        return {
+            "projection": [self.get_name(), self.projection],
+            "projection_dim": self.projection_dim,
+            "seed": self.seed,
+        }
+
+
+class ProjectedInfluence(ExplicitInfluenceFunction, ProjectedGradients):
     r"""score = sum over blocks of u_test^T (F + damping I)^-1 u_train, u = projected gradients.
 
     .. math::
         \sum_l u'_l{}^T \, (F_l + \lambda_l I)^{-1} \, u_l, \qquad
         F_l = \frac{1}{n} \sum_j u_{jl} u_{jl}^T
 
-    The projected gradients of the training set are computed once and kept in memory where they
-    fit (an eighth of what is free); otherwise they are computed anew for every question.
-
-    Args:
-        projection_dim: entries of u for each layer.
-        damping: added to the eigenvalues of F: a number, a dict by block, or "auto" (0.3 times the
-            mean eigenvalue of the block, its trace over min(entries, examples)).
-        curvature: "empirical_fisher" (F of the labels of the data) or "fisher" (of labels drawn
-            from the model).
-        blocks: "layer", "full" (F couples the layers) or a dict; see ``CurvatureInfluence``.
+    See ``LoGra`` for the arguments.
     """
 
-    projection: str
+    _auto_share = 0.3
 
     def __init__(
         self,
@@ -55,32 +95,10 @@ class ProjectedInfluence(ExplicitInfluenceFunction):
         self.projection_dim = check_dim(projection_dim)
         super().__init__(*args, curvature=curvature, blocks=blocks, **kwargs)
 
-    _keeps_rows = True
-    _auto_share = 0.3
-
-    # What a method says.
-
-    @abstractmethod
-    def _map_of(self, unit: Unit) -> UnitMap:
-        """What the gradient of a unit becomes."""
-
-    # How it is done.
-
-    @cached_property
-    def _projection(self) -> Projection:
-        units = units_of(self.model, self._parameters)
-        return Projection({unit.names[0]: self._map_of(unit) for unit in units})
-
-    @property
-    def _shapes(self) -> Mapping[str, torch.Size]:
-        return self._projection.shapes
-
-    def _features(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
-        return self._projection(self._source(batch, loss))
-
     def _lifted(self, solved: Gradients) -> Gradients:
         """By the transposed projection: the inner products with gradients stay those with u."""
-        shapes, sample = super()._shapes, solved.sample
+        shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
+        sample = solved.sample
         with torch.enable_grad():
             forms = {
                 name: Dense(sample.new_zeros(solved.n, shape.numel()).requires_grad_(), shape)
@@ -94,17 +112,6 @@ class ProjectedInfluence(ExplicitInfluenceFunction):
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), **self._projection_settings()}
-
-    def _feature_settings(self) -> dict[str, Any]:
-        return {"features": "projected gradients", **self._projection_settings()}
-
-    def _projection_settings(self) -> dict[str, Any]:
-        """What the projection is drawn from."""
-        return {
-            "projection": [self.get_name(), self.projection],
-            "projection_dim": self.projection_dim,
-            "seed": self.seed,
-        }
 
     @property
     def _fit_batches(self) -> Iterable[Batch]:
@@ -123,3 +130,12 @@ def check_dim(dim: Any) -> Any:
                 f"side); got {dim!r}"
             )
     return tuple(dim) if pair else dim
+
+
+def check_kind(projection: Any) -> Any:
+    """The argument ``projection``, a kind of random maps."""
+    if projection not in KINDS:
+        raise InvalidArgumentError(
+            f"`projection` must be one of {', '.join(KINDS)}; got {projection!r}"
+        )
+    return projection

@@ -16,8 +16,11 @@ from influence_kit.methods.base import BatchSize
 from influence_kit.methods.example_influence import check_k, given
 from influence_kit.methods.nearest_neighbors import ExactNearestNeighbors, NearestNeighbors
 from influence_kit.methods.tracin_fast import TracInCPFast
-from influence_kit.operators.projection import Projection, TwoSided, units_of, whole
-from influence_kit.operators.random_maps import Identity, random_map
+from influence_kit.operators.maps import Identity
+from influence_kit.operators.projection import Projection, whole
+from influence_kit.operators.random_maps import random_map
+from influence_kit.operators.unit_maps import TwoSided
+from influence_kit.operators.units import units_of
 from influence_kit.scoring.reducers import KMostInfluentialResults
 from influence_kit.scoring.term import Term
 

@@ -22,14 +22,14 @@ from influence_kit.data import (
     map_tensors,
     split,
 )
-from influence_kit.distributed import sum_over_ranks
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.source import GradientSource, kept_bytes
 from influence_kit.losses import Loss
 from influence_kit.memory import rows_within, workspace_bytes
+from influence_kit.operators.block import Block
 from influence_kit.operators.operator import Operator
 from influence_kit.operators.partition import Partition
-from influence_kit.operators.passes import DataSet, Features, refuse_non_finite
+from influence_kit.operators.passes import DataSet, refuse_non_finite
 from influence_kit.operators.products import (
     EitherMode,
     Mode,
@@ -62,6 +62,15 @@ class Curvature(Operator):
         for places, batch in self.data:
             total += self.batch_product(places, batch, vectors)
         return refuse_non_finite(total) / self.data.count
+
+    @property
+    def core_sizes(self) -> list[int]:
+        """How many rows the matrix has that ``blocks`` keeps of each block."""
+        return self.sizes
+
+    def blocks(self) -> list[Block]:
+        """The blocks, to be inverted."""
+        return [Block(block) for block in self.dense()]
 
 
 class LossCurvature(Curvature):
@@ -182,48 +191,3 @@ def _floating(outputs: Any) -> list[Tensor]:
     found: list[Tensor] = []
     map_tensors(outputs, lambda t: found.append(t) if t.is_floating_point() else None)
     return found
-
-
-class OuterProducts(Curvature):
-    """C_j = g_j g_j^T: the empirical Fisher for gradients of the loss.
-
-    The Fisher for gradients at labels drawn from the model.
-
-    Args:
-        features: gradients g of a batch, given the places of its examples.
-        data, partition, sample: as in ``Curvature``.
-    """
-
-    def __init__(
-        self, features: Features, data: DataSet, partition: Partition, sample: Tensor
-    ) -> None:
-        super().__init__(data, partition, sample)
-        self.features = features
-
-    def batch_product(self, places: Tensor, batch: Batch, vectors: Tensor) -> Tensor:
-        gradients = self.features(places, batch)
-        tests = self.partition.gradients(vectors, gradients)
-        columns: list[Tensor] = []
-        for names in self.partition.blocks.values():
-            weights = gradients.inner_of(tests, gradients.n, names)
-            columns += gradients.combined(weights, names).values()
-        return torch.cat(columns, dim=1)
-
-    def _blocks(self, places: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = self.partition.flat(self.features(places, batch)).split(
-            self.sizes, dim=1
-        )
-        return found
-
-    def dense(self) -> list[Tensor]:
-        totals = [self.sample.new_zeros(s, s, dtype=torch.float64) for s in self.sizes]
-        for places, batch in self.data.of_this_rank():
-            for total, rows in zip(totals, self._blocks(places, batch), strict=True):
-                total += rows.T @ rows
-        return [refuse_non_finite(sum_over_ranks(total)) / self.data.count for total in totals]
-
-    def diagonal(self, seed: int = 0) -> Tensor:
-        total = self.sample.new_zeros(self.size, dtype=torch.float64)
-        for places, batch in self.data.of_this_rank():
-            total += self.partition.flat(self.features(places, batch)).square().sum(0)
-        return refuse_non_finite(sum_over_ranks(total)) / self.data.count

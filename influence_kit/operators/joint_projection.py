@@ -12,9 +12,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from influence_kit.gradients.forms import Dense
+from influence_kit.gradients.factored import Factored
+from influence_kit.gradients.forms import Dense, Form
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.operators.random_maps import Placed, RandomMap, random_map
+from influence_kit.operators.maps import Placed, VectorMap
+from influence_kit.operators.random_maps import random_map
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class JointProjection:
         name: what the sum is called.
     """
 
-    maps: Mapping[str, RandomMap]
+    maps: Mapping[str, VectorMap]
     name: str
 
     @property
@@ -43,9 +45,14 @@ class JointProjection:
     def _summands(self, gradients: Gradients) -> Iterator[tuple[str, Tensor]]:
         """Each parameter's part, one at a time: there may be hundreds."""
         for name, form in gradients.forms.items():
-            slices = form.example_slices(2 * form.p)
-            parts = [self.maps[name](form.rows(rows).dense()) for rows in slices]
-            yield name, torch.cat(parts)
+            yield name, self._image(self.maps[name], form)
+
+    def _image(self, project: VectorMap, form: Form) -> Tensor:
+        if isinstance(form, Factored):
+            factors = form.deltas, form.inputs
+            return project.of_outer(*(reversed(factors) if form.transposed else factors))
+        slices = form.example_slices(2 * form.p)
+        return torch.cat([project(form.rows(rows).dense()) for rows in slices])
 
     def __call__(self, gradients: Gradients) -> Gradients:
         """The projected gradients, written out."""
@@ -69,11 +76,20 @@ def joint_projection(
         name: what the sum is called.
         key: what the maps are drawn from, beside the parameters' names.
     """
-    sizes = {other: parameter.numel() for other, parameter in parameters.items()}
+    shapes = {other: parameter.shape for other, parameter in parameters.items()}
+    sizes = {other: shape.numel() for other, shape in shapes.items()}
     if kind == "identity":
         starts = accumulate(sizes.values(), initial=0)
         placed = zip(sizes.items(), starts, strict=False)
         total = sum(sizes.values())
         return JointProjection({n: Placed(p, total, start) for (n, p), start in placed}, name)
-    maps = {other: random_map(kind, p, dim, other, *key) for other, p in sizes.items()}
+    maps = {
+        other: random_map(kind, p, dim, other, *key, rows=rows_of(shapes[other]))
+        for other, p in sizes.items()
+    }
     return JointProjection(maps, name)
+
+
+def rows_of(shape: torch.Size) -> int:
+    """Rows of a parameter as a matrix: a vector is one."""
+    return shape[0] if len(shape) > 1 else 1

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from influence_kit.data import Batch, call_model, map_tensors
+from influence_kit.data import Batch, call_model
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.labels import label_key, labels_of, logits_of
+from influence_kit.labels import label_key, labels_of, logits_of, with_logits
 from influence_kit.losses import Loss
 from influence_kit.operators.passes import refuse_non_finite
 
@@ -111,7 +111,7 @@ class ModelLabels:
         """Compare the loss's slope at some labels with that of the likelihood it is taken for."""
         known = logits_of(outputs)
         logits = known.detach().requires_grad_()
-        shown = map_tensors(outputs, lambda t: logits if t is known else t)
+        shown = with_logits(outputs, logits)
         factors: list[Tensor] = []
         for labels in likelihood.probes(known, labels_of(batch)):
             with torch.enable_grad():

@@ -29,7 +29,7 @@ def learnt_mask(gradients: Tensor, k: int) -> Tensor:
     # there rounding alone would decide
     scores = _own_covariances(values, target, others).requires_grad_()
     optimizer = torch.optim.Adam([scores], lr=RATE)
-    most, best = -torch.inf, torch.arange(k)
+    most, best = -torch.inf, torch.arange(k, device=values.device)
     for _ in range(STEPS):
         chosen = scores.detach().topk(k).indices
         with torch.enable_grad():

@@ -11,6 +11,7 @@ from influence_kit.distributed import is_mine
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.memory import resident_bytes
+from influence_kit.operators.wording import OF_CURVATURE
 
 Features = Callable[[Tensor, Batch], Gradients]
 
@@ -23,11 +24,13 @@ class DataSet:
         batches: the batches, in a fixed order.
         device: where they are wanted.
         checkpoint: the number of the checkpoint that is in the model.
+        name: what to call the data in an error.
     """
 
     batches: Iterable[Batch]
     device: torch.device
     checkpoint: int = 0
+    name: str = OF_CURVATURE.data
     _count: int | None = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Batch]]:
@@ -38,10 +41,7 @@ class DataSet:
             yield torch.arange(start, start + n, device=self.device), to_device(batch, self.device)
             start += n
         if start == 0:
-            raise InvalidArgumentError(
-                "there are no examples to measure the curvature on: `hessian_dataset` (the "
-                "training set where None) is empty"
-            )
+            raise InvalidArgumentError(f"there are no examples: {self.name} is empty")
         self._count = start
 
     def first(self) -> Batch:

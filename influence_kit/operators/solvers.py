@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from influence_kit.errors import CurvatureError, InvalidArgumentError
+from influence_kit.operators.block import Block
 from influence_kit.operators.operator import Operator
 from influence_kit.operators.partition import dots, spread
+from influence_kit.operators.wording import OF_CURVATURE, Wording
 
 Damping = float | Tensor | Sequence[float]
 Solve = Callable[[Tensor], Tensor]
@@ -41,12 +43,13 @@ def damping_by_block(damping: Damping, blocks: int, positive: bool = False) -> T
 
 
 class Cholesky:
-    """The exact inverse of damped blocks that are written out.
+    """The exact inverse of damped blocks.
 
     Args:
-        blocks: the blocks of C.
+        blocks: the blocks of C: written out, or a ``Block``.
         damping: added to their eigenvalues.
         names: what to call the blocks in errors.
+        wording: what to call C and the damping there.
 
     Raises:
         CurvatureError: where a damped block is singular or has negative eigenvalues, with their
@@ -54,40 +57,25 @@ class Cholesky:
     """
 
     def __init__(
-        self, blocks: Sequence[Tensor], damping: Damping, names: Sequence[str] | None = None
+        self,
+        blocks: Sequence[Tensor | Block],
+        damping: Damping,
+        names: Sequence[str] | None = None,
+        wording: Wording = OF_CURVATURE,
     ) -> None:
         values = damping_by_block(damping, len(blocks)).tolist()
         names = [str(number) for number in range(len(blocks))] if names is None else names
-        self.sizes = [len(block) for block in blocks]
-        self.factors = [_cholesky(*one) for one in zip(blocks, values, names, strict=True)]
+        known = [block if isinstance(block, Block) else Block(block) for block in blocks]
+        self.sizes = [block.size for block in known]
+        self.inverses = [
+            block.inverse(value, wording.block.format(name), wording)
+            for block, value, name in zip(known, values, names, strict=True)
+        ]
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """(C + damping)^-1 v for each row v of ``[k, P]``."""
-        parts = zip(self.factors, vectors.double().split(self.sizes, dim=1), strict=True)
-        solved = [torch.cholesky_solve(part.T, factor).T for factor, part in parts]
-        return torch.cat(solved, dim=1).to(vectors)
-
-
-def _cholesky(block: Tensor, damping: float, name: str) -> Tensor:
-    """The Cholesky factor of a damped block."""
-    damped = block.double().clone()
-    damped.diagonal().add_(damping)
-    factor: Tensor
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    # a singular matrix may pass by rounding, and its inverse is noise
-    rounding = len(damped) * torch.finfo(damped.dtype).eps * damped.diagonal().max()
-    if not failed and factor.diagonal().min() ** 2 > rounding:
-        return factor
-    values = torch.linalg.eigvalsh(block.double())
-    least, most = float(values[0]), float(values[-1])
-    negative = int((values < -1e-12 * max(abs(least), abs(most))).sum())
-    what = f"has {negative} negative eigenvalues" if negative else "is singular"
-    raise CurvatureError(
-        f"the curvature of block '{name}' {what}: its {len(values)} eigenvalues go from "
-        f"{least:.4g} to {most:.4g}, and damping {damping:.4g} does not make it positive definite. "
-        f"Use a damping above {max(-least, 0) + 1e-8 * abs(most):.3g}"
-        + (", or curvature='ggn', which has no negative eigenvalues" if negative else "")
-    )
+        parts = zip(self.inverses, vectors.double().split(self.sizes, dim=1), strict=True)
+        return torch.cat([inverse(part) for inverse, part in parts], dim=1).to(vectors)
 
 
 def conjugate_gradients(

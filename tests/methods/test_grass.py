@@ -4,6 +4,7 @@ The formula that they share with LoGra is in ``test_logra``.
 """
 
 import math
+from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import oracles
 import projected_oracles as projected
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from cases import CASES, Examples, cross_entropy
 from contract import assert_close
 from torch import Tensor, nn
@@ -19,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from influence_kit import FactGraSS, GraSS
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.methods import grass
 from influence_kit.operators.learnt_mask import learnt_mask
 
 NAMES = ["mlp", "cnn", "gpt"]
@@ -250,6 +254,34 @@ def test_a_loaded_mask_is_not_learnt_again(tmp_path: Path, monkeypatch: pytest.M
     assert_close(loaded.influence(case.test), expected[0], 1e-12)
     for layer, scores in loaded.influence_by_layer(case.test).items():
         assert_close(scores, expected[1][layer], 1e-12)
+
+
+def _learn(rank: int, folder: str) -> None:
+    """Learn on one of two ranks of which the second would choose other entries."""
+    torch.set_num_threads(1)
+    rendezvous = f"file://{folder}/rendezvous"
+    limit = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=limit)
+    if rank == 1:
+        grass.learnt_mask = lambda gradients, k: torch.arange(k)
+    influence = make("GraSS", mask="learnt", blow_up=1)
+    scores = influence.influence(CASES["mlp"].test)
+    torch.save((learnt(influence), scores), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks_have_the_mask_of_one_process(tmp_path: Path) -> None:
+    mp.spawn(_learn, args=(str(tmp_path),), nprocs=2)
+    alone = make("GraSS", mask="learnt", blow_up=1)
+    expected = alone.influence(CASES["mlp"].test)
+    for rank in range(2):
+        masks, scores = torch.load(tmp_path / f"{rank}.pt")
+        assert masks.keys() == learnt(alone).keys()
+        for name, mask in learnt(alone).items():
+            assert not torch.equal(mask, torch.arange(len(mask))), "or it would tell nothing"
+            assert torch.equal(masks[name], mask)
+        assert_close(scores, expected, 1e-12)
 
 
 def test_a_learnt_mask_keeps_more_than_a_random_one() -> None:

@@ -492,7 +492,7 @@ def test_weights_that_change_after_the_fit(model: nn.Module, refused: Any, metho
     explainer = make(method, model, checkpoints=[weights])
     before = explainer.influence(TEST)
     weights["2.weight"].mul_(1.5)
-    match = "checkpoint 0 holds other weights than when its curvature was measured; call `fit()`"
+    match = "checkpoint 0 holds other weights than when the curvature was measured; call `fit()`"
     match = match.replace("(", r"\(").replace(")", r"\)")
     for question in (
         lambda: explainer.influence(TEST),

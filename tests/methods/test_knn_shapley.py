@@ -3,8 +3,10 @@
 import itertools
 import math
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
+import oracles
 import pytest
 import torch
 from cases import CASES, Case, Examples
@@ -202,6 +204,44 @@ def test_without_a_layer_no_checkpoint_is_loaded() -> None:
         knn(layer="body").influence(MLP.test)
 
 
+@pytest.mark.parametrize("model", [nn.Linear(D, 2).double(), nn.Identity()])
+def test_inputs_need_no_checkpoints(model: nn.Module) -> None:
+    train, test = examples(N, 0), examples(M, 1)
+    expected = built(train, model, n_neighbors=2).influence(test)
+    for knn in (
+        KNNShapley(model, TensorDataset(*train), n_neighbors=2),
+        KNNShapley(model, TensorDataset(*train), None, n_neighbors=2),
+    ):
+        assert knn.checkpoints == []
+        assert torch.equal(knn.influence(test), expected)
+        assert torch.equal(knn.influence(test, k=2).indices, oracles.top_k(expected, 2, True)[0])
+        assert knn.self_influence().shape == (N,)
+
+
+def test_a_layer_needs_checkpoints() -> None:
+    data = TensorDataset(*examples(N, 0))
+    match = (
+        r"`checkpoints` is None: the output of layer '' .* \[model.state_dict\(\)\] is the model"
+    )
+    with pytest.raises(InvalidArgumentError, match=match):
+        KNNShapley(nn.Linear(D, 2).double(), data, layer="")
+    knn = KNNShapley(nn.Linear(D, 2).double(), data, [{}], layer="")
+    with pytest.raises(InvalidArgumentError, match="`checkpoints` is None"):
+        knn.checkpoints = None
+
+
+def test_the_signature_shows_that_checkpoints_may_be_left_out() -> None:
+    parameters = signature(KNNShapley).parameters
+    assert list(parameters)[:5] == [
+        "model",
+        "train_dataset",
+        "checkpoints",
+        "checkpoints_load_func",
+        "layers",
+    ]
+    assert parameters["checkpoints"].default is None
+
+
 def test_checkpoints_are_loaded_once_a_call() -> None:
     loaded = []
 
@@ -384,6 +424,27 @@ def test_labels_that_are_no_integers_are_refused(labels: Tensor) -> None:
     knn = built((x, labels))
     with pytest.raises(InvalidArgumentError, match="must be one integer, or one number"):
         knn.influence((x, labels))
+
+
+@pytest.mark.parametrize("kind", ["training", "test"])
+@pytest.mark.parametrize("layer", ["tokens", "head"])
+def test_labels_of_tokens_are_refused_before_the_model_runs(kind: str, layer: str) -> None:
+    gpt = CASES["gpt"]
+    ids, labels = gpt.train
+    own, passes = {"training": labels[:, 0], "test": labels[:, 0]} | {kind: labels}, []
+
+    def load(model: nn.Module, checkpoint: Any) -> float:
+        raise AssertionError("loaded")
+
+    model = gpt.model()
+    model.register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
+    data = TensorDataset(ids, own["training"])
+    knn = KNNShapley(model, data, gpt.checkpoints(), load, layer=layer, batch_size=4)
+    match = rf"labels of {kind} examples are torch.int64 of shape .*\. Give a sequence one label"
+    with pytest.raises(InvalidArgumentError, match=match):
+        knn.influence((ids, own["test"]))
+    # one example to see what it takes in memory
+    assert sum(passes) <= 1
 
 
 def test_inputs_without_a_distance_are_refused() -> None:

@@ -25,13 +25,16 @@ from influence_kit import ExplicitInfluenceFunction, FactGraSS, GraSS, LoGra
 from influence_kit.errors import CurvatureError, InvalidArgumentError
 from influence_kit.losses import Loss
 from influence_kit.operators.labels import ModelLabels
+from influence_kit.operators.maps import Identity
 
 CLOSE = 1e-8
 NAMES = ["mlp", "cnn", "gpt"]
-# what projects something of every model, and of the three methods the most telling
+# what projects something of every model, and of the three methods the most telling; "LoGra, long"
+# has more than twice as many entries in some layers as there are examples
 SETTINGS: dict[str, tuple[type, dict[str, Any]]] = {
     "LoGra": (LoGra, {"projection_dim": (2, 3)}),
     "LoGra, in all": (LoGra, {"projection_dim": 7, "projection": "rademacher"}),
+    "LoGra, long": (LoGra, {"projection_dim": 28, "projection": "gaussian"}),
     "GraSS": (GraSS, {"projection_dim": 5, "blow_up": 2}),
     "GraSS, learnt": (GraSS, {"projection_dim": 4, "mask": "learnt"}),
     "FactGraSS": (FactGraSS, {"projection_dim": 5, "blow_up": 2}),
@@ -303,7 +306,8 @@ def test_perturbation_influence_is_not_relative(method: str) -> None:
 @pytest.mark.parametrize("dim", [1, 6, 20, (1, 2), (2, 3), (50, 2), (50, 50)])
 @every_case
 def test_every_projection(projection: str, dim: Any, name: str) -> None:
-    influence = fitted("LoGra", name, projection=projection, projection_dim=dim)
+    # the classes' gradients sum to zero, and so would a head's image under three equal signs
+    influence = fitted("LoGra", name, projection=projection, projection_dim=dim, seed=2)
     formula = Formula(influence, name)
     damping = formula.median()
     influence.damping = damping
@@ -336,14 +340,14 @@ def test_the_identity_is_the_exact_influence_function(name: str, relative: str |
 
 
 @every_case
-@pytest.mark.parametrize("relative", [None, "l", "theta"])
-def test_a_rotation_changes_nothing(name: str, relative: str | None) -> None:
-    """Orthogonal matrices that are square turn gradients and curvature alike."""
-    own = {"projection_dim": (99, 99), "relative": relative, "damping": 1e-3}
-    turned = make("LoGra", name, projection="orthogonal", **own)
-    exact = make("LoGra", name, projection="identity", **own)
-    expected = exact.influence(CASES[name].test)
-    assert_close(turned.influence(CASES[name].test), expected, CLOSE)
+@pytest.mark.parametrize("dim", [(1, 99), (99, 2), (99, 99), 6, 20])
+def test_a_side_that_is_short_stays_as_it_is(name: str, dim: Any) -> None:
+    """A square random matrix would shorten nothing and disturb what it multiplies."""
+    influence = make("LoGra", name, projection="gaussian", projection_dim=dim)
+    for unit in influence._projection.maps.values():
+        for side in (unit.left, unit.right) if hasattr(unit, "left") else (unit.map,):
+            assert isinstance(side, Identity) == (side.k == side.p)
+            assert side.k <= side.p
 
 
 def test_how_many_entries_a_layer_gets() -> None:

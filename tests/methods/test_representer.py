@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.autograd.functional import hessian, jacobian
 from torch.nn import functional as F
 
 from influence_kit import RepresenterPointSelection
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.methods.refit import Refit
 
 MLP = CASES["mlp"]
 GPT = CASES["gpt"]
@@ -217,6 +220,21 @@ def test_positions_add_up_and_ignored_ones_do_not_count() -> None:
     assert float(representer.influence((ids, labels))[3].abs().max()) == 0
 
 
+def test_a_label_that_the_loss_ignores_may_be_any_number() -> None:
+    """Such an example is no part of any output, and none is a part of its own."""
+    x, y = MLP.train
+    labels = y.clone()
+    labels[[2, 5]] = 255
+    loss = nn.CrossEntropyLoss(ignore_index=255, reduction="none")
+    representer = made(MLP.model(), (x, labels), loss_fn=loss)
+    scores = representer.influence((x, labels))
+    assert not scores[[2, 5]].any()
+    assert not scores[:, [2, 5]].any()
+    outputs = representer.refitted_outputs((x, labels))
+    for place in (0, 1, 3, 4):
+        assert_close(scores[place].sum(), outputs[place, y[place]], 1e-10)
+
+
 def test_a_models_own_loss_and_sequences_of_two_lengths() -> None:
     class Own(nn.Module):
         def __init__(self) -> None:
@@ -262,6 +280,66 @@ def test_scores_of_several_checkpoints_are_their_mean() -> None:
         outputs = representer.refitted_outputs(MLP.test, place)
         assert_close(outputs, one.refitted_outputs(MLP.test))
     assert_close(representer.influence(MLP.test), total)
+
+
+@pytest.mark.parametrize("setting", [{}, {"normalize": True, "count_bias": True, "l2": 1}])
+def test_a_refit_is_saved_and_loaded(
+    setting: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = MLP.model()
+    saved = made(model, MLP.train, **setting)
+    saved.save(tmp_path)
+    loaded = made(MLP.model(), MLP.train, max_iter=1, **setting).load(tmp_path)
+    monkeypatch.setattr(Refit, "head", None)  # nothing is refitted
+    assert torch.equal(loaded.influence(MLP.test), saved.influence(MLP.test))
+    assert torch.equal(loaded.representer_values(), saved.representer_values())
+    assert torch.equal(loaded.refitted_outputs(MLP.test), saved.refitted_outputs(MLP.test))
+    assert torch.equal(loaded.self_influence(), saved.self_influence())
+
+
+class TwoHeads(nn.Module):
+    """The last layer's output is that of either."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.net = MLP.model()
+        self.second = nn.Linear(3, 3).double()
+        nn.init.constant_(self.second.bias, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.net(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"l2": 4e-3}, "l2: 0.003 there, 0.004 here"),
+        ({"normalize": True}, "normalize: false there, true here"),
+        ({"count_bias": True}, "count_bias: false there, true here"),
+        ({"tol": 1e-6}, "tol: 1e-12 there, 1e-06 here"),
+        ({"loss_fn": lambda o, y: 2 * cross_entropy(o, y)}, "losses of the first examples: 8 of 8"),
+        ({"layer": "net.head"}, 'layer: "second" there, "net.head" here'),
+        ({"batch": tuple(t.flip(0) for t in MLP.train)}, "hash of the examples"),
+        (
+            {"model": TwoHeads(2.0)},
+            r"weights of the checkpoints: 1 of 1 entries differ \(num",
+        ),
+    ],
+)
+def test_a_refit_of_something_else_is_refused(
+    change: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    own = {"model": TwoHeads(), "batch": MLP.train, "layer": "second"}
+    made(**own).save(tmp_path)
+    with pytest.raises(InvalidArgumentError, match=f"was saved for something else: .*{told}"):
+        made(**own | change).load(tmp_path)
+
+
+def test_a_refit_anew_is_the_same() -> None:
+    representer = made(MLP.model(), MLP.train)
+    expected = representer.influence(MLP.test)
+    assert representer.fit() is representer
+    assert torch.equal(representer.influence(MLP.test), expected)
 
 
 def test_nested_layers_are_found_by_name_and_as_modules() -> None:

@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from influence_kit import TRAK
 from influence_kit.errors import CurvatureError, InvalidArgumentError, NonFiniteError
+from influence_kit.methods.normal_equations import OF_FEATURES
+from influence_kit.operators.solvers import Cholesky
 
 CLOSE = 1e-8
 NAMES = ["mlp", "dict", "cnn", "gpt"]
@@ -34,7 +36,7 @@ def make(name: str = "mlp", **changed: Any) -> TRAK:
     """TRAK on a case's three checkpoints; ``changed`` replaces any argument."""
     case = CASES[name]
     model = changed.pop("model", None) or case.model()
-    data = changed.pop("data", None) or Examples(case.train)
+    data = changed.pop("data", Examples(case.train))
     checkpoints = changed.pop("checkpoints", None) or case.checkpoints()
     arguments = {"projection_dim": DIM, "batch_size": 4}
     return TRAK(model, data, checkpoints, **arguments | changed)
@@ -411,7 +413,10 @@ def _no_warning() -> Iterator[None]:
 @pytest.mark.parametrize(("projection", "k"), [("sjlt", 20), ("gaussian", 20), ("identity", 83)])
 def test_without_a_ridge_too_few_examples_are_refused(projection: str, k: int) -> None:
     trak = make(projection=projection, projection_dim=20, ridge=0)
-    match = f"is singular: its {k} eigenvalues .* does not make it positive definite"
+    match = (
+        rf"Phi\^T Phi of the training set is singular: its {k} eigenvalues .*, and ridge 0 does "
+        r"not make it positive definite\. Use a ridge above \S+$"
+    )
     with pytest.raises(CurvatureError, match=match):
         trak.influence(CASES["mlp"].test)
 
@@ -453,7 +458,10 @@ def test_an_automatic_ridge_of_features_that_are_zero() -> None:
 
     model = Constant().double()
     trak = make(model=model, checkpoints=[model.state_dict()])
-    match = "ridge=\"auto\" is a share of the mean eigenvalue .* which is 0 in block 'features'"
+    match = (
+        r'ridge="auto" is a share of the mean eigenvalue of Phi\^T Phi, which is 0: the features '
+        "of all 11 training examples are zero"
+    )
     with pytest.raises(InvalidArgumentError, match=match):
         trak.influence(CASES["mlp"].test)
 
@@ -549,8 +557,34 @@ def test_a_training_example_that_is_not_finite() -> None:
     x, y = CASES["mlp"].train
     x = x.clone()
     x[6, 1] = torch.nan
-    with pytest.raises(NonFiniteError, match="is NaN or infinite"):
+    match = "training example 6 has features that are NaN or infinite at checkpoint 0; look at that"
+    with pytest.raises(NonFiniteError, match=match):
         make(data=TensorDataset(x, y)).influence(CASES["mlp"].test)
+
+
+def test_a_slope_that_is_not_finite() -> None:
+    """Where the loss's slope is infinite, and the output function knows nothing of it."""
+    model, data, test = regression()
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs[:, 0] - targets).abs().sqrt()
+
+    x, y = data.tensors
+    y[4] = model(x)[4, 0].detach()
+    own = {"model": model, "data": data, "checkpoints": [model.state_dict()], "batch_size": 3}
+    trak = make(loss_fn=loss, output_fn=prediction, **own)
+    with pytest.raises(NonFiniteError, match="training example 4 has a slope that is NaN or inf"):
+        trak.influence(test)
+
+
+def test_features_whose_products_overflow() -> None:
+    x, y = 1e25 * torch.randn(8, 3), torch.arange(8) % 3
+    model, data = Logits(3), TensorDataset(x, y)
+    own = {"model": model, "data": data, "checkpoints": [model.state_dict()]}
+    trak = make(projection="identity", **own)
+    match = r"Phi\^T Phi is NaN or infinite at checkpoint 0, .* products overflow \(use float64\)"
+    with pytest.raises(NonFiniteError, match=match):
+        trak.influence((x, y))
 
 
 # Other outputs than the margin.
@@ -691,10 +725,31 @@ def test_weights_that_change_after_the_fit() -> None:
     trak = make(checkpoints=states)
     trak.influence(case.test)
     states[0]["head.weight"].mul_(1.5)
-    with pytest.raises(InvalidArgumentError, match="checkpoint 0 holds other weights than when"):
+    match = r"checkpoint 0 holds other weights than when Phi\^T Phi was measured; call `fit\(\)`"
+    with pytest.raises(InvalidArgumentError, match=match):
         trak.influence(case.test)
     anew = make(checkpoints=states).influence(case.test)
     assert_close(trak.fit().influence(case.test), anew, 1e-10)
+
+
+def test_a_training_set_without_examples() -> None:
+    x, y = CASES["mlp"].train
+    with pytest.raises(InvalidArgumentError, match="no examples: the training set is empty"):
+        make(data=TensorDataset(x[:0], y[:0])).influence(CASES["mlp"].test)
+
+
+def test_progress_speaks_of_what_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    make().fit(show_progress=True)
+    assert r"Using TRAK to fit Phi^T Phi. Processing checkpoint" in capsys.readouterr().err
+
+
+def test_negative_eigenvalues_of_features_are_rounding() -> None:
+    block = torch.diag(torch.tensor([3.0, -1e-6]))
+    match = (
+        r"Phi\^T Phi of the training set has 1 negative .* Use a ridge above .* model in float64"
+    )
+    with pytest.raises(CurvatureError, match=match):
+        Cholesky([block], 0.0, ["features"], OF_FEATURES)
 
 
 class OwnLoss(nn.Module):

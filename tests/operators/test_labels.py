@@ -1,5 +1,6 @@
 """Labels drawn from the model: their distribution, and the losses for which there is one."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -335,6 +336,22 @@ def test_dict_batches_and_outputs(key: str) -> None:
     assert torch.equal(found[key], expected)
     assert found["x"] is batch["x"]
     assert found.keys() == batch.keys()
+
+
+def test_outputs_that_are_objects_with_logits() -> None:
+    def loss(outputs: Any, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.logits, targets, reduction="none")
+
+    torch.manual_seed(0)
+    model, (x, y) = (
+        Line(lambda logits: SimpleNamespace(logits=logits)),
+        (torch.randn(8, 3), torch.arange(8) % 3),
+    )
+    x, plain = x.double(), Line()
+    plain.load_state_dict(model.state_dict())
+    plain_loss = nn.CrossEntropyLoss(reduction="none")
+    found = ModelLabels(model, none(loss), 0)(torch.arange(8), (x, y))[-1]
+    assert torch.equal(found, ModelLabels(plain, none(plain_loss), 0)(torch.arange(8), (x, y))[-1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -26,17 +26,12 @@ from influence_kit.gradients.forms import Dense, Sum
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.source import GradientSource
 from influence_kit.losses import Loss
-from influence_kit.operators.joint_projection import JointProjection
-from influence_kit.operators.projection import (
-    Projection,
-    TwoSided,
-    Unit,
-    WrittenOut,
-    columns_within,
-    units_of,
-    whole,
-)
-from influence_kit.operators.random_maps import Identity, Placed, random_map
+from influence_kit.operators.joint_projection import JointProjection, rows_of
+from influence_kit.operators.maps import Identity, Placed
+from influence_kit.operators.projection import Projection, columns_within, whole
+from influence_kit.operators.random_maps import random_map
+from influence_kit.operators.unit_maps import TwoSided, WrittenOut
+from influence_kit.operators.units import Unit, units_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no gradient rule fits.*")
 N = 5
@@ -130,7 +125,7 @@ def projection(model: nn.Module, names: list[str], kind: str, then: bool) -> Pro
     maps: dict[str, Any] = {}
     for unit in units(model, names):
         name = unit.names[0]
-        if not unit.outputs:
+        if not unit.is_matrix:
             shape = model.get_parameter(name).shape
             maps[name] = WrittenOut({name: shape}, random_map(kind, shape.numel(), 2, name))
             continue
@@ -169,7 +164,7 @@ def test_every_layer_as_it_is(case: LayerCase) -> None:
     for unit in units(model, names):
         shapes = {name: model.get_parameter(name).shape for name in unit.names}
         size = sum(shape.numel() for shape in shapes.values())
-        maps[unit.names[0]] = whole(unit) if unit.outputs else WrittenOut(shapes, Identity(size))
+        maps[unit.names[0]] = whole(unit) if unit.is_matrix else WrittenOut(shapes, Identity(size))
     found = Projection(maps)(gradients)
     columns = written_out(model, names, maps)
     assert_close(found.flat(), expected @ torch.cat(list(columns.values()), dim=1), EXACT)
@@ -191,7 +186,11 @@ def test_every_layer_in_a_small_workspace(case: LayerCase, monkeypatch: pytest.M
 @pytest.mark.parametrize("kind", ["rademacher", "sjlt"])
 def test_all_parameters_together(case: LayerCase, kind: str) -> None:
     model, names, gradients, expected = prepared(case)
-    maps = {name: random_map(kind, model.get_parameter(name).numel(), 6, name) for name in names}
+    shapes = {name: model.get_parameter(name).shape for name in names}
+    maps = {
+        name: random_map(kind, shape.numel(), 6, name, rows=rows_of(shape))
+        for name, shape in shapes.items()
+    }
     project = JointProjection(maps, "all")
     assert project.k == 6
     stacked = torch.cat([maps[name].matrix(LIKE) for name in names])
@@ -234,7 +233,7 @@ def test_units(case: LayerCase) -> None:
     expected = pieces(model, names)
     assert [list(unit.names) for unit in found] == [piece.names for piece in expected]
     for unit, piece in zip(found, expected, strict=True):
-        assert bool(unit.outputs) == piece.is_matrix
+        assert unit.is_matrix == piece.is_matrix
         assert unit.transposed == piece.transposed
         assert unit.bias == (piece.names[1] if len(piece.names) > 1 else None)
         assert not piece.is_matrix or (unit.outputs, unit.inputs) == piece.sizes
@@ -300,12 +299,10 @@ def sizes() -> Iterator[tuple[int, int, int]]:
 def test_columns_of_the_most_products() -> None:
     """Never more than asked for; the root for each side, or what a shorter side leaves."""
     for dim, outputs, inputs in sizes():
-        found = columns_within(dim, outputs, inputs)
+        left, right = columns_within(dim, outputs, inputs)
         if outputs * inputs <= dim:
-            assert found is None
+            assert (left, right) == (outputs, inputs)
             continue
-        assert found is not None
-        left, right = found
         root = math.isqrt(dim)
         assert 1 <= left <= outputs
         assert 1 <= right <= inputs

@@ -11,32 +11,28 @@ from torch import Tensor
 
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.operators import random_maps
+from influence_kit.operators.maps import Composed, Coordinates, Identity, Placed, VectorMap
 from influence_kit.operators.random_maps import (
     KINDS,
-    SJLT,
-    Composed,
-    Coordinates,
     DenseMap,
-    Identity,
     Orthogonal,
-    Placed,
-    RandomMap,
-    key_of,
     random_map,
+    shortened,
 )
+from influence_kit.operators.sjlt import SJLT
 
 DOUBLE, SINGLE = torch.zeros((), dtype=torch.float64), torch.zeros(())
 # more entries than places and fewer, multiples and not, one of each
 SIZES = [(7, 3), (12, 4), (5, 5), (3, 8), (1, 1), (9, 1), (1, 4), (50, 16)]
 DRAWN = [kind for kind in KINDS if kind != "identity"]
-BLOCKED = ["gaussian", "rademacher", "sjlt"]
+DENSE = ["gaussian", "rademacher"]
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 drawn = pytest.mark.parametrize("kind", DRAWN)
 every_size = pytest.mark.parametrize(("p", "k"), SIZES)
 
 
-def make(kind: str, p: int, k: int, seed: int = 0, name: str = "w") -> RandomMap:
+def make(kind: str, p: int, k: int, seed: int = 0, name: str = "w") -> VectorMap:
     return random_map(kind, p, k, seed, name)
 
 
@@ -87,6 +83,17 @@ def test_the_identity_changes_nothing(p: int, k: int) -> None:
     assert torch.equal(written("identity", p, k), torch.eye(p, dtype=torch.float64))
     values = normal(3, p)
     assert random_map("identity", p, k)(values) is values
+
+
+@every_kind
+@every_size
+def test_what_is_short_already_stays(kind: str, p: int, k: int) -> None:
+    found = shortened(kind, p, k, 0, "w")
+    if p <= k:
+        assert isinstance(found, Identity)
+        assert found.p == p
+    else:
+        assert torch.equal(found.matrix(DOUBLE), written(kind, p, k))
 
 
 def test_placed_vectors_lie_side_by_side() -> None:
@@ -177,25 +184,6 @@ def test_a_mask_that_is_given() -> None:
     assert torch.equal(Coordinates(6, torch.tensor([4]))(values), values[:, [4]])
 
 
-@every_size
-def test_a_sparse_map_adds_each_entry_to_one_place(p: int, k: int) -> None:
-    matrix = written("sjlt", p, k)
-    assert torch.equal(matrix.abs().sum(1), torch.ones(p).double())
-    assert torch.equal(matrix.abs().max(1).values, torch.ones(p).double())
-    for block in matrix.split(k):
-        assert bool((block.abs().sum(0) <= 1).all()), "entries in a row go to different places"
-
-
-def test_sparse_places_and_signs_are_fair() -> None:
-    matrix = torch.stack([written("sjlt", 8, 4, seed) for seed in range(2000)])
-    share = matrix.abs().mean(0)
-    assert (share - 0.25).abs().max() < 5 * math.sqrt(3 / 16 / 2000)
-    assert matrix.mean(0).abs().max() < 5 * math.sqrt(0.25 / 2000)
-    # entries of different blocks land together once in k times
-    together = (matrix[:, 1] * matrix[:, 6]).abs().sum(1).mean()
-    assert abs(together - 0.25) < 5 * math.sqrt(3 / 16 / 2000)
-
-
 # The same for any batch, precision, block; another for another seed, name, kind.
 
 
@@ -235,30 +223,22 @@ def test_kinds_are_drawn_apart() -> None:
     assert abs(same.double().mean() - 0.5) < 5 * math.sqrt(0.25 / 2000)
 
 
-def test_keys_tell_their_parts_apart() -> None:
-    parts: list[tuple[object, ...]] = [(0, "a"), (1, "a"), (0, "b"), ("a", 0), (0, "a", 0), (0,)]
-    keys = [key_of(*some) for some in parts]
-    assert len(set(keys)) == len(keys)
-    assert all(0 <= key < 2**63 for key in keys)
-
-
-@pytest.mark.parametrize("kind", BLOCKED)
+@pytest.mark.parametrize("kind", DENSE)
 def test_maps_that_are_kept_are_those_that_are_drawn_again(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     p, k = 37, 5
     drawn: list[int] = []
-    cls = SJLT if kind == "sjlt" else DenseMap
-    draw = cls.draw
+    draw = DenseMap._drawn
 
-    def counted(self: RandomMap, number: int, like: Tensor) -> tuple[Tensor, ...]:
+    def counted(self: DenseMap, number: int, like: Tensor) -> Tensor:
         drawn.append(number)
-        return draw(self, number, like)  # type: ignore[arg-type]
+        return draw(self, number, like)
 
-    monkeypatch.setattr(cls, "draw", counted)
+    monkeypatch.setattr(DenseMap, "_drawn", counted)
     monkeypatch.setattr(random_maps, "BLOCK_BYTES", 4 * k * 7)
     kept, values = make(kind, p, k), normal(3, p)
-    blocks = list(range(-(-p // (k if kind == "sjlt" else 7))))
+    blocks = list(range(-(-p // 7)))
     first = kept(values)
     assert torch.equal(kept(values), first)
     assert drawn == blocks, "drawn once"
@@ -272,7 +252,7 @@ def test_maps_that_are_kept_are_those_that_are_drawn_again(
     assert drawn == [*blocks, *blocks], "drawn at each use"
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("kind", DENSE)
 @pytest.mark.parametrize("rows", [1, 2, 5, 36, 37, 1000])
 def test_blocks_of_any_size(kind: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is drawn from a key of its own, so that none depends on the others."""
@@ -281,7 +261,7 @@ def test_blocks_of_any_size(kind: str, rows: int, monkeypatch: pytest.MonkeyPatc
     found = make(kind, p, k)
     assert isinstance(found, DenseMap)
     numbers = range(-(-p // rows))
-    last_first = [found.draw(number, DOUBLE)[0] for number in reversed(numbers)]
+    last_first = [found._drawn(number, DOUBLE) for number in reversed(numbers)]
     matrix = torch.cat(last_first[::-1])
     assert matrix.shape == (p, k)
     assert torch.equal(found.matrix(DOUBLE), matrix)
@@ -316,7 +296,7 @@ def test_inner_products_are_kept_on_average(kind: str) -> None:
     assert bool(((products.mean(0) - eye).abs() <= 5 * error + 1e-12).all())
 
 
-@pytest.mark.parametrize("kind", [*BLOCKED, "orthogonal"])
+@pytest.mark.parametrize("kind", [*DENSE, "sjlt", "orthogonal"])
 def test_inner_products_vary_as_theory_says(kind: str) -> None:
     """1,000 random pairs, a map of its own for each.
 
@@ -341,7 +321,7 @@ def test_inner_products_vary_as_theory_says(kind: str) -> None:
     assert square > 0.4, "not less of an error than a random map must have"
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("kind", DENSE)
 def test_one_map_keeps_a_thousand_inner_products(kind: str) -> None:
     """The Johnson-Lindenstrauss bound for one map and 1,000 pairs of unit vectors at once.
 
@@ -357,14 +337,6 @@ def test_one_map_keeps_a_thousand_inner_products(kind: str) -> None:
     error = ((found(x) * found(y)).sum(1) - (x * y).sum(1)).abs().max()
     assert error < eps
     assert error > 1 / math.sqrt(k), "not less than one standard deviation"
-
-
-def test_sparse_maps_keep_vectors_that_are_one_entry() -> None:
-    """Exactly, where places differ: the worst case of other sparse maps."""
-    found = make("sjlt", 12, 4)
-    images = found(torch.eye(12, dtype=torch.float64))
-    for block in images.split(4):
-        assert torch.equal(block @ block.T, torch.eye(4, dtype=torch.float64))
 
 
 def _least(holds: Callable[[float], bool]) -> float:

@@ -1,0 +1,118 @@
+"""A symmetric matrix to be inverted: written out, or by the few rows that it is the mean of.
+
+Letters: P rows of the matrix C, n examples, k vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from influence_kit.errors import CurvatureError
+from influence_kit.memory import rows_within, workspace_bytes
+from influence_kit.operators.wording import OF_CURVATURE, Wording
+
+
+@dataclass(frozen=True)
+class Block:
+    """C ``[P, P]``: ``Block(C)``, or ``Block.of_rows(G)`` for the mean G^T G / n of outer products.
+
+    Args:
+        core: C itself; with ``rows`` the Gram matrix G G^T / n, ``[n, n]``, which has the
+            eigenvalues of C other than zero, and its trace.
+        rows: G ``[n, P]``.
+    """
+
+    core: Tensor
+    rows: Tensor | None = None
+
+    @staticmethod
+    def of_rows(rows: Tensor) -> Block:
+        """The mean of the outer products of the rows ``[n, P]``, which is never formed."""
+        core = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
+        for some in _pieces(rows):
+            core.addmm_(some, some.T)
+        return Block(core / len(rows), rows)
+
+    @property
+    def size(self) -> int:
+        """The letter P."""
+        return len(self.core) if self.rows is None else self.rows.shape[1]
+
+    def inverse(
+        self, damping: float, name: str = "the block", wording: Wording = OF_CURVATURE
+    ) -> Callable[[Tensor], Tensor]:
+        """(C + damping)^-1 times vectors ``[k, P]`` in float64, by Cholesky's factor of the core.
+
+        Args:
+            damping: added to the eigenvalues of C.
+            name: what to call the block in errors.
+            wording: what to call C and the damping there.
+
+        Raises:
+            CurvatureError: where the damped block is singular or has negative eigenvalues, with
+                their range.
+        """
+        factor = self._factor(damping, name, wording)
+        if self.rows is None:
+            return partial(_solved, factor)
+        return partial(_through_rows, factor, self.rows, damping)
+
+    def _factor(self, damping: float, name: str, wording: Wording) -> Tensor:
+        """Cholesky's factor of the damped core."""
+        damped = self.core.double().clone()
+        damped.diagonal().add_(damping)
+        factor: Tensor
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        # a singular matrix may pass by rounding, and its inverse is noise
+        rounding = self.size * torch.finfo(damped.dtype).eps * damped.diagonal().max()
+        least = factor.diagonal().min() ** 2
+        if self.size > len(damped):
+            least = least.clamp(max=damping)
+        if failed or least <= rounding:
+            self._refuse(damping, name, wording)
+        return factor
+
+    def _refuse(self, damping: float, name: str, wording: Wording) -> None:
+        values = torch.linalg.eigvalsh(self.core.double())
+        # of directions that no row has
+        values = torch.cat([values, values.new_zeros(self.size - len(values))])
+        least, most = float(values.min()), float(values.max())
+        negative = int((values < -1e-12 * max(abs(least), abs(most))).sum())
+        what = f"has {negative} negative eigenvalues" if negative else "is singular"
+        raise CurvatureError(
+            f"{name} {what}: its {len(values)} eigenvalues go from {least:.4g} to {most:.4g}, and "
+            f"{wording.damping} {damping:.4g} does not make it positive definite. "
+            f"Use a {wording.damping} above {max(-least, 0) + 1e-8 * abs(most):.3g}"
+            + (f", or {wording.remedy}" if negative else "")
+        )
+
+
+def _solved(factor: Tensor, vectors: Tensor) -> Tensor:
+    solved: Tensor = torch.cholesky_solve(vectors.T, factor).T
+    return solved
+
+
+def _through_rows(factor: Tensor, rows: Tensor, damping: float, vectors: Tensor) -> Tensor:
+    """(v - G^T (G G^T / n + damping)^-1 G v / n) / damping (Woodbury)."""
+    parts = vectors.split(_step(rows), dim=1)
+    products = vectors.new_zeros(len(vectors), len(rows))
+    for part, some in zip(parts, _pieces(rows), strict=True):
+        products.addmm_(part, some.T)
+    weights = _solved(factor, products) / len(rows)
+    pieces = zip(parts, _pieces(rows), strict=True)
+    return torch.cat([part - weights @ some for part, some in pieces], dim=1) / damping
+
+
+def _pieces(rows: Tensor) -> Iterator[Tensor]:
+    """The rows in float64, some columns at a time."""
+    return (some.double() for some in rows.split(_step(rows), dim=1))
+
+
+def _step(rows: Tensor) -> int:
+    """How many columns of the rows fit the workspace."""
+    return rows_within(4 * workspace_bytes(rows.device), 8 * len(rows))
