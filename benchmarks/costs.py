@@ -101,6 +101,7 @@ METHODS: Mapping[str, Callable[[Case, str], Keywords]] = {
     "LiSSAInfluenceFunction": by_recursion,
     "NystromInfluenceFunction": anything,
     "ArnoldiInfluenceFunction": one_model,
+    "TracInCPRandProj": of_matrices,
     "LoGra": of_matrices,
     "GraSS": of_matrices,
     "FactGraSS": of_matrices,

@@ -26,6 +26,7 @@ TABLE = {
     "TracInCP": "TracInCP",
     "TracInCPFast": "TracInCPFast",
     "TracInCPFastRandProj": "TracInCPFastRandProj",
+    "TracInCPRandProj": "TracInCPRandProj",
     "Grad-Dot": "GradDot",
     "Grad-Cos": "GradCos",
     "RPS-L2": "RepresenterPointSelection",
