@@ -22,6 +22,7 @@ from influence_kit.methods.looked_up import LookedUp, places_in_pieces
 from influence_kit.methods.projected import Dim, check_dim
 from influence_kit.methods.step_gradients import StepGradients
 from influence_kit.methods.walk_back import check_epochs, check_memory, walk_back
+from influence_kit.operators.draws import check_seed
 from influence_kit.operators.projection import Projection, layer_by_layer
 from influence_kit.scoring.reducers import Reducer
 from influence_kit.scoring.stream import Stream
@@ -108,7 +109,7 @@ class DVEmb(InnerProductInfluence):
                 "(`embeddings()`) stay in memory"
             )
         self.projection_dim = None if projection_dim is None else check_dim(projection_dim)
-        self.seed = seed
+        self.seed = check_seed(seed)
         self._steps = steps_of(trace, count_by_place(train_dataset))
         check_epochs(epochs, self._steps)
         self.trace = trace

@@ -20,6 +20,7 @@ from influence_kit.gradients.per_example import Gradients
 from influence_kit.methods.chosen import group_by_layer
 from influence_kit.methods.damping import AUTO_SHARE, DampingArgument, check_damping, share_of
 from influence_kit.methods.kept_fit import KeptFit
+from influence_kit.operators.draws import check_seed
 from influence_kit.operators.labels import ModelLabels
 from influence_kit.operators.partition import Partition
 from influence_kit.operators.passes import DataSet, Features, Memory, Remembered
@@ -56,10 +57,8 @@ class FittedInfluence(KeptFit):
         super().__init__(*args, **kwargs)
         if relative not in (None, "theta", "l"):
             raise InvalidArgumentError(f'`relative` must be None, "theta" or "l"; got {relative!r}')
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise InvalidArgumentError(f"`seed` must be an int that is not negative; got {seed!r}")
         self.relative = relative
-        self.seed = seed
+        self.seed = check_seed(seed)
         self._hessian_data = hessian_dataset
         self._hessian_batches: Iterable[Batch] | None = None
         if hessian_dataset is not None and not is_dataset(hessian_dataset):

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from influence_kit.methods.projected import Dim, ProjectedGradients, check_dim, check_kind
 from influence_kit.methods.tracin import TracInCPBase
+from influence_kit.operators.draws import check_seed
 
 
 class TracInCPRandProj(TracInCPBase, ProjectedGradients):
@@ -51,5 +52,5 @@ class TracInCPRandProj(TracInCPBase, ProjectedGradients):
     ) -> None:
         self.projection_dim = check_dim(projection_dim)
         self.projection = check_kind(projection)
-        self.seed = seed
+        self.seed = check_seed(seed)
         super().__init__(*args, **kwargs)

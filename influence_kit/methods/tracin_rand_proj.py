@@ -16,6 +16,7 @@ from influence_kit.methods.base import BatchSize
 from influence_kit.methods.example_influence import check_k, given
 from influence_kit.methods.nearest_neighbors import ExactNearestNeighbors, NearestNeighbors
 from influence_kit.methods.tracin_fast import TracInCPFast
+from influence_kit.operators.draws import check_seed
 from influence_kit.operators.maps import Identity
 from influence_kit.operators.projection import Projection, whole
 from influence_kit.operators.random_maps import random_map
@@ -73,7 +74,7 @@ class TracInCPFastRandProj(TracInCPFast):
             raise InvalidArgumentError(f"`projection_dim` must be at least 1; got {projection_dim}")
         self.nearest_neighbors = nearest_neighbors or ExactNearestNeighbors()
         self.projection_dim = projection_dim
-        self.seed = seed
+        self.seed = check_seed(seed)
         super().__init__(
             model,
             final_fc_layer,

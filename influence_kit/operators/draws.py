@@ -11,11 +11,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence_kit.errors import InvalidArgumentError
+
 
 def key_of(*parts: object) -> int:
     """A key of 128 bits for whatever the parts tell apart."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:16], "little")
+
+
+def check_seed(seed: int) -> int:
+    """The seed as given.
+
+    Raises:
+        InvalidArgumentError: for anything but an int from 0 to 2^63 - 1.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise InvalidArgumentError(f"`seed` must be an int that is not negative; got {seed!r}")
+    return seed
 
 
 class Draws:

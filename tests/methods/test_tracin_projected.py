@@ -97,6 +97,7 @@ def test_training_gradients_are_computed_once() -> None:
     [
         ({"projection": "sjlt"}, "`projection` must be one of gaussian, .*; got 'sjlt'"),
         ({"projection_dim": 0}, "`projection_dim` must be a positive int, or a pair .*; got 0"),
+        ({"seed": -1}, "`seed` must be an int that is not negative; got -1"),
     ],
 )
 def test_arguments_that_cannot_be_meant(changed: Any, match: str) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from influence_kit.operators.draws import Draws, key_of
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.operators.draws import Draws, check_seed, key_of
 from influence_kit.operators.random_maps import random_map, random_mask
 
 WORD, LOW = 2**64, 2**64 - 1
@@ -131,3 +132,11 @@ def test_bits_are_fair() -> None:
 def test_a_mask_is_the_first_places_of_an_order() -> None:
     mask = random_mask(50, 7, key=9)
     assert mask.chosen.tolist() == sorted(Draws(9).order(50)[:7].tolist())
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, True, 1.0, "0", None])
+def test_what_is_no_seed(seed: object) -> None:
+    match = f"`seed` must be an int that is not negative; got {seed!r}"
+    with pytest.raises(InvalidArgumentError, match=match):
+        check_seed(seed)  # type: ignore[arg-type]
+    assert [check_seed(number) for number in (0, 2**63 - 1)] == [0, 2**63 - 1]
