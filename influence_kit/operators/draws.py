@@ -1,4 +1,4 @@
-"""Random numbers that a key alone decides: for any device, rank, process and library version.
+"""Random numbers that a key alone decides: for any device, rank and process.
 
 They are made from the raw numbers of Philox, which counts (Salmon et al., SC 2011): a key is a
 stream, and each part of a stream begins at a count of its own. So no two parts of a stream share a

@@ -26,7 +26,10 @@ from influence_kit.operators.units import Unit
 class UnitMap(ABC):
     """What a unit's gradient becomes."""
 
-    k: int
+    @property
+    @abstractmethod
+    def k(self) -> int:
+        """Entries of the image."""
 
     @abstractmethod
     def __call__(self, gradients: Gradients) -> Tensor | None:
@@ -50,7 +53,7 @@ class TwoSided(UnitMap):
     then: VectorMap | None = None
 
     @property
-    def k(self) -> int:  # type: ignore[override]
+    def k(self) -> int:
         """Entries of the image."""
         return self.left.k * self.right.k if self.then is None else self.then.k
 
@@ -119,7 +122,7 @@ class WrittenOut(UnitMap):
     map: VectorMap
 
     @property
-    def k(self) -> int:  # type: ignore[override]
+    def k(self) -> int:
         """Entries of the image."""
         return self.map.k
 
