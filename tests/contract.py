@@ -5,6 +5,7 @@ A test builds the method on a case with ``build``, with any argument changed.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -321,6 +322,12 @@ def build(method: str, case: Case, **changed: Any) -> Any:
 def scores(influence: Any, inputs: Any) -> Tensor:
     """The whole matrix."""
     return influence.influence(inputs, k=None)
+
+
+@cache
+def plain_scores(method: str, case: Case) -> Tensor:
+    """Of the case as it is: what most properties compare with. Not to be changed in place."""
+    return scores(build(method, case), case.test)
 
 
 def assert_close(found: Tensor, expected: Tensor, relative: float = CLOSE) -> None:

@@ -1,6 +1,7 @@
 """Two ranks give the scores of one."""
 
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from cases import CASES
 from contract import METHODS, build
 
 
+@cache
 def _results(method: str, size: int) -> dict[str, torch.Tensor]:
     case = CASES["mlp"]
     influence = build(method, case, batch_size=size)

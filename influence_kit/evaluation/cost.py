@@ -1,5 +1,6 @@
 """What a call costs: seconds, and the memory that it adds at its peak."""
 
+import ctypes
 import gc
 import time
 from collections.abc import Callable
@@ -21,8 +22,9 @@ class Cost(NamedTuple):
     Attributes:
         seconds: of wall time.
         mebibytes: by how much memory in use rose at its peak: on the GPU where there is one in use,
-            else of the process; None where nothing tells. Memory that the process held free
-            already is not counted.
+            else of the process; None where nothing tells. On a GPU, memory that was held free
+            is counted once it is in use; of a process it is handed back first where the C library
+            can do so (glibc), and is not counted elsewhere.
     """
 
     seconds: float
@@ -57,11 +59,20 @@ def _peak_on_gpu() -> float:
 
 
 def _start_on_cpu() -> float | None:
+    _hand_back_free_memory()
     try:
         FORGET_PEAK.write_text("5")
     except OSError:  # another system, or not allowed
         return None
     return _peak_on_cpu()
+
+
+def _hand_back_free_memory() -> None:
+    """What malloc keeps free (64 MiB and more) would serve the call without the peak's rising."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
 
 
 def _peak_on_cpu() -> float | None:

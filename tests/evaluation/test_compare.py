@@ -112,11 +112,11 @@ def test_costs_are_printed():
 
 
 def test_memory_that_a_call_adds_is_seen():
-    result, found = measured(lambda: torch.ones(40 * 2**18).sum().item())  # 40 MiB
-    assert result == 40 * 2**18
-    if found.mebibytes is None:
-        pytest.skip("the system does not tell the peak")
-    assert 30 < found.mebibytes < 80
+    for _ in range(2):  # malloc keeps a block of this size when it is freed the second time
+        torch.ones(31 * 2**18)
+    result, found = measured(lambda: torch.ones(30 * 2**18).sum().item())  # 30 MiB
+    assert result == 30 * 2**18
+    assert found.mebibytes is None or 25 < found.mebibytes < 60  # None: not Linux
 
 
 @pytest.mark.parametrize("missing", ["FORGET_PEAK", "STATUS"])
