@@ -1,7 +1,7 @@
 """Models x data x losses: what every method is run on. All in float64, tiny, with fixed seeds."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 CLASSES = 3
-RATES = [0.3, 0.05, 1.7]
+RATES = (0.3, 0.05, 1.7)
 
 
 class Examples(Dataset):
@@ -91,7 +91,8 @@ class TinyGPT(nn.Module):
 class Case:
     """A model, its data, a loss per example, and the same loss reduced.
 
-    ``final`` names the last linear layer; ``train`` and ``test`` are batches of all examples.
+    ``final`` names the last linear layer; ``train`` and ``test`` are batches of all examples;
+    ``rates`` are the learning rates of the checkpoints.
     """
 
     build: Callable[[], nn.Module]
@@ -100,16 +101,17 @@ class Case:
     final: str
     n: int = 11
     m: int = 4
+    rates: tuple[float, ...] = RATES
 
     def model(self, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         return self.build().double()
 
     def checkpoints(self) -> list[dict[str, Any]]:
-        """Three state dicts with learning rates, from models drawn at random."""
+        """State dicts with learning rates, from models drawn at random."""
         return [
             {"state_dict": self.model(seed + 1).state_dict(), "learning_rate": rate}
-            for seed, rate in enumerate(RATES)
+            for seed, rate in enumerate(self.rates)
         ]
 
     @property
@@ -155,6 +157,8 @@ CASES = {
     "cnn": Case(small_cnn, _images, cross_entropy, "6"),
     "gpt": Case(TinyGPT, _sequences, token_cross_entropy, "out"),
 }
+# the same with two checkpoints, for what is asked of every method many times
+SHORT = {name: replace(case, rates=RATES[::2]) for name, case in CASES.items()}
 
 
 def reduced(loss: Callable[[Any, Any], Tensor], reduction: str) -> Callable[[Any, Any], Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import oracles
 import torch
-from cases import CASES, RATES, Case, Examples
+from cases import CASES, Case, Examples, TinyGPT
 from torch import Tensor
 
 from influence_kit import (
@@ -106,7 +106,7 @@ def _kronecker(cls: type) -> Callable[..., Any]:
     make = _curved(cls, curvature="empirical_fisher")
 
     def make_of_layers(case: Case, *given: Any, **arguments: Any) -> Any:
-        layers = {"layers": ["positions", "qkv", "out"]} if case is CASES["gpt"] else {}
+        layers = {"layers": ["positions", "qkv", "out"]} if case.build is TinyGPT else {}
         return make(case, *given, **layers | arguments)
 
     return make_of_layers
@@ -152,11 +152,11 @@ def _given(case: Case) -> tuple[Any, ...]:
 
 
 def _tracin(case: Case) -> Tensor:
-    return oracles.tracin(*_given(case), RATES)
+    return oracles.tracin(*_given(case), case.rates)
 
 
 def _dots(case: Case) -> Tensor:
-    return oracles.tracin(*_given(case), [1.0] * len(RATES))
+    return oracles.tracin(*_given(case), [1.0] * len(case.rates))
 
 
 def _cosines(case: Case) -> Tensor:
@@ -171,7 +171,7 @@ def _left_out(case: Case) -> Tensor:
 
 def _tracin_of_last(case: Case) -> Tensor:
     names = [n for n, _ in case.model().named_parameters() if n.startswith(case.final + ".")]
-    return oracles.tracin(*_given(case), RATES, names)
+    return oracles.tracin(*_given(case), case.rates, names)
 
 
 _rand_proj = _last_layer(TracInCPFastRandProj)
@@ -211,7 +211,7 @@ def _refitted(**own: Any) -> Method:
     """Representer points, of the layer that gives the output; oracles in ``test_representer``."""
 
     def make(case: Case, model: Any, data: Any, checkpoints: Any, **arguments: Any) -> Any:
-        final = "head" if case is CASES["gpt"] else case.final
+        final = "head" if case.build is TinyGPT else case.final
         arguments = own | arguments
         return RepresenterPointSelection(model, final, data, checkpoints, **arguments)
 
@@ -307,7 +307,8 @@ def stores(method: str) -> bool:
 
 def applies(method: str, case: Case | str) -> bool:
     """Whether the method knows such labels: those of the GPT are one a token."""
-    return not (METHODS[method].one_label and case in ("gpt", CASES["gpt"]))
+    of_tokens = case == "gpt" if isinstance(case, str) else case.build is TinyGPT
+    return not (METHODS[method].one_label and of_tokens)
 
 
 def build(method: str, case: Case, **changed: Any) -> Any:

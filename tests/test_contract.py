@@ -10,7 +10,7 @@ import oracles
 import pytest
 import torch
 from captum.influence import DataInfluence
-from cases import CASES, Case, Examples, reduced
+from cases import SHORT, Case, Examples, reduced
 from contract import (
     METHODS,
     assert_close,
@@ -29,7 +29,10 @@ from influence_kit import KMostInfluentialResults
 from influence_kit.errors import InvalidArgumentError
 
 every_method = pytest.mark.parametrize("method", METHODS)
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+every_case = pytest.mark.parametrize("case", SHORT.values(), ids=SHORT.keys())
+# "dict" is "mlp" with other batches, which is nothing to many a property
+MODELS = {name: case for name, case in SHORT.items() if name != "dict"}
+every_model = pytest.mark.parametrize("case", MODELS.values(), ids=MODELS.keys())
 with_oracle = pytest.mark.parametrize("method", [m for m, v in METHODS.items() if v.oracle])
 of_losses = pytest.mark.parametrize("method", [m for m, v in METHODS.items() if v.has_loss])
 of_test_losses = pytest.mark.parametrize(
@@ -62,19 +65,19 @@ def test_batch_size_does_not_matter(method: str, case: Case) -> None:
 
 
 @every_method
-@every_case
+@every_model
 def test_slabs_do_not_matter(method: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = build(method, case).influence(case.test, k=3)
+    indices, values = oracles.top_k(plain_scores(method, case), 3, True)
     monkeypatch.setattr("influence_kit.scoring.stream.SLAB_BYTES", 1)
     monkeypatch.setattr("influence_kit.scoring.stream.FEWEST_SLAB_ROWS", 1)
     monkeypatch.setattr("influence_kit.scoring.stream.BLOCK_BYTES", 1)
     found = build(method, case).influence(case.test, k=3)
-    assert torch.equal(found.indices, expected.indices)
-    assert_close(found.influence_scores, expected.influence_scores)
+    assert torch.equal(found.indices, indices)
+    assert_close(found.influence_scores, values)
 
 
 @every_method
-@every_case
+@every_model
 def test_a_small_workspace_does_not_matter(
     method: str, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,7 +101,7 @@ def test_more_tests_than_train_and_one_of_each(method: str, case: Case) -> None:
 
 
 @every_method
-@every_case
+@every_model
 def test_k_is_the_sorted_scores(method: str, case: Case) -> None:
     influence = build(method, case)
     for k, proponents in product((0, 1, 4, 50), (True, False)):
@@ -111,7 +114,7 @@ def test_k_is_the_sorted_scores(method: str, case: Case) -> None:
 
 
 @every_method
-@every_case
+@every_model
 def test_aggregate_is_the_sum_of_rows(method: str, case: Case) -> None:
     influence = build(method, case)
     whole = plain_scores(method, case).sum(0, keepdim=True)
@@ -142,7 +145,7 @@ def test_self_influence_is_the_diagonal(method: str, case: Case) -> None:
 @every_case
 def test_reductions_agree(method: str, case: Case) -> None:
     expected = plain_scores(method, case)
-    for reduction, declared in product(("sum", "mean"), (True, False)):
+    for reduction, declared in (("sum", True), ("mean", False)):
         loss = reduced(case.loss, reduction)
         if not declared:
             del loss.reduction  # type: ignore[attr-defined]
@@ -150,7 +153,7 @@ def test_reductions_agree(method: str, case: Case) -> None:
 
 
 @of_test_losses
-@every_case
+@every_model
 def test_test_loss(method: str, case: Case) -> None:
     def doubled(outputs: object, targets: object) -> torch.Tensor:
         return 2 * case.loss(outputs, targets)
@@ -167,7 +170,7 @@ def test_test_loss(method: str, case: Case) -> None:
 
 
 @of_layers
-@every_case
+@every_model
 def test_layers_sum_to_the_score(method: str, case: Case) -> None:
     influence = build(method, case)
     by_layer = influence.influence_by_layer(case.test)
@@ -177,7 +180,7 @@ def test_layers_sum_to_the_score(method: str, case: Case) -> None:
 
 
 @of_vectors
-@every_case
+@every_model
 def test_intermediate_quantities_multiply_to_the_scores(method: str, case: Case) -> None:
     influence = build(method, case)
     test = influence.compute_intermediate_quantities(case.test)
@@ -192,7 +195,7 @@ def test_intermediate_quantities_multiply_to_the_scores(method: str, case: Case)
 
 
 @every_method
-@every_case
+@every_model
 def test_the_users_objects_come_back(method: str, case: Case) -> None:
     has = METHODS[method]
     model = case.model().train()
@@ -248,11 +251,11 @@ def test_permuting_the_training_set_permutes_columns(method: str, case: Case) ->
 
 @every_method
 def test_tuple_and_dict_agree(method: str) -> None:
-    assert_close(plain_scores(method, CASES["dict"]), plain_scores(method, CASES["mlp"]))
+    assert_close(plain_scores(method, SHORT["dict"]), plain_scores(method, SHORT["mlp"]))
 
 
 @every_method
-@every_case
+@every_model
 def test_precision_is_the_models(method: str, case: Case) -> None:
     expected = plain_scores(method, case)
 
@@ -266,36 +269,36 @@ def test_precision_is_the_models(method: str, case: Case) -> None:
 
 @every_method
 def test_is_a_captum_class(method: str) -> None:
-    influence = build(method, CASES["mlp"])
+    influence = build(method, SHORT["mlp"])
     assert isinstance(influence, DataInfluence)
     assert influence.get_name() == type(influence).__name__
 
 
 @every_method
 def test_progress_is_shown_when_asked(method: str, capsys: pytest.CaptureFixture[str]) -> None:
-    influence = build(method, CASES["mlp"])
-    influence.influence(CASES["mlp"].test, k=2, show_progress=True)
+    influence = build(method, SHORT["mlp"])
+    influence.influence(SHORT["mlp"].test, k=2, show_progress=True)
     if METHODS[method].has_self_influence:
         name = influence.get_name()
         shown = capsys.readouterr().err
         assert f"Using {name} to perform computation for getting proponents. " in shown
-        influence.influence(CASES["mlp"].test, show_progress=True)
+        influence.influence(SHORT["mlp"].test, show_progress=True)
         assert f"Using {name} to compute influence for training batches" in capsys.readouterr().err
-    influence.influence(CASES["mlp"].test, k=2)
+    influence.influence(SHORT["mlp"].test, k=2)
     assert capsys.readouterr().err == ""
 
 
 @of_several
 def test_checkpoints_may_be_set_anew(method: str) -> None:
-    case = CASES["mlp"]
+    case = SHORT["mlp"]
     influence = build(method, case)
-    whole = scores(influence, case.test)
+    whole = plain_scores(method, case)
     influence.checkpoints = case.checkpoints()[:1]
     first = scores(influence, case.test)
     influence.checkpoints = case.checkpoints()[1:]
     rest = scores(influence, case.test)
     if METHODS[method].over_checkpoints == "mean":
-        assert_close((first + 2 * rest) / 3, whole, METHODS[method].close[0])
+        assert_close((first + rest) / 2, whole, METHODS[method].close[0])
     elif METHODS[method].over_checkpoints == "sum":
         assert_close(first + rest, whole)
 
@@ -304,7 +307,7 @@ def test_checkpoints_may_be_set_anew(method: str) -> None:
     "method", [m for m, v in METHODS.items() if v.over_checkpoints in ("sum", "mean")]
 )
 def test_duplicated_checkpoints_count_twice_and_warn(method: str) -> None:
-    case = CASES["mlp"]
+    case = SHORT["mlp"]
     first = case.checkpoints()[:1]
     once = scores(build(method, case, checkpoints=first), case.test)
     twice = build(method, case, checkpoints=[*first, copy.deepcopy(first[0])])
@@ -316,7 +319,7 @@ def test_duplicated_checkpoints_count_twice_and_warn(method: str) -> None:
 
 @every_method
 def test_no_warning_in_ordinary_use(method: str) -> None:
-    case = CASES["mlp"]
+    case = SHORT["mlp"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*stores quantities related.*")
@@ -328,7 +331,7 @@ def test_no_warning_in_ordinary_use(method: str) -> None:
 def test_a_store_is_asked_in_place_of_the_data(
     method: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case, kept = CASES[name], {"store": tmp_path / "store"}
+    case, kept = SHORT[name], {"store": tmp_path / "store"}
     live = build(method, case)
     expected = scores(live, case.test)
     close = METHODS[method].close[0]
