@@ -313,7 +313,7 @@ def test_samples_do_not_depend_on_the_batches_of_the_data(
             curvature=curvature,
             batch_size=size,
             hessian_batch_size=2,
-            recursion_depth=30,
+            recursion_depth=10,
             num_repeat=2,
             damping=0.5,
             scale=scale,

@@ -184,7 +184,7 @@ def test_checkpoints_have_projections_of_their_own(name: str) -> None:
 @every_kind
 def test_features_keep_inner_products_on_average(projection: str) -> None:
     """Of all parameters together: parts that were drawn alike would not add up."""
-    seeds = 300
+    seeds = 150
     h, g = gradients("mlp", 0, True), gradients("mlp", 0, False)
     found = []
     for seed in range(seeds):

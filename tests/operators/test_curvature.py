@@ -418,6 +418,7 @@ def test_little_memory_makes_pieces_and_the_same_scores(
             curvature=curvature,
             blocks="layer",
             damping=3.0,
+            layers=["body.2"],
             batch_size=5,
         ).influence(case.test)
 

@@ -141,8 +141,8 @@ def test_entries_that_follow_one_another_never_meet() -> None:
 )
 @pytest.mark.parametrize("rank", [1, 12])
 def test_inner_products_vary_within_the_bound(rows: int, columns: int, rank: int) -> None:
-    """1,000 pairs, a map of its own for each; for rank one the last terms of the bound count."""
-    pairs, k = 1000, 32
+    """500 pairs, a map of its own for each; for rank one the last terms of the bound count."""
+    pairs, k = 500, 32
     x = torch.bmm(normal(pairs, rows, rank), normal(pairs, rank, columns, seed=1))
     y = 0.6 * x + torch.bmm(normal(pairs, rows, rank, seed=2), normal(pairs, rank, columns, seed=3))
     exact = (x * y).sum((1, 2))
