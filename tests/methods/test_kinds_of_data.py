@@ -1,6 +1,7 @@
 """Every family on tuple, list and dict data, and with one loss that a user wrote."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,7 +64,7 @@ def case_of(kind: str) -> Case:
     def batch(n: int) -> Any:
         return KINDS[kind](MLP.batch(n))
 
-    return Case(DictMLP if kind == "dict" else TanhMLP, batch, one_loss, "head")
+    return replace(MLP, build=DictMLP if kind == "dict" else TanhMLP, batch=batch, loss=one_loss)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -327,7 +327,7 @@ def test_the_identity_is_the_exact_influence_function(name: str, relative: str |
         blocks="layer",
         relative=relative,
     )
-    own = {"checkpoints": case.checkpoints()[:2], "relative": relative}
+    own = {"checkpoints": case.checkpoints(), "relative": relative}
     influence = make("LoGra", name, projection="identity", **own)
     influence.fit()
     for damping in (influence.damping_used[0], 1e-3):
