@@ -6,7 +6,7 @@ from influence_kit.errors import InvalidArgumentError
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns as wide as their longest cell; a column of numbers stands to the right.
+    """Columns as wide as their longest cell; a column of numbers ("-": none) stands to the right.
 
     Args:
         header: the names of the columns.
@@ -30,9 +30,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
             )
     lines = [list(header), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    numeric = [
-        bool(rows) and all(_is_number(line[i]) for line in lines[1:]) for i in range(len(header))
-    ]
+    numeric = [_are_numbers([line[i] for line in lines[1:]]) for i in range(len(header))]
     lines.insert(1, ["-" * width for width in widths])
     padded = (
         [
@@ -42,6 +40,11 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         for line in lines
     )
     return "\n".join("  ".join(cells).rstrip() for cells in padded)
+
+
+def _are_numbers(cells: Sequence[str]) -> bool:
+    known = [cell for cell in cells if cell != "-"]
+    return bool(known) and all(map(_is_number, known))
 
 
 def _is_number(cell: str) -> bool:

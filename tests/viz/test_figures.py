@@ -224,6 +224,8 @@ def test_tables_align_numbers_right_and_words_left():
         "longer  12.25   100%",
     ]
     assert text_table(["a", "b"], []).splitlines() == ["a  b", "-  -"]
+    some = text_table(["none", "some"], [["-", 0.5], ["-", "-"]]).splitlines()
+    assert some[2:] == ["-      0.5", "-        -"]
 
 
 def test_a_row_of_other_length_is_refused():
