@@ -141,11 +141,11 @@ def swapped_data(case: Case) -> Examples:
 DIFFERENCES: dict[str, tuple[Any, str]] = {
     "weights": (
         lambda: {"checkpoints": slightly(CASE)},
-        "weights of the checkpoints: 1 of 3 entries differ \\(number 1: ",
+        "weights of the checkpoints: 1 of 2 entries differ \\(number 1: ",
     ),
     "fewer checkpoints": (
-        lambda: {"checkpoints": CASE.checkpoints()[:2]},
-        "weights of the checkpoints: 3 entries there, 2 here",
+        lambda: {"checkpoints": CASE.checkpoints()[:1]},
+        "weights of the checkpoints: 2 entries there, 1 here",
     ),
     "a value of the data": (
         lambda: {"hessian_dataset": changed_data(CASE)},
