@@ -28,15 +28,16 @@ Written by `python -m benchmarks.costs --write`. A question is the scores of all
 all training examples ({sizes}); the first includes all that a method fits or keeps, the next is
 asked of the same object about the same examples. In multiples of the plain forward and backward
 passes over the same training and test examples; added memory is the growth of the peak of a fresh
-process by both questions. One checkpoint, defaults unless the table says otherwise, float32,
-{threads} thread. LiSSA: depth {depth}. An empty cell: not measured, or not for this model.
+process by both questions. One checkpoint, defaults, float32, {threads} thread. CG and LiSSA (depth
+{depth}) carry every test example through every product, and are asked about {few}. An empty cell:
+not for this model, or too long.
 
 {machine}
 
 | method | {heads} |
 | --- |{rules}
 """
-DEPTH = 100
+DEPTH, FEW_TESTS = 100, 8
 Keywords = dict[str, Any]
 
 
@@ -51,11 +52,6 @@ class Cost(NamedTuple):
 def anything(case: Case, folder: str) -> Keywords:
     """Of most methods."""
     return {"checkpoints": case.weights()[:1], "loss_fn": case.loss_fn}
-
-
-def one_model(case: Case, folder: str) -> Keywords:
-    """Of methods that take one checkpoint."""
-    return {"checkpoint": case.weights()[0], "loss_fn": case.loss_fn}
 
 
 def with_last_layer(case: Case, folder: str) -> Keywords:
@@ -100,7 +96,6 @@ METHODS: Mapping[str, Callable[[Case, str], Keywords]] = {
     "CGInfluenceFunction": anything,
     "LiSSAInfluenceFunction": by_recursion,
     "NystromInfluenceFunction": anything,
-    "ArnoldiInfluenceFunction": one_model,
     "TracInCPRandProj": of_matrices,
     "LoGra": of_matrices,
     "GraSS": of_matrices,
@@ -115,7 +110,8 @@ MLP_ONLY = [
     name
     for name, keywords in METHODS.items()
     if keywords in (with_last_layer, of_features, of_activations, by_recursion)
-] + ["CGInfluenceFunction", "NystromInfluenceFunction", "ArnoldiInfluenceFunction"]
+] + ["CGInfluenceFunction", "NystromInfluenceFunction"]
+BY_VECTOR = ["CGInfluenceFunction", "LiSSAInfluenceFunction"]
 
 
 def build(name: str, case: Case, folder: str) -> Any:
@@ -131,7 +127,7 @@ def build(name: str, case: Case, folder: str) -> Any:
 def cost(name: str, case: Case) -> Cost:
     """Of a first and a next question, in this process."""
     torch.manual_seed(2)
-    test = case.data(case.q)
+    test = case.data(FEW_TESTS if name in BY_VECTOR else case.q)
     asked = test[0] if name == "SimilarityInfluence" else test
     with tempfile.TemporaryDirectory() as folder:
         method = build(name, case, folder)
@@ -193,6 +189,7 @@ def main() -> None:
             heads=" | ".join(f"{c.name[:3]}: first | next | added MiB" for c in (MLP, GPT)),
             rules=" --- |" * 6,
             depth=DEPTH,
+            few=FEW_TESTS,
             threads=given.threads,
             machine=machine(),
         )

@@ -82,6 +82,21 @@ class Factored(Form):
             [self.rows(r).matrices().square().sum((1, 2)) for r in self.example_slices(o * i)]
         )
 
+    def combined(self, weights: Tensor) -> Tensor:
+        t, o, i = self.sizes
+        k, touch, step = len(weights), element_cost(weights), self.rows_of_workspace(self.p)
+        # each cost: of one example and entry of the matrix; sums are read and written a chunk
+        forming = 2 * t + touch + 2 * k + 2 * touch * k / step
+        if forming <= 2 * t * k:
+            return super().combined(weights)
+        inputs = self.inputs.flatten(0, 1)
+        found = weights.new_empty(k, *((i, o) if self.transposed else (o, i)))
+        for row, out in zip(weights, found, strict=True):
+            deltas = (self.deltas * row[:, None, None]).flatten(0, 1)
+            left, right = (inputs, deltas) if self.transposed else (deltas, inputs)
+            torch.mm(left.T, right, out=out)
+        return found.flatten(1)
+
     def inner(self, test: Form, total: int) -> Tensor:
         t, o, i = self.sizes
         touch, m = element_cost(self.deltas), test.n

@@ -142,10 +142,14 @@ class Form(ABC):
         """Whether all gradients may be written out and kept."""
         return "formed" in self.__dict__ or self.n <= self.rows_that_fit()
 
+    def rows_of_workspace(self, row_elements: int) -> int:
+        """How many examples fit the workspace, at ``row_elements`` an example."""
+        budget = workspace_bytes(self.sample.device)
+        return rows_within(budget, row_elements * self.sample.element_size())
+
     def example_slices(self, row_elements: int) -> Iterator[slice]:
         """Slices of examples such that ``row_elements`` an example fit the workspace."""
-        budget = workspace_bytes(self.sample.device)
-        step = rows_within(budget, row_elements * self.sample.element_size())
+        step = self.rows_of_workspace(row_elements)
         return (slice(start, start + step) for start in range(0, self.n, step))
 
 

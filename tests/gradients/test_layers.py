@@ -380,6 +380,12 @@ def test_products(case: LayerCase) -> None:
     assert_close(whole.inner(whole.summed().plus(whole.summed()), n), 2 * total)
     assert_close(whole.squared_norms(), expected.square().sum(1))
     assert_close(whole.scaled(factors).flat(), factors[:, None] * expected)
+    names = list(whole.parameters)
+    # one sum, and so many that it is cheaper to write the gradients out
+    for k in (1, 100):
+        weights = torch.arange(1.0, k * n + 1, dtype=torch.float64).view(k, n)
+        sums = whole.combined(weights, names)
+        assert_close(torch.cat([sums[name] for name in names], dim=1), weights @ expected)
 
 
 @every_layer
