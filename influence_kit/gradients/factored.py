@@ -91,10 +91,10 @@ class Factored(Form):
             return super().combined(weights)
         inputs = self.inputs.flatten(0, 1)
         found = weights.new_empty(k, *((i, o) if self.transposed else (o, i)))
-        for row, out in zip(weights, found, strict=True):
+        for place, row in enumerate(weights):
             deltas = (self.deltas * row[:, None, None]).flatten(0, 1)
             left, right = (inputs, deltas) if self.transposed else (deltas, inputs)
-            torch.mm(left.T, right, out=out)
+            found[place] = left.T @ right
         return found.flatten(1)
 
     def inner(self, test: Form, total: int) -> Tensor:

@@ -269,8 +269,8 @@ def test_published_figures_stand_below_the_table():
         Result("LDS", "(noise ceiling)", (0.9,), None, None),
     ]
     text = report(SETTINGS["mnist-mlp"], results)
-    assert "LDS     GradDot          0.300  0.050       1.2" in text
-    assert "LDS     (noise ceiling)  0.900  -           -" in text
+    assert "LDS     GradDot          0.300       0.050      1.2" in text
+    assert "LDS     (noise ceiling)  0.900           -        -" in text
     assert re.search(r"LDS +TRAK-50 +0\.446 +dattri README, chart", text)
     assert "AUC" not in text  # nothing was measured by it
     assert "Published" not in report(WINE, results)
