@@ -68,7 +68,7 @@ def _start_on_cpu() -> float | None:
 
 
 def _hand_back_free_memory() -> None:
-    """What malloc keeps free (64 MiB and more) would serve the call without the peak's rising."""
+    """What malloc keeps free would serve the call without the peak's rising."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):  # another C library
