@@ -53,6 +53,11 @@ class CheckpointLoader:
                 self._warn(place)
         return self._rates[place]
 
+    @property
+    def current(self) -> int | None:
+        """The number of the checkpoint that is in the model; None before the first load."""
+        return self._current
+
     def fingerprint(self, place: int) -> tuple[float, ...]:
         """Numbers that tell the weights and masks of a checkpoint, which has been loaded."""
         return self._prints[place]

@@ -274,8 +274,8 @@ INPUTS = {
     "a tensor": (X, "`inputs` must be a batch .* or a DataLoader; got a Tensor"),
     "a number": (3, "`inputs` must be a batch .* or a DataLoader; got a int"),
     "a data set": (DATA, "`inputs` must be a batch .* or a DataLoader; got a TensorDataset"),
-    "an empty batch": ((X[:0], Y[:0]), r"one row an example; got a tuple of .* shape \[0, 3\]"),
-    "no tensors": ((1.0, "a"), "one row an example; got a tuple of a float, a str"),
+    "an empty batch": ((X[:0], Y[:0]), r"one row per example; got a tuple of .* shape \[0, 3\]"),
+    "no tensors": ((1.0, "a"), "one row per example; got a tuple of a float, a str"),
     "an empty loader": (DataLoader(EMPTY), "`inputs` holds no examples"),
     "a shuffling loader": (
         DataLoader(DATA, shuffle=True),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
+from influence_kit.batch_axes import BatchAxes, MarkedBatches
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.checkpoints import LoadFunction, find_checkpoints, load_checkpoint
 from influence_kit.data import (
@@ -27,7 +28,7 @@ from influence_kit.data import (
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.check import refuse_mixing_layers
 from influence_kit.gradients.functional import exact
-from influence_kit.gradients.source import GradientSource, comfortable_rows
+from influence_kit.gradients.source import GradientSource, Verify, check_verify, comfortable_rows
 from influence_kit.losses import Loss, LossFunction, declared_reduction
 from influence_kit.methods.chosen import check_layers, choose_parameters
 from influence_kit.restore import borrowed
@@ -58,8 +59,13 @@ class InfluenceBase(DataInfluence):
         sample_wise_grads_per_batch: bool | None = None,
         *,
         eval_mode: bool = True,
+        batch_axes: Any = None,
+        verify: Verify = "repeated",
     ) -> None:
         self.model = model
+        self.verify = check_verify(verify)
+        self.batch_axes = batch_axes
+        self._axes = BatchAxes(batch_axes)
         self.checkpoints_load_func = checkpoints_load_func
         self.checkpoints = checkpoints
         self.loss_fn = loss_fn
@@ -79,13 +85,13 @@ class InfluenceBase(DataInfluence):
         self._train_data: Any = train_dataset
         self._train_loader: Iterable[Batch] | None = None
         if not is_dataset(train_dataset):
-            self._train_loader = as_loader(train_dataset, None, "train_dataset")
+            self._train_loader = self._marked(as_loader(train_dataset, None, "train_dataset"))
 
     def _look_at(self, layers: Sequence[str] | None) -> None:
         """Choose the parameters whose gradients count."""
         self.layers = check_layers(self.model, layers)
         self._parameters = choose_parameters(self.model, self.layers)
-        self._source = GradientSource(self.model, self._parameters)
+        self._source = GradientSource(self.model, self._parameters, self.verify)
 
     def __init_subclass__(cls) -> None:
         """Show the common arguments in the signature of a class that passes them on."""
@@ -148,7 +154,9 @@ class InfluenceBase(DataInfluence):
         """The model with hooks on, borrowed from the user; a loader for its checkpoints."""
         with borrowed(self.model, self._eval_mode), self._source.attached():
             refuse_mixing_layers(self.model)
-            yield CheckpointLoader(self.model, self.checkpoints, self.checkpoints_load_func)
+            loader = CheckpointLoader(self.model, self.checkpoints, self.checkpoints_load_func)
+            self._source.begin(loader)
+            yield loader
 
     @property
     def _device(self) -> torch.device:
@@ -172,6 +180,7 @@ class InfluenceBase(DataInfluence):
         if inputs is None:
             return self.train_dataloader
         if is_batch(inputs):
+            inputs = self._axes.mark(inputs)
             one = to_device(take(inputs, slice(0, 1)), self._device)
             return list(split(inputs, comfortable_rows(self.model, one, self._device)))
         if isinstance(inputs, Tensor) or not isinstance(inputs, Iterable):
@@ -181,12 +190,16 @@ class InfluenceBase(DataInfluence):
             )
         if ordered:
             check_order(inputs, "inputs")
-        return inputs
+        return self._marked(inputs)
 
     def _loader_of(self, data: Any, name: str) -> Iterable[Batch]:
         """Batches of a data set, of the size asked for."""
         size = self._auto_batch_size(data) if self.batch_size == "auto" else self.batch_size
-        return as_loader(data, size, name)
+        return self._marked(as_loader(data, size, name))
+
+    def _marked(self, loader: Iterable[Batch]) -> Iterable[Batch]:
+        """The batches, marked with where their examples stand."""
+        return MarkedBatches(loader, self._axes)
 
     def _auto_batch_size(self, data: Any) -> int:
         if isinstance(data, IterableDataset):

@@ -62,7 +62,8 @@ class FittedInfluence(KeptFit):
         self._hessian_data = hessian_dataset
         self._hessian_batches: Iterable[Batch] | None = None
         if hessian_dataset is not None and not is_dataset(hessian_dataset):
-            self._hessian_batches = as_loader(hessian_dataset, None, "hessian_dataset")
+            loader = as_loader(hessian_dataset, None, "hessian_dataset")
+            self._hessian_batches = self._marked(loader)
         self.damping = damping
 
     # What a method says.

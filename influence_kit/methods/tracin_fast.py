@@ -106,4 +106,4 @@ class TracInCPFast(TracInCPBase):
         if not self._count_bias:
             bias = getattr(self.final_fc_layer, "bias", None)
             self._parameters = {n: p for n, p in self._parameters.items() if p is not bias}
-            self._source = GradientSource(self.model, self._parameters)
+            self._source = GradientSource(self.model, self._parameters, self.verify)
