@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice, product
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +27,9 @@ Axes = tuple[int | None, ...]
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 # different shapes of batches that are compared; later ones are only checked
 MOST_SHAPES = 32
+MOST_CHOICES = 16
+# batches that are read ahead, until one shows where examples stand
+READ_AHEAD = 8
 
 
 def leaves(item: Any) -> Iterator[Any]:
@@ -106,6 +110,8 @@ class _Seen:
     shapes: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)
     counts: list[int | None] = field(default_factory=list)
     axes: Axes | None = None
+    # other ways to read the same shapes, where they leave a choice
+    others: list[Axes] = field(default_factory=list)
 
 
 class BatchAxes:
@@ -140,7 +146,7 @@ class BatchAxes:
         if isinstance(batch, Known):
             return batch
         seen = self._seen.setdefault(_structure(batch), _Seen())
-        shapes = tuple(shape_of(leaf) for leaf in leaves(batch))
+        shapes: tuple[tuple[int, ...], ...] = tuple(shape_of(leaf) for leaf in leaves(batch))
         before = seen.axes
         if shapes not in seen.shapes and (len(seen.shapes) < MOST_SHAPES or before is None):
             self._add(seen, batch, shapes, count)
@@ -153,8 +159,8 @@ class BatchAxes:
         }
         if len(lengths) > 1 and len(seen.shapes) >= MOST_SHAPES:
             self._add(seen, batch, shapes, count)
-            axes = seen.axes
-        if before not in (None, axes):
+            axes = seen.axes or axes
+        if before is not None and before != axes:
             raise PassAgain(
                 f"a batch of shapes {_listed(shapes)} shows that the examples of the batches "
                 "before stood elsewhere than it seemed"
@@ -171,6 +177,19 @@ class BatchAxes:
                 "the dimension of each tensor's examples in `batch_axes`"
             )
         return known(batch, n, axes)
+
+    def is_clear(self, batch: Any) -> bool:
+        """Whether the shapes of such batches so far leave no choice."""
+        seen = self._seen.get(_structure(batch))
+        return seen is not None and not seen.others
+
+    def try_another(self) -> bool:
+        """Read batches whose shapes leave a choice in the next way; False where all were tried."""
+        for seen in self._seen.values():
+            if seen.others:
+                seen.axes = seen.others.pop(0)
+                return True
+        return False
 
     def learn(self, loader: Any) -> None:
         """See two batches of one example repeated, which tell an axis of examples from others."""
@@ -198,7 +217,12 @@ class BatchAxes:
         seen.shapes.append(shapes)
         seen.counts.append(count)
         found = _axes(seen.shapes, seen.counts, _label_leaf(batch))
-        seen.axes = _overridden(found, _said(self._given, batch))
+        said = _said(self._given, batch)
+        seen.axes, *seen.others = [
+            tuple(a if own is ... else own for a, own in zip(axes, said, strict=True))
+            for axes in found
+        ]
+        seen.others = [axes for axes in dict.fromkeys(seen.others) if axes != seen.axes]
 
 
 def _lengths_hold(batch: Any, n: int) -> bool:
@@ -237,8 +261,11 @@ def _label_leaf(batch: Any) -> int | None:
 
 def _axes(
     shapes: Sequence[tuple[tuple[int, ...], ...]], counts: Sequence[int | None], label: int | None
-) -> Axes:
-    """The axis of each leaf whose lengths are, in all batches, those that count the examples."""
+) -> list[Axes]:
+    """The axis of each leaf whose lengths are, in all batches, those that count the examples.
+
+    The likeliest choice first, where several axes have these lengths.
+    """
     lengths: dict[tuple[int, int], tuple[int, ...]] = {}
     for leaf, first in enumerate(shapes[0]):
         for axis in range(len(first)):
@@ -249,7 +276,7 @@ def _axes(
         if all(count in (None, length) for count, length in zip(counts, vector, strict=True))
     }
     if not fitting:
-        return (None,) * len(shapes[0])
+        return [(None,) * len(shapes[0])]
 
     def likelihood(vector: tuple[int, ...]) -> tuple[float, int]:
         having = {leaf for (leaf, _), other in lengths.items() if other == vector}
@@ -260,10 +287,13 @@ def _axes(
         return votes, max(len(shapes[0][leaf]) for leaf in having)
 
     best = max(fitting, key=likelihood)
-    return tuple(
-        next((a for a in range(len(shape)) if lengths[leaf, a] == best), None)
+    choices: list[list[int | None]] = [
+        [a for a in range(len(shape)) if lengths[leaf, a] == best] or [None]
         for leaf, shape in enumerate(shapes[0])
-    )
+    ]
+    if best == (1,) * len(shapes):  # one example is not cut
+        choices = [choice[:1] for choice in choices]
+    return list(islice(product(*choices), MOST_CHOICES))
 
 
 def _is_only_clue(counts: Sequence[int | None]) -> bool:
@@ -296,14 +326,10 @@ def _said_of(given: Any, item: Any, where: str) -> Iterator[Any]:
     fits = isinstance(given, tuple | list) and isinstance(item, tuple | list)
     if not fits or len(given) != len(item):
         raise InvalidArgumentError(
-            f"`{where}` is {given!r}, which does not have the structure of a batch: {describe(item)}"
+            f"`{where}` is {given!r}, and a batch has another structure: {describe(item)}"
         )
     for place, value in enumerate(item):
         yield from _said_of(given[place], value, f"{where}[{place}]")
-
-
-def _overridden(axes: Axes, said: Sequence[Any]) -> Axes:
-    return tuple(a if own is ... else own for a, own in zip(axes, said, strict=True))
 
 
 def _listed(shapes: Iterable[tuple[int, ...]]) -> str:
@@ -347,14 +373,33 @@ class MarkedBatches:
         if not self._has_learnt and not self._stacks:
             self._axes.learn(self.loader)
         self._has_learnt = True
-        one = getattr(self.loader, "batch_size", None) == 1
-        for batch in self.loader:
-            if self._stacks and isinstance(batch, tuple | list | Mapping):
-                yield stacked(batch)
-            elif isinstance(batch, tuple | list | Mapping):
-                yield self._axes.mark(batch, count=1 if one else None)
-            else:
-                yield batch
+        batches = iter(self.loader)
+        ahead: list[Any] = []
+        for batch in batches:
+            self.marked(batch, is_first=True)
+            ahead.append(batch)
+            if self._stacks or len(ahead) == READ_AHEAD or self._axes.is_clear(batch):
+                break
+        for batch in chain(ahead, batches):
+            yield self.marked(batch)
+
+    def look_at(self) -> None:
+        """See the first batches, until they show where examples stand."""
+        next(iter(self), None)
+
+    def marked(self, batch: Any, is_first: bool = False) -> Any:
+        """A batch of the loader, marked; before the first no other was read."""
+        if not isinstance(batch, tuple | list | Mapping):
+            return batch
+        if self._stacks:
+            return stacked(batch)
+        count = 1 if getattr(self.loader, "batch_size", None) == 1 else None
+        try:
+            return self._axes.mark(batch, count)
+        except PassAgain:
+            if is_first:
+                return self._axes.mark(batch, count)
+            raise
 
     @property
     def _stacks(self) -> bool:

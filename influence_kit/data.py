@@ -112,7 +112,7 @@ def _rebuilt(item: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors, and what else has a method ``to`` (graphs, say), on ``device``."""
+    """The batch on ``device``: its tensors, and what else has a method ``to`` (graphs, say)."""
     moved: Batch = _moved(batch, device)
     return moved
 
@@ -147,10 +147,7 @@ def take(batch: Batch, rows: slice | Tensor) -> Batch:
     A batch of one example is not cut: it may hold what only makes sense whole.
     """
     whole = _known(batch)
-    if isinstance(rows, slice):
-        count = len(range(whole.n)[rows])
-    else:
-        count = len(rows)
+    count = len(range(whole.n)[rows]) if isinstance(rows, slice) else len(rows)
     if whole.n == count == 1:
         return batch
     some: Batch = _cut(whole.given if isinstance(batch, Known) else batch, rows, iter(whole.axes))

@@ -63,7 +63,7 @@ def _of_part(
             return tensor.index_select(axis, rows)
         if axis == 0 and tensor.dim() > 0 and tensor.shape[0] % n == 0:
             cut.append(True)
-            return tensor.unflatten(0, (n, -1))[rows].flatten(0, 1)
+            return tensor.reshape(n, -1, *tensor.shape[1:])[rows].flatten(0, 1)
         return tensor
 
     some = map_tensors(outputs, part)

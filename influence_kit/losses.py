@@ -151,7 +151,7 @@ class Loss:
         return self._summed(value, batch, n)
 
     def _compare(self, outputs: Any, batch: Batch, value: Tensor, n: int, where: str) -> None:
-        if self._own_formula is not None:
+        if self._own_formula is not None and isinstance(batch, Mapping):
             compare_own(self._own_formula, outputs, batch["labels"], where)
         elif value.dim() == 0 and not self._is_models_own and type(self._formula) not in PLAIN:
             said = compare_parts(self.values, outputs, batch, value, n, self.reduction)

@@ -87,6 +87,22 @@ class Capture:
         self._calls: list[Call] | None = None
         self._examples = 0
 
+    @property
+    def settings(self) -> Hashable:
+        """How gradients are captured: what a check may change."""
+        layouts = tuple(layer.layout for layer in self.layers)
+        return layouts, tuple(self.without_rule), self.functional
+
+    @property
+    def scaled_by_frequency(self) -> set[str]:
+        """The tables whose gradients autograd divides by how often a batch holds an id.
+
+        What an example has by itself is divided by how often that example does.
+        """
+        modules = [m for m in self.model.modules() if getattr(m, "scale_grad_by_freq", False)]
+        tables = {id(parameter) for m in modules for parameter in m.parameters(recurse=False)}
+        return {name for name, parameter in self.parameters.items() if id(parameter) in tables}
+
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Hooks on the layers, and gradients wanted of the chosen parameters alone."""

@@ -51,7 +51,9 @@ def check(capture: Capture, batch: Batch, loss: Loss) -> set[str]:
         tolerance = None if wide is None else WIDENED
         if example_count(few) > 1:
             _settle_loss(capture.model, few, loss, wide is not None)
-        comparison = Comparison(capture.model, capture.parameters, few, loss, tolerance)
+        comparison = Comparison(
+            capture.model, capture.parameters, few, loss, tolerance, capture.scaled_by_frequency
+        )
         failed = _LayoutSearch(capture, comparison).run() | set(capture.without_rule)
         capture.without_rule = [name for name in capture.parameters if name in failed]
         if failed:

@@ -1,6 +1,6 @@
 """Gradients of a few examples against autograd's own: which parameters are right."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -62,6 +62,7 @@ class Comparison:
         batch: the few examples.
         loss: the loss.
         tolerance: of their differences; None for that of each parameter's precision.
+        only_alone: parameters whose gradients autograd does not add up over examples.
     """
 
     def __init__(
@@ -71,8 +72,10 @@ class Comparison:
         batch: Batch,
         loss: Loss,
         tolerance: Tolerance | None = None,
+        only_alone: Collection[str] = (),
     ) -> None:
         self.model, self.parameters, self.loss = model, parameters, loss
+        self._only_alone = set(only_alone)
         self.together, self.n = batch, example_count(batch)
         self._tolerance = tolerance
         self.random = is_random(model)
@@ -91,7 +94,7 @@ class Comparison:
             chosen = {name: form.rows(rows) for name, form in forms.items() if name in names}
             named = dict(zip(names, expected, strict=True))
             differing, moving = differences(chosen, named, n > 1, self._tolerance)
-            wrong |= differing
+            wrong |= differing - (self._only_alone if n > 1 else set())
             self.moving |= moving
         return wrong
 
@@ -147,7 +150,7 @@ def differences(
 
 
 @contextmanager
-def same_random_state(parameters: Iterator[Tensor] | Sequence[Tensor]) -> Iterator[None]:
+def same_random_state(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Each pass inside draws the same numbers, and none is drawn for good."""
     devices = {p.device for p in parameters if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):

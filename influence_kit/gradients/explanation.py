@@ -1,4 +1,4 @@
-"""Why a batch has no gradient per example, in words: one sentence for each cause, with its remedy."""
+"""Why a batch has no gradient per example: a sentence for each cause, with its remedy."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,8 +39,8 @@ def explanation(model: nn.Module, batch: Batch, loss: Loss) -> str | None:
 def _noise(model: nn.Module, batch: Batch, loss: Loss) -> str | None:
     first, second = _floating(call_model(model, batch)), _floating(call_model(model, batch))
     if all(torch.equal(a, b) or _near(a, b, 1e-6) for a, b in zip(first, second, strict=True)):
-        values = [loss.values(call_model(model, batch), batch) for _ in range(2)]
-        if _near(*values, 1e-6):
+        one, other = (loss.values(call_model(model, batch), batch) for _ in range(2))
+        if _near(one, other, 1e-6):
             return None
         return (
             f"`{loss.name}` returns other numbers each time for the same outputs: take the random "

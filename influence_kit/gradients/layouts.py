@@ -22,7 +22,7 @@ def arrange(tensor: Tensor, layout: str, n: int) -> Tensor:
         return tensor.transpose(0, 1)
     whole = tensor.shape[0] % n == 0
     if layout == STACKED and whole:
-        return tensor.unflatten(0, (-1, n)).transpose(0, 1).flatten(0, 1)
+        return tensor.reshape(-1, n, *tensor.shape[1:]).transpose(0, 1).flatten(0, 1)
     if (layout == FOLDED and whole) or (layout == ROWS and tensor.shape[0] == n):
         return tensor
     raise ValueError(

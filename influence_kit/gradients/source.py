@@ -2,9 +2,9 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,8 @@ class GradientSource:
         self._schedule = Schedule()
         self._generator = torch.Generator().manual_seed(0)
         self._said: set[str] = set()
+        # the parameters whose examples were looked for again
+        self._searched: set[str] = set()
         self._loader: Any = None
 
     def begin(self, loader: Any) -> None:
@@ -104,6 +106,13 @@ class GradientSource:
             loss: the loss.
             index: of the batch's first example, where the batch comes more than once.
         """
+        scaled = sorted(self.capture.scaled_by_frequency)
+        if scaled:
+            raise InvalidArgumentError(
+                f"the embeddings {scaled} scale their gradients by how often an id occurs in the "
+                "batch (scale_grad_by_freq=True), so that no product with the curvature of the "
+                "loss is one over examples: set scale_grad_by_freq to False"
+            )
         self._first_check(batch, loss)
         key = (self._checkpoint, id(loss), index)
         if self.verify == "once" or not self._schedule.is_new(key):
@@ -128,7 +137,6 @@ class GradientSource:
             if isinstance(error, InvalidArgumentError) or not self.capture.misplaced:
                 raise
             self._give_up(set(self.capture.misplaced), batch, loss)
-            raise
 
     def _first_check(self, batch: Batch, loss: Loss) -> None:
         """Check capture and loss, where that has not been done."""
@@ -166,11 +174,7 @@ class GradientSource:
         unproven = set(capture.parameters) - moving
         awake = not_yet_moving(gradients, unproven) if unproven else None
         if awake is not None and self._schedule.may_look(awake.names):
-            few = take(batch, awake.examples) if n > 1 else batch
-            before = list(capture.without_rule)
-            self._check(batch, loss, few)
-            if capture.without_rule != before:
-                self._start_again(set(capture.without_rule) - set(before))
+            self._look_closely(batch, loss, awake.examples)
         if not due:
             return
         rows = drawn(n, max(1, min(EXAMPLES, n // 2)), self._generator)
@@ -179,42 +183,52 @@ class GradientSource:
             wrong, moved = compare_widely(capture, batch, loss, rows) or (wrong, moved)
         if wrong:
             self._give_up(wrong, batch, loss)
-        late = moved - moving
-        if late:
-            # their rules were never seen at work: look closely
-            before = list(capture.without_rule)
-            self._check(batch, loss, take(batch, rows) if n > 1 else batch)
-            if capture.without_rule != before:
-                self._start_again(set(capture.without_rule) - set(before))
+        if moved - moving:
+            self._look_closely(batch, loss, rows)
 
-    def _give_up(self, wrong: set[str], batch: Batch, loss: Loss) -> None:
-        """Compute parameters that were found wrong in a slower way, and start again."""
-        capture = self.capture
+    def _look_closely(self, batch: Batch, loss: Loss, rows: Tensor) -> None:
+        """Check some examples as the first were: rules are seen at work there that were not yet."""
+        before = self.capture.settings
+        self._check(batch, loss, batch if example_count(batch) == 1 else take(batch, rows))
+        if self.capture.settings != before:
+            self._start_again(())
+
+    def _give_up(self, wrong: set[str], batch: Batch, loss: Loss) -> NoReturn:
+        """Compute parameters that were found wrong in another way, and start again."""
+        capture, few = self.capture, self._few(batch, EXAMPLES)
+        if not wrong <= self._searched:  # examples may stand elsewhere than they seemed
+            self._searched |= wrong
+            before = capture.settings
+            self._check(batch, loss, few)
+            if capture.settings != before:
+                self._start_again(())
         ruled = wrong - set(capture.without_rule)
-        if not ruled and capture.functional is functional.vmapped:
+        if ruled:
+            capture.without_rule = [
+                name for name in capture.parameters if name in {*capture.without_rule, *ruled}
+            ]
+            self._check(batch, loss, few)  # refuses a model that mixes examples
+        elif capture.functional is functional.vmapped:
             capture.functional = functional.one_by_one
-            self._start_again(wrong)
-        capture.without_rule = [
-            name for name in capture.parameters if name in {*capture.without_rule, *ruled}
-        ]
-        # refuses a model that mixes examples
-        self._check(batch, loss, self._few(batch, EXAMPLES))
-        if not ruled:
+        else:
             raise InvalidArgumentError(
                 f"{self._where}: the gradients of some examples by themselves are not those that "
                 f"they have in their batch (parameters {sorted(wrong)[:6]}), and no reason was "
-                "found; use batch_size=1"
+                "found; batches of one example (batch_size=1) always work"
             )
-        self._start_again(ruled)
+        self._start_again(wrong)
 
-    def _start_again(self, names: set[str]) -> None:
-        listed = ", ".join(sorted(names)[:6]) + (", ..." if len(names) > 6 else "")
-        warnings.warn(
-            f"{self._where}: the gradients of {listed} are not what those of the batches before "
-            "promised: they are computed in a slower way, and the pass starts again",
-            stacklevel=2,
-        )
-        raise PassAgain(listed)
+    def _start_again(self, slower: Collection[str]) -> NoReturn:
+        """Have the pass start again; ``slower`` are the parameters that now go without a rule."""
+        listed = ", ".join(sorted(slower)[:6]) + (", ..." if len(slower) > 6 else "")
+        if slower:
+            warnings.warn(
+                f"{self._where}: the gradients of {listed} are not those that the examples have by "
+                "themselves, as they were in the batches before: they are computed in a slower "
+                "way, and the pass starts again",
+                stacklevel=2,
+            )
+        raise PassAgain(f"{self._where}: {listed or 'the examples stand elsewhere'}")
 
     @property
     def _where(self) -> str:

@@ -60,7 +60,8 @@ def compare(
         values = list(capture.parameters.values())
         expected = functional.single_gradients(capture.model, values, few, loss, len(rows))
     named = dict(zip(capture.parameters, expected, strict=True))
-    return differences(forms, named, False, tolerance)
+    wrong, moving = differences(forms, named, False, tolerance)
+    return wrong - (capture.scaled_by_frequency if len(rows) > 1 else set()), moving
 
 
 def compare_widely(capture: Capture, batch: Batch, loss: Loss, rows: Tensor) -> Found | None:

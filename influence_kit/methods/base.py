@@ -128,6 +128,14 @@ class InfluenceBase(DataInfluence):
         """Drop what was made at other checkpoints."""
         return
 
+    def read_otherwise(self) -> bool:
+        """Take another axis for that of the examples; False where shapes leave no other."""
+        return self._axes.try_another()
+
+    def forget(self) -> None:
+        """Drop all that is kept of earlier questions: gradients, fits, embeddings."""
+        self._forget()
+
     @property
     def train_dataloader(self) -> Iterable[Batch]:
         """The batches of the training set, in their order."""
@@ -180,7 +188,7 @@ class InfluenceBase(DataInfluence):
         if inputs is None:
             return self.train_dataloader
         if is_batch(inputs):
-            inputs = self._axes.mark(inputs)
+            inputs = self._marked_batch(inputs)
             one = to_device(take(inputs, slice(0, 1)), self._device)
             return list(split(inputs, comfortable_rows(self.model, one, self._device)))
         if isinstance(inputs, Tensor) or not isinstance(inputs, Iterable):
@@ -196,6 +204,14 @@ class InfluenceBase(DataInfluence):
         """Batches of a data set, of the size asked for."""
         size = self._auto_batch_size(data) if self.batch_size == "auto" else self.batch_size
         return self._marked(as_loader(data, size, name))
+
+    def _marked_batch(self, batch: Batch) -> Batch:
+        """A batch marked with where its examples stand: as in the training set, if it looks so."""
+        marked = self._axes.mark(batch)
+        if not self._axes.is_clear(batch) and isinstance(self.train_dataloader, MarkedBatches):
+            self.train_dataloader.look_at()
+            marked = self._axes.mark(batch)
+        return marked
 
     def _marked(self, loader: Iterable[Batch]) -> Iterable[Batch]:
         """The batches, marked with where their examples stand."""

@@ -16,6 +16,7 @@ from influence_kit.methods.base import BatchSize
 from influence_kit.methods.example_influence import given
 from influence_kit.methods.fitted import Facts
 from influence_kit.methods.influence_function import InfluenceFunction
+from influence_kit.methods.starting_again import starts_again
 from influence_kit.operators.curvature import HessianOfLoss
 from influence_kit.operators.low_rank import EigenPairs, LowRank, as_tensors, from_tensors
 from influence_kit.operators.operator import Operator, Scaled
@@ -104,6 +105,7 @@ class EmbeddingInfluence(InfluenceFunction):
             self.fit()
         return self._projection()
 
+    @starts_again
     def self_influence(  # type: ignore[override] # Captum's names
         self,
         inputs_dataset: Any = None,
@@ -115,6 +117,7 @@ class EmbeddingInfluence(InfluenceFunction):
         chosen = inputs_dataset if inputs is None else inputs
         return super().self_influence(chosen, show_progress, outer_loop_by_checkpoints)
 
+    @starts_again
     def compute_intermediate_quantities(  # type: ignore[override] # Captum's names
         self,
         inputs_dataset: Any = None,

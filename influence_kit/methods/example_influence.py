@@ -11,6 +11,7 @@ from torch import Tensor
 
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.methods.base import InfluenceBase
+from influence_kit.methods.starting_again import starts_again
 from influence_kit.scoring.reducers import AllScores, KMostInfluentialResults, Reducer, TopK
 
 
@@ -74,6 +75,7 @@ class Question(DataInfluence):
 class ExampleInfluence(Question, InfluenceBase):
     """A method that scores training examples for test examples, however it does so."""
 
+    @starts_again
     def _answer(
         self, inputs: Any, k: int | None, proponents: bool, show_progress: bool, aggregate: bool
     ) -> Tensor | KMostInfluentialResults:

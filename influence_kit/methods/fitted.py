@@ -210,7 +210,7 @@ class FittedInfluence(KeptFit):
         def features(places: Tensor, batch: Batch) -> Gradients:
             if curvature == "empirical_fisher":
                 return of_data(batch)
-            self._source.prepare(batch, self._train_loss)
+            self._source.prepare(batch, self._train_loss, int(places[0]))
             return self._features(data.checkpoint, labels(places, batch), self._train_loss)
 
         return Remembered(features, self._memory)

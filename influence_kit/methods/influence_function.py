@@ -14,6 +14,7 @@ from influence_kit.methods.chosen import check_layers
 from influence_kit.methods.example_influence import check_k, given
 from influence_kit.methods.perturbation import Perturbation, Perturbed
 from influence_kit.methods.solved import SolvedInfluence
+from influence_kit.methods.starting_again import starts_again
 from influence_kit.operators.passes import DataSet
 from influence_kit.scoring.features import (
     MostInfluentialFeatures,
@@ -48,6 +49,7 @@ class InfluenceFunction(SolvedInfluence):
 
     # What a user calls.
 
+    @starts_again
     def perturbation_influence(
         self,
         inputs: Any,

@@ -22,6 +22,7 @@ from influence_kit.methods.chosen import group_by_layer
 from influence_kit.methods.example_influence import ExampleInfluence, given
 from influence_kit.methods.identity import identity
 from influence_kit.methods.kept_rows import Build, KeptRows, Places
+from influence_kit.methods.starting_again import starts_again
 from influence_kit.scoring.reducers import AllScores, Reducer
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term, Transform
@@ -119,6 +120,7 @@ class InnerProductInfluence(ExampleInfluence):
 
     # What a user calls.
 
+    @starts_again
     def influence_by_layer(
         self, inputs: Any, show_progress: bool = False, aggregate: bool = False
     ) -> dict[str, Tensor]:
@@ -134,6 +136,7 @@ class InnerProductInfluence(ExampleInfluence):
         assert isinstance(found, Tensor)
         return dict(zip(groups, found.to(self._dtype), strict=True))
 
+    @starts_again
     def self_influence(
         self,
         inputs: Any = None,
@@ -165,6 +168,7 @@ class InnerProductInfluence(ExampleInfluence):
                     outer.update()
         return total.to(self._dtype)
 
+    @starts_again
     def compute_intermediate_quantities(self, inputs: Any, aggregate: bool = False) -> Tensor:
         """The training side of examples, written out: vectors whose dot products are the scores.
 

@@ -23,6 +23,7 @@ from influence_kit.methods.distances import euclidean_distance
 from influence_kit.methods.example_influence import ExampleInfluence, given
 from influence_kit.methods.knn_points import Points, Reader
 from influence_kit.methods.knn_values import far_to_near, values_of_matches, values_of_targets
+from influence_kit.methods.starting_again import starts_again
 from influence_kit.scoring.reducers import AllScores, Reducer, WholeRows
 
 Metric = Literal["euclidean", "cosine"]
@@ -123,6 +124,7 @@ class KNNShapley(ExampleInfluence):
 
     # What a user calls.
 
+    @starts_again
     def self_influence(
         self,
         inputs: Any = None,

@@ -15,6 +15,7 @@ from influence_kit.memory import rows_within, workspace_bytes
 from influence_kit.methods.base import BatchSize
 from influence_kit.methods.example_influence import check_k, given
 from influence_kit.methods.nearest_neighbors import ExactNearestNeighbors, NearestNeighbors
+from influence_kit.methods.starting_again import starts_again
 from influence_kit.methods.tracin_fast import TracInCPFast
 from influence_kit.operators.draws import check_seed
 from influence_kit.operators.maps import Identity
@@ -123,6 +124,7 @@ class TracInCPFastRandProj(TracInCPFast):
         return layer.left.matrix(sample), layer.right.matrix(sample)
 
     @property
+    @starts_again
     def src_intermediate_quantities(self) -> Tensor:
         """The stored vectors of the training set, ``[n, C * D]``, made at the first question."""
         if self._stored is None or self._stored[0] is not self.checkpoints:
@@ -140,6 +142,7 @@ class TracInCPFastRandProj(TracInCPFast):
             )
         return vectors
 
+    @starts_again
     def influence(  # type: ignore[override] # k has Captum's default here, 5
         self,
         inputs: Any = None,

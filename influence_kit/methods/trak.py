@@ -36,6 +36,7 @@ from influence_kit.methods.output_features import (
     repeated,
 )
 from influence_kit.methods.solved import SolvedInfluence
+from influence_kit.methods.starting_again import starts_again
 from influence_kit.operators.passes import DataSet
 from influence_kit.operators.solvers import Cholesky
 from influence_kit.saved import LOSSES
@@ -161,6 +162,7 @@ class TRAK(SolvedInfluence):
         """The ridge of each checkpoint that is fitted."""
         return [used[FEATURES] for used in self.damping_used]
 
+    @starts_again
     def self_influence(
         self,
         inputs: Any = None,
