@@ -29,6 +29,7 @@ def token_losses(logits: Tensor, labels: Tensor, shift: int = 0) -> tuple[Tensor
     """Each sequence's cross-entropy over its labelled tokens, summed, and their number, ``[n]``."""
     if logits.dim() != 3 or labels.dim() != 2 or len(labels) != len(logits):
         return None
+    logits = _exact(logits)
     virtual = logits.shape[1] - labels.shape[1]
     if virtual < 0:
         return None
@@ -50,7 +51,14 @@ def class_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None
     """Cross-entropy of one class an example, and 1, ``[n]``."""
     if logits.dim() != 2 or labels.dim() != 1 or labels.is_floating_point():
         return None
-    return F.cross_entropy(logits, labels, reduction="none"), torch.ones_like(labels)
+    losses = F.cross_entropy(_exact(logits), labels, reduction="none")
+    return losses, torch.ones_like(labels)
+
+
+def _exact(logits: Tensor) -> Tensor:
+    """Half precision as float32, in which such models compute their losses, too."""
+    half = logits.dtype in (torch.float16, torch.bfloat16)
+    return logits.float() if half else logits
 
 
 def compare_own(formula: OwnFormula, outputs: Any, labels: Tensor, where: str) -> None:
