@@ -21,8 +21,8 @@ from influence_kit.margins import OutputFunction, classification_margin
 SAME = 1e-5
 REMEDY = (
     "`test_loss_fn` is a loss, lower is better; with what should rise in its place, proponents "
-    "would be called opponents. Pass it as `test_output_fn`, whose scores are positive where training raised "
-    "it; should it fall, pass its negative as `test_output_fn`"
+    "would be called opponents. Pass it as `test_output_fn`, whose scores are positive where "
+    "training raised it; should it fall, pass its negative as `test_output_fn`"
 )
 
 
