@@ -23,6 +23,7 @@ FLOORS = [
         "checkpoint_files",
         "checkpoint_loader",
         "losses",
+        "measures",
         "own_losses",
         "processes",
         "distributed",

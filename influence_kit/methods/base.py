@@ -30,6 +30,8 @@ from influence_kit.gradients.check import refuse_mixing_layers
 from influence_kit.gradients.functional import exact
 from influence_kit.gradients.source import GradientSource, Verify, check_verify, comfortable_rows
 from influence_kit.losses import Loss, LossFunction, declared_reduction
+from influence_kit.margins import OutputFunction
+from influence_kit.measures import measure_of_tests, refuse_both
 from influence_kit.methods.chosen import check_layers, choose_parameters
 from influence_kit.restore import borrowed
 
@@ -58,10 +60,12 @@ class InfluenceBase(DataInfluence):
         test_loss_fn: LossFunction | None = None,
         sample_wise_grads_per_batch: bool | None = None,
         *,
+        test_output_fn: OutputFunction | None = None,
         eval_mode: bool = True,
         batch_axes: Any = None,
         verify: Verify = "repeated",
     ) -> None:
+        refuse_both(test_loss_fn, test_output_fn)
         self.model = model
         self.verify = check_verify(verify)
         self.batch_axes = batch_axes
@@ -69,17 +73,23 @@ class InfluenceBase(DataInfluence):
         self.checkpoints_load_func = checkpoints_load_func
         self.checkpoints = checkpoints
         self.loss_fn = loss_fn
-        self.test_loss_fn = loss_fn if test_loss_fn is None else test_loss_fn
+        self.test_output_fn = test_output_fn
+        self.test_loss_fn = test_loss_fn
+        if test_loss_fn is None and test_output_fn is None:
+            self.test_loss_fn = loss_fn
         self.batch_size = _check_batch_size(batch_size, train_dataset)
         self.sample_wise_grads_per_batch = sample_wise_grads_per_batch
         self.reduction_type = declared_reduction(loss_fn, sample_wise_grads_per_batch)
         self.test_reduction_type = self.reduction_type
         self._train_loss = self._test_loss = Loss(loss_fn, self.reduction_type, "loss_fn")
-        if test_loss_fn is not None:
-            self.test_reduction_type = declared_reduction(
-                test_loss_fn, sample_wise_grads_per_batch, "test_loss_fn"
+        name = "test_loss_fn" if test_output_fn is None else "test_output_fn"
+        measure = test_loss_fn if test_output_fn is None else test_output_fn
+        if measure is not None:
+            declared = declared_reduction(measure, sample_wise_grads_per_batch, name)
+            self.test_reduction_type = declared
+            self._test_loss = measure_of_tests(
+                test_loss_fn, test_output_fn, declared, self._train_loss
             )
-            self._test_loss = Loss(test_loss_fn, self.test_reduction_type, "test_loss_fn")
         self._eval_mode = eval_mode
         self._look_at(layers)
         self._train_data: Any = train_dataset
@@ -147,6 +157,11 @@ class InfluenceBase(DataInfluence):
     def train_dataloader_len(self) -> int | None:
         """The number of training batches; None where the loader does not tell."""
         return loader_length(self.train_dataloader)
+
+    @property
+    def explains_output(self) -> bool:
+        """Whether a positive score says that training raised an output, not lowered a loss."""
+        return self.test_output_fn is not None
 
     @property
     def layer_modules(self) -> list[nn.Module] | None:

@@ -67,7 +67,8 @@ class InfluenceFunction(SolvedInfluence):
         M^-1 and the test gradient held fixed (Koh and Liang 2017, arXiv 1703.04730, section 2.2);
         the mean over checkpoints. Units are those of the score over those of the feature. Positive:
         raising the feature makes the example more helpful; shifting x_j by a small delta and
-        training anew changes the test loss by about -<result[i, j], delta> / n.
+        training again changes the test loss by about -<result[i, j], delta> / n (the function
+        ``test_output_fn`` by <result[i, j], delta> / n).
 
         The cost is one forward-over-reverse pass a pair and checkpoint, many pairs at a time. Of
         several ranks each computes all of it.

@@ -59,8 +59,8 @@ class KNNShapley(ExampleInfluence):
         utility: "accuracy", as above, of integer labels; or "squared_error", of numbers as labels:
             u(S) = -(sum of the labels of the K nearest / K - test label)^2, that of regression.
 
-    The other arguments are those of ``InnerProductInfluence``; the losses have no effect, and
-    ``layers`` is refused.
+    The other arguments are those of ``InnerProductInfluence``; the losses have no effect;
+    ``layers`` and ``test_output_fn`` are refused.
 
     Raises:
         InvalidArgumentError: for labels that are no integers (or, with "squared_error", not one
@@ -94,6 +94,11 @@ class KNNShapley(ExampleInfluence):
         if utility not in ("accuracy", "squared_error"):
             raise InvalidArgumentError(
                 f'`utility` must be "accuracy" or "squared_error"; got {utility!r}'
+            )
+        if kwargs.get("test_output_fn") is not None:
+            raise InvalidArgumentError(
+                f"`test_output_fn` is a function of outputs, and {self.get_name()} looks at labels "
+                "of neighbours alone: leave it out, or use a method of gradients (`TracInCP`, say)"
             )
         self.n_neighbors, self.layer = n_neighbors, layer
         self.metric, self.utility = metric, utility

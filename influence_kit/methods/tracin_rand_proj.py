@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from influence_kit.checkpoints import LoadFunction, load_checkpoint
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.losses import LossFunction
+from influence_kit.margins import OutputFunction
 from influence_kit.memory import rows_within, workspace_bytes
 from influence_kit.methods.base import BatchSize
 from influence_kit.methods.example_influence import check_k, given
@@ -64,6 +65,7 @@ class TracInCPFastRandProj(TracInCPFast):
         seed: int = 0,
         *,
         count_bias: bool = True,
+        test_output_fn: OutputFunction | None = None,
         eval_mode: bool = True,
     ) -> None:
         warnings.warn(
@@ -87,6 +89,7 @@ class TracInCPFastRandProj(TracInCPFast):
             test_loss_fn,
             vectorize,
             count_bias=count_bias,
+            test_output_fn=test_output_fn,
             eval_mode=eval_mode,
         )
 
