@@ -19,6 +19,7 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients import functional
 from influence_kit.gradients.capture import Capture, Layer, Use, use_forms
 from influence_kit.gradients.comparison import (
+    ALONE,
     WIDENED,
     Comparison,
     same_random_state,
@@ -50,7 +51,7 @@ def check(capture: Capture, batch: Batch, loss: Loss) -> set[str]:
         few = batch if wide is None else wide
         tolerance = None if wide is None else WIDENED
         if example_count(few) > 1:
-            _settle_loss(capture.model, few, loss, wide is not None)
+            _settle_loss(capture.model, take(few, slice(0, ALONE + 1)), loss, wide is not None)
         comparison = Comparison(
             capture.model, capture.parameters, few, loss, tolerance, capture.scaled_by_frequency
         )
@@ -81,7 +82,8 @@ def _settle_loss(model: nn.Module, batch: Batch, loss: Loss, is_wide: bool) -> N
         module.training = False
     try:
         with torch.no_grad():
-            if loss.values(call_model(model, batch), batch).dim() > 0:
+            together = call_model(model, batch)
+            if loss.values(together, batch).dim() > 0:
                 loss.settled = True
                 return
             alone = [take(batch, slice(i, i + 1)) for i in range(n)]
@@ -89,10 +91,13 @@ def _settle_loss(model: nn.Module, batch: Batch, loss: Loss, is_wide: bool) -> N
             # an example whose loss is NaN (nothing labelled in it, say) tells nothing
             tells = [bool(torch.isfinite(loss.values(*run).sum())) for run in runs]
             if any(tells):
-                small = take(batch, torch.arange(n)[torch.tensor(tells)])
+                small = batch
+                if not all(tells):
+                    small = take(batch, torch.arange(n)[torch.tensor(tells)])
                 singles = [run for run, finite in zip(runs, tells, strict=True) if finite]
                 close = WIDENED.alone if is_wide else tolerance_of(next(model.parameters())).alone
-                loss.settle((call_model(model, small), small), singles, close / 50)
+                outputs = together if small is batch else call_model(model, small)
+                loss.settle((outputs, small), singles, close / 50)
     finally:
         for module in training:
             module.training = True

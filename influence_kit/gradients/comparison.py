@@ -12,9 +12,13 @@ from influence_kit.data import Batch, example_count, take
 from influence_kit.gradients import functional
 from influence_kit.gradients.forms import Form
 from influence_kit.losses import Loss
+from influence_kit.memory import MIB
 
-# of a batch: how many go through the model together, and each alone
-EXAMPLES = 5
+# of a batch: how many go through the model together (few lengths of tensors are a multiple of it),
+# and how many of these alone, too
+EXAMPLES, ALONE = 5, 2
+# of autograd's gradients that are kept from one layout that is tried to the next
+KEPT_BYTES = 256 * MIB
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Comparison:
         self.together, self.n = batch, example_count(batch)
         self._tolerance = tolerance
         self.random = is_random(model)
+        self._kept: dict[tuple[int, int], dict[str, Tensor]] = {}
         # the parameters whose gradient was not zero
         self.moving: set[str] = set()
 
@@ -88,22 +93,35 @@ class Comparison:
         if not names:
             return wrong
         for rows, batch, n in self._references():
-            with same_random_state(self.parameters.values()):
-                values = [self.parameters[name] for name in names]
-                expected = functional.single_gradients(self.model, values, batch, self.loss, n)
+            expected = self._expected((rows.start, n), batch, names)
             chosen = {name: form.rows(rows) for name, form in forms.items() if name in names}
-            named = dict(zip(names, expected, strict=True))
-            differing, moving = differences(chosen, named, n > 1, self._tolerance)
+            differing, moving = differences(chosen, expected, n > 1, self._tolerance)
             wrong |= differing - (self._only_alone if n > 1 else set())
             self.moving |= moving
         return wrong
+
+    def _expected(
+        self, key: tuple[int, int], batch: Batch, names: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Autograd's own gradient of some examples, by name."""
+        kept = self._kept.get(key, {})
+        if not set(names) <= set(kept):
+            with same_random_state(self.parameters.values()):
+                values = [self.parameters[name] for name in names]
+                found = functional.single_gradients(
+                    self.model, values, batch, self.loss, example_count(batch)
+                )
+            kept = dict(zip(names, found, strict=True))
+            if (1 + ALONE) * sum(g.numel() * g.element_size() for g in found) <= KEPT_BYTES:
+                self._kept[key] = kept
+        return {name: kept[name] for name in names}
 
     def _references(self) -> Iterator[tuple[slice, Batch, int]]:
         """Which of the examples, as which batch."""
         yield slice(0, self.n), self.together, self.n
         # with dropout on, the same example alone meets another mask
         if not self.random and self.n > 1:
-            for i in range(self.n):
+            for i in range(min(ALONE, self.n)):
                 yield slice(i, i + 1), take(self.together, slice(i, i + 1)), 1
 
 

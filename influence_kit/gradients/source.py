@@ -22,6 +22,8 @@ from influence_kit.losses import Loss
 from influence_kit.memory import rows_within, workspace_bytes
 
 MOST_ROWS = 2048
+# examples of a later batch that are compared, of small batches fewer
+MOST_COMPARED = 8
 Verify = Literal["repeated", "once"]
 
 
@@ -92,10 +94,10 @@ class GradientSource:
 
     def __call__(self, batch: Batch, loss: Loss) -> Gradients:
         """The gradients of each example of a batch that is on the model's device."""
-        self._first_check(batch, loss)
+        is_checked = self._first_check(batch, loss)
         gradients = self._captured(batch, loss)
         if self.verify == "repeated":
-            self._check_again(batch, loss, gradients)
+            self._check_again(batch, loss, gradients, is_checked)
         return gradients
 
     def prepare(self, batch: Batch, loss: Loss, index: int | None = None) -> None:
@@ -138,13 +140,15 @@ class GradientSource:
                 raise
             self._give_up(set(self.capture.misplaced), batch, loss)
 
-    def _first_check(self, batch: Batch, loss: Loss) -> None:
-        """Check capture and loss, where that has not been done."""
+    def _first_check(self, batch: Batch, loss: Loss) -> bool:
+        """Check capture and loss, where that has not been done; whether it was done now."""
         n = example_count(batch)
         distinct = min(n, EXAMPLES)
         _, seen, _ = self._checked.get(id(loss), (loss, 0, set()))
-        if seen < distinct or (n > 1 and not loss.settled):
+        is_due = seen < distinct or (n > 1 and not loss.settled)
+        if is_due:
             self._check(batch, loss, self._few(batch, EXAMPLES))
+        return is_due
 
     def _check(self, batch: Batch, loss: Loss, few: Batch) -> None:
         _, seen, moving = self._checked.get(id(loss), (loss, 0, set()))
@@ -164,7 +168,9 @@ class GradientSource:
         n = example_count(batch)
         return batch if n == 1 else take(batch, drawn(n, count, self._generator))
 
-    def _check_again(self, batch: Batch, loss: Loss, gradients: Gradients) -> None:
+    def _check_again(
+        self, batch: Batch, loss: Loss, gradients: Gradients, is_checked: bool
+    ) -> None:
         """Compare a batch's gradients with those of some of its examples by themselves."""
         capture, n = self.capture, gradients.n
         moving = self._checked[id(loss)][2]
@@ -175,9 +181,9 @@ class GradientSource:
         awake = not_yet_moving(gradients, unproven) if unproven else None
         if awake is not None and self._schedule.may_look(awake.names):
             self._look_closely(batch, loss, awake.examples)
-        if not due:
+        if not due or is_checked:
             return
-        rows = drawn(n, max(1, min(EXAMPLES, n // 2)), self._generator)
+        rows = drawn(n, min(MOST_COMPARED, max(min(n - 1, 2), n // 8, 1)), self._generator)
         wrong, moved = compare(capture, gradients, batch, loss, rows)
         if wrong:
             wrong, moved = compare_widely(capture, batch, loss, rows) or (wrong, moved)
