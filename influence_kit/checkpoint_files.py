@@ -18,8 +18,9 @@ from torch import Tensor
 
 from influence_kit.dropout_masks import MASKS
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.learning_rates.folders import folder_rate
+from influence_kit.learning_rates.accelerate_folder import accelerate_rate
 from influence_kit.learning_rates.rate import NO_RATE, STORED, Rate, is_one_number
+from influence_kit.learning_rates.trainer_folder import trainer_rate, trainer_state
 from influence_kit.learning_rates.wrapped import wrapped_rate
 from influence_kit.torch_files import damaged, load_file
 
@@ -128,7 +129,9 @@ def _read_folder(path: Path) -> Contents:
         files = present[:1]
     for name in files:
         weights.update(read(path / name).weights)
-    step, rate = folder_rate(path)
+    state = trainer_state(path)
+    rate = accelerate_rate(path) if state is None else trainer_rate(path, state)
+    step = None if state is None else state.get("global_step")
     return Contents(weights, step, rate, is_adapter=not present)
 
 

@@ -150,10 +150,10 @@ def _fitting(model: nn.Module, contents: Contents, label: str) -> dict[str, Any]
         if _loses_a_part(value, expected.get(key))
     ]
     if missing or unexpected or shapes or kinds:
-        complex_or_real = f", other kinds of numbers {_shown(kinds)}" if kinds else ""
+        more = f", other kinds of numbers {_shown(kinds)}" if kinds else ""
         raise InvalidArgumentError(
             f"checkpoint {label} does not fit the model: missing keys {_shown(missing)}, "
-            f"unexpected keys {_shown(unexpected)}, other shapes {_shown(shapes)}{complex_or_real}; "
+            f"unexpected keys {_shown(unexpected)}, other shapes {_shown(shapes)}{more}; "
             "is it of this model?"
         )
     return given

@@ -11,7 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from influence_kit.learning_rates.closed_forms import closed_form, scheduler_name
+from influence_kit.learning_rates.closed_forms import (
+    closed_form,
+    scheduler_name,
+    steps_taken,
+)
 from influence_kit.learning_rates.known_rates import rate_at
 from influence_kit.learning_rates.rate import APPLIED, ESTIMATED, Rate, one_rate
 
@@ -27,7 +31,9 @@ class TrainingState:
         optimizers: their state dicts.
         schedulers: their state dicts.
         where: the file or key that they are in, for ``Rate.source``.
-        counters: numbers of epochs or steps that were saved beside them.
+        epochs: numbers of epochs, or of savings, that were saved beside them.
+        updates: the number of updates that was saved beside them; optimizers like Adam have their
+            own.
         back: how many steps of the schedulers lie between the last step of the optimizer and the
             saving; None where that must be found from the counters.
         per_step: how many steps a scheduler takes at a time (one per process in accelerate).
@@ -37,7 +43,8 @@ class TrainingState:
     optimizers: Sequence[State]
     schedulers: Sequence[State]
     where: str
-    counters: Sequence[int] = ()
+    epochs: Sequence[int] = ()
+    updates: int | None = None
     back: int | None = None
     per_step: int = 1
     others: Callable[[], Mapping[int, float]] = field(default=dict)
@@ -100,11 +107,11 @@ def _before(
 def _from_others(state: TrainingState, current: float, back: int) -> Rate | None:
     """The rate of a scheduler without a closed form, from other checkpoints of the run."""
     scheduler = state.schedulers[0]
-    if len(state.schedulers) > 1 or "last_epoch" not in scheduler:
+    if len(state.schedulers) > 1:
         return None
-    known = {**state.others(), _steps(scheduler): current}
+    known = {**state.others(), steps_taken(scheduler): current}
     bases = scheduler.get("base_lrs") if "lr_lambdas" in scheduler else None
-    rate = rate_at(_steps(scheduler) - back, known, one_rate(bases) if bases else None)
+    rate = rate_at(steps_taken(scheduler) - back, known, one_rate(bases) if bases else None)
     return rate and Rate(rate.value, f"{state.where}: {rate.source}", rate.kind)
 
 
@@ -115,6 +122,8 @@ def _owners(
     if not groups:
         return [([state.schedulers[0]], i, {}) for i in range(len(state.schedulers[0]["_last_lr"]))]
     paired = len(state.optimizers) == len(state.schedulers)
+    if len(state.optimizers) > 1 and not paired:
+        return []
     return [
         ([state.schedulers[place]] if paired else state.schedulers, index, group)
         for place, optimizer in enumerate(state.optimizers)
@@ -128,9 +137,9 @@ def _evaluated(
     """A group's rate some steps ago, and whether the same forms give its current rate."""
     parts = [p for s in schedulers for p in s.get("_schedulers", [s]) if "_milestones" not in s]
     parts += [s for s in schedulers if "_milestones" in s]
-    now = [closed_form(part, _steps(part), index, group) for part in parts]
-    then = [closed_form(part, _steps(part) - back, index, group) for part in parts]
-    if None in now or None in then or any(_steps(part) < back for part in parts):
+    now = [closed_form(part, steps_taken(part), index, group) for part in parts]
+    then = [closed_form(part, steps_taken(part) - back, index, group) for part in parts]
+    if None in now or None in then or any(steps_taken(part) < back for part in parts):
         return None, False
     if len(parts) == 1:
         if _equal(now[0], current):
@@ -146,10 +155,6 @@ def _evaluated(
     return current * ratio, verified
 
 
-def _steps(scheduler: State) -> int:
-    return int(scheduler["last_epoch"])
-
-
 def _equal(a: float | None, b: float | None) -> bool:
     return a is not None and b is not None and math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-15)
 
@@ -160,8 +165,10 @@ def _before_plateau(state: TrainingState, rate: float) -> Rate:
     name, cooldown = f"{state.where}: ReduceLROnPlateau", scheduler.get("cooldown", 0)
     if cooldown and scheduler.get("cooldown_counter") == cooldown:
         return Rate(rate / scheduler["factor"], f"{name}, before it reduced it", ESTIMATED)
-    last = _steps(scheduler)
-    before = (other for steps, other in state.others().items() if steps < last)
+    last, others = steps_taken(scheduler), state.others()
+    if last - 1 in others:
+        return Rate(others[last - 1], f"{name}, the rate of the checkpoint before", APPLIED)
+    before = (other for steps, other in others.items() if steps < last)
     if cooldown or scheduler.get("num_bad_epochs") or rate in before:
         return Rate(rate, f"{name}, which did not reduce it", APPLIED)
     return Rate(rate, f"{state.where}: {NEXT}", ESTIMATED)
@@ -171,18 +178,20 @@ def _steps_back(state: TrainingState) -> tuple[int, bool]:
     """How many steps ago the scheduler had the applied rate, and whether that is certain."""
     if state.back is not None:
         return state.back, True
-    steps = [s["last_epoch"] for s in state.schedulers if isinstance(s.get("last_epoch"), int)]
-    if not steps or steps[0] <= 0:
+    steps = steps_taken(state.schedulers[0])
+    if steps <= 0:
         return 0, True
-    taken, rest = divmod(steps[0], state.per_step)
+    taken, rest = divmod(steps, state.per_step)
     if rest:
         return 1, False
     updates = optimizer_steps(state.optimizers)
-    number, certain = _calls_back(taken, updates, state.counters)
+    if updates is None and state.updates is not None and state.updates >= taken:
+        updates = state.updates
+    number, certain = _calls_back(taken, updates, state.epochs)
     return number * state.per_step, certain
 
 
-def _calls_back(taken: int, updates: int | None, counters: Sequence[int]) -> tuple[int, bool]:
+def _calls_back(taken: int, updates: int | None, epochs: Sequence[int]) -> tuple[int, bool]:
     """Whether the scheduler, called ``taken`` times, was called after the last update."""
     if updates is not None:
         if updates == taken:
@@ -194,15 +203,15 @@ def _calls_back(taken: int, updates: int | None, counters: Sequence[int]) -> tup
             return (1, False) if rest else (per_update, True)
         if updates % taken:
             return 0, True  # not at the end of an epoch of the scheduler's
-    for counter in counters:
-        if counter == taken - 1:
+    for epoch in epochs:
+        if epoch == taken - 1:
             return 1, True  # counted from 0, and saved after the scheduler's step
-        if counter == taken + 1:
+        if epoch == taken + 1:
             return 0, True  # counted from 1, and saved before it
-        if counter == taken:
+        if epoch == taken:
             return 1, bool(updates and updates % (taken + 1))
     # epochs are counted, the scheduler is called for each step
-    return 1, updates is None and bool(counters) and max(counters) < taken
+    return 1, updates is None and bool(epochs) and max(epochs) < taken
 
 
 def optimizer_steps(optimizers: Iterable[State]) -> int | None:

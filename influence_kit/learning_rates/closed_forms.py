@@ -45,6 +45,19 @@ def scheduler_name(state: State) -> str:
     return next(found, "scheduler")
 
 
+def is_scheduler(state: Any) -> bool:
+    """Whether this is a scheduler's state dict."""
+    return isinstance(state, Mapping) and ("last_epoch" in state or "_schedulers" in state)
+
+
+def steps_taken(state: State) -> int:
+    """How many steps a scheduler has taken; those of a ``ChainedScheduler`` are its parts'."""
+    if "last_epoch" not in state and state.get("_schedulers"):
+        return steps_taken(state["_schedulers"][0])
+    taken = state.get("last_epoch", 0)
+    return int(taken) if isinstance(taken, int | float) else 0
+
+
 # in an order in which the first that fits is right
 NAMES = {
     "SequentialLR": ("_milestones", "_schedulers"),

@@ -3,12 +3,14 @@
 Those of Lightning (``.ckpt``) and of loops of the user's own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from influence_kit.learning_rates.applied import TrainingState, applied_rate
+from influence_kit.learning_rates.closed_forms import is_scheduler, steps_taken
 from influence_kit.learning_rates.rate import Rate
+from influence_kit.learning_rates.siblings import files_beside, rates_of
 from influence_kit.torch_files import values_of
 
 OPTIMIZER_KEYS = (
@@ -28,11 +30,11 @@ SCHEDULER_KEYS = (
     "lr_sched",
     "sched",
 )
-COUNTER_KEYS = ("epoch", "global_step", "step")
-MOST_OTHERS = 3  # checkpoints read on each side
+UPDATE_KEYS = ("global_step", "step")
+State = Mapping[str, Any]
 
 
-def wrapped_rate(saved: Mapping[str, Any], path: Path | None) -> Rate:
+def wrapped_rate(saved: State, path: Path | None) -> Rate:
     """The applied rate of a checkpoint in one dict.
 
     Args:
@@ -40,8 +42,8 @@ def wrapped_rate(saved: Mapping[str, Any], path: Path | None) -> Rate:
         path: its file, whose neighbours may be of the same run.
     """
     lightning = "pytorch-lightning_version" in saved
-    key, optimizers = _states(saved, OPTIMIZER_KEYS, "param_groups")
-    scheduler_key, schedulers = _states(saved, SCHEDULER_KEYS, "last_epoch")
+    key, optimizers = _states(saved, OPTIMIZER_KEYS, _is_optimizer)
+    scheduler_key, schedulers = _states(saved, SCHEDULER_KEYS, is_scheduler)
     where = f"optimizer state '{key}'"
     if scheduler_key:
         where += f", scheduler state '{scheduler_key}'"
@@ -50,27 +52,32 @@ def wrapped_rate(saved: Mapping[str, Any], path: Path | None) -> Rate:
         optimizers,
         schedulers,
         where,
-        counters=[saved[k] for k in COUNTER_KEYS if type(saved.get(k)) is int],
+        epochs=[saved["epoch"]] if type(saved.get("epoch")) is int else [],
+        updates=next((saved[k] for k in UPDATE_KEYS if type(saved.get(k)) is int), None),
         back=_lightning_back(loops, schedulers) if lightning else None,
         others=lambda: _others(path, schedulers),
     )
     return applied_rate(state) or Rate(expected=lightning)
 
 
+def _is_optimizer(state: Any) -> bool:
+    return isinstance(state, Mapping) and "param_groups" in state
+
+
 def _states(
-    saved: Mapping[str, Any], keys: tuple[str, ...], mark: str
-) -> tuple[str, list[Mapping[str, Any]]]:
-    """The first key with state dicts that have the key ``mark``, and these."""
+    saved: State, keys: tuple[str, ...], fits: Callable[[Any], bool]
+) -> tuple[str, list[State]]:
+    """The first key with state dicts that fit, and these."""
     for key in keys:
         held = saved.get(key)
-        states = held if isinstance(held, list | tuple) else [held]
-        found = [s for s in states if isinstance(s, Mapping) and mark in s]
+        states: list[Any] = list(held) if isinstance(held, list | tuple) else [held]
+        found = [state for state in states if fits(state)]
         if found:
             return key, found
     return "", []
 
 
-def _lightning_back(loops: Any, schedulers: list[Mapping[str, Any]]) -> int | None:
+def _lightning_back(loops: Any, schedulers: list[State]) -> int | None:
     """Whether Lightning stepped the scheduler after the last step of the optimizer.
 
     It does so before any checkpoint is saved, at each step or at the end of the epoch, except that
@@ -87,7 +94,7 @@ def _lightning_back(loops: Any, schedulers: list[Mapping[str, Any]]) -> int | No
         return None
     if len(schedulers) != 1 or not optimizer["step"]["total"]["completed"]:
         return None  # several share one count; a manual loop steps them at will
-    steps = schedulers[0]["last_epoch"]
+    steps = steps_taken(schedulers[0])
     if "patience" in schedulers[0]:
         return 0 if steps == fit["epoch_progress"]["current"]["processed"] - last else None
     if not calls["total"]["completed"]:
@@ -102,26 +109,9 @@ def _lightning_back(loops: Any, schedulers: list[Mapping[str, Any]]) -> int | No
     return int(after.pop()) if len(after) == 1 else None
 
 
-def _others(path: Path | None, schedulers: list[Mapping[str, Any]]) -> dict[int, float]:
+def _others(path: Path | None, schedulers: Sequence[State]) -> dict[int, float]:
     """The rates of the checkpoints beside a file, by number of scheduler steps."""
-    if path is None or not path.parent.is_dir():
+    if path is None:
         return {}
-    beside = sorted(
-        (p for p in path.parent.glob(f"*{path.suffix}") if p.is_file()),
-        key=lambda p: p.stat().st_mtime_ns,
-    )
-    place = next((i for i, p in enumerate(beside) if p.samefile(path)), 0)
-    near = beside[max(0, place - MOST_OTHERS) : place] + beside[place + 1 :][:MOST_OTHERS]
-    found = [_states(values_of(p), SCHEDULER_KEYS, "last_epoch")[1] for p in near]
+    found = [_states(values_of(p), SCHEDULER_KEYS, is_scheduler)[1] for p in files_beside(path)]
     return rates_of([states[0] for states in found if len(states) == 1], schedulers[0])
-
-
-def rates_of(others: Sequence[Mapping[str, Any]], own: Mapping[str, Any]) -> dict[int, float]:
-    """The rates of other states of the same scheduler, by number of steps."""
-    return {
-        other["last_epoch"]: float(other["_last_lr"][0])
-        for other in others
-        if other.keys() == own.keys()
-        and other.get("base_lrs") == own.get("base_lrs")
-        and other.get("_last_lr")
-    }

@@ -1,4 +1,4 @@
-"""The applied rate of a checkpoint folder of Hugging Face's Trainer or of accelerate."""
+"""The applied rate of a ``checkpoint-N`` folder of Hugging Face's Trainer."""
 
 import json
 import re
@@ -7,24 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from influence_kit.learning_rates.applied import TrainingState, applied_rate
+from influence_kit.learning_rates.closed_forms import is_scheduler
 from influence_kit.learning_rates.known_rates import rate_at
 from influence_kit.learning_rates.rate import APPLIED, Rate, one_rate
-from influence_kit.learning_rates.wrapped import MOST_OTHERS, rates_of
+from influence_kit.learning_rates.siblings import folders_beside, numbered_folders, rates_of
 from influence_kit.torch_files import values_of
 
 TRAINER_STATE = "trainer_state.json"
 Logs = dict[int, float]
 
 
-def folder_rate(path: Path) -> tuple[int | None, Rate]:
-    """Step (None where the folder does not say it) and applied rate of a checkpoint folder."""
-    state = _trainer_state(path)
-    if state is None:
-        return None, _accelerate_rate(path)
-    return state.get("global_step"), _trainer_rate(path, state)
-
-
-def _trainer_state(path: Path) -> dict[str, Any] | None:
+def trainer_state(path: Path) -> dict[str, Any] | None:
+    """What a folder's ``trainer_state.json`` holds."""
     file = path / TRAINER_STATE
     if not file.is_file():
         return None
@@ -38,20 +32,44 @@ def _logs(state: Mapping[str, Any]) -> Logs:
     return {int(entry["step"]): float(entry["learning_rate"]) for entry in entries}
 
 
-def _trainer_rate(path: Path, state: Mapping[str, Any]) -> Rate:
-    step, scheduler = state.get("global_step"), values_of(path / "scheduler.pt")
-    logs = _logs(state)
-    if step is None:
-        step = max(logs, default=0)
+def trainer_rate(path: Path, state: Mapping[str, Any]) -> Rate:
+    """The rate of the update before a folder was saved.
+
+    Args:
+        path: the folder.
+        state: its ``trainer_state``.
+
+    Raises:
+        InvalidArgumentError: where groups of parameters have different rates.
+    """
+    scheduler, logs = values_of(path / "scheduler.pt"), _logs(state)
+    step = int(state.get("global_step") or max(logs, default=0))
     following = one_rate(scheduler["_last_lr"]) if scheduler.get("_last_lr") else None
     evaluated = _from_scheduler(path, state, scheduler)
     if evaluated is not None and evaluated.kind == APPLIED:
         return evaluated
     if step in logs and not _logged_late(path, logs, step, following):
         return Rate(logs[step], f"{TRAINER_STATE}, log of step {step}", APPLIED)
+    if "patience" in scheduler:
+        return _since_evaluation(state, logs, step) or evaluated or Rate(expected=True)
     logs = {s: rate for s, rate in logs.items() if s <= step} | _later_logs(path, logs, step)
     found = _between(path, state, scheduler, logs) if logs or following is not None else None
     return found or evaluated or Rate(expected=True)
+
+
+def _since_evaluation(state: Mapping[str, Any], logs: Logs, step: int) -> Rate | None:
+    """A rate that was logged after the evaluation before the last: only these change the rate."""
+    last = max((s for s in _evaluations(state) if s < step), default=0)
+    logged = [s for s in logs if last < s <= step]
+    if not logged:
+        return None
+    source = f"{TRAINER_STATE}, log of step {max(logged)}, without an evaluation in between"
+    return Rate(logs[max(logged)], source, APPLIED)
+
+
+def _evaluations(state: Mapping[str, Any]) -> set[int]:
+    """The steps at which the model was evaluated."""
+    return {e["step"] for e in state.get("log_history", []) if "eval_loss" in e and "step" in e}
 
 
 def _from_scheduler(
@@ -59,19 +77,18 @@ def _from_scheduler(
 ) -> Rate | None:
     """From the closed form of a scheduler of PyTorch's, or from an optimizer without scheduler."""
     plateau = "patience" in scheduler
-    if not plateau and ("lr_lambdas" in scheduler or (scheduler and "base_lrs" not in scheduler)):
+    if not plateau and ("lr_lambdas" in scheduler or (scheduler and not is_scheduler(scheduler))):
         return None
     needed = not scheduler or "_schedule_phases" in scheduler
     optimizer = values_of(path / "optimizer.pt") if needed else {}
-    steps = {e.get("step") for e in state.get("log_history", []) if "eval_loss" in e}
     # the Trainer steps a ReduceLROnPlateau when it evaluates, all others after each update
-    back = 0 if plateau and state.get("global_step") not in steps else 1
+    back = 0 if plateau and state.get("global_step") not in _evaluations(state) else 1
     held = TrainingState(
         [optimizer] if optimizer else [],
         [scheduler] if scheduler else [],
         "scheduler.pt" if scheduler else "optimizer.pt",
         back=back,
-        others=lambda: rates_of(_beside(path, "scheduler.pt"), scheduler),
+        others=lambda: rates_of(_schedulers_beside(path), scheduler),
     )
     return applied_rate(held)
 
@@ -99,7 +116,7 @@ def _version(path: Path) -> tuple[int, ...] | None:
 
 def _later_logs(path: Path, logs: Logs, step: int) -> Logs:
     """The logs after a step, from what was saved later in the same run."""
-    states = [_trainer_state(folder) for folder in (*_folders(path)[-1:], path.parent)]
+    states = [trainer_state(folder) for folder in (*numbered_folders(path)[-1:], path.parent)]
     for state in states:
         later = _logs(state) if state else {}
         if later.items() >= {s: rate for s, rate in logs.items() if s <= step}.items():
@@ -116,7 +133,7 @@ def _between(
     """
     step = int(state.get("global_step") or max(logs, default=0))
     taken = scheduler.get("last_epoch", step)
-    held = rates_of([scheduler, *_beside(path, "scheduler.pt")], scheduler) if scheduler else {}
+    held = rates_of([scheduler, *_schedulers_beside(path)], scheduler) if scheduler else {}
     if scheduler.get("_last_lr"):
         held[taken] = float(scheduler["_last_lr"][0])
     bases = scheduler.get("base_lrs")
@@ -141,43 +158,5 @@ def _conventions(path: Path, logs: Logs, step: int, following: float | None) -> 
     return [False, True]
 
 
-def _folders(path: Path) -> list[Path]:
-    """The checkpoints beside a folder, in the order of their last numbers."""
-    stem = re.sub(r"\d+$", "", path.name)
-    beside = [
-        p for p in path.parent.glob(f"{stem}*") if p.is_dir() and p.name[len(stem) :].isdigit()
-    ]
-    return sorted(beside, key=lambda p: int(p.name[len(stem) :]))
-
-
-def _beside(path: Path, file: str) -> list[dict[str, Any]]:
-    """What a file holds in the nearest checkpoints beside a folder."""
-    folders = _folders(path)
-    place = next((i for i, p in enumerate(folders) if p.name == path.name), 0)
-    near = folders[max(0, place - MOST_OTHERS) : place] + folders[place + 1 :][:MOST_OTHERS]
-    return [values_of(folder / file) for folder in near]
-
-
-def _accelerate_rate(path: Path) -> Rate:
-    """From ``optimizer.bin`` and ``scheduler.bin``, or a scheduler that was registered."""
-    files = [*sorted(path.glob("scheduler*.bin")), *sorted(path.glob("scheduler.pt"))]
-    custom = [] if files else sorted(path.glob("custom_checkpoint_*.pkl"))
-    schedulers = {f.name: s for f in (*files, *custom) if "last_epoch" in (s := values_of(f))}
-    optimizers = [
-        s
-        for f in (*sorted(path.glob("optimizer*.bin")), *sorted(path.glob("optimizer.pt")))
-        if "param_groups" in (s := values_of(f))
-    ]
-    processes = len(list(path.glob("random_states_*.pkl")))
-    numbers = re.findall(r"\d+", path.name)
-    held = TrainingState(
-        optimizers,
-        list(schedulers.values()),
-        ", ".join(schedulers) or "optimizer.bin",
-        counters=[int(numbers[-1])] if numbers else [],
-        per_step=1 if custom else max(processes, 1),
-        others=lambda: rates_of(
-            _beside(path, next(iter(schedulers))), schedulers[next(iter(schedulers))]
-        ),
-    )
-    return applied_rate(held) or Rate(expected=processes > 0)
+def _schedulers_beside(path: Path) -> list[dict[str, Any]]:
+    return [values_of(folder / "scheduler.pt") for folder in folders_beside(path)]
