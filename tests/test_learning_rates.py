@@ -193,7 +193,7 @@ def test_an_optimizer_without_a_scheduler_has_its_rate_and_one_with_a_lost_one_a
     group = {"lr": 0.1, "params": [0]}
     (row,) = checkpoint_table([{"model": weights(), "optimizer": {"param_groups": [group]}}])
     assert (row.learning_rate, row.rate_kind) == (0.1, "applied")
-    group["initial_lr"] = 0.2
+    group["initial_lr"] = 0.1  # which a scheduler leaves, here perhaps at the end of a warmup
     (row,) = checkpoint_table([{"model": weights(), "optimizer": {"param_groups": [group]}}])
     assert (row.learning_rate, row.rate_kind) == (0.1, "estimated")
     assert row.rate_source == "optimizer state 'optimizer': the rate of the next step"
@@ -282,7 +282,6 @@ def lightning(folder: Path, each_epoch: bool, loops: bool = True):
             "epoch_loop.automatic_optimization.optim_progress": {
                 "optimizer": {"step": {"current": {"completed": batch}, "total": total}}
             },
-            "epoch_progress": {"current": {"processed": (step - 1) // PER_EPOCH}},
         }
         paths[step] = folder / f"epoch={(step - 1) // PER_EPOCH}-step={step}.ckpt"
         saved = {
@@ -317,6 +316,17 @@ def test_lightning_in_the_middle_of_an_epoch(tmp_path):
         if step in (2, 5, 8):
             save(step, chosen, scheduler)
     check(paths, {2: 0.1, 5: 0.1, 8: 0.01})
+
+
+def test_lightning_saves_before_it_steps_a_plateau(tmp_path):
+    write, paths = lightning(tmp_path, each_epoch=True)
+
+    def save(step, optimizer, scheduler):
+        scheduler.__dict__.pop("step", None)  # the test's own
+        write(step, optimizer, scheduler)
+        scheduler.step = partial(s.ReduceLROnPlateau.step, scheduler, 1.0)
+
+    check(paths, run(plateau(patience=0), save, each_epoch=True, before=True))
 
 
 def test_lightning_without_its_loops(tmp_path):
@@ -576,6 +586,13 @@ def test_a_model_saved_alone_without_a_log_counts_with_rate_1_and_a_warning(tmp_
         assert load_checkpoint(nn.Linear(2, 1), path) == 1.0
     (row,) = checkpoint_table([path])
     assert (row.rate_kind, row.rate_source) == ("none", "none found: 1")
+
+
+def test_a_log_of_the_saved_step_counts_before_an_optimizer_without_a_scheduler(tmp_path):
+    applied, states = lambda_run(factor_of("linear"))
+    path = trainer(tmp_path, applied, states, only=True, logs=10)[10]
+    torch.save({"param_groups": [{"lr": applied[11]}], "state": {}}, path / "optimizer.pt")
+    check({10: path}, applied)
 
 
 @pytest.mark.parametrize("name", ["StepLR", "ExponentialLR", "OneCycleLR", "SequentialLR"])

@@ -78,8 +78,8 @@ def applied_rate(state: TrainingState) -> Rate | None:
 
 
 def _unscheduled(groups: Sequence[State], rate: float, where: str) -> Rate:
-    """Without a scheduler's state; its constructor leaves a group's first rate in the group."""
-    if all(group.get("initial_lr", group["lr"]) == group["lr"] for group in groups):
+    """Without a scheduler's state; a scheduler that was not saved left its mark in the groups."""
+    if not any("initial_lr" in group for group in groups):
         return Rate(rate, where, APPLIED)
     return Rate(rate, f"{where}: {NEXT}", ESTIMATED)
 

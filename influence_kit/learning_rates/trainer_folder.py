@@ -46,7 +46,7 @@ def trainer_rate(path: Path, state: Mapping[str, Any]) -> Rate:
     step = int(state.get("global_step") or max(logs, default=0))
     following = one_rate(scheduler["_last_lr"]) if scheduler.get("_last_lr") else None
     evaluated = _from_scheduler(path, state, scheduler)
-    if evaluated is not None and evaluated.kind == APPLIED:
+    if scheduler and evaluated is not None and evaluated.kind == APPLIED:
         return evaluated
     if step in logs and not _logged_late(path, logs, step, following):
         return Rate(logs[step], f"{TRAINER_STATE}, log of step {step}", APPLIED)

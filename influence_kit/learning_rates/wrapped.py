@@ -54,7 +54,7 @@ def wrapped_rate(saved: State, path: Path | None) -> Rate:
         where,
         epochs=[saved["epoch"]] if type(saved.get("epoch")) is int else [],
         updates=next((saved[k] for k in UPDATE_KEYS if type(saved.get(k)) is int), None),
-        back=_lightning_back(loops, schedulers) if lightning else None,
+        back=_lightning_back(loops, schedulers, saved.get("epoch")) if lightning else None,
         others=lambda: _others(path, schedulers),
     )
     return applied_rate(state) or Rate(expected=lightning)
@@ -77,7 +77,7 @@ def _states(
     return "", []
 
 
-def _lightning_back(loops: Any, schedulers: list[State]) -> int | None:
+def _lightning_back(loops: Any, schedulers: Sequence[State], epoch: Any) -> int | None:
     """Whether Lightning stepped the scheduler after the last step of the optimizer.
 
     It does so before any checkpoint is saved, at each step or at the end of the epoch, except that
@@ -96,7 +96,7 @@ def _lightning_back(loops: Any, schedulers: list[State]) -> int | None:
         return None  # several share one count; a manual loop steps them at will
     steps = steps_taken(schedulers[0])
     if "patience" in schedulers[0]:
-        return 0 if steps == fit["epoch_progress"]["current"]["processed"] - last else None
+        return 0 if steps == epoch else None
     if not calls["total"]["completed"]:
         return 0 if not steps else None  # stepped by the user
     if called == 0:
