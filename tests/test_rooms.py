@@ -22,6 +22,8 @@ FLOORS = [
         "checkpoints",
         "checkpoint_files",
         "checkpoint_loader",
+        "learning_rates",
+        "torch_files",
         "losses",
         "measures",
         "own_losses",
