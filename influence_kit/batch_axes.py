@@ -165,7 +165,8 @@ class BatchAxes:
                 f"a batch of shapes {_listed(shapes)} shows that the examples of the batches "
                 "before stood elsewhere than it seemed"
             )
-        n = count if count is not None else max(lengths, default=0)
+        # a batch in which nothing counts examples is one, where all of its kind are
+        n = count if count is not None else max(lengths, default=int(set(seen.counts) >= {1}))
         if count is None and len(lengths) > 1:
             raise InvalidArgumentError(
                 f"`batch_axes` says that the examples of a batch are as many as {sorted(lengths)} "

@@ -115,6 +115,14 @@ class Loss:
             if told is None:
                 raise
             raise LabelError(f"{told}, which `{self.name}` cannot look up") from error
+        except (TypeError, AttributeError) as error:
+            if isinstance(outputs, Tensor):
+                raise
+            hint = "take its `logits`" if hasattr(outputs, "logits") else "take a tensor out of it"
+            raise InvalidArgumentError(
+                f"`{self.name}` failed on what the model returns, a {type(outputs).__name__} "
+                f"({error}): {hint}, as in lambda outputs, targets: loss(outputs.logits, targets)"
+            ) from error
         if not isinstance(value, Tensor):
             raise InvalidArgumentError(
                 f"`{self.name}` must return a tensor; got a {type(value).__name__}"

@@ -97,7 +97,11 @@ def _settle_loss(model: nn.Module, batch: Batch, loss: Loss, is_wide: bool) -> N
                 singles = [run for run, finite in zip(runs, tells, strict=True) if finite]
                 close = WIDENED.alone if is_wide else tolerance_of(next(model.parameters())).alone
                 outputs = together if small is batch else call_model(model, small)
-                loss.settle((outputs, small), singles, close / 50)
+                try:
+                    loss.settle((outputs, small), singles, close / 50)
+                except InvalidArgumentError as error:
+                    told = explanation(model, batch, loss, of_outputs_only=True)
+                    raise InvalidArgumentError(told or str(error)) from None
     finally:
         for module in training:
             module.training = True

@@ -23,10 +23,21 @@ from influence_kit.losses import Loss
 CLOSE = 0.02
 
 
-def explanation(model: nn.Module, batch: Batch, loss: Loss) -> str | None:
-    """The first cause that is found; None where there is none of those that are known."""
+def explanation(
+    model: nn.Module, batch: Batch, loss: Loss, of_outputs_only: bool = False
+) -> str | None:
+    """The first cause that is found; None where there is none of those that are known.
+
+    Args:
+        model: the model.
+        batch: the batch that it concerns.
+        loss: the loss.
+        of_outputs_only: leave out that the loss mixes examples, of which the caller has a better
+            word.
+    """
+    causes = [_noise, _whole, _broadcast, _mixing_layer, _mixing_loss]
     with torch.no_grad():
-        for cause in (_noise, _whole, _broadcast, _mixing_layer, _mixing_loss):
+        for cause in causes[:-1] if of_outputs_only else causes:
             try:
                 told = cause(model, batch, loss)
             except Exception:  # another cause, which fails before this one shows

@@ -15,6 +15,7 @@ from influence_kit.gradients import functional
 from influence_kit.gradients.capture import Capture
 from influence_kit.gradients.check import check, drawn
 from influence_kit.gradients.comparison import EXAMPLES
+from influence_kit.gradients.explanation import explanation
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.schedule import Schedule
 from influence_kit.gradients.spot_check import added_up, compare, compare_widely, not_yet_moving
@@ -159,6 +160,14 @@ class GradientSource:
             with torch.no_grad():
                 loss.values(call_model(self.capture.model, batch), batch)
             raise
+        except (InvalidArgumentError, PassAgain):
+            raise
+        except Exception as error:
+            # the user's own, or of a batch that cannot be cut
+            told = explanation(self.capture.model, batch, loss, of_outputs_only=True)
+            if few is batch or told is None:
+                raise
+            raise InvalidArgumentError(told) from error
         seen = max(seen, min(example_count(batch), EXAMPLES))
         self._checked[id(loss)] = (loss, seen, moving)
         self._say_slow()
