@@ -212,6 +212,17 @@ class BatchAxes:
                     seen.shapes.append(shapes)
                     seen.counts.append(n)
 
+    def note_stacked(self, batch: Any) -> None:
+        """Batches of this structure have their examples in front of every leaf."""
+        seen = self._seen.setdefault(_structure(batch), _Seen())
+        if seen.counts[:2] == [2, 3]:
+            return
+        shapes = [shape_of(leaf) for leaf in leaves(batch)]
+        for n in (3, 2):
+            seen.shapes.insert(0, tuple((n, *shape[1:]) if shape else () for shape in shapes))
+            seen.counts.insert(0, n)
+        seen.axes, seen.others = tuple(0 if shape else None for shape in shapes), []
+
     def _add(
         self, seen: _Seen, batch: Any, shapes: tuple[tuple[int, ...], ...], count: int | None
     ) -> None:
@@ -393,6 +404,7 @@ class MarkedBatches:
         if not isinstance(batch, tuple | list | Mapping):
             return batch
         if self._stacks:
+            self._axes.note_stacked(batch)
             return stacked(batch)
         count = 1 if getattr(self.loader, "batch_size", None) == 1 else None
         try:

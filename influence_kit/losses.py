@@ -156,7 +156,7 @@ class Loss:
             shown = map_tensors(outputs, lambda tensor: tensor.detach())
             with torch.no_grad():
                 self._compare(shown, batch, value.detach(), n, where)
-        return self._summed(value, batch, n)
+        return self.summed(value, batch, n)
 
     def _compare(self, outputs: Any, batch: Batch, value: Tensor, n: int, where: str) -> None:
         if self._own_formula is not None and isinstance(batch, Mapping):
@@ -171,9 +171,10 @@ class Loss:
 
     def total(self, outputs: Any, batch: Batch, n: int) -> Tensor:
         """The sum over the examples of their losses, a scalar."""
-        return self._summed(self.values(outputs, batch), batch, n)
+        return self.summed(self.values(outputs, batch), batch, n)
 
-    def _summed(self, value: Tensor, batch: Batch, n: int) -> Tensor:
+    def summed(self, value: Tensor, batch: Batch, n: int) -> Tensor:
+        """The sum over the examples, given what the loss returned."""
         if value.dim() == 0:
             self._check_not_reduced(n)
             if self.reduction != "mean":

@@ -32,9 +32,9 @@ class RaisedOutput(Loss):
     The arguments are those of ``Loss``.
     """
 
-    def total(self, outputs: Any, batch: Batch, n: int) -> Tensor:
+    def summed(self, value: Tensor, batch: Batch, n: int) -> Tensor:
         """Minus the sum over the examples of their outputs, a scalar."""
-        return -super().total(outputs, batch, n)
+        return -super().summed(value, batch, n)
 
 
 class LossOfTests(Loss):

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import torch
@@ -25,7 +25,7 @@ from influence_kit.data import (
     take,
     to_device,
 )
-from influence_kit.errors import InvalidArgumentError
+from influence_kit.errors import InvalidArgumentError, PassAgain
 from influence_kit.gradients.check import refuse_mixing_layers
 from influence_kit.gradients.functional import exact
 from influence_kit.gradients.source import GradientSource, Verify, check_verify, comfortable_rows
@@ -225,6 +225,9 @@ class InfluenceBase(DataInfluence):
         marked = self._axes.mark(batch)
         if not self._axes.is_clear(batch) and isinstance(self.train_dataloader, MarkedBatches):
             self.train_dataloader.look_at()
+            # nothing was computed yet of what may have been read otherwise
+            with suppress(PassAgain):
+                return self._axes.mark(batch)
             marked = self._axes.mark(batch)
         return marked
 
