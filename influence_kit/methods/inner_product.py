@@ -52,6 +52,11 @@ class InnerProductInfluence(ExampleInfluence):
         sample_wise_grads_per_batch: None takes a loss of any reduction. True wants "sum" or "mean",
             False wants "none", as in Captum; the speed is the same.
         eval_mode: put the model into evaluation mode while scores are computed.
+        batch_axes: the dimension that counts examples, for each tensor of a batch, in the structure
+            of the batch: ``(1, 0)`` for time-first inputs and targets, ``{"weights": None}`` for a
+            tensor that belongs to the whole batch. Found from the batches where None.
+        verify: "repeated" compares some batches of every question with autograd (the page "What is
+            checked, and when" says which), "once" trusts the check of the first batch.
         store: a folder for the training set's gradients (projected, where the method projects):
             the first question builds it, later ones and other processes read it. A build that was
             killed goes on where it was; a folder that was made for another model, data set, loss or
