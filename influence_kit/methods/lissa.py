@@ -100,8 +100,8 @@ class LiSSAInfluenceFunction(CurvatureInfluence):
         batches = getattr(loader, "batch_sampler", None)
         if isinstance(examples, IterableDataset) or batches is None:
             raise InvalidArgumentError(
-                f"no examples can be drawn from a {type(loader.loader).__name__} without a data set that "
-                "has places; use `hessian_batch_size=None`, which takes all of them each time"
+                f"no examples can be drawn from a {type(loader.loader).__name__} without a data set "
+                "that has places; use `hessian_batch_size=None`, which takes all of them each time"
             )
         collate = getattr(loader, "collate_fn", default_collate)
         order = [index for batch in batches for index in batch]
