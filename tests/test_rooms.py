@@ -18,6 +18,7 @@ FLOORS = [
         "memory",
         "data",
         "labels",
+        "loaders",
         "margins",
         "checkpoints",
         "checkpoint_files",

@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.checkpoints import LoadFunction, find_checkpoints, label_of, load_checkpoint
-from influence_kit.data import Batch, as_loader, call_model, example_count, take, to_device
+from influence_kit.data import Batch, call_model, example_count, take, to_device
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.labels import logits_of
+from influence_kit.loaders import as_loader
 from influence_kit.losses import Loss, LossFunction, declared_reduction
 from influence_kit.restore import borrowed
 

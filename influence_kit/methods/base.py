@@ -15,11 +15,8 @@ from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.checkpoints import LoadFunction, find_checkpoints, load_checkpoint
 from influence_kit.data import (
     Batch,
-    as_loader,
-    check_order,
     is_batch,
     is_dataset,
-    loader_length,
     split,
     take,
     to_device,
@@ -28,6 +25,7 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.check import refuse_mixing_layers
 from influence_kit.gradients.functional import exact
 from influence_kit.gradients.source import GradientSource, comfortable_rows
+from influence_kit.loaders import as_loader, check_order, loader_length
 from influence_kit.losses import Loss, LossFunction, declared_reduction
 from influence_kit.methods.chosen import check_layers, choose_parameters
 from influence_kit.restore import borrowed

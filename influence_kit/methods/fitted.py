@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.checkpoint_loader import CheckpointLoader
-from influence_kit.data import Batch, as_loader, is_dataset
+from influence_kit.data import Batch, is_dataset
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients
+from influence_kit.loaders import as_loader
 from influence_kit.methods.chosen import group_by_layer
 from influence_kit.methods.damping import AUTO_SHARE, DampingArgument, check_damping, share_of
 from influence_kit.methods.kept_fit import KeptFit

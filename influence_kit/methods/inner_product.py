@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from influence_kit.checkpoint_loader import CheckpointLoader
-from influence_kit.data import Batch, loader_length
+from influence_kit.data import Batch
 from influence_kit.distributed import is_alone
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients
+from influence_kit.loaders import loader_length
 from influence_kit.losses import Loss
 from influence_kit.memory import resident_bytes
 from influence_kit.methods.chosen import group_by_layer

@@ -14,9 +14,10 @@ from captum.influence import DataInfluence
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from influence_kit.data import as_loader, example_count
+from influence_kit.data import example_count
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.gradients.check import refuse_mixing_layers
+from influence_kit.loaders import as_loader
 from influence_kit.memory import rows_within, workspace_bytes
 from influence_kit.methods.activations import examples_first
 from influence_kit.methods.chosen import check_layers
