@@ -19,6 +19,7 @@ from influence_kit.gradients.per_example import Gradients
 from influence_kit.loaders import loader_length
 from influence_kit.losses import Loss
 from influence_kit.memory import resident_bytes
+from influence_kit.methods.base import TRAIN
 from influence_kit.methods.chosen import group_by_layer
 from influence_kit.methods.example_influence import ExampleInfluence, given
 from influence_kit.methods.identity import identity
@@ -236,7 +237,13 @@ class InnerProductInfluence(ExampleInfluence):
         return self._train_loss
 
     def _forget(self) -> None:
+        super()._forget()
         self._kept = None
+
+    def _why_fixed(self, name: str) -> str | None:
+        if name == TRAIN and self.store is not None:
+            return "`store` keeps the gradients of its examples"
+        return super()._why_fixed(name)
 
     def _batches(self, inputs: Any, ordered: bool = True) -> Iterable[Batch]:
         return self._train_batches if inputs is None else super()._batches(inputs, ordered)
