@@ -310,10 +310,10 @@ def test_more_or_fewer_examples_than_promised_are_refused(model, unchanged, kind
 class Shrinking:
     """Gives less in each pass."""
 
-    left = N + 18
+    left = N + 24
 
     def __iter__(self):
-        self.left -= 6
+        self.left -= 8
         for start in range(0, self.left, 8):
             rows = slice(start, min(start + 8, self.left))
             yield X[rows], Y[rows]
