@@ -221,6 +221,10 @@ def test_what_can_be_read_only_once_is_refused(kind):
 
 NO_DATA = {
     "text": ("data.csv", "`train_dataset` is a str; it must be a Dataset or sequence"),
+    "table": (
+        type("Frame", (), {"iloc": None, "__len__": len, "__getitem__": None})(),
+        "`train_dataset` is a Frame, whose columns are not told apart here; it must be",
+    ),
     "columns": ({"x": X, "y": Y}, r"`train_dataset` is a dict of \['x', 'y'\]; it must be"),
     "tuple of tensors": ((X, Y), "`train_dataset` is a tuple of 2 tensors; it must be"),
     "list of tensors": ([X, Y], "`train_dataset` is a list of 2 tensors; it must be"),

@@ -145,7 +145,7 @@ class InnerProductInfluence(ExampleInfluence):
         """The score of each example with itself, ``[n]``: large for what is hard to fit.
 
         Args:
-            inputs: one batch or a DataLoader; None for the training set.
+            inputs: one batch, a DataLoader or a Dataset; None for the training set.
             show_progress: a bar over the examples.
             outer_loop_by_checkpoints: read the data once a checkpoint instead of holding a slab of
                 it in memory; the scores are the same.
