@@ -477,6 +477,10 @@ class Bag(nn.Module):
         return self.embedding(x)
 
 
+def summed(outputs, batch):
+    return outputs.sum(1)
+
+
 LISTS = "item 'x' of an example of `train_dataset` is a list of 3 numbers, of which torch's default"
 LENGTHS = "the examples of `train_dataset` have tensors or lists of different lengths, which torch"
 ODD = "torch's default collation makes no batch of the examples of `train_dataset`"
@@ -503,8 +507,7 @@ def bare(n):
 )
 def test_examples_that_make_no_batch_are_named_with_the_remedy(data, match):
     model = Bag()
-    loss = lambda outputs, batch: outputs.sum(1)  # noqa: E731
-    explainer = TracInCP(model, data, [model.state_dict()], loss_fn=loss, batch_size=3)
+    explainer = TracInCP(model, data, [model.state_dict()], loss_fn=summed, batch_size=3)
     with pytest.raises(InvalidArgumentError, match=match):
         explainer.self_influence()
 

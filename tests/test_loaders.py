@@ -190,8 +190,7 @@ def test_a_fixed_order_that_is_not_the_data_sets_is_taken_with_a_warning(kind):
         assert as_loader(loader, None, "train_dataset") is loader
     # what the warning proposes has the data set's indices
     proposed = str(caught[0].message).split("`")[3]
-    batches = [b for b in loader]  # noqa: C416
-    rows = torch.cat([torch.atleast_1d(batch[1]) for batch in batches])
+    rows = torch.cat([torch.atleast_1d(batch[1]) for batch in loader])
     assert eval(proposed) == rows.tolist()
 
 
