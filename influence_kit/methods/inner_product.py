@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from influence_kit.checkpoint_loader import CheckpointLoader
-from influence_kit.data import Batch, loader_length
+from influence_kit.data import Batch
 from influence_kit.distributed import is_alone
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients
+from influence_kit.loaders import loader_length
 from influence_kit.losses import Loss
 from influence_kit.memory import resident_bytes
+from influence_kit.methods.base import TRAIN
 from influence_kit.methods.chosen import group_by_layer
 from influence_kit.methods.example_influence import ExampleInfluence, given
 from influence_kit.methods.identity import identity
@@ -158,7 +160,7 @@ class InnerProductInfluence(ExampleInfluence):
         Of its training loss, whatever is measured of test examples.
 
         Args:
-            inputs: one batch or a DataLoader; None for the training set.
+            inputs: one batch, a DataLoader or a Dataset; None for the training set.
             show_progress: a bar over the examples.
             outer_loop_by_checkpoints: read the data once a checkpoint instead of holding a slab of
                 it in memory; the scores are the same.
@@ -254,7 +256,13 @@ class InnerProductInfluence(ExampleInfluence):
         return self._train_loss
 
     def _forget(self) -> None:
+        super()._forget()
         self._kept = None
+
+    def _why_fixed(self, name: str) -> str | None:
+        if name == TRAIN and self.store is not None:
+            return "`store` keeps the gradients of its examples"
+        return super()._why_fixed(name)
 
     def _batches(self, inputs: Any, ordered: bool = True) -> Iterable[Batch]:
         return self._train_batches if inputs is None else super()._batches(inputs, ordered)
