@@ -4,7 +4,7 @@ Letters: n examples of a batch, d features of an example.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,10 +18,12 @@ from influence_kit.data import (
     example_count,
     map_tensors,
     take,
+    tensor_axes,
 )
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.functional import exact
 from influence_kit.labels import label_key
+from influence_kit.methods.row_check import RowCheck
 
 
 def layer_outputs(
@@ -48,6 +50,12 @@ def layer_outputs(
         raise InvalidArgumentError(
             f"the layers {silent} did not run when the model was called; name layers that it uses"
         )
+    return found
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_tensors(batch, found.append)
     return found
 
 
@@ -93,6 +101,10 @@ class Features:
     layer: str | None
     _one: torch.Size | None = None
     _width: int | None = None
+    _check: RowCheck = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._check = RowCheck(self.model, f"the outputs of layer '{self.layer}'")
 
     def __call__(self, batch: Batch) -> Tensor:
         """The features of a batch that is on the model's device.
@@ -116,13 +128,18 @@ class Features:
         if self._one is None:
             self._one = self._run(take(batch, slice(0, 1))).shape
         n = example_count(batch)
-        found = examples_first(self.layer, self._run(batch), n, self._one)
+        (found,) = self._check(batch, self._rows)
         if not found.is_floating_point():
             raise InvalidArgumentError(
                 f"layer '{self.layer}' returns {found.dtype}; features are floating-point numbers: "
                 "name another layer"
             )
         return found.reshape(n, -1)
+
+    def _rows(self, batch: Batch) -> list[Tensor]:
+        assert self.layer is not None
+        assert self._one is not None
+        return [examples_first(self.layer, self._run(batch), example_count(batch), self._one)]
 
     def _run(self, batch: Batch) -> Tensor:
         assert self.layer is not None
@@ -137,7 +154,8 @@ class Features:
         inputs = (args, {name: value for name, value in kwargs.items() if name != target})
         parts: list[Tensor] = []
         map_tensors(inputs, parts.append)
-        axes = [example_axis(part, n) for part in parts]
+        of_batch = dict(zip(map(id, _tensors(batch)), tensor_axes(batch), strict=True))
+        axes = [of_batch.get(id(part), example_axis(part, n)) for part in parts]
         if not parts or None in axes or not all(part.is_floating_point() for part in parts):
             there = map_tensors(inputs, lambda part: (part.dtype, list(part.shape)))
             raise InvalidArgumentError(

@@ -15,9 +15,11 @@ from torch.nn import functional as F
 from influence_kit.data import Batch, take, to_device
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.gradients.source import GradientSource
+from influence_kit.labels import logits_of
 from influence_kit.losses import Loss, LossFunction
 from influence_kit.methods.last_layer import LastLayer, at_last_layer, joined
 from influence_kit.methods.newton import Objective, minimum
+from influence_kit.methods.row_check import RowCheck
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Refit:
         loss: of the training examples.
         loss_fn: the same as the user gave it.
         settings: how to refit.
+        row_check: compares features with those of some examples by themselves.
     """
 
     model: nn.Module
@@ -76,6 +79,7 @@ class Refit:
     loss: Loss
     loss_fn: LossFunction | None
     settings: Settings
+    row_check: RowCheck
 
     def head(
         self, batches: Iterable[Batch], device: torch.device, fingerprint: tuple[float, ...]
@@ -102,7 +106,14 @@ class Refit:
                 "the last layer cannot be refitted without a loss that is a function of its "
                 "output: pass `loss_fn`"
             )
-        seen = at_last_layer(self.model, self.layer, batch, self._precise_loss())
+        read: list[LastLayer] = []
+
+        def rows(some: Batch) -> list[Tensor]:
+            read.append(at_last_layer(self.model, self.layer, some, self._precise_loss()))
+            return [read[-1].features, logits_of(read[-1].outputs)]
+
+        self.row_check(batch, rows)
+        seen = read[0]
         features = seen.features
         if self.settings.normalize:
             norms = features.norm(dim=-1, keepdim=True)

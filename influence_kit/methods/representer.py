@@ -28,6 +28,7 @@ from influence_kit.methods.example_influence import given
 from influence_kit.methods.kept_fit import KeptFit
 from influence_kit.methods.last_layer import chosen_outputs
 from influence_kit.methods.refit import Head, Refit, Settings
+from influence_kit.methods.row_check import RowCheck
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term
 
@@ -202,9 +203,9 @@ class RepresenterPointSelection(KeptFit):
 
     @property
     def _refit(self) -> Refit:
-        return Refit(
-            self.model, self._layer, self._source, self._train_loss, self.loss_fn, self._how
-        )
+        check = RowCheck(self.model, "the features of the last layer", can_be_slow=False)
+        given = self._source, self._train_loss, self.loss_fn
+        return Refit(self.model, self._layer, *given, self._how, check)
 
     def _forget(self) -> None:
         super()._forget()

@@ -14,6 +14,7 @@ from influence_kit.distributed import is_mine, sum_over_ranks
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.memory import MIB
 from influence_kit.methods.activations import examples_first, layer_outputs
+from influence_kit.methods.row_check import RowCheck
 from influence_kit.saved import MANIFEST, hash_of, read_folder, write_folder
 
 CHUNK_BYTES = 64 * MIB
@@ -106,6 +107,23 @@ class Sources:
     module: nn.Module
     loader: Iterable[Any]
 
+    def rows(
+        self, ones: Mapping[str, torch.Size], inputs: Batch, check: RowCheck
+    ) -> dict[str, Tensor]:
+        """The outputs of layers for inputs without targets, examples in front.
+
+        Args:
+            ones: the shape of each layer's output for one example.
+            inputs: the inputs.
+            check: compares them with those of some examples by themselves.
+        """
+
+        def rows(batch: Batch) -> list[Tensor]:
+            found, n = self.outputs(list(ones), batch), example_count(batch)
+            return [examples_first(layer, found[layer], n, one) for layer, one in ones.items()]
+
+        return dict(zip(ones, check(inputs, rows), strict=True))
+
     def outputs(
         self, layers: Sequence[str], inputs: Batch, more: tuple[Any, ...] = ()
     ) -> dict[str, Tensor]:
@@ -158,11 +176,11 @@ class Sources:
         layers = {saved.description["layer"]: saved for saved in missing}
         for saved in missing:
             saved.begin()
+        ones = {layer: saved.first.shape for layer, saved in layers.items()}
+        check = RowCheck(self.module, "the outputs of layers")
         for inputs in self._batches() if missing else ():
-            n = example_count(inputs)
-            for layer, output in self.outputs(list(layers), inputs).items():
-                saved = layers[layer]
-                saved.add(examples_first(layer, output, n, saved.first.shape))
+            for layer, output in self.rows(ones, inputs, check).items():
+                layers[layer].add(output)
         for saved in missing:
             saved.end()
 

@@ -4,7 +4,7 @@ Letters: m test and n training (source) examples, b source examples at a time, k
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.checked_batches import CheckedBatches
-from influence_kit.data import example_count
+from influence_kit.data import Batch, example_count
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.gradients.check import refuse_mixing_layers
 from influence_kit.loaders import as_loader
@@ -23,6 +23,7 @@ from influence_kit.memory import rows_within, workspace_bytes
 from influence_kit.methods.activations import examples_first
 from influence_kit.methods.chosen import check_layers
 from influence_kit.methods.distances import cosine_similarity, euclidean_distance, zero_pairs
+from influence_kit.methods.row_check import RowCheck
 from influence_kit.methods.saved_activations import SavedActivations, Sources, as_inputs, inputs_of
 from influence_kit.restore import borrowed
 from influence_kit.scoring.reducers import TopK
@@ -168,17 +169,31 @@ class SimilarityInfluence(DataInfluence):
         found: dict[str, Any] = {}
         with borrowed(self.module, self._eval_mode), torch.no_grad():
             refuse_mixing_layers(self.module)
-            outputs, m = sources.outputs(self.layers, tests, more), example_count(tests)
             saved = sources.saved(folder, self.layers, load_src_from_disk)
+            rows = self._rows_of_tests(sources, tests, more, saved)
             for layer, known in zip(self.layers, saved, strict=True):
-                test = examples_first(layer, outputs[layer], m, known.first.shape)
-                found[layer], pairs = self._most_similar(layer, test, known, top_k)
+                found[layer], pairs = self._most_similar(layer, rows[layer], known, top_k)
                 if len(pairs):
                     warnings.warn(ZERO_VECTORS.format(layer), RuntimeWarning, stacklevel=2)
                     found[f"zero_acts-{layer}"] = pairs
         return found
 
     # How it is done.
+
+    def _rows_of_tests(
+        self,
+        sources: Sources,
+        tests: Batch,
+        more: tuple[Any, ...],
+        saved: Sequence[SavedActivations],
+    ) -> dict[str, Tensor]:
+        """The outputs of each layer for the test examples, examples in front."""
+        ones = {layer: known.first.shape for layer, known in zip(self.layers, saved, strict=True)}
+        if not more:
+            return sources.rows(ones, tests, RowCheck(self.module, "the outputs of layers"))
+        # further arguments may not be one per example, so that no example is run by itself
+        outputs, m = sources.outputs(self.layers, tests, more), example_count(tests)
+        return {layer: examples_first(layer, outputs[layer], m, ones[layer]) for layer in ones}
 
     def _most_similar(
         self, layer: str, test: Tensor, saved: SavedActivations, top_k: int
