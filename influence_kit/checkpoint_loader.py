@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from influence_kit.checkpoints import LoadFunction, label_of
 from influence_kit.dropout_masks import mask_numbers, set_masks
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.restore import load_into
 
 FINGERPRINT_CHUNK = 2**20
 
@@ -39,9 +41,7 @@ class CheckpointLoader:
         """Have checkpoint number ``place`` in the model; returns its learning rate."""
         if self._current != place:
             self._current = None
-            set_masks(self._model, None)
-            with _same_parameters(self._model):
-                rate = self._load(self._model, self._items[place])
+            rate = load_into(self._model, partial(self._put, place))
             if not _is_number(rate):
                 raise InvalidArgumentError(
                     f"`checkpoints_load_func` returned {rate!r} for checkpoint {place}; it must "
@@ -52,6 +52,11 @@ class CheckpointLoader:
                 self._rates[place] = float(rate)
                 self._warn(place)
         return self._rates[place]
+
+    def _put(self, place: int) -> float:
+        set_masks(self._model, None)
+        with _same_parameters(self._model):
+            return self._load(self._model, self._items[place])
 
     def fingerprint(self, place: int) -> tuple[float, ...]:
         """Numbers that tell the weights and masks of a checkpoint, which has been loaded."""

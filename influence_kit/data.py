@@ -119,7 +119,13 @@ def _rebuilt(item: Any, change: Callable[[Any], Any]) -> Any:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on ``device``."""
-    moved: Batch = map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = tensor.to(device, non_blocking=True)
+        # made in inference mode, whose tensors autograd cannot keep
+        return moved.clone() if moved.is_inference() else moved
+
+    moved: Batch = map_tensors(batch, move)
     return moved
 
 

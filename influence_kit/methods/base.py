@@ -16,6 +16,7 @@ from influence_kit.checkpoints import LoadFunction, find_checkpoints, load_check
 from influence_kit.data import (
     Batch,
     as_loader,
+    call_model,
     check_order,
     is_batch,
     is_dataset,
@@ -146,9 +147,13 @@ class InfluenceBase(DataInfluence):
     @contextmanager
     def _session(self) -> Iterator[CheckpointLoader]:
         """The model with hooks on, borrowed from the user; a loader for its checkpoints."""
-        with borrowed(self.model, self._eval_mode), self._source.attached():
+        with borrowed(self.model, self._eval_mode, self._probe), self._source.attached():
             refuse_mixing_layers(self.model)
             yield CheckpointLoader(self.model, self.checkpoints, self.checkpoints_load_func)
+
+    def _probe(self) -> Any:
+        """The model's outputs on the first batch, by which it is seen what ``eval()`` does."""
+        return call_model(self.model, to_device(next(iter(self.train_dataloader)), self._device))
 
     @property
     def _device(self) -> torch.device:

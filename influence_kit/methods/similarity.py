@@ -157,8 +157,13 @@ class SimilarityInfluence(DataInfluence):
         tests, folder = as_inputs(inputs), Path(self.activation_dir) / self.model_id / "src"
         sources = Sources(self.module, self.influence_src_dataloader)
         found: dict[str, Any] = {}
-        with borrowed(self.module, self._eval_mode), torch.no_grad():
+
+        def probe() -> dict[str, Tensor]:
+            return sources.outputs(self.layers, tests, more)
+
+        with borrowed(self.module, self._eval_mode, probe) as module, torch.no_grad():
             refuse_mixing_layers(self.module)
+            module.settle()
             outputs, m = sources.outputs(self.layers, tests, more), example_count(tests)
             saved = sources.saved(folder, self.layers, load_src_from_disk)
             for layer, known in zip(self.layers, saved, strict=True):
