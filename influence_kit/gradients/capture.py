@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from influence_kit.data import Batch, call_model, example_count
+from influence_kit.data import Batch, example_count
 from influence_kit.gradients import functional
 from influence_kit.gradients.forms import Dense, Form
+from influence_kit.gradients.graph import differentiable_total
 from influence_kit.gradients.layouts import ROWS, SHARED, arrange, shared
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rules import Rule, rule_for
@@ -120,8 +121,7 @@ class Capture:
         """Run the model forward and backward; every call of a layer that the loss depends on."""
         self._calls, self._examples = [], n
         try:
-            with torch.enable_grad():
-                total = loss.total(call_model(self.model, batch), batch, n)
+            total = differentiable_total(self.model, batch, loss, n)
             calls = self._calls
         finally:
             self._calls = None

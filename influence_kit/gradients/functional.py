@@ -14,6 +14,7 @@ from torch.func import functional_call, grad, vmap
 
 from influence_kit.data import Batch, call_arguments, call_model, example_axis, map_tensors, take
 from influence_kit.gradients.forms import Dense
+from influence_kit.gradients.graph import differentiable_total, refuse_without_graph
 from influence_kit.losses import Loss
 from influence_kit.memory import rows_within, workspace_bytes
 
@@ -32,6 +33,7 @@ def vmapped(
         return tensor
 
     tensors: list[Tensor] = []
+    without_graph: list[bool] = []
     map_tensors(batch, lambda tensor: tensors.append(note(tensor)))
 
     def example_loss(values: dict[str, Tensor], *one: Tensor) -> Tensor:
@@ -44,7 +46,9 @@ def vmapped(
 
         example = map_tensors(batch, restore)
         args, kwargs = call_arguments(model, example)
-        return loss.total(functional_call(model, values, args, kwargs), example, 1)
+        total = loss.total(functional_call(model, values, args, kwargs), example, 1)
+        without_graph.append(not total.requires_grad)
+        return total
 
     values = {name: parameter.detach() for name, parameter in parameters.items()}
     elements = sum(value.numel() * value.element_size() for value in values.values())
@@ -62,6 +66,8 @@ def vmapped(
             with torch.no_grad():  # vmap hides values: here a label of no class is named
                 loss.values(call_model(model, batch), batch)
             raise
+    if any(without_graph):
+        refuse_without_graph(model, batch, loss, n)
     return {name: _dense(gradients[name], value.shape) for name, value in values.items()}
 
 
@@ -83,8 +89,7 @@ def single_gradients(
     model: nn.Module, parameters: Sequence[Tensor], batch: Batch, loss: Loss, n: int = 1
 ) -> list[Tensor]:
     """Autograd's own gradients of the batch's total loss: a zero where a parameter was not used."""
-    with torch.enable_grad():
-        total = loss.total(call_model(model, batch), batch, n)
+    total = differentiable_total(model, batch, loss, n)
     found: Sequence[Any] = [None] * len(parameters)
     if total.requires_grad:
         found = torch.autograd.grad(total, parameters, allow_unused=True)
