@@ -1,7 +1,7 @@
 """What modules hold beside parameters, buffers and hooks: their attributes, as they were.
 
 Attributes are compared and put back by identity; lists, dicts, sets and objects among them also by
-content, three levels deep; tensors and arrays that were changed in place by value.
+content, five levels deep; tensors and arrays that were changed in place by value.
 """
 
 import sys
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-DEPTH = 3
+from influence_kit.functorch import outside_transforms
+
+DEPTH = 5
 CONTAINERS = (dict, list, set, deque, OrderedDict, defaultdict)
 # what ``nn.Module`` keeps there itself
 OF_MODULES = frozenset(vars(nn.Module()))
@@ -85,7 +87,7 @@ class Attributes:
             if isinstance(value, np.ndarray):
                 value[...] = copy
             elif _version(value) != version:
-                with torch.no_grad():
+                with outside_transforms(), torch.no_grad():
                     value.copy_(copy)
         self._values = [(value, _version(value), copy) for value, _, copy in self._values]
 

@@ -36,9 +36,9 @@ class Borrowed:
         self.flags.ready_to_load()
         return self.flags.load(load, self.probe)
 
-    def settle(self) -> None:
-        """Have layers that act in ``eval()`` ready, where no checkpoint is loaded."""
-        self.flags.settle(self.probe)
+    def in_training(self) -> None:
+        """Have layers that act in ``eval()`` as they are when a checkpoint is saved."""
+        self.flags.ready_to_load()
 
 
 _IN_USE: weakref.WeakKeyDictionary[nn.Module, Borrowed] = weakref.WeakKeyDictionary()
@@ -74,6 +74,7 @@ def borrowed(
         try:
             inside.flags.apply()
             with torch.enable_grad(), inside.hooks.attached():
+                inside.flags.settle(probe)
                 yield inside
         finally:
             if outer is None:

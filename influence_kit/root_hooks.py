@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from influence_kit.data import map_tensors
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.functorch import is_transformed
 from influence_kit.module_state import ModuleState
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -37,7 +38,7 @@ class RootHooks:
         # kinds of calls that change no input, and whether the last one got copies
         self._harmless: set[Any] = set()
         self._kind: Any = None
-        self._copied = False
+        self._copied = self._transformed = False
         self._hook_counts: list[int] = []
 
     @contextmanager
@@ -79,9 +80,9 @@ class RootHooks:
             self._keep(notes)
         changed = any(tensor._version != version for tensor, version in self._handed)
         self._handed = []
-        if not changed:
+        if not changed and not self._transformed:
             self._harmless.add(self._kind)
-        elif not self._copied:
+        if changed and not self._copied:
             raise InvalidArgumentError(
                 "the model changes its input in place, and did not do so in an earlier call with "
                 "inputs of this kind: the data that it was given are changed now. Have its forward "
@@ -100,18 +101,20 @@ class RootHooks:
         """Copies of the inputs, unless calls of this kind have been seen to leave them alone."""
         given: list[Tensor] = []
         map_tensors((args, kwargs), given.append)
-        transformed = torch._C._functorch.maybe_current_level() is not None
+        # inside vmap and grad there are wrappers, whose versions tell nothing
+        self._transformed = is_transformed()
         self._kind = (
             tuple((t.shape[1:], t.dtype, t.is_inference()) for t in given),
             tuple(kwargs),
             self._model.training,
             torch.is_grad_enabled(),
         )
-        self._copied = transformed or self._kind not in self._harmless
+        self._copied = self._transformed or self._kind not in self._harmless
         if not self._copied:
             self._handed = [(tensor, tensor._version) for tensor in given]
             return None
         copies = {id(tensor): tensor.clone() for tensor in given}
-        self._handed = [] if transformed else [(t, t._version) for t in copies.values()]
+        kept = () if self._transformed else copies.values()
+        self._handed = [(tensor, tensor._version) for tensor in kept]
         inputs: Inputs = map_tensors((args, kwargs), lambda tensor: copies[id(tensor)])
         return inputs

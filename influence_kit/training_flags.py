@@ -56,13 +56,19 @@ class TrainingFlags:
 
     def load(self, load: Callable[[], float], probe: Probe | None) -> float:
         """Load a checkpoint while layers are in the state of training."""
+        base = Values(self._state.modules) if self._matter else None
         rate = self._state.hooks.of_load(load)
-        if not self._matter:
+        if base is None:
             return rate
         changed = self.settle(probe)
-        if changed and not self._as_own(changed) and not self._loaded_merged(load, changed):
-            self._train()
-            rate = self._state.hooks.of_load(load)
+        if changed and not self._as_own(changed):
+            self.ready_to_load()
+            base.restore()
+            if self._loaded_merged(load, changed):
+                self.settle(probe)
+                return rate
+            base.restore()
+            self._state.hooks.of_load(load)
             self.settle(probe)
             if not all(self._state.training[module] for module in self._acting):
                 warnings.warn(
@@ -144,15 +150,21 @@ class TrainingFlags:
         return all(_close([now[i]], [self._own.copies[i]]) for i in changed)
 
     def _loaded_merged(self, load: Callable[[], float], changed: set[int]) -> bool:
-        """Load as saved after ``eval()``; whether the weights are then the user's own."""
-        self.ready_to_load()
+        """Load as saved after ``eval()``; whether the weights are then the user's own in training.
+
+        And those of the checkpoint again after ``eval()``: a layer may bring back in ``train()``
+        what it had put aside, whatever was loaded.
+        """
         self._call_own(dict.fromkeys(self._acting, False))
-        self._before = Values(self._state.modules), self._state.attributes.contents()
         self._state.hooks.of_load(load)
+        merged = Values(self._state.modules)
         self._call_own(dict.fromkeys(self._acting, True))
-        self._before = None
-        set_flags(self._wanted)
-        return self._as_own(changed)
+        is_own = self._as_own(changed)
+        self._before = Values(self._state.modules), self._state.attributes.contents()
+        self._call_own(dict.fromkeys(self._acting, False))
+        is_merged = all(_close([merged.tensors[i]], [merged.copies[i]]) for i in changed)
+        self.ready_to_load()
+        return is_own and is_merged
 
 
 @contextmanager
@@ -161,8 +173,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     The methods ``eval`` and ``train`` are called of layers alone that act in them.
     """
-    if not any(acts(module) for module in model.modules()):
-        flags = {module: module.training for module in model.modules()}
+    flags = {module: module.training for module in model.modules()}
+    if not any(flags.values()):
+        yield
+        return
+    if not any(map(acts, flags)):
         try:
             set_flags(dict.fromkeys(flags, False))
             yield

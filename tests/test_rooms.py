@@ -30,6 +30,7 @@ FLOORS = [
         "dropout_masks",
         "restore",
         "attributes",
+        "functorch",
         "locks",
         "module_state",
         "random_states",

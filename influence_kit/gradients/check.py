@@ -21,6 +21,7 @@ from influence_kit.gradients.comparison import EXAMPLES, Comparison, spread, tol
 from influence_kit.gradients.forms import Form
 from influence_kit.gradients.layouts import ROWS, SHARED, candidates
 from influence_kit.losses import Loss
+from influence_kit.training_flags import evaluating
 
 LOSS_EXAMPLES = 8
 
@@ -57,26 +58,20 @@ def _settle_loss(model: nn.Module, batch: Batch, loss: Loss) -> None:
     n = example_count(batch)
     # a single example twice tells a sum from a mean
     places = spread(n, max(2, min(n, LOSS_EXAMPLES)))
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            small = take(batch, places)
-            if loss.values(call_model(model, small), small).dim() > 0:
-                loss.settled = True
-                return
-            alone = [take(batch, slice(int(i), int(i) + 1)) for i in places]
-            runs = [(call_model(model, one), one) for one in alone]
-            # an example whose loss is NaN (nothing labelled in it, say) tells nothing
-            tells = [bool(torch.isfinite(loss.values(*run).sum())) for run in runs]
-            if any(tells):
-                small = take(batch, places[torch.tensor(tells)])
-                singles = [run for run, finite in zip(runs, tells, strict=True) if finite]
-                closeness = tolerance_of(next(model.parameters())).alone / 50
-                loss.settle((call_model(model, small), small), singles, closeness)
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), torch.no_grad():
+        small = take(batch, places)
+        if loss.values(call_model(model, small), small).dim() > 0:
+            loss.settled = True
+            return
+        alone = [take(batch, slice(int(i), int(i) + 1)) for i in places]
+        runs = [(call_model(model, one), one) for one in alone]
+        # an example whose loss is NaN (nothing labelled in it, say) tells nothing
+        tells = [bool(torch.isfinite(loss.values(*run).sum())) for run in runs]
+        if any(tells):
+            small = take(batch, places[torch.tensor(tells)])
+            singles = [run for run, finite in zip(runs, tells, strict=True) if finite]
+            closeness = tolerance_of(next(model.parameters())).alone / 50
+            loss.settle((call_model(model, small), small), singles, closeness)
 
 
 class _LayoutSearch:

@@ -161,9 +161,8 @@ class SimilarityInfluence(DataInfluence):
         def probe() -> dict[str, Tensor]:
             return sources.outputs(self.layers, tests, more)
 
-        with borrowed(self.module, self._eval_mode, probe) as module, torch.no_grad():
+        with borrowed(self.module, self._eval_mode, probe), torch.no_grad():
             refuse_mixing_layers(self.module)
-            module.settle()
             outputs, m = sources.outputs(self.layers, tests, more), example_count(tests)
             saved = sources.saved(folder, self.layers, load_src_from_disk)
             for layer, known in zip(self.layers, saved, strict=True):
