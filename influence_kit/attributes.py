@@ -8,6 +8,7 @@ import sys
 import types
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Sequence
+from operator import eq, is_
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ CONTAINERS = (dict, list, set, deque, OrderedDict, defaultdict)
 # what ``nn.Module`` keeps there itself
 OF_MODULES = frozenset(vars(nn.Module()))
 _FOREIGN = {"torch", "numpy"} | (set(sys.stdlib_module_names) - {"types", "functools"})
-Contents = list[Any]
+# what an owner holds: by name or key, or in order
+Contents = dict[Any, Any] | list[Any]
 MISSING = object()
 
 
@@ -73,7 +75,7 @@ class Attributes:
         return {
             number: held
             for number, (owner, held) in enumerate(zip(self._owners, before, strict=True))
-            if not _same(held, _contents(owner))
+            if not _same(held, owner)
         }
 
     def put_back(self, changed: dict[int, Contents]) -> None:
@@ -102,7 +104,7 @@ class Attributes:
         for number, held in changed.items():
             owner = self._owners[number]
             if isinstance(owner, nn.Module):
-                before = dict(zip(held[0], held[1], strict=True))
+                before = dict(held)
                 for name, value in own_attributes(owner).items():
                     if _is_note(value) and before.get(name, MISSING) is not value:
                         found.append((number, name))
@@ -118,8 +120,8 @@ class Attributes:
         for number, name in notes:
             value = vars(self._owners[number])[name]
             for held in (self._start[number], changed[number]):
-                values = dict(zip(held[0], held[1], strict=True)) | {name: value}
-                held[:] = [tuple(values), tuple(values.values())]
+                assert isinstance(held, dict)
+                held[name] = value
 
 
 def own_attributes(module: nn.Module) -> dict[str, Any]:
@@ -135,44 +137,42 @@ def _has_attributes(value: Any) -> bool:
     return isinstance(getattr(value, "__dict__", None), dict) and home not in _FOREIGN
 
 
+def _held(owner: Any) -> Any:
+    """The dict, list, set or deque that holds what an owner holds."""
+    return owner if type(owner) in CONTAINERS else vars(owner)
+
+
 def _contents(owner: Any) -> Contents:
+    held = _held(owner)
+    return dict(held) if isinstance(held, dict) else list(held)
+
+
+def _same(before: Contents, owner: Any) -> bool:
+    """Whether an owner holds the same objects."""
+    held = _held(owner)
+    if len(before) == len(held):
+        if not isinstance(before, dict):
+            return all(map(is_, before, held))
+        # mostly so, and quick
+        if all(map(is_, before.values(), held.values())) and all(map(eq, before, held)):
+            return True
+    if not isinstance(owner, nn.Module) or not isinstance(before, dict):
+        return False
+    own = {name: value for name, value in before.items() if name not in OF_MODULES}
+    now = own_attributes(owner)
+    return own.keys() == now.keys() and all(own[name] is now[name] for name in own)
+
+
+def _fill(owner: Any, before: Contents) -> None:
+    held = _held(owner)
     if isinstance(owner, nn.Module):
-        held = own_attributes(owner)
-        return [tuple(held), tuple(held.values())]
-    held = owner if type(owner) in CONTAINERS else vars(owner)
-    if isinstance(held, dict):
-        return [tuple(held), tuple(held.values())]
-    return [tuple(held), ()]
-
-
-def _same(one: Contents, other: Contents) -> bool:
-    return all(
-        len(a) == len(b) and all(x is y or _equal(x, y) for x, y in zip(a, b, strict=True))
-        for a, b in zip(one, other, strict=True)
-    )
-
-
-def _equal(one: Any, other: Any) -> bool:
-    plain = bool | int | float | str
-    return isinstance(one, plain) and type(one) is type(other) and one == other
-
-
-def _fill(owner: Any, held: Contents) -> None:
-    keys, values = held
-    if isinstance(owner, nn.Module):
-        inside = vars(owner)
-        for name in list(own_attributes(owner)):
-            del inside[name]
-        inside.update(zip(keys, values, strict=True))
-        return
-    inside = owner if type(owner) in CONTAINERS else vars(owner)
-    inside.clear()
-    if isinstance(inside, dict):
-        inside.update(zip(keys, values, strict=True))
-    elif isinstance(inside, set):
-        inside.update(keys)
+        kept = {name: value for name, value in held.items() if name in OF_MODULES}
+        before = {**dict(before), **kept}
+    held.clear()
+    if isinstance(held, list | deque):
+        held.extend(before)
     else:
-        inside.extend(keys)
+        held.update(before)
 
 
 def _is_note(value: Any) -> bool:

@@ -3,10 +3,12 @@
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
 
+from influence_kit.caches import empty_caches
 from influence_kit.locks import alone_with
 from influence_kit.module_state import ModuleState
 from influence_kit.random_states import same_random_states
@@ -60,7 +62,9 @@ def borrowed(
     hooks that way when it is first called); hooks that a load function installed belong to its
     checkpoint, and the masks of a dropout ensemble likewise: they come off.
 
-    ``training`` flags are set without calling ``eval()``; see ``training_flags``.
+    What a forward pass leaves on modules is taken away before the next; a cache that is full is
+    emptied meanwhile (``caches``). ``training`` flags are set without calling ``eval()``; see
+    ``training_flags``.
 
     Raises:
         InvalidArgumentError: for a model that was made in inference mode.
@@ -75,6 +79,9 @@ def borrowed(
             inside.flags.apply()
             with torch.enable_grad(), inside.hooks.attached():
                 inside.flags.settle(probe)
+                if probe is not None:
+                    inside.hooks.undo()
+                    empty_caches(inside.state, partial(inside.hooks.probed, probe))
                 yield inside
         finally:
             if outer is None:

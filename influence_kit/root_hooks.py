@@ -6,7 +6,7 @@ there in between, for a loss that reads it. Inputs are handed over as copies whe
 changes them in place.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,6 +59,13 @@ class RootHooks:
         self._state.attributes.put_back(self._left)
         self._state.attributes.put_back_values()
         self._left = {}
+
+    def probed(self, probe: Callable[[], Any]) -> None:
+        """Call the model, and forget what it would have left: what is there is to be looked at."""
+        try:
+            probe()
+        finally:
+            self._left = {}
 
     def _enter(self, model: nn.Module, args: Any, kwargs: Any) -> Inputs | None:
         self._depth += 1

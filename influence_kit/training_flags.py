@@ -92,7 +92,7 @@ class TrainingFlags:
         self._call_own(self._wanted)
         set_flags(self._wanted)
         changed = self._before[0].changed()
-        if by_flags is not None and _close(by_flags, _outputs(probe)):
+        if by_flags is not None and close(by_flags, _outputs(probe)):
             self._train()
             set_flags(self._wanted)
         return changed
@@ -147,7 +147,7 @@ class TrainingFlags:
         """Whether weights that the methods change are the user's own: frozen under an adapter."""
         assert self._own is not None
         now = self._own.tensors if self._before is None else self._before[0].copies
-        return all(_close([now[i]], [self._own.copies[i]]) for i in changed)
+        return all(close([now[i]], [self._own.copies[i]]) for i in changed)
 
     def _loaded_merged(self, load: Callable[[], float], changed: set[int]) -> bool:
         """Load as saved after ``eval()``; whether the weights are then the user's own in training.
@@ -162,7 +162,7 @@ class TrainingFlags:
         is_own = self._as_own(changed)
         self._before = Values(self._state.modules), self._state.attributes.contents()
         self._call_own(dict.fromkeys(self._acting, False))
-        is_merged = all(_close([merged.tensors[i]], [merged.copies[i]]) for i in changed)
+        is_merged = all(close([merged.tensors[i]], [merged.copies[i]]) for i in changed)
         self.ready_to_load()
         return is_own and is_merged
 
@@ -219,14 +219,17 @@ def _collect(item: Any, found: list[Tensor]) -> None:
             _collect(value, found)
 
 
-def _close(ones: list[Tensor], others: list[Tensor] | None) -> bool:
-    """Whether tensors are the same but for rounding, and tell something."""
+def close(ones: list[Tensor], others: list[Tensor] | None) -> bool:
+    """Whether tensors are the same but for rounding, and there are any."""
     if others is None or len(ones) != len(others) or not ones:
         return False
-    return all(
-        one.shape == other.shape
-        and bool(
-            (one - other).norm() <= ROUNDINGS * torch.finfo(one.dtype).eps * (other.norm() + 1e-30)
-        )
-        for one, other in zip(ones, others, strict=True)
-    )
+    return all(map(_pair_close, ones, others))
+
+
+def _pair_close(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not (one.is_floating_point() or one.is_complex()):
+        return torch.equal(one, other)
+    most = ROUNDINGS * torch.finfo(one.dtype).eps * other.norm()
+    return torch.equal(one, other) or bool((one - other).norm() <= most)

@@ -1,6 +1,7 @@
 """What a forward pass leaves: on modules, in hooks, in the data; nothing of it stays or counts."""
 
 import copy
+import functools
 import types
 from collections import deque
 from typing import ClassVar
@@ -123,6 +124,61 @@ def test_a_cache_of_weights_serves_no_other_call(unchanged, detach, training):
     torch.testing.assert_close(scores, grad_dot(lambda: made(Caching, detach), checkpoints))
     assert model.cache is None
     assert model.tables == {}
+
+
+class Named(Net):
+    """Keeps a cache that is there or is not."""
+
+    def forward(self, x):
+        if not hasattr(self, "kept"):
+            self.kept = self.layer.weight.sum(0)
+        return super().forward(x * self.kept)
+
+
+class Lazy(Net):
+    @functools.cached_property
+    def gain(self):
+        return self.layer.weight.detach().norm()
+
+    def forward(self, x):
+        return super().forward(x) * self.gain
+
+
+@pytest.mark.parametrize("make", [lambda: Caching(True), lambda: Caching(False), Named, Lazy])
+def test_a_cache_that_is_full_of_the_users_weights_serves_no_checkpoint(unchanged, make):
+    model = made(make).eval()
+    checkpoints = states(model)
+    model(TRAIN[0])
+    before = [*map(str, vars(model).items())]
+    for method in (GradDot(model, TensorDataset(*TRAIN), checkpoints, loss_fn=loss),) * 2:
+        with unchanged(model):
+            scores = method.influence(TEST)
+        torch.testing.assert_close(scores, grad_dot(lambda: made(make), checkpoints))
+        assert [*map(str, vars(model).items())] == before
+
+
+class Scaled(Net):
+    """Has constants; one of them has a default."""
+
+    def __init__(self):
+        super().__init__()
+        self.by, self.scale = torch.full((3,), 2.0, dtype=torch.float64), torch.tensor(3.0).double()
+        self.steps = [torch.tensor(0.5), torch.tensor(0.25)]
+
+    def forward(self, x):
+        if self.scale is None:
+            self.scale = torch.tensor(1.0)
+        if self.steps:
+            x = x + sum(self.steps)
+        return super().forward(x * self.by) * self.scale
+
+
+def test_constants_count(unchanged):
+    model = made(Scaled)
+    checkpoints = states(model)
+    with unchanged(model):
+        scores = GradDot(model, TensorDataset(*TRAIN), checkpoints, loss_fn=loss).influence(TEST)
+    torch.testing.assert_close(scores, grad_dot(lambda: made(Scaled), checkpoints))
 
 
 def held(model):

@@ -30,6 +30,7 @@ FLOORS = [
         "dropout_masks",
         "restore",
         "attributes",
+        "caches",
         "functorch",
         "locks",
         "module_state",

@@ -18,6 +18,7 @@ from influence_kit.data import (
     as_loader,
     call_model,
     check_order,
+    example_count,
     is_batch,
     is_dataset,
     loader_length,
@@ -152,8 +153,10 @@ class InfluenceBase(DataInfluence):
             yield CheckpointLoader(self.model, self.checkpoints, self.checkpoints_load_func)
 
     def _probe(self) -> Any:
-        """The model's outputs on the first batch, by which it is seen what ``eval()`` does."""
-        return call_model(self.model, to_device(next(iter(self.train_dataloader)), self._device))
+        """The model's outputs on a few examples, which show what ``eval()`` and caches do."""
+        batch = next(iter(self.train_dataloader))
+        few = take(batch, slice(0, 2)) if example_count(batch) > 2 else batch
+        return call_model(self.model, to_device(few, self._device))
 
     @property
     def _device(self) -> torch.device:
