@@ -32,9 +32,9 @@ class ModuleState:
     def __init__(self, model: nn.Module) -> None:
         self.modules = list(model.modules())
         kinds = ("_modules", "_parameters", "_buffers")
-        self._members = [
-            (owner, dict(owner)) for m in self.modules for owner in (vars(m)[k] for k in kinds)
-        ]
+        owners = [getattr(module, kind) for module in self.modules for kind in kinds]
+        # those of a ScriptModule are no dicts, and cannot change
+        self._members = [(owner, dict(owner)) for owner in owners if isinstance(owner, dict)]
         _refuse_inference(model)
         parameters = [p for m in self.modules for p in m._parameters.values() if p is not None]
         self.values = Values(self.modules)
@@ -92,7 +92,7 @@ class Hooks:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules
-        self._tables = [vars(module)[name] for module in modules for name in HOOK_TABLES]
+        self._tables = [getattr(module, name) for module in modules for name in HOOK_TABLES]
         self._start = self._now()
         # those that a load function installed, which belong to a checkpoint
         self._of_loads: list[Table] = [{} for _ in self._start]

@@ -43,7 +43,10 @@ class RootHooks:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """The hooks are on while inside."""
+        """The hooks are on while inside; scripted models take none, and keep no attributes."""
+        if isinstance(self._model, torch.jit.ScriptModule):
+            yield
+            return
         handles = [
             self._model.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
             self._model.register_forward_hook(self._leave, always_call=True),

@@ -20,7 +20,7 @@ from influence_kit.module_state import ModuleState, Values, set_flags
 
 Probe = Callable[[], Any]
 # what merging a weight and taking it apart again costs by rounding, in roundings
-ROUNDINGS = 1e4
+ROUNDINGS, MOST = 1e4, 0.05
 
 
 def acts(module: nn.Module) -> bool:
@@ -231,5 +231,5 @@ def _pair_close(one: Tensor, other: Tensor) -> bool:
         return False
     if not (one.is_floating_point() or one.is_complex()):
         return torch.equal(one, other)
-    most = ROUNDINGS * torch.finfo(one.dtype).eps * other.norm()
+    most = min(ROUNDINGS * torch.finfo(one.dtype).eps, MOST) * other.norm()
     return torch.equal(one, other) or bool((one - other).norm() <= most)

@@ -467,3 +467,14 @@ def test_masks_come_off_and_a_users_own_stay(unchanged):
     load_checkpoint(model, members[0])
     with unchanged(model):
         GradDot(model, TensorDataset(*TRAIN), members, loss_fn=loss).influence(TEST)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("script", [torch.jit.script, lambda m: torch.jit.trace(m, TRAIN[0])])
+def test_scripted_models_have_the_scores_of_the_model(script):
+    model = made(Net)
+    checkpoints = states(model)
+    scores = GradDot(script(made(Net)), TensorDataset(*TRAIN), checkpoints, loss_fn=loss).influence(
+        TEST
+    )
+    torch.testing.assert_close(scores, grad_dot(lambda: made(Net), checkpoints))
