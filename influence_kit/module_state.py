@@ -1,7 +1,7 @@
 """A model's tensors, flags and hooks as they were when a call began, to be brought back."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ HOOK_TABLES = (
     "_backward_pre_hooks",
 )
 Table = dict[int, Any]
+Loaded = TypeVar("Loaded")
 
 
 class ModuleState:
@@ -113,7 +114,7 @@ class Hooks:
             if now > then
         }
 
-    def of_load(self, load: Callable[[], float]) -> float:
+    def of_load(self, load: Callable[[], Loaded]) -> Loaded:
         """Run a load function; hooks that it installs take the place of those of the last load."""
         for table, loaded in zip(self._tables, self._of_loads, strict=True):
             for key in loaded:

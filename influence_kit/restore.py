@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +15,8 @@ from influence_kit.module_state import ModuleState
 from influence_kit.random_states import same_random_states
 from influence_kit.root_hooks import RootHooks
 from influence_kit.training_flags import Probe, TrainingFlags
+
+Loaded = TypeVar("Loaded")
 
 
 class Borrowed:
@@ -32,7 +35,7 @@ class Borrowed:
         self.hooks = RootHooks(model, self.state)
         self.probe = probe
 
-    def load(self, load: Callable[[], float]) -> float:
+    def load(self, load: Callable[[], Loaded]) -> Loaded:
         """Run a load function, with nothing left of the checkpoint before."""
         self.hooks.undo()
         self.flags.ready_to_load()
@@ -93,7 +96,7 @@ def borrowed(
             inside.state.restore()
 
 
-def load_into(model: nn.Module, load: Callable[[], float]) -> float:
+def load_into(model: nn.Module, load: Callable[[], Loaded]) -> Loaded:
     """Run a load function of a model; of a borrowed one, with nothing left of the one before."""
     inside = _IN_USE.get(model)
     return load() if inside is None else inside.load(load)

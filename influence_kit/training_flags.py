@@ -11,7 +11,7 @@ next.
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from influence_kit.module_state import ModuleState, Values, set_flags
 
 Probe = Callable[[], Any]
+Loaded = TypeVar("Loaded")
 # what merging a weight and taking it apart again costs by rounding, in roundings
 ROUNDINGS, MOST = 1e4, 0.05
 
@@ -54,7 +55,7 @@ class TrainingFlags:
             self._find_out()
         set_flags(self._wanted)
 
-    def load(self, load: Callable[[], float], probe: Probe | None) -> float:
+    def load(self, load: Callable[[], Loaded], probe: Probe | None) -> Loaded:
         """Load a checkpoint while layers are in the state of training."""
         base = Values(self._state.modules) if self._matter else None
         rate = self._state.hooks.of_load(load)
@@ -149,7 +150,7 @@ class TrainingFlags:
         now = self._own.tensors if self._before is None else self._before[0].copies
         return all(close([now[i]], [self._own.copies[i]]) for i in changed)
 
-    def _loaded_merged(self, load: Callable[[], float], changed: set[int]) -> bool:
+    def _loaded_merged(self, load: Callable[[], Any], changed: set[int]) -> bool:
         """Load as saved after ``eval()``; whether the weights are then the user's own in training.
 
         And those of the checkpoint again after ``eval()``: a layer may bring back in ``train()``
