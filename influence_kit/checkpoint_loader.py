@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from influence_kit.checkpoints import LoadFunction, label_of, load_checkpoint, l
 from influence_kit.dropout_masks import mask_numbers, set_masks
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.rate import is_one_number
+from influence_kit.restore import load_into
 
 FINGERPRINT_CHUNK = 2**20
 
@@ -39,9 +41,7 @@ class CheckpointLoader:
         """Have checkpoint number ``place`` in the model; returns its learning rate."""
         if self._current != place:
             self._current = None
-            set_masks(self._model, None)
-            with _same_parameters(self._model):
-                rate, caution = self._put(place)
+            rate, caution = load_into(self._model, partial(self._put, place))
             if not _is_number(rate):
                 raise InvalidArgumentError(
                     f"`checkpoints_load_func` returned {rate!r} for checkpoint {place}; it must "
@@ -63,10 +63,12 @@ class CheckpointLoader:
     def _put(self, place: int) -> tuple[Any, str | None]:
         """Load a checkpoint; its rate, and what is doubtful about it."""
         item = self._items[place]
-        if self._load is not load_checkpoint:
-            return self._load(self._model, item), None
-        # which would warn at each load
-        rate = load_with_rate(self._model, item)
+        set_masks(self._model, None)
+        with _same_parameters(self._model):
+            if self._load is not load_checkpoint:
+                return self._load(self._model, item), None
+            # which would warn at each load
+            rate = load_with_rate(self._model, item)
         return rate.value, rate.warning(label_of(item))
 
     def fingerprint(self, place: int) -> tuple[float, ...]:

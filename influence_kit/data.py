@@ -108,7 +108,9 @@ def _moved(item: Any, device: torch.device) -> Any:
     if isinstance(item, Known):
         return known(_moved(item.given, device), item.n, item.axes)
     if isinstance(item, Tensor):
-        return item.to(device, non_blocking=True)
+        moved = item.to(device, non_blocking=True)
+        # made in inference mode, whose tensors autograd cannot keep
+        return moved.clone() if moved.is_inference() else moved
     if isinstance(item, Mapping) or (isinstance(item, tuple | list) and _is_nest(item)):
         return _rebuilt(item, lambda value: _moved(value, device))
     return item.to(device) if callable(getattr(item, "to", None)) else item

@@ -78,7 +78,8 @@ def dropout_ensemble(
     rates = _rates(model, layers, p)
     chosen = dict(axes or {})
     _check_names("axes", chosen, layers)
-    with borrowed(model):
+    with borrowed(model) as inside:
+        inside.in_training()
         rate = 1.0 if checkpoint is None else load_checkpoint(model, checkpoint)
         weights = copy.deepcopy(model.state_dict())
     masks = {"seed": seed, "rates": rates, "axes": chosen}

@@ -233,6 +233,8 @@ class Loss:
         singles = torch.stack([self.values(*one).sum() for one in alone])
         if not bool(singles.isfinite().all()):
             return  # tells nothing; the scores will say which example it was
+        if not singles.is_floating_point():
+            return  # counts, without a graph, which is refused where it is to be differentiated
         # a model of float64 may compute its loss in float32
         closeness = max(closeness, torch.finfo(singles.dtype).eps ** 0.5)
         if self._is_models_own and self._take_formula(together, singles, closeness):

@@ -163,10 +163,16 @@ def test_test_loss(method: str, case: Case) -> None:
     assert_close(scores(build(method, case, test_loss_fn=doubled), case.test), expected)
 
     def constant(outputs: object, targets: object) -> torch.Tensor:
-        return 0 * case.loss(outputs, targets).detach()
+        return 0 * case.loss(outputs, targets)
 
     zero = scores(build(method, case, test_loss_fn=constant), case.test)
     assert torch.equal(zero, torch.zeros(case.m, case.n, dtype=torch.float64))
+
+    def detached(outputs: object, targets: object) -> torch.Tensor:
+        return case.loss(outputs, targets).detach()
+
+    with pytest.raises(ValueError, match="without a graph"):
+        scores(build(method, case, test_loss_fn=detached), case.test)
 
 
 @of_test_losses

@@ -115,7 +115,11 @@ class _Run(NamedTuple):
         device = next(self.model.parameters()).device
         found = find_checkpoints(self.checkpoints, self.load is not load_checkpoint)
         rows = []
-        with borrowed(self.model), torch.no_grad():
+
+        def probe() -> Any:
+            return call_model(self.model, to_device(next(iter(loader)), device))
+
+        with borrowed(self.model, probe=probe), torch.no_grad():
             states = CheckpointLoader(self.model, found, self.load)
             for place in tqdm(range(len(found)), what, disable=not self.show_progress):
                 states.load(place)

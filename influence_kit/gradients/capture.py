@@ -21,6 +21,7 @@ from influence_kit.data import Batch, call_model, example_count, example_lengths
 from influence_kit.gradients import functional
 from influence_kit.gradients.clear_errors import clear_errors
 from influence_kit.gradients.forms import Dense, Form
+from influence_kit.gradients.graph import refuse_without_graph
 from influence_kit.gradients.layouts import ROWS, SHARED, arrange, shared
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rules import Rule, rule_for
@@ -151,6 +152,8 @@ class Capture:
         finally:
             self._calls = None
         self._note(calls, batch, n)
+        if not total.requires_grad:
+            refuse_without_graph(self.model, batch, loss, n)
         if not calls or not total.requires_grad:
             return []
         with clear_errors(self.model, batch):

@@ -30,6 +30,7 @@ from influence_kit.gradients.forms import Form
 from influence_kit.gradients.layouts import ROWS, SHARED, candidates
 from influence_kit.gradients.precision import in_float64
 from influence_kit.losses import Loss
+from influence_kit.training_flags import evaluating
 
 
 def check(capture: Capture, batch: Batch, loss: Loss) -> set[str]:
@@ -77,35 +78,28 @@ def refuse_mixing_layers(model: nn.Module) -> None:
 def _settle_loss(model: nn.Module, batch: Batch, loss: Loss, is_wide: bool) -> None:
     """Let a reduced loss be compared with the losses of single examples, in evaluation mode."""
     n = example_count(batch)
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            together = call_model(model, batch)
-            if loss.values(together, batch).dim() > 0:
-                loss.settled = True
-                return
-            loss.check_not_reduced(n)
-            alone = [take(batch, slice(i, i + 1)) for i in range(n)]
-            runs = [(call_model(model, one), one) for one in alone]
-            # an example whose loss is NaN (nothing labelled in it, say) tells nothing
-            tells = [bool(torch.isfinite(loss.values(*run).sum())) for run in runs]
-            if any(tells):
-                small = batch
-                if not all(tells):
-                    small = take(batch, torch.arange(n)[torch.tensor(tells)])
-                singles = [run for run, finite in zip(runs, tells, strict=True) if finite]
-                close = WIDENED.alone if is_wide else tolerance_of(next(model.parameters())).alone
-                outputs = together if small is batch else call_model(model, small)
-                try:
-                    loss.settle((outputs, small), singles, close / 50)
-                except InvalidArgumentError as error:
-                    told = explanation(model, batch, loss, of_outputs_only=True)
-                    raise InvalidArgumentError(told or str(error)) from None
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), torch.no_grad():
+        together = call_model(model, batch)
+        if loss.values(together, batch).dim() > 0:
+            loss.settled = True
+            return
+        loss.check_not_reduced(n)
+        alone = [take(batch, slice(i, i + 1)) for i in range(n)]
+        runs = [(call_model(model, one), one) for one in alone]
+        # an example whose loss is NaN (nothing labelled in it, say) tells nothing
+        tells = [bool(torch.isfinite(loss.values(*run).sum())) for run in runs]
+        if any(tells):
+            small = batch
+            if not all(tells):
+                small = take(batch, torch.arange(n)[torch.tensor(tells)])
+            singles = [run for run, finite in zip(runs, tells, strict=True) if finite]
+            close = WIDENED.alone if is_wide else tolerance_of(next(model.parameters())).alone
+            outputs = together if small is batch else call_model(model, small)
+            try:
+                loss.settle((outputs, small), singles, close / 50)
+            except InvalidArgumentError as error:
+                told = explanation(model, batch, loss, of_outputs_only=True)
+                raise InvalidArgumentError(told or str(error)) from None
 
 
 class _LayoutSearch:

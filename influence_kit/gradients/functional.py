@@ -22,6 +22,7 @@ from influence_kit.data import (
     with_count,
 )
 from influence_kit.gradients.forms import Dense
+from influence_kit.gradients.graph import differentiable_total, refuse_without_graph
 from influence_kit.losses import Loss
 from influence_kit.memory import rows_within, workspace_bytes
 
@@ -35,6 +36,7 @@ def vmapped(
     """Per-example gradients of the named parameters by ``vmap(grad)``."""
     axes = tensor_axes(batch)
     tensors: list[Tensor] = []
+    without_graph: list[bool] = []
     map_tensors(batch, tensors.append)
     if len(axes) != len(tensors):
         raise NotImplementedError("a packed sequence cannot be cut into examples")
@@ -49,7 +51,9 @@ def vmapped(
 
         example = with_count(map_tensors(batch, restore), 1)
         args, kwargs = call_arguments(model, example)
-        return loss.total(functional_call(model, values, args, kwargs), example, 1)
+        total = loss.total(functional_call(model, values, args, kwargs), example, 1)
+        without_graph.append(not total.requires_grad)
+        return total
 
     values = {name: parameter.detach() for name, parameter in parameters.items()}
     elements = sum(value.numel() * value.element_size() for value in values.values())
@@ -67,6 +71,8 @@ def vmapped(
             with torch.no_grad():  # vmap hides values: here a label of no class is named
                 loss.values(call_model(model, batch), batch)
             raise
+    if any(without_graph):
+        refuse_without_graph(model, batch, loss, n)
     return {name: as_dense(gradients[name], value.shape) for name, value in values.items()}
 
 
@@ -88,8 +94,7 @@ def single_gradients(
     model: nn.Module, parameters: Sequence[Tensor], batch: Batch, loss: Loss, n: int = 1
 ) -> list[Tensor]:
     """Autograd's own gradients of the batch's total loss: a zero where a parameter was not used."""
-    with torch.enable_grad():
-        total = loss.total(call_model(model, batch), batch, n)
+    total = differentiable_total(model, batch, loss, n)
     found: Sequence[Any] = [None] * len(parameters)
     if total.requires_grad:
         found = torch.autograd.grad(total, parameters, allow_unused=True)

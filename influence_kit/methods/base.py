@@ -16,7 +16,16 @@ from influence_kit.batch_axes import BatchAxes
 from influence_kit.checked_batches import CheckedBatches
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.checkpoints import LoadFunction, find_checkpoints, load_checkpoint
-from influence_kit.data import Batch, is_batch, is_dataset, split, take, to_device
+from influence_kit.data import (
+    Batch,
+    call_model,
+    example_count,
+    is_batch,
+    is_dataset,
+    split,
+    take,
+    to_device,
+)
 from influence_kit.errors import InvalidArgumentError, PassAgain
 from influence_kit.example_draws import first_example
 from influence_kit.gradients.check import refuse_mixing_layers
@@ -179,11 +188,17 @@ class InfluenceBase(DataInfluence):
         for name, checked in self._checked.items():
             if self._why_fixed(name) is None:  # a user may change data between two calls
                 checked.forget()
-        with borrowed(self.model, self._eval_mode), self._source.attached():
+        with borrowed(self.model, self._eval_mode, self._probe), self._source.attached():
             refuse_mixing_layers(self.model)
             loader = CheckpointLoader(self.model, self.checkpoints, self.checkpoints_load_func)
             self._source.begin(loader)
             yield loader
+
+    def _probe(self) -> Any:
+        """The model's outputs on a few examples, which show what ``eval()`` and caches do."""
+        batch = next(iter(self.train_dataloader))
+        few = take(batch, slice(0, 2)) if example_count(batch) > 2 else batch
+        return call_model(self.model, to_device(few, self._device))
 
     @property
     def _device(self) -> torch.device:

@@ -167,7 +167,11 @@ class SimilarityInfluence(DataInfluence):
         sources = Sources(self.module, self._sources)
         self._sources.forget()  # other data than at the last call is recognised, and used
         found: dict[str, Any] = {}
-        with borrowed(self.module, self._eval_mode), torch.no_grad():
+
+        def probe() -> dict[str, Tensor]:
+            return sources.outputs(self.layers, tests, more)
+
+        with borrowed(self.module, self._eval_mode, probe), torch.no_grad():
             refuse_mixing_layers(self.module)
             saved = sources.saved(folder, self.layers, load_src_from_disk)
             rows = self._rows_of_tests(sources, tests, more, saved)

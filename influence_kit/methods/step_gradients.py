@@ -5,6 +5,7 @@ Letters: P parameters, B examples of a step.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from influence_kit.checkpoint_loader import is_live, memory_of
 from influence_kit.checkpoints import load_checkpoint
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients
+from influence_kit.restore import load_into
 from influence_kit.training_step import Step
 
 
@@ -48,6 +50,6 @@ class StepGradients:
                 f"the state_dict of step {number} is the model's own memory, which training has "
                 "changed since; a trace needs copies: copy.deepcopy(model.state_dict())"
             )
-        load_checkpoint(self.model, state)
+        load_into(self.model, partial(load_checkpoint, self.model, state))
         pieces = torch.tensor(self.steps[number].indices).split(self.rows)
         return torch.cat([self.gradients((places,)).flat() for places in pieces])

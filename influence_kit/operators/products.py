@@ -7,8 +7,8 @@ Letters: k vectors. ``Tree``: tensors by name.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -16,15 +16,21 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from influence_kit.locks import FORWARD_MODE
+
 Mode = Literal["forward", "reverse"]
 Tree = Mapping[str, Tensor]
 Result = TypeVar("Result")
 
 
-def differentiable_attention() -> AbstractContextManager[None]:
-    """Inside, attention is computed in steps that can be differentiated twice."""
-    context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
-    return context
+@contextmanager
+def differentiable_attention() -> Iterator[None]:
+    """Inside, attention is computed in steps that can be differentiated twice, in any mode.
+
+    One thread at a time: the levels of forward mode and the choice of steps are global in torch.
+    """
+    with FORWARD_MODE, sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def hessian_product(
