@@ -9,7 +9,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from influence_kit.data import Batch, call_model, example_count, take
+from influence_kit.data import Batch, call_model, example_count, example_lengths, take
 from influence_kit.errors import InvalidArgumentError, LabelError, PassAgain
 from influence_kit.gradients import functional
 from influence_kit.gradients.capture import Capture
@@ -25,6 +25,8 @@ from influence_kit.memory import rows_within, workspace_bytes
 MOST_ROWS = 2048
 # examples of a later batch that are compared, of small batches fewer
 MOST_COMPARED = 8
+# how many go through the first check
+COUNTS = (EXAMPLES, 7, 4, 3)
 Verify = Literal["repeated", "once"]
 
 
@@ -125,7 +127,7 @@ class GradientSource:
             with torch.no_grad(), self._named():
                 loss.checked_total(call_model(self.capture.model, batch), batch, n)
         if n > 1 and self._schedule.due(self._checkpoint, loss, (), ()):
-            added_up(self.capture, self._few(batch, n), loss)
+            added_up(self.capture, take(batch, drawn(n, 6, self._generator)), loss)
 
     @property
     def _checkpoint(self) -> int | None:
@@ -148,7 +150,7 @@ class GradientSource:
         _, seen, _ = self._checked.get(id(loss), (loss, 0, set()))
         is_due = seen < distinct or (n > 1 and not loss.settled)
         if is_due:
-            self._check(batch, loss, self._few(batch, EXAMPLES))
+            self._check(batch, loss, self._few(batch))
         return is_due
 
     def _check(self, batch: Batch, loss: Loss, few: Batch) -> None:
@@ -172,10 +174,15 @@ class GradientSource:
         self._checked[id(loss)] = (loss, seen, moving)
         self._say_slow()
 
-    def _few(self, batch: Batch, count: int) -> Batch:
+    def _few(self, batch: Batch) -> Batch:
         """Some examples drawn from the whole batch; one example is not cut."""
         n = example_count(batch)
-        return batch if n == 1 else take(batch, drawn(n, count, self._generator))
+        if n == 1:
+            return batch
+        lengths = {length for shape in example_lengths(batch) for length in shape if length > 1}
+        # as many as no other length is a multiple of, if possible
+        counts = [c for c in COUNTS if not any(length % c == 0 for length in lengths)]
+        return take(batch, drawn(n, (counts or [EXAMPLES])[0], self._generator))
 
     def _check_again(
         self, batch: Batch, loss: Loss, gradients: Gradients, is_checked: bool
@@ -210,7 +217,7 @@ class GradientSource:
 
     def _give_up(self, wrong: set[str], batch: Batch, loss: Loss) -> NoReturn:
         """Compute parameters that were found wrong in another way, and start again."""
-        capture, few = self.capture, self._few(batch, EXAMPLES)
+        capture, few = self.capture, self._few(batch)
         if not wrong <= self._searched:  # examples may stand elsewhere than they seemed
             self._searched |= wrong
             before = capture.settings
