@@ -48,6 +48,8 @@ def _outcomes(seeds: range, processes: int):
 def _explain(outcome: Outcome) -> int:
     print(f"seed {outcome.seed}: {outcome.kind}: {outcome.what}")
     print("drawn:", ", ".join(outcome.tags))
+    if outcome.changes:
+        print("changed:", "; ".join(outcome.changes))
     print("may be refused for:", ", ".join(outcome.excuses) or "nothing")
     for warning in outcome.warned:
         print("warned:", warning)
@@ -63,7 +65,7 @@ def report(outcomes: list[Outcome]) -> None:
     for title, kind in (("refused", "refused"), ("no right answer", "void")):
         _table(title, Counter(o.what for o in outcomes if o.kind == kind))
     _table("warned", Counter(w for o in outcomes for w in o.warned))
-    for kind in ("wrong", "changed", "error"):
+    for kind in ("wrong", "changed", "error", "broken"):
         mine = [o for o in failed if o.kind == kind]
         if mine:
             print(f"{kind}: {len(mine)}; kinds that explain them:")

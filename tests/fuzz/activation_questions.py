@@ -4,7 +4,7 @@ import tempfile
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fuzz.draw import Draw
@@ -142,7 +142,7 @@ def similarity_question(draw: Draw, setup: Setup) -> Question:
 
 def representer_question(draw: Draw, setup: Setup) -> Question:
     subject = setup.subject
-    convex = any(tag in CONVEX for tag in draw.tags) and "mean of alphas" not in draw.tags
+    convex = any(tag in CONVEX for tag in subject.loss_tags)
     if subject.kind != "class" or not convex or subject.loss is None:
         raise Void("not for representers")
     draw.note("RepresenterPointSelection")
@@ -193,6 +193,3 @@ def _representer(setup: Setup, c: int, l2: float) -> Tensor:
 
 def _one(loss: Any, outputs: Tensor, batch: Any) -> Tensor:
     return loss(outputs, batch if isinstance(batch, dict) else batch[-1]).sum()
-
-
-__all__ = ["activation_question", "nn"]

@@ -31,6 +31,8 @@ def solved_question(draw: Draw, setup: Setup) -> Question:
     cls = draw.one([ExplicitInfluenceFunction, CGInfluenceFunction])
     draw.note(cls.__name__)
     draw.note(f"curvature {kind}")
+    if kind == "ggn" and getattr(setup.model, "form", "") == "object":
+        draw.excuse("outputs in an object of the user's")
     blocks = draw.one(["full", "layer"])
     groups = {"all": torch.arange(size)} if blocks == "full" else by_layer(setup)
     curvatures = [_dense(setup, kind, c) for c in places(setup)]

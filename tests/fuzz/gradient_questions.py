@@ -3,11 +3,10 @@
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from fuzz.draw import Draw
 from fuzz.questions import Question, Scores, by_layer, check_finite, places, total
-from fuzz.setups import Setup
+from fuzz.setups import Setup, names_of
 from influence_kit import GradCos, GradDot, TracInCP, TracInCPFast
 
 
@@ -63,21 +62,14 @@ def _fast(draw: Draw, setup: Setup) -> Question:
     """TracIn of the last layer."""
     draw.note("TracInCPFast")
     subject = setup.subject
-    setup.oracle.names = [
-        name
-        for name, p in setup.model.named_parameters()
-        if name.startswith(f"{subject.final}.") and p.requires_grad
-    ]
-    if not setup.oracle.names or "tied head" in draw.tags:
+    setup.oracle.names = names_of(setup.model, [subject.final])
+    if "tied head" in draw.tags:
         draw.excuse("the last layer is shared")
-        head = {id(p) for p in setup.model.get_submodule(subject.final).parameters()}
-        setup.oracle.names = [n for n, p in setup.model.named_parameters() if id(p) in head]
+    if subject.loss is None:
+        draw.excuse("the last layer's gradient needs a loss_fn")
     scores = _scores(setup, setup.rates, False, draw)
     scores.layers, scores.vectors = None, False
     make = lambda: TracInCPFast(  # noqa: E731
         setup.model, subject.final, setup.train, setup.checkpoints, **setup.arguments
     )
     return Question(make, scores.draw(draw), close_of(setup))
-
-
-__all__ = ["F", "close_of", "gradient_question"]

@@ -47,14 +47,14 @@ def _of_classes(draw: Draw, how: str) -> Loss:
             draw.excuse("a mean weighted by class")
         if draw.chance(0.5):
             return nn.CrossEntropyLoss(weight=w, reduction=how)
-        return lambda o, t: F.cross_entropy(o, t, weight=w, reduction=how)
+        return lambda o, t: F.cross_entropy(o, t, weight=w.to(o), reduction=how)
 
     def focal(draw: Draw) -> Loss:
         if how != "mean" or draw.chance(0.5):
             return reduced(_focal, how)
         draw.note("mean of alphas")
         draw.excuse("a mean weighted by class")
-        return lambda o, t: (w[t] * _focal(o, t)).sum() / w[t].sum()
+        return lambda o, t: (w[t].to(o) * _focal(o, t)).sum() / w[t].to(o).sum()
 
     makers: dict[str, tuple[float, Callable[[Draw], Loss]]] = {
         "CrossEntropyLoss": (3, lambda d: nn.CrossEntropyLoss(reduction=how)),

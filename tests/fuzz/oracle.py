@@ -45,6 +45,7 @@ class Oracle:
         cast_model(model, torch.float64)
         for module in model.modules():
             module.training = module.training and not self.evaluates
+        self.parameters(model)
         return model
 
     def example(self, example: Any) -> Any:
@@ -70,8 +71,9 @@ class Oracle:
             return flat_gradient(total, self.parameters(model)).detach()
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """The chosen ones; a frozen one of a named layer counts."""
         own = dict(model.named_parameters())
-        return [own[name] for name in self.names]
+        return [own[name].requires_grad_() for name in self.names]
 
     def hooked(self, checkpoint: int | None, layer: str, of_test: bool, inputs: bool) -> Tensor:
         """What a layer gives (or sees) of each example run alone, flat: ``[n, d]``."""

@@ -5,7 +5,6 @@ from typing import Any
 import projected_oracles as projected
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from fuzz.curvature_questions import solved_scores
 from fuzz.draw import Draw
@@ -108,6 +107,3 @@ def _margins(setup: Setup, c: int, examples: list[Any]) -> tuple[Tensor, Tensor]
             rows.append(flat_gradient(margin, setup.oracle.parameters(model)).detach())
         slopes.append((1 - p).detach())
     return torch.stack(rows), torch.stack(slopes)
-
-
-__all__ = ["default_collate", "projected_question", "trak_question"]

@@ -39,10 +39,10 @@ METHODS: dict[str, tuple[float, Callable[[Draw, Setup], Question]]] = {
 
 @dataclass
 class Outcome:
-    """What came of a seed: "passed", "refused", "void", or one of three failures.
+    """What came of a seed: "passed", "refused", "void", or a failure.
 
     Failures are "wrong" numbers, something "changed", and "error": an error of another kind, or a
-    refusal of what must be answered.
+    refusal of what must be answered; "broken" is the fuzzer itself.
     """
 
     seed: int
@@ -51,12 +51,13 @@ class Outcome:
     tags: list[str] = field(default_factory=list)
     excuses: list[str] = field(default_factory=list)
     warned: list[str] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)
     trace: str = ""
     seconds: float = 0.0
 
     @property
     def failed(self) -> bool:
-        return self.kind in ("wrong", "changed", "error")
+        return self.kind in ("wrong", "changed", "error", "broken")
 
 
 def run(seed: int) -> Outcome:
@@ -71,6 +72,8 @@ def run(seed: int) -> Outcome:
             outcome = _run(draw, seed, Path(folder))
         except Void as void:
             outcome = Outcome(seed, "void", str(void))
+        except Exception as error:  # the fuzzer's own
+            outcome = Outcome(seed, "broken", repr(error)[:150], trace=_trace(error))
     torch.set_rng_state(states[0])
     np.random.set_state(states[1])  # noqa: NPY002
     random.setstate(states[2])
@@ -102,8 +105,17 @@ def _run(draw: Draw, seed: int, folder: Path) -> Outcome:
     except Exception as caught:
         error = caught
     changes = before.changes()
+    outcome = _judged(draw, seed, question, found, error)
     if changes:
-        return Outcome(seed, "changed", "; ".join(changes[:4]), trace=_trace(error))
+        outcome.changes = changes
+        if not outcome.failed:
+            outcome.kind, outcome.what = "changed", shape_of("; ".join(changes[:4]))
+    return outcome
+
+
+def _judged(
+    draw: Draw, seed: int, question: Question, found: Answers, error: Exception | None
+) -> Outcome:
     if error is not None:
         text = f"{type(error).__name__}: {shape_of(str(error))}"
         legitimate = isinstance(error, NAMED) and bool(draw.excuses)
@@ -132,4 +144,5 @@ def _trace(error: Exception | None) -> str:
 def shape_of(message: str) -> str:
     """A message without its numbers and names, to count those of a kind."""
     first = message.splitlines()[0] if message else ""
-    return re.sub(r"-?\d[\d.e+-]*", "N", re.sub(r"'[^']*'", "'...'", first))[:150]
+    plain = re.sub(r"-?\d+(\.\d+)?(e[+-]?\d+)?", "N", re.sub(r"'[^']*'", "'...'", first))
+    return re.sub(r"\[[N', .]*\]", "[...]", plain)[:150]

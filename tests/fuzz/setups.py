@@ -68,7 +68,7 @@ def draw_setup(draw: Draw, subject: Subject, folder: Path) -> Setup:
     arguments: dict[str, Any] = {} if evaluates else {"eval_mode": False}
     if not evaluates:
         draw.note("eval_mode False")
-    oracle = Oracle(subject, _names(subject.model, layers), evaluates)
+    oracle = Oracle(subject, names_of(subject.model, layers), evaluates)
     checkpoints, rates, load = _checkpoints(draw, subject, folder)
     if load is not None:
         arguments["checkpoints_load_func"] = load
@@ -102,16 +102,13 @@ def _layers(draw: Draw, subject: Subject) -> list[str] | None:
     return chosen
 
 
-def _names(model: nn.Module, layers: list[str] | None) -> list[str]:
-    owned = None
-    if layers is not None:
-        modules = [model.get_submodule(layer) for layer in layers]
-        owned = {id(p) for module in modules for p in module.parameters(recurse=False)}
-    return [
-        name
-        for name, p in model.named_parameters()
-        if p.requires_grad and (owned is None or id(p) in owned)
-    ]
+def names_of(model: nn.Module, layers: list[str] | None) -> list[str]:
+    """What requires a gradient, or all of the layers named: those that are frozen, too."""
+    if layers is None:
+        return [name for name, p in model.named_parameters() if p.requires_grad]
+    modules = [model.get_submodule(layer) for layer in layers]
+    owned = {id(p) for module in modules for p in module.parameters()}
+    return [name for name, p in model.named_parameters() if id(p) in owned]
 
 
 def _checkpoints(draw: Draw, subject: Subject, folder: Path) -> tuple[Any, list[float], Any]:

@@ -58,8 +58,11 @@ def frozen(item: Any, depth: int) -> Any:
     """A copy that a later change does not reach."""
     if isinstance(item, Tensor):
         grad = None if not item.is_leaf or item.grad is None else frozen(item.grad, depth + 1)
-        dense = item.detach().to_dense() if item.is_sparse else item.detach()
-        return ("tensor", id(item), item.requires_grad, item.dtype, dense.clone(), grad)
+        try:
+            dense = (item.detach().to_dense() if item.is_sparse else item.detach()).clone()
+        except RuntimeError as error:  # one that has escaped from ``vmap``
+            return ("dead tensor", str(error))
+        return ("tensor", id(item), item.requires_grad, item.dtype, dense, grad)
     if isinstance(item, weakref.ref):
         return ("reference", id(item()))
     if isinstance(item, nn.Module):

@@ -47,6 +47,7 @@ class Subject:
     dtype: torch.dtype = torch.float64
     plain: bool = False
     time_first: int = 0
+    loss_tags: list[str] = field(default_factory=list)
     states: list[dict[str, Tensor]] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
 
@@ -179,7 +180,9 @@ def _assemble(
     test = [data.example(classes, numbers) for _ in range(draw.randint(1, 5))]
     train = _ordered(draw, train)
     ragged_labels = kind == "tokens"
+    before = len(draw.tags)
     loss = draw_loss(draw, kind, classes, ragged_labels, dtype)
+    loss_tags = draw.tags[before:]
     test_loss = draw_loss(draw, kind, classes, ragged_labels, dtype) if draw.chance(0.1) else None
     container = draw.one(["tuple", "dict"], [3, 2])
     draw.note(container)
@@ -198,6 +201,7 @@ def _assemble(
     subject = Subject(
         model, train, test, collate, loss, test_loss, "net.head", kind, classes, dtype, plain
     )
+    subject.loss_tags = loss_tags
     subject.time_first = data.given["shape"][0] if net.time_first else 0
     _checkpoints(draw, subject)
     return subject
