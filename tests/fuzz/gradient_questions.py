@@ -41,7 +41,9 @@ def _scores(setup: Setup, weights: list[float], cosine: bool, draw: Draw) -> Sco
     check_finite(*h, *g)
 
     def over(one: Any, other: Any, index: Any = slice(None)) -> Tensor:
-        return total([w * product(a, b, index) for w, a, b in zip(weights, one, other, strict=True)])
+        return total(
+            [w * product(a, b, index) for w, a, b in zip(weights, one, other, strict=True)]
+        )
 
     layers = {name: over(h, g, index) for name, index in by_layer(setup).items()}
     own = over(g, g).diagonal()

@@ -29,7 +29,9 @@ def _conv(draw: Draw, shape: tuple[int, ...]) -> Make:
         options["padding"] = draw.randint(0, 1) if kernel > 1 else 0
         options["stride"] = draw.randint(1, 2)
         reach = 2 * (kernel - 1) + 1
-        options["dilation"] = draw.one([1, 2]) if min(sides) + 2 * options["padding"] >= reach else 1
+        options["dilation"] = (
+            draw.one([1, 2]) if min(sides) + 2 * options["padding"] >= reach else 1
+        )
     if options["padding"] and draw.chance(0.4):
         options["padding_mode"] = draw.one(["circular", "reflect", "replicate"])
         draw.note("padding mode")

@@ -93,6 +93,18 @@ class OneInput(nn.Module):
         return self.net(x)
 
 
+class Bags(OneInput):
+    """Bags in one row of ids, with the offsets where each begins: a batch that cannot be cut."""
+
+    def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
+        net = self.net
+        x = net.stem(ids, offsets)
+        for part in net.parts:
+            x = part(x)
+        found = net.head(x)
+        return found.squeeze(-1) if net.squeezes else found
+
+
 class MaskedInput(OneInput):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return self.net(x, None, mask)

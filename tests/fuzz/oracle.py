@@ -91,6 +91,19 @@ class Oracle:
             rows.append(seen[-1])
         return torch.stack(rows)
 
+    def check_validity(self) -> None:
+        """Examples together must give the outputs of each alone: else there is no right answer."""
+        with torch.no_grad():
+            for examples in (self.subject.train, self.subject.test):
+                model = self.model_at(0)
+                batch = doubled(self.subject.collate(copy.deepcopy(examples)))
+                together = logits_of(call(model, batch))
+                for i, example in enumerate(examples):
+                    alone = logits_of(call(self.model_at(0), self.example(example)))[0]
+                    row = together[i, : len(alone)] if alone.dim() else together[i]
+                    if not torch.allclose(row, alone, 1e-7, 1e-9):
+                        raise AssertionError(f"example {i} together has {row}, alone {alone}")
+
     # Second derivatives.
 
     def hessian(self, checkpoint: int) -> Tensor:

@@ -86,6 +86,7 @@ def run(seed: int) -> Outcome:
 
 def _run(draw: Draw, seed: int, folder: Path) -> Outcome:
     setup = draw_setup(draw, draw_subject(draw), folder)
+    setup.oracle.check_validity()
     question = draw.call(METHODS, setup)
     mode: Any = nullcontext()
     if draw.chance(0.1):

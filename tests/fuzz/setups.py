@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fuzz.draw import Draw
-from fuzz.nets import MaskedInput
+from fuzz.nets import Bags, MaskedInput
 from fuzz.oracle import Oracle
 from fuzz.subjects import Subject
 
@@ -137,7 +137,7 @@ def _items(subject: Subject, examples: list[Any]) -> list[Any] | None:
     """Examples that torch's own collate can batch; None where it cannot."""
     one, two = (subject.collate([e]) for e in examples[:1] * 2)
     same_shape = len({tuple(e["x"].shape) for e in examples}) == 1
-    if not same_shape or subject.time_first or isinstance(subject.model, MaskedInput):
+    if not same_shape or subject.time_first or isinstance(subject.model, MaskedInput | Bags):
         return None
     if isinstance(one, dict):
         known = {"x", "other", "labels"}
@@ -181,8 +181,12 @@ def _train(draw: Draw, subject: Subject) -> tuple[Any, Any]:
     if draws and how != "batches":
         draw.note("data draws numbers")
     given = Examples(examples, draws)
+    if subject.bags:  # only a batch of one need not be cut
+        how, size = "loader", draw.one([1, 1, size])
     if how == "loader":
         size = size if isinstance(size, int) else 4
+        if subject.bags and size > 1:
+            draw.excuse("a batch that cannot be cut")
         draw.note(f"batch size {size if size != n else 'n'}")
         loader = DataLoader(given, batch_size=size, collate_fn=subject.collate)
         _excuse_axis(draw, subject, [size] * (n // size) + [n % size] * (n % size > 0))
@@ -202,7 +206,9 @@ def _excuse_axis(draw: Draw, subject: Subject, sizes: list[int]) -> None:
 
 def _test(draw: Draw, subject: Subject) -> Any:
     if draw.chance(0.6):
+        if subject.bags and len(subject.test) > 1:
+            draw.excuse("a batch that cannot be cut")
         return subject.collate(subject.test)
     draw.note("test loader")
-    size = draw.one([1, 2, 4])
+    size = 1 if subject.bags else draw.one([1, 2, 4])
     return DataLoader(Examples(subject.test, False), batch_size=size, collate_fn=subject.collate)

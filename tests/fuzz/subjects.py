@@ -14,6 +14,7 @@ from fuzz.losses import Loss, draw_loss
 from fuzz.nets import (
     FAMILIES,
     VOCABULARY,
+    Bags,
     Keywords,
     MaskedInput,
     Net,
@@ -46,6 +47,7 @@ class Subject:
     classes: int
     dtype: torch.dtype = torch.float64
     plain: bool = False
+    bags: bool = False
     time_first: int = 0
     loss_tags: list[str] = field(default_factory=list)
     states: list[dict[str, Tensor]] = field(default_factory=list)
@@ -104,7 +106,7 @@ class _Data:
     ) -> None:
         self.draw, self.given, self.kind, self.dtype = draw, given, kind, dtype
         self.ragged, self.masks, self.pad = ragged, "", None
-        self.how = ""
+        self.how, self.bags = "", False
         if ragged:
             choices = ["mask", "lengths"] + (["ids"] if "tokens" in given else [])
             self.masks = draw.one(choices)
@@ -185,6 +187,11 @@ def _assemble(
     loss_tags = draw.tags[before:]
     test_loss = draw_loss(draw, kind, classes, ragged_labels, dtype) if draw.chance(0.1) else None
     container = draw.one(["tuple", "dict"], [3, 2])
+    bags = "bag" in draw.tags and not data.how and draw.chance(0.25)
+    if bags:
+        draw.note("bags by offsets")
+        container = "tuple"
+    data.bags = bags
     draw.note(container)
     make = _as_tuple if container == "tuple" else _as_dict
     model, collate, loss, test_loss = make(draw, net, data, classes, loss, test_loss)
@@ -195,12 +202,14 @@ def _assemble(
         container == "tuple"
         and not data.ragged
         and not data.how
+        and not bags
         and not net.time_first
         and len(set(data.given)) == 1
     )
     subject = Subject(
         model, train, test, collate, loss, test_loss, "net.head", kind, classes, dtype, plain
     )
+    subject.bags = bags
     subject.loss_tags = loss_tags
     subject.time_first = data.given["shape"][0] if net.time_first else 0
     _checkpoints(draw, subject)
@@ -223,6 +232,10 @@ def _padded(tensors: list[Tensor], value: float) -> Tensor:
 def _columns(data: _Data, examples: list[dict[str, Any]], time_first: bool) -> dict[str, Any]:
     """The tensors of a batch, by name."""
     columns = {key: [e[key] for e in examples] for key in examples[0]}
+    if data.bags:
+        lengths = torch.tensor([0] + [len(x) for x in columns["x"][:-1]])
+        found = {"ids": torch.cat(columns["x"]), "offsets": lengths.cumsum(0)}
+        return {**found, "labels": torch.stack(columns["labels"])}
     if not data.ragged:
         found = {key: torch.stack(values) for key, values in columns.items()}
         if time_first:
@@ -252,7 +265,17 @@ def _as_tuple(
     if net.time_first:
         draw.note("time-first data")
     masked = data.ragged and data.masks != "ids"
-    shell = MaskedInput if masked else Pair if nested else TwoInputs if data.how else OneInput
+    shell = (
+        Bags
+        if data.bags
+        else MaskedInput
+        if masked
+        else Pair
+        if nested
+        else TwoInputs
+        if data.how
+        else OneInput
+    )
 
     def collate(examples: list[dict[str, Any]]) -> Any:
         found = _columns(data, examples, net.time_first)
@@ -338,6 +361,9 @@ def _flags(draw: Draw, model: nn.Module) -> None:
         model.net.register_forward_hook(lambda module, args, output: None)
         model.net.head.register_forward_pre_hook(lambda module, args: None)
         model.net.head.register_full_backward_hook(lambda module, got, gave: None)
+    if draw.chance(0.05):
+        draw.note("a hook changes outputs")
+        model.net.parts[0].register_forward_hook(lambda module, args, output: 1.5 * output)
 
 
 def _checkpoints(draw: Draw, subject: Subject) -> None:
