@@ -16,7 +16,7 @@ def gradient_question(draw: Draw, setup: Setup) -> Question:
         return _fast(draw, setup)
     draw.note(cls.__name__)
     weights = setup.rates if cls is TracInCP else [1.0] * len(setup.rates)
-    scores = _scores(setup, weights, cls is GradCos, draw)
+    scores = gradient_scores(setup, weights, cls is GradCos, draw)
     arguments = {**setup.arguments, "layers": setup.layers}
     make = lambda: cls(setup.model, setup.train, setup.checkpoints, **arguments)  # noqa: E731
     return Question(make, scores.draw(draw), close_of(setup))
@@ -26,7 +26,7 @@ def close_of(setup: Setup) -> float:
     return 1e-9 if str(setup.subject.dtype) == "torch.float64" else 2e-3
 
 
-def _scores(setup: Setup, weights: list[float], cosine: bool, draw: Draw) -> Scores:
+def gradient_scores(setup: Setup, weights: list[float], cosine: bool, draw: Draw) -> Scores:
     def product(h: Tensor, g: Tensor, index: Any = slice(None)) -> Tensor:
         if cosine:
             norms = h.norm(dim=1)[:, None] * g.norm(dim=1)[None]
@@ -69,7 +69,7 @@ def _fast(draw: Draw, setup: Setup) -> Question:
         draw.excuse("the last layer is shared")
     if subject.loss is None:
         draw.excuse("the last layer's gradient needs a loss_fn")
-    scores = _scores(setup, setup.rates, False, draw)
+    scores = gradient_scores(setup, setup.rates, False, draw)
     scores.layers, scores.vectors = None, False
     make = lambda: TracInCPFast(  # noqa: E731
         setup.model, subject.final, setup.train, setup.checkpoints, **setup.arguments

@@ -37,6 +37,11 @@ class Oracle:
         self.pristine = copy.deepcopy(subject.model)
         self._known: dict[Any, Tensor] = {}
 
+    def forget(self) -> None:
+        """Look at the user's model again."""
+        self.pristine = copy.deepcopy(self.subject.model)
+        self._known.clear()
+
     def model_at(self, checkpoint: int | None) -> nn.Module:
         """A copy at a checkpoint (None: as the user has it), in evaluation mode by its flags."""
         model = copy.deepcopy(self.pristine)

@@ -18,15 +18,16 @@ import torch
 from fuzz.activation_questions import activation_question
 from fuzz.curvature_questions import kronecker_question, solved_question
 from fuzz.draw import Draw
+from fuzz.events import event_question
 from fuzz.gradient_questions import gradient_question
 from fuzz.projection_questions import projected_question, trak_question
 from fuzz.questions import Answers, Question, Void
 from fuzz.setups import Setup, draw_setup
-from fuzz.state import State
+from fuzz.state import same_random_states
 from fuzz.subjects import draw_subject
 from influence_kit import errors
 
-NAMED = tuple(v for v in vars(errors).values() if isinstance(v, type)) + (NotImplementedError,)
+NAMED = (*(v for v in vars(errors).values() if isinstance(v, type)), NotImplementedError)
 METHODS: dict[str, tuple[float, Callable[[Draw, Setup], Question]]] = {
     "gradients": (5, gradient_question),
     "solved": (1, solved_question),
@@ -34,6 +35,7 @@ METHODS: dict[str, tuple[float, Callable[[Draw, Setup], Question]]] = {
     "projected": (2, projected_question),
     "trak": (0.5, trak_question),
     "activations": (1.5, activation_question),
+    "events": (0.7, event_question),
 }
 
 
@@ -64,19 +66,16 @@ def run(seed: int) -> Outcome:
     """Draw the question of a seed, ask it, and compare."""
     start = time.perf_counter()
     draw = Draw(seed)
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-    torch.manual_seed(seed)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
+    folder = tempfile.TemporaryDirectory()
+    with same_random_states(), folder as path, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        torch.manual_seed(seed)
         try:
-            outcome = _run(draw, seed, Path(folder))
+            outcome = _run(draw, seed, Path(path))
         except Void as void:
             outcome = Outcome(seed, "void", str(void))
         except Exception as error:  # the fuzzer's own
             outcome = Outcome(seed, "broken", repr(error)[:150], trace=_trace(error))
-    torch.set_rng_state(states[0])
-    np.random.set_state(states[1])  # noqa: NPY002
-    random.setstate(states[2])
     outcome.tags, outcome.excuses = draw.tags, draw.excuses
     ours = [w for w in caught if "influence_kit" in w.filename or "fuzz" in w.filename]
     outcome.warned = sorted({shape_of(str(w.message)) for w in ours})
@@ -97,20 +96,19 @@ def _run(draw: Draw, seed: int, folder: Path) -> Outcome:
         mode = torch.inference_mode()
     np.random.seed(seed)  # noqa: NPY002
     random.seed(seed)
-    before = State(setup.model, setup.data)
     found: Answers = {}
     error: Exception | None = None
-    try:
-        with mode:
+    with mode:
+        setup.watch()
+        try:
             found = question.ask(question.make())
-    except Exception as caught:
-        error = caught
-    changes = before.changes()
+        except Exception as caught:
+            error = caught
+        setup.look()
     outcome = _judged(draw, seed, question, found, error)
-    if changes:
-        outcome.changes = changes
-        if not outcome.failed:
-            outcome.kind, outcome.what = "changed", shape_of("; ".join(changes[:4]))
+    outcome.changes = setup.changes
+    if setup.changes and not outcome.failed:
+        outcome.kind, outcome.what = "changed", shape_of("; ".join(setup.changes[:4]))
     return outcome
 
 

@@ -2,8 +2,8 @@
 
 import copy
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from fuzz.draw import Draw
 from fuzz.nets import Bags, MaskedInput
 from fuzz.oracle import Oracle
+from fuzz.state import State
 from fuzz.subjects import Subject
 
 
@@ -29,7 +30,7 @@ class Examples(Dataset):
 
     def __getitem__(self, i: int) -> Any:
         if self.draws:
-            random.random(), np.random.rand(), torch.rand(1)  # noqa: B018, NPY002
+            random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
         return self.items[i]
 
 
@@ -56,10 +57,27 @@ class Setup:
     rates: list[float]
     layers: list[str] | None
     data: list[Any]
+    changes: list[str] = field(default_factory=list)
+    state: State | None = None
 
     @property
     def model(self) -> nn.Module:
         return self.subject.model
+
+    def watch(self) -> None:
+        """Note all that must stay as it is from here on."""
+        self.state = State(self.model, self.data)
+
+    def look(self) -> None:
+        """Note what is not as it was."""
+        assert self.state is not None
+        self.changes += self.state.changes()
+
+    def event(self, happen: Callable[[], None]) -> None:
+        """The user's own doing, which is not held against the package."""
+        self.look()
+        happen()
+        self.watch()
 
 
 def draw_setup(draw: Draw, subject: Subject, folder: Path) -> Setup:

@@ -3,7 +3,8 @@
 import random
 import types
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,18 @@ class State:
                     found[f"{name}.{key}"] = frozen(value, 0)
         found["data"] = frozen(self.data, 0)
         return found
+
+
+@contextmanager
+def same_random_states() -> Iterator[None]:
+    """The random states of torch, numpy and Python come back."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        random.setstate(states[2])
 
 
 def frozen(item: Any, depth: int) -> Any:

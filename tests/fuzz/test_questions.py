@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from fuzz.__main__ import report
 from fuzz.run import Outcome, run
-
 from influence_kit import GradCos, GradDot, TracInCP
 from influence_kit.errors import InvalidArgumentError
 
