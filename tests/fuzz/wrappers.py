@@ -108,7 +108,8 @@ class Routed(nn.Module):
         self.experts = nn.ModuleList([one, other])
 
     def forward(self, x: Tensor, mask: Any = None) -> Tensor:
-        side = (x.detach().flatten(1).sum(1) > 0).long()
+        seen = x.detach() if mask is None else x.detach() * mask[..., None]
+        side = (seen.flatten(1).sum(1) > 0).long()
         found, order = [], []
         for number, expert in enumerate(self.experts):
             index = (side == number).nonzero().flatten()
