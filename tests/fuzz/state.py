@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 # what torch keeps of hooks, parameters and modules is looked at by itself
 TABLES = ("_parameters", "_buffers", "_modules")
+# recurrent layers gather their parameters here, and again at the next call where they were swapped
+GATHERED = ("_flat_weights", "_flat_weight_refs")
 
 
 class State:
@@ -45,6 +47,8 @@ class State:
             name = f"model.{path}" if path else "model"
             found[f"{name} type"] = type(module)
             for key, value in vars(module).items():
+                if key in GATHERED:
+                    continue
                 if key in TABLES:
                     found[f"{name}.{key} names"] = list(value)
                     for own, item in value.items():
