@@ -5,9 +5,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # one torch thread a test process, and two test processes
 TEST_FLAGS ?= -n 2
+# how many random questions `make fuzz` asks, and the seed of the first
+FUZZ ?= 5000
+FUZZ_FIRST ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types format docs tutorials bench quality clean
+.PHONY: help demo test lint types format docs tutorials bench fuzz quality clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +29,9 @@ demo: $(VENV)/.demo  ## train a digit classifier, explain its decisions, find wr
 
 test: $(VENV)/.test  ## run all tests and the examples in the docstrings
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS)
+
+fuzz: $(VENV)/.test  ## ask FUZZ=5000 random questions whose answers are known
+	PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(BIN)/python -m fuzz --count $(FUZZ) --first $(FUZZ_FIRST)
 
 lint: $(VENV)/.lint  ## check format and style
 	$(BIN)/ruff format --check .

@@ -1,0 +1,1 @@
+"""Random valid questions, each from one seed, against single-example autograd."""
