@@ -148,7 +148,8 @@ class BatchAxes:
         seen = self._seen.setdefault(_structure(batch), _Seen())
         shapes: tuple[tuple[int, ...], ...] = tuple(shape_of(leaf) for leaf in leaves(batch))
         before = seen.axes
-        if shapes not in seen.shapes and (len(seen.shapes) < MOST_SHAPES or before is None):
+        is_new = shapes not in seen.shapes and len(seen.shapes) < MOST_SHAPES
+        if is_new or before is None:
             self._add(seen, batch, shapes, count)
         axes = seen.axes
         assert axes is not None
