@@ -9,6 +9,10 @@ class InvalidArgumentError(AssertionError, ValueError):
     """
 
 
+class FixedAttributeError(InvalidArgumentError, AttributeError):
+    """An attribute that was assigned and is read-only, or that there is not."""
+
+
 class LabelError(InvalidArgumentError):
     """A label that names no class, with the example that has it."""
 

@@ -29,6 +29,7 @@ FLOORS = [
         "dropout_ensemble",
         "dropout_masks",
         "restore",
+        "same_objects",
         "saved",
         "trace_store",
         "training_step",

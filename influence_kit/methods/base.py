@@ -30,6 +30,8 @@ from influence_kit.gradients.functional import exact
 from influence_kit.gradients.source import GradientSource, comfortable_rows
 from influence_kit.losses import Loss, LossFunction, declared_reduction
 from influence_kit.methods.chosen import check_layers, choose_parameters
+from influence_kit.methods.kept_of import KeptOf
+from influence_kit.methods.structure import Structure
 from influence_kit.restore import borrowed
 
 BatchSize = int | Literal["auto"] | None
@@ -37,7 +39,7 @@ BatchSize = int | Literal["auto"] | None
 ROWS_OF_ITERABLE = 64
 
 
-class InfluenceBase(DataInfluence):
+class InfluenceBase(KeptOf, DataInfluence):
     """The arguments of a method, checked, and a session with the model.
 
     See ``InnerProductInfluence`` for the arguments.
@@ -76,6 +78,7 @@ class InfluenceBase(DataInfluence):
             self._test_loss = Loss(test_loss_fn, self.test_reduction_type, "test_loss_fn")
         self._eval_mode = eval_mode
         self._look_at(layers)
+        self._structure = Structure(model)
         self._train_data: Any = train_dataset
         self._train_loader: Iterable[Batch] | None = None
         if not is_dataset(train_dataset):
@@ -83,7 +86,7 @@ class InfluenceBase(DataInfluence):
 
     def _look_at(self, layers: Sequence[str] | None) -> None:
         """Choose the parameters whose gradients count."""
-        self.layers = check_layers(self.model, layers)
+        self.__dict__["layers"] = check_layers(self.model, layers)
         self._parameters = choose_parameters(self.model, self.layers)
         self._source = GradientSource(self.model, self._parameters)
 
@@ -120,7 +123,7 @@ class InfluenceBase(DataInfluence):
 
     def _forget(self) -> None:
         """Drop what was made at other checkpoints."""
-        return
+        super()._forget()
 
     @property
     def train_dataloader(self) -> Iterable[Batch]:
@@ -146,9 +149,24 @@ class InfluenceBase(DataInfluence):
     @contextmanager
     def _session(self) -> Iterator[CheckpointLoader]:
         """The model with hooks on, borrowed from the user; a loader for its checkpoints."""
+        self._see_model()
         with borrowed(self.model, self._eval_mode), self._source.attached():
             refuse_mixing_layers(self.model)
-            yield CheckpointLoader(self.model, self.checkpoints, self.checkpoints_load_func)
+            self._check_data()
+            loader = CheckpointLoader(
+                self.model, self.checkpoints, self.checkpoints_load_func, self._check_weights
+            )
+            try:
+                yield loader
+            finally:
+                self._note(loader.fingerprints)
+
+    def _check(self) -> None:
+        """Refuse to hand out what is kept of something else than there is now."""
+        if self._kept_since is not None:
+            with self._session() as loader:
+                for number in range(len(self.checkpoints) if self._keeps_of_checkpoints else 0):
+                    loader.load(number)
 
     @property
     def _device(self) -> torch.device:

@@ -135,6 +135,11 @@ class DVEmb(InnerProductInfluence):
         Args:
             show_progress: a bar over the steps.
         """
+        self._check()
+        return self._embed(show_progress)
+
+    def _embed(self, show_progress: bool) -> Tensor:
+        """The same, of what is checked by the session that follows."""
         if self._embeddings is None:
             check_memory(self._train_count(), self._size, self._steps, self._sample)
             doing, of_examples = "embed the training examples. Processing step", self._own_gradients
@@ -166,7 +171,7 @@ class DVEmb(InnerProductInfluence):
                 "`inputs` must be None: DVEmb has embeddings of the examples of `train_dataset` "
                 "alone, whose self-influence is the result without `inputs`"
             )
-        self.embeddings(show_progress)
+        self._embed(show_progress)
         return super().self_influence(None, show_progress, outer_loop_by_checkpoints)
 
     def compute_intermediate_quantities(self, inputs: Any, aggregate: bool = False) -> Tensor:
@@ -182,6 +187,28 @@ class DVEmb(InnerProductInfluence):
         return vectors.to(self._dtype)
 
     # How it is done.
+
+    # the embeddings are of the weights in the trace
+    _keeps_of_checkpoints = False
+
+    @property
+    def _kept_since(self) -> str | None:
+        return None if self._embeddings is None else "the training examples were embedded"
+
+    @property
+    def _remedy(self) -> str:
+        return "make a new DVEmb(...) to have them embedded again"
+
+    @property
+    def _sources(self) -> dict[str, Any]:
+        recorded = isinstance(self.trace, TrainingTrace)
+        return super()._sources | ({} if recorded else {"trace": self.trace})
+
+    def _forget(self) -> None:
+        """New weights after training change no embedding."""
+        known = None if self._embeddings is None else self._origin
+        super()._forget()
+        self._origin = known or self._origin
 
     def _find(self, checkpoints: Any) -> list[Any]:
         if checkpoints is None:
@@ -209,7 +236,7 @@ class DVEmb(InnerProductInfluence):
         groups: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         given(inputs)
-        self.embeddings(show_progress)
+        self._embed(show_progress)
         super()._stream_scores(inputs, reducer, doing, show_progress, aggregate, groups)
 
     @property
@@ -236,7 +263,8 @@ class DVEmb(InnerProductInfluence):
 
     def _embedded(self, batch: Any) -> Gradients:
         """The embeddings of the training examples at the places of a batch ``(places [n],)``."""
-        rows = self.embeddings()[slice(*batch.ends)]
+        assert self._embeddings is not None
+        rows = self._embeddings[slice(*batch.ends)]
         return from_flat(rows, self._shapes, self._sample)
 
     def _own_gradients(self, batch: Any) -> Gradients:

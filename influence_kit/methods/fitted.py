@@ -88,6 +88,7 @@ class FittedInfluence(KeptFit):
     @property
     def block_names(self) -> list[str]:
         """The blocks of the curvature, each with a damping of its own."""
+        self._see_model()
         return list(self._partition.blocks)
 
     @property
@@ -127,8 +128,23 @@ class FittedInfluence(KeptFit):
     def _found_at(self, place: int) -> Facts:
         return self._facts[place]
 
-    def _take(self, place: int, facts: Facts, fingerprint: tuple[float, ...]) -> None:
-        self._facts[place], self._prints[place] = facts, fingerprint
+    def _take(self, place: int, facts: Facts) -> None:
+        self._facts[place] = facts
+
+    @property
+    def _is_fitted(self) -> bool:
+        return bool(self._facts)
+
+    @property
+    def _sources(self) -> dict[str, Any]:
+        found = super()._sources
+        if self._hessian_data is not None:
+            found["hessian_dataset"] = self._hessian_data
+        return found
+
+    def _look_again(self) -> None:
+        super()._look_again()
+        self.damping = self._damping  # which may name blocks that there are no more
 
     @cached_property
     def _partition(self) -> Partition:
@@ -145,7 +161,6 @@ class FittedInfluence(KeptFit):
     def _forget(self) -> None:
         super()._forget()
         self._facts: dict[int, Facts] = {}
-        self._prints: dict[int, tuple[float, ...]] = {}
         self._inverses: dict[int, Transform] = {}
         self._memory = Memory()
 
@@ -153,16 +168,9 @@ class FittedInfluence(KeptFit):
         """Have the inverse at a checkpoint, measuring what is not known yet."""
         self._keep_rows(loader)
         loader.load(place)
-        known = self._prints.get(place)
-        if known is not None and known != loader.fingerprint(place):
-            raise InvalidArgumentError(
-                f"checkpoint {place} holds other weights than when {self._what_is_fitted} was "
-                "measured; call `fit()` to measure it anew"
-            )
         data = DataSet(self._fit_batches, self._device, place, self._wording.data)
         if place not in self._facts:
             self._facts[place] = self._measure(data)
-            self._prints[place] = loader.fingerprint(place)
         if place not in self._inverses:
             if self.damping == "auto" and MEANS not in self._facts[place]:
                 self._facts[place][MEANS] = self._means(self._facts[place], data)

@@ -126,6 +126,7 @@ class InnerProductInfluence(ExampleInfluence):
 
         Layers are those named by ``layers``, else the modules that own parameters.
         """
+        self._see_model()
         groups = group_by_layer(self.model, list(self._parameters), self.layers)
         reducer = self._reducer(None, proponents=True)
         doing = "compute influence by layer for training batches"
@@ -235,7 +236,12 @@ class InnerProductInfluence(ExampleInfluence):
         return self._train_loss
 
     def _forget(self) -> None:
+        super()._forget()
         self._kept = None
+
+    @property
+    def _kept_since(self) -> str | None:
+        return None if self._kept is None else "the gradients of the training set were computed"
 
     def _batches(self, inputs: Any, ordered: bool = True) -> Iterable[Batch]:
         return self._train_batches if inputs is None else super()._batches(inputs, ordered)
