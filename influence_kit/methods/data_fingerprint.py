@@ -10,7 +10,7 @@ beside those looked at, and what is only on a disk, outside those examples.
 """
 
 import zlib
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -30,6 +30,8 @@ EXAMPLES = 8
 DEPTH = 6
 # of a sampler: its data set has been looked at
 SEEN = ("data_source", "dataset")
+
+PLAIN = {int, float, complex, bool, str, bytes, type(None)}
 
 Leaf = Callable[[bool], Any]
 
@@ -95,7 +97,7 @@ def _of_list(name: str, item: Any, depth: int) -> Iterator[tuple[str, tuple[int,
     yield f"the length of {name}", (0, lambda whole: len(item))
     if len(item) > FEW:
         some = item[:: -(-len(item) // ITEMS)]
-        yield name, (0, lambda whole: hash(tuple(map(_quick, some))))
+        yield name, (0, lambda whole: hash(_quick(list(some))))
         return
     for number, value in enumerate(item):
         yield from _leaves(f"{name}[{number}]", value, depth - 1)
@@ -103,16 +105,18 @@ def _of_list(name: str, item: Any, depth: int) -> Iterator[tuple[str, tuple[int,
 
 def _quick(item: Any) -> Any:
     """What an entry of a long list is known by: values, and of large ones which object it is."""
+    if type(item) in PLAIN:
+        return item
+    if isinstance(item, list | tuple):
+        return tuple([part if type(part) in PLAIN else _quick(part) for part in item])
     if isinstance(item, Tensor):
         value = item.item() if item.numel() == 1 and not item.is_meta else None
         return id(item), None if item.is_inference() else item._version, value
-    if isinstance(item, np.ndarray):
+    if isinstance(item, dict):
+        return tuple([_quick(part) for part in item.values()])
+    if isinstance(item, np.ndarray | np.generic):
         return id(item), item.tobytes() if item.nbytes <= FEW else None
-    if isinstance(item, list | tuple):
-        return tuple(map(_quick, item))
-    if isinstance(item, Mapping):
-        return tuple(map(_quick, item.values()))
-    return item if isinstance(item, Hashable) else id(item)
+    return id(item)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -80,9 +80,20 @@ class KeptOf(ReadOnly):
         self._look_again()
 
     def _look_again(self) -> None:
+        """Look at the model as it is now; what was learnt of it is learnt again."""
+        self._look_whole(self.layers)
         for cls in type(self).__mro__:
             for name, value in vars(cls).items():
                 if isinstance(value, cached_property):
-                    vars(self).pop(name, None)
-        self._look_at(self.layers)
+                    self.__dict__.pop(name, None)
         self._structure = Structure(self.model)
+
+    def _look_whole(self, layers: Any) -> None:
+        """``_look_at``, of which an error leaves nothing behind."""
+        before = dict(vars(self))
+        try:
+            self._look_at(layers)
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
