@@ -152,7 +152,7 @@ class InfluenceBase(KeptOf, DataInfluence):
         self._see_model()
         with borrowed(self.model, self._eval_mode), self._source.attached():
             refuse_mixing_layers(self.model)
-            self._check_data()
+            self._check_sources()
             loader = CheckpointLoader(
                 self.model, self.checkpoints, self.checkpoints_load_func, self._check_weights
             )

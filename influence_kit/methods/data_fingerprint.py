@@ -17,7 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    SequentialSampler,
+    TensorDataset,
+)
 
 from influence_kit.data import loader_length
 
@@ -46,7 +53,8 @@ def data_fingerprint(data: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"number of examples": loader_length(source)}
     leaves = dict(_leaves("data", source, DEPTH))
     if isinstance(data, DataLoader):
-        leaves.update(_leaves("sampler", data.batch_sampler or data.sampler, DEPTH))
+        index = data.sampler if data.batch_sampler is None else data.batch_sampler
+        leaves.update(_leaves("sampler", index, DEPTH))
     if type(source) is not TensorDataset and not isinstance(source, list | tuple):
         for key, example in _examples(data, source):
             leaves.update(_leaves(f"example {key}", example, DEPTH))
@@ -74,7 +82,7 @@ def _leaves(name: str, item: Any, depth: int) -> Iterator[tuple[str, tuple[int, 
     if isinstance(item, np.ndarray) and item.dtype != object:
         yield name, (item.nbytes, lambda whole: _of_array(item, whole))
     elif isinstance(item, Tensor):
-        yield name, (_bytes(item), lambda whole: _of_tensor(item, whole))
+        yield name, (_bytes(item), lambda whole: tensor_fingerprint(item, whole))
     elif isinstance(item, str | bytes | bool | int | float | complex | np.generic | None):
         yield name, (0, lambda whole: item)
     elif isinstance(item, list | tuple | np.ndarray):
@@ -123,7 +131,8 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _of_tensor(tensor: Tensor, whole: bool) -> Any:
+def tensor_fingerprint(tensor: Tensor, whole: bool = True) -> Any:
+    """Of all its values, or of rows spread over it and the number of changes that torch counts."""
     kind = str(tensor.dtype), tuple(tensor.shape)
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
         return kind
@@ -143,7 +152,7 @@ def _of_array(array: np.ndarray, whole: bool) -> Any:
 
 def _examples(data: Any, source: Any) -> Iterator[tuple[Any, Any]]:
     """A few examples by their keys, spread over what is read of a data set that has keys."""
-    if not hasattr(source, "__getitem__"):
+    if not hasattr(source, "__getitem__") or isinstance(source, IterableDataset):
         return
     keys: Any = range(loader_length(source) or 0)
     if isinstance(data, DataLoader):

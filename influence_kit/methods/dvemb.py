@@ -4,7 +4,7 @@ Letters: m test and n training examples, P chosen parameters, B examples of a st
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients, from_flat
 from influence_kit.losses import Loss
 from influence_kit.methods.by_place import ExamplesByPlace, count_by_place
+from influence_kit.methods.data_fingerprint import data_fingerprint
 from influence_kit.methods.example_influence import given
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.looked_up import LookedUp, places_in_pieces
+from influence_kit.methods.origin import Source
 from influence_kit.methods.projected import Dim, check_dim
 from influence_kit.methods.step_gradients import StepGradients
 from influence_kit.methods.walk_back import check_epochs, check_memory, walk_back
@@ -200,9 +202,11 @@ class DVEmb(InnerProductInfluence):
         return "make a new DVEmb(...) to have them embedded again"
 
     @property
-    def _sources(self) -> dict[str, Any]:
-        recorded = isinstance(self.trace, TrainingTrace)
-        return super()._sources | ({} if recorded else {"trace": self.trace})
+    def _sources(self) -> dict[str, Source]:
+        found = super()._sources
+        if not isinstance(self.trace, TrainingTrace):  # which may only grow
+            found["trace"] = partial(data_fingerprint, self.trace)
+        return found
 
     def _forget(self) -> None:
         """New weights after training change no embedding."""

@@ -6,7 +6,7 @@ Letters: B blocks.
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,9 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.methods.chosen import group_by_layer
 from influence_kit.methods.damping import AUTO_SHARE, DampingArgument, check_damping, share_of
+from influence_kit.methods.data_fingerprint import data_fingerprint
 from influence_kit.methods.kept_fit import KeptFit
+from influence_kit.methods.origin import Source
 from influence_kit.operators.draws import check_seed
 from influence_kit.operators.labels import ModelLabels
 from influence_kit.operators.partition import Partition
@@ -136,10 +138,10 @@ class FittedInfluence(KeptFit):
         return bool(self._facts)
 
     @property
-    def _sources(self) -> dict[str, Any]:
+    def _sources(self) -> dict[str, Source]:
         found = super()._sources
         if self._hessian_data is not None:
-            found["hessian_dataset"] = self._hessian_data
+            found["hessian_dataset"] = partial(data_fingerprint, self._hessian_data)
         return found
 
     def _look_again(self) -> None:

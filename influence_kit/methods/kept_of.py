@@ -1,4 +1,4 @@
-"""What an object keeps is of the weights, the data and the model that it was made of.
+"""What an object keeps is of the weights, data, loss and model that it was made of.
 
 The rule, of everything that is kept in memory or read from a ``store``: where one of them has
 changed since, the next question is an error that says so and what to do. A model whose structure
@@ -6,14 +6,17 @@ has changed is looked at again where nothing is kept.
 """
 
 from abc import abstractmethod
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NoReturn
 
 from torch import nn
 
 from influence_kit.checkpoint_loader import Fingerprint
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.methods.origin import Origin
+from influence_kit.losses import LossFunction
+from influence_kit.methods.data_fingerprint import data_fingerprint
+from influence_kit.methods.function_fingerprint import function_fingerprint
+from influence_kit.methods.origin import Origin, Source
 from influence_kit.methods.read_only import ReadOnly
 from influence_kit.methods.structure import Structure
 
@@ -23,6 +26,7 @@ class KeptOf(ReadOnly):
 
     model: nn.Module
     layers: list[str] | None
+    loss_fn: LossFunction | None
     _train_data: Any
     _structure: Structure
     # whether what is kept depends on the checkpoints
@@ -50,9 +54,12 @@ class KeptOf(ReadOnly):
         raise InvalidArgumentError(f"{change} when {self._kept_since}; {self._remedy}")
 
     @property
-    def _sources(self) -> dict[str, Any]:
-        """The data that what is kept is made of, by the names of the arguments."""
-        return {"train_dataset": self._train_data}
+    def _sources(self) -> dict[str, Source]:
+        """Gives fingerprints of the data and the loss that what is kept is made of."""
+        return {
+            "train_dataset": partial(data_fingerprint, self._train_data),
+            "loss_fn": partial(function_fingerprint, self.loss_fn, self.model),
+        }
 
     def _note(self, weights: dict[int, Fingerprint]) -> None:
         """Note what a session has used, where something is kept of it."""
@@ -65,8 +72,8 @@ class KeptOf(ReadOnly):
         if self._origin.has_other_weights(number, fingerprint):
             self._refuse_kept(f"checkpoint {number} holds other weights than")
 
-    def _check_data(self) -> None:
-        change = self._origin.other_data(self._sources)
+    def _check_sources(self) -> None:
+        change = self._origin.other_source(self._sources)
         if change is not None:
             self._refuse_kept(change)
 
