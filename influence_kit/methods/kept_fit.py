@@ -19,6 +19,9 @@ from influence_kit.saved import read_folder, write_folder
 class KeptFit(InnerProductInfluence):
     """A method of terms that fits something at every checkpoint before it scores."""
 
+    # how errors say that it was fitted
+    _verb = "measured"
+
     # What a method says.
 
     @property
@@ -108,12 +111,12 @@ class KeptFit(InnerProductInfluence):
     @property
     def _kept_since(self) -> str | None:
         if self._is_fitted:
-            return f"{self._what_is_fitted} was measured"
+            return f"{self._what_is_fitted} was {self._verb}"
         return super()._kept_since
 
     @property
     def _remedy(self) -> str:
-        return "call `fit()` to measure it again"
+        return "call `fit()` to have it computed again"
 
     @contextmanager
     def _beside_what_is_kept(self) -> Iterator[None]:

@@ -144,6 +144,8 @@ class RepresenterPointSelection(KeptFit):
 
     # What a method says.
 
+    _verb = "fitted"
+
     def terms(self) -> list[Term]:
         """One term a checkpoint; scores are their mean."""
         return [
