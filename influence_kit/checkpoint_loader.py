@@ -3,15 +3,15 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from influence_kit.checkpoints import LoadFunction, label_of
+from influence_kit.checkpoints import LoadFunction, label_of, load_checkpoint, load_with_rate
 from influence_kit.dropout_masks import mask_numbers, set_masks
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.learning_rates.rate import is_one_number
 from influence_kit.same_objects import SameObjects
 
 FINGERPRINT_CHUNK = 2**20
@@ -49,7 +49,7 @@ class CheckpointLoader:
             self._current = None
             set_masks(self._model, None)
             with SameObjects(self._model, place):
-                rate = self._load(self._model, self._items[place])
+                rate, caution = self._put(place)
             if not _is_number(rate):
                 raise InvalidArgumentError(
                     f"`checkpoints_load_func` returned {rate!r} for checkpoint {place}; it must "
@@ -58,8 +58,24 @@ class CheckpointLoader:
             self._current = place
             if place not in self._rates:
                 self._rates[place] = float(rate)
+                if caution is not None:
+                    warnings.warn(caution, stacklevel=2)
                 self._warn(place)
         return self._rates[place]
+
+    @property
+    def current(self) -> int | None:
+        """The number of the checkpoint that is in the model; None before the first load."""
+        return self._current
+
+    def _put(self, place: int) -> tuple[Any, str | None]:
+        """Load a checkpoint; its rate, and what is doubtful about it."""
+        item = self._items[place]
+        if self._load is not load_checkpoint:
+            return self._load(self._model, item), None
+        # which would warn at each load
+        rate = load_with_rate(self._model, item)
+        return rate.value, rate.warning(label_of(item))
 
     def fingerprint(self, place: int) -> Fingerprint:
         """Numbers that tell the weights and masks of a checkpoint, which has been loaded."""
@@ -92,16 +108,17 @@ class CheckpointLoader:
 
 
 def _is_number(rate: Any) -> bool:
-    if isinstance(rate, bool) or not isinstance(rate, Real | Tensor):
-        return False
-    return (not isinstance(rate, Tensor) or rate.numel() == 1) and math.isfinite(float(rate))
+    return is_one_number(rate) and math.isfinite(float(rate))
 
 
 def _fingerprint(model: nn.Module) -> Fingerprint:
     """Numbers that differ where weights, buffers (by value or by place) or masks do."""
     sums = mask_numbers(model)
     for value in (*model.parameters(), *model.buffers()):
-        for chunk in value.detach().flatten().split(FINGERPRINT_CHUNK):
+        numbers = value.detach()
+        if numbers.is_complex():
+            numbers = torch.view_as_real(numbers)
+        for chunk in numbers.flatten().split(FINGERPRINT_CHUNK):
             places = torch.linspace(1, 2, len(chunk), dtype=torch.float64, device=chunk.device)
             sums.append(float(chunk.double() @ places))
     return tuple(sums)

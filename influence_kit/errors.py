@@ -13,6 +13,10 @@ class FixedAttributeError(InvalidArgumentError, AttributeError):
     """An attribute that was assigned and is read-only, or that there is not."""
 
 
+class ChangedError(InvalidArgumentError):
+    """Weights, data, a loss or a model that are not those of what an object keeps."""
+
+
 class LabelError(InvalidArgumentError):
     """A label that names no class, with the example that has it."""
 
@@ -27,3 +31,10 @@ class NonFiniteError(ValueError):
 
 class CurvatureError(ValueError):
     """A damped curvature that is singular or indefinite, or a solver that fails on it."""
+
+
+class PassAgain(Exception):  # noqa: N818 - no error: what is to be done
+    """What was computed so far is in doubt, for what was learnt since: the question starts again.
+
+    Never reaches a user: methods catch it, drop what they made, and start the pass again.
+    """

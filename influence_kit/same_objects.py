@@ -25,7 +25,7 @@ class SameObjects:
 
     Raises:
         InvalidArgumentError: for modules that were replaced, added or removed, for parameters or
-            buffers that were added or removed, and for parameters of another shape.
+            buffers that were added or removed, and for parameters of another shape or kind.
     """
 
     def __init__(self, model: nn.Module, number: int) -> None:
@@ -77,8 +77,13 @@ class SameObjects:
             elif (old is None) != (new is None) or (name in before) != (name in loaded):
                 found.append(f"{'removed' if new is None else 'added'} the {what}")
             elif isinstance(old, Tensor) and isinstance(new, Tensor):
-                if not self._copied(old, new):
-                    found.append(f"gave the {what} another shape")
+                values = new.detach()
+                if not self._copied(old, values):
+                    found.append(
+                        f"put a {values.dtype} parameter of shape {list(values.shape)} in the "
+                        f"place of '{prefix}{name}', which is {old.dtype} of shape "
+                        f"{list(old.shape)}"
+                    )
             elif new is not old:
                 found.append(f"replaced the {what}")
         table.clear()
@@ -89,15 +94,17 @@ class SameObjects:
         """The buffer to go on with: the model's own, or a copy where the shape is another."""
         if own is None or loaded is None:
             return loaded
-        return own if self._copied(own, loaded) else loaded.detach().clone()
+        values = loaded.detach()
+        return own if self._copied(own, values) else values.clone()
 
-    def _copied(self, own: Tensor, loaded: Tensor) -> bool:
+    def _copied(self, own: Tensor, values: Tensor) -> bool:
         """Whether the model's own tensor, with the memory it had, has the loaded values."""
-        data, values = self._data[id(own)], loaded.detach()
-        if is_lazy(own) or (own is loaded and _memory(values) == _memory(data)):
+        data = self._data[id(own)]
+        if is_lazy(own) or _memory(values) == _memory(data):
             return True
         own.data = data
-        if values.shape != data.shape:
+        # a copy would broadcast, or take the imaginary part away
+        if values.shape != data.shape or values.is_complex() != data.is_complex():
             return False
         with torch.no_grad():
             own.copy_(values)

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from influence_kit.data import Batch, call_arguments, call_model, example_axis, map_tensors, take
+from influence_kit.data import (
+    Batch,
+    call_arguments,
+    call_model,
+    map_tensors,
+    take,
+    tensor_axes,
+    with_count,
+)
 from influence_kit.gradients.forms import Dense
 from influence_kit.losses import Loss
 from influence_kit.memory import rows_within, workspace_bytes
@@ -25,14 +33,11 @@ def vmapped(
     model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch, loss: Loss, n: int
 ) -> dict[str, Dense]:
     """Per-example gradients of the named parameters by ``vmap(grad)``."""
-    axes = []
-
-    def note(tensor: Tensor) -> Tensor:
-        axes.append(example_axis(tensor, n))
-        return tensor
-
+    axes = tensor_axes(batch)
     tensors: list[Tensor] = []
-    map_tensors(batch, lambda tensor: tensors.append(note(tensor)))
+    map_tensors(batch, tensors.append)
+    if len(axes) != len(tensors):
+        raise NotImplementedError("a packed sequence cannot be cut into examples")
 
     def example_loss(values: dict[str, Tensor], *one: Tensor) -> Tensor:
         # what lost its example dimension to vmap gets one of length 1 back
@@ -42,7 +47,7 @@ def vmapped(
             tensor, axis = next(supply)
             return tensor if axis is None else tensor.unsqueeze(axis)
 
-        example = map_tensors(batch, restore)
+        example = with_count(map_tensors(batch, restore), 1)
         args, kwargs = call_arguments(model, example)
         return loss.total(functional_call(model, values, args, kwargs), example, 1)
 
@@ -62,7 +67,7 @@ def vmapped(
             with torch.no_grad():  # vmap hides values: here a label of no class is named
                 loss.values(call_model(model, batch), batch)
             raise
-    return {name: _dense(gradients[name], value.shape) for name, value in values.items()}
+    return {name: as_dense(gradients[name], value.shape) for name, value in values.items()}
 
 
 def one_by_one(
@@ -74,7 +79,7 @@ def one_by_one(
         for i in range(n)
     ]
     return {
-        name: _dense(torch.stack([row[place] for row in rows]), parameter.shape)
+        name: as_dense(torch.stack([row[place] for row in rows]), parameter.shape)
         for place, (name, parameter) in enumerate(parameters.items())
     }
 
@@ -94,7 +99,8 @@ def single_gradients(
     ]
 
 
-def _dense(values: Tensor, shape: torch.Size) -> Dense:
+def as_dense(values: Tensor, shape: torch.Size) -> Dense:
+    """Gradients ``[n, *shape]``, as a form."""
     return Dense(exact(values).reshape(len(values), -1), shape)
 
 

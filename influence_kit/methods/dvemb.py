@@ -22,6 +22,7 @@ from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.looked_up import LookedUp, places_in_pieces
 from influence_kit.methods.origin import Source
 from influence_kit.methods.projected import Dim, check_dim
+from influence_kit.methods.starting_again import starts_again
 from influence_kit.methods.step_gradients import StepGradients
 from influence_kit.methods.walk_back import check_epochs, check_memory, walk_back
 from influence_kit.operators.draws import check_seed
@@ -128,6 +129,7 @@ class DVEmb(InnerProductInfluence):
 
     # What a user calls.
 
+    @starts_again
     def embeddings(self, show_progress: bool = False) -> Tensor:
         """The embedding of each training example, ``[n, P]``, parameters in the model's order.
 
@@ -153,6 +155,7 @@ class DVEmb(InnerProductInfluence):
                 self._embeddings = walk_back(self._steps, read, empty, self.epochs, bar.update)
         return self._embeddings
 
+    @starts_again
     def self_influence(
         self,
         inputs: Any = None,
@@ -176,6 +179,7 @@ class DVEmb(InnerProductInfluence):
         self._embed(show_progress)
         return super().self_influence(None, show_progress, outer_loop_by_checkpoints)
 
+    @starts_again
     def compute_intermediate_quantities(self, inputs: Any, aggregate: bool = False) -> Tensor:
         """The gradients of the test loss after training: what ``influence`` takes for ``inputs``.
 
@@ -198,15 +202,16 @@ class DVEmb(InnerProductInfluence):
         return None if self._embeddings is None else "the training examples were embedded"
 
     @property
-    def _remedy(self) -> str:
-        return "make a new DVEmb(...) to have them embedded again"
-
-    @property
     def _sources(self) -> dict[str, Source]:
         found = super()._sources
         if not isinstance(self.trace, TrainingTrace):  # which may only grow
             found["trace"] = partial(data_fingerprint, self.trace)
         return found
+
+    def forget(self) -> None:
+        """Drop the embeddings, too."""
+        self._embeddings = None
+        super().forget()
 
     def _forget(self) -> None:
         """New weights after training change no embedding."""

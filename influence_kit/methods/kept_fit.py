@@ -13,6 +13,7 @@ from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.data import Batch
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.origin import Origin
+from influence_kit.methods.starting_again import starts_again
 from influence_kit.saved import read_folder, write_folder
 
 
@@ -57,6 +58,7 @@ class KeptFit(InnerProductInfluence):
 
     # What a user calls.
 
+    @starts_again
     def fit(self, show_progress: bool = False) -> Self:
         """Fit at every checkpoint, anew; ``influence`` does so by itself once.
 
@@ -74,6 +76,7 @@ class KeptFit(InnerProductInfluence):
                 bar.update()
         return self
 
+    @starts_again
     def save(self, folder: str | Path) -> None:
         """Write what was fitted to a folder; fits where that has not been done.
 
@@ -87,6 +90,7 @@ class KeptFit(InnerProductInfluence):
                     tensors[f"{place}/{name}"] = value
             write_folder(folder, tensors, self._description(loader))
 
+    @starts_again
     def load(self, folder: str | Path) -> Self:
         """Take what ``save`` has written, in place of ``fit``.
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from influence_kit.checkpoint_loader import Fingerprint
-from influence_kit.errors import InvalidArgumentError
+from influence_kit.errors import ChangedError
 from influence_kit.losses import LossFunction
 from influence_kit.methods.data_fingerprint import data_fingerprint
 from influence_kit.methods.function_fingerprint import function_fingerprint
@@ -47,11 +47,10 @@ class KeptOf(ReadOnly):
 
     @property
     def _remedy(self) -> str:
-        own = type(self).__name__
-        return f"assign `checkpoints` again, or make a new {own}(...), to have it computed again"
+        return "call `forget()` to have it computed again"
 
     def _refuse_kept(self, change: str) -> NoReturn:
-        raise InvalidArgumentError(f"{change} when {self._kept_since}; {self._remedy}")
+        raise ChangedError(f"{change} when {self._kept_since}; {self._remedy}")
 
     @property
     def _sources(self) -> dict[str, Source]:
