@@ -176,7 +176,7 @@ class Loss:
     def summed(self, value: Tensor, batch: Batch, n: int) -> Tensor:
         """The sum over the examples, given what the loss returned."""
         if value.dim() == 0:
-            self._check_not_reduced(n)
+            self.check_not_reduced(n)
             if self.reduction != "mean":
                 return value
             self._check_shares(targets_of(batch), n)
@@ -229,7 +229,7 @@ class Loss:
         if value.dim() > 0:
             self.settled = True
             return
-        self._check_not_reduced(n)
+        self.check_not_reduced(n)
         singles = torch.stack([self.values(*one).sum() for one in alone])
         if not bool(singles.isfinite().all()):
             return  # tells nothing; the scores will say which example it was
@@ -258,7 +258,7 @@ class Loss:
             f"{value.item():.6g}, each alone {alone}. {NO_EXAMPLE_LOSS}"
         )
 
-    def _check_not_reduced(self, n: int) -> None:
+    def check_not_reduced(self, n: int) -> None:
         """Refuse a scalar of a loss per example, but for one example (of a ``squeeze()``, say)."""
         if self.reduction == "none" and n > 1:
             raise InvalidArgumentError(

@@ -86,6 +86,7 @@ def _settle_loss(model: nn.Module, batch: Batch, loss: Loss, is_wide: bool) -> N
             if loss.values(together, batch).dim() > 0:
                 loss.settled = True
                 return
+            loss.check_not_reduced(n)
             alone = [take(batch, slice(i, i + 1)) for i in range(n)]
             runs = [(call_model(model, one), one) for one in alone]
             # an example whose loss is NaN (nothing labelled in it, say) tells nothing

@@ -26,7 +26,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from influence_kit.data import loader_length
+from influence_kit.loaders import loader_length
 
 WHOLE_BYTES = 2**24
 # rows of what is larger than that

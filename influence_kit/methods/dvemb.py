@@ -139,7 +139,7 @@ class DVEmb(InnerProductInfluence):
         Args:
             show_progress: a bar over the steps.
         """
-        self._check()
+        self._check_kept()
         return self._embed(show_progress)
 
     def _embed(self, show_progress: bool) -> Tensor:
@@ -299,6 +299,7 @@ class DVEmb(InnerProductInfluence):
 
     @property
     def _examples(self) -> ExamplesByPlace:
+        self.train_dataloader.check_draws()
         return ExamplesByPlace(self.train_dataloader)
 
     @property

@@ -20,6 +20,7 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.factored import Factored
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rules import linear, rule_for, transposed_linear
+from influence_kit.gradients.source import Verify
 from influence_kit.losses import LossFunction
 from influence_kit.margins import OutputFunction
 from influence_kit.methods.base import BatchSize
@@ -128,6 +129,8 @@ class RepresenterPointSelection(KeptFit):
         max_iter: int = 100,
         test_output_fn: OutputFunction | None = None,
         eval_mode: bool = True,
+        batch_axes: Any = None,
+        verify: Verify = "repeated",
     ) -> None:
         self._how = Settings(l2, normalize, count_bias, tol, max_iter)
         names: dict[Any, str] = {module: name for name, module in model.named_modules()}
@@ -141,6 +144,8 @@ class RepresenterPointSelection(KeptFit):
             batch_size,
             test_output_fn=test_output_fn,
             eval_mode=eval_mode,
+            batch_axes=batch_axes,
+            verify=verify,
         )
 
     def _look_at(self, layers: Any) -> None:

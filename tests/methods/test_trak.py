@@ -327,7 +327,7 @@ def test_features_are_computed_once(place: str, tmp_path: Path) -> None:
     case = CASES["mlp"]
     model = case.model()
     own = {"store": tmp_path / "store"} if place == "store" else {}
-    trak = make(model=model, **own)
+    trak = make(model=model, verify="once", **own)
     trak.influence(case.test)
     with counted(model) as passes:
         for ridge in (1e-3, "auto", 5.0, 0):
