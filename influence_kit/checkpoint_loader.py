@@ -2,8 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,8 +14,10 @@ from influence_kit.dropout_masks import mask_numbers, set_masks
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.rate import is_one_number
 from influence_kit.restore import load_into
+from influence_kit.same_objects import SameObjects
 
 FINGERPRINT_CHUNK = 2**20
+Fingerprint = tuple[float, ...]
 
 
 class CheckpointLoader:
@@ -26,16 +27,23 @@ class CheckpointLoader:
         model: the model, still as the user has it.
         checkpoints: what ``load`` takes, in order.
         load: ``load(model, checkpoint) -> learning rate``.
+        check: is given the number and the fingerprint of each checkpoint when it is loaded first.
     """
 
-    def __init__(self, model: nn.Module, checkpoints: Sequence[Any], load: LoadFunction) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoints: Sequence[Any],
+        load: LoadFunction,
+        check: Callable[[int, Fingerprint], None] = lambda number, fingerprint: None,
+    ) -> None:
         own = memory_of(model)
-        self._model, self._load = model, load
+        self._model, self._load, self._check = model, load, check
         # a state dict that is the live model's would change with the next load
         self._items = [_copied(item, own) for item in checkpoints]
         self._current: int | None = None
         self._rates: dict[int, float] = {}
-        self._prints: dict[int, tuple[float, ...]] = {}
+        self._prints: dict[int, Fingerprint] = {}
 
     def load(self, place: int) -> float:
         """Have checkpoint number ``place`` in the model; returns its learning rate."""
@@ -64,16 +72,21 @@ class CheckpointLoader:
         """Load a checkpoint; its rate, and what is doubtful about it."""
         item = self._items[place]
         set_masks(self._model, None)
-        with _same_parameters(self._model):
+        with SameObjects(self._model, place):
             if self._load is not load_checkpoint:
                 return self._load(self._model, item), None
             # which would warn at each load
             rate = load_with_rate(self._model, item)
         return rate.value, rate.warning(label_of(item))
 
-    def fingerprint(self, place: int) -> tuple[float, ...]:
+    def fingerprint(self, place: int) -> Fingerprint:
         """Numbers that tell the weights and masks of a checkpoint, which has been loaded."""
         return self._prints[place]
+
+    @property
+    def fingerprints(self) -> dict[int, Fingerprint]:
+        """Those of the checkpoints that have been loaded, by number."""
+        return dict(self._prints)
 
     def _warn(self, place: int) -> None:
         label = label_of(self._items[place])
@@ -84,6 +97,7 @@ class CheckpointLoader:
                 stacklevel=2,
             )
         fingerprint = _fingerprint(self._model)
+        self._check(place, fingerprint)
         for other, known in self._prints.items():
             if known == fingerprint:
                 warnings.warn(
@@ -99,7 +113,7 @@ def _is_number(rate: Any) -> bool:
     return is_one_number(rate) and math.isfinite(float(rate))
 
 
-def _fingerprint(model: nn.Module) -> tuple[float, ...]:
+def _fingerprint(model: nn.Module) -> Fingerprint:
     """Numbers that differ where weights, buffers (by value or by place) or masks do."""
     sums = mask_numbers(model)
     for value in (*model.parameters(), *model.buffers()):
@@ -110,30 +124,6 @@ def _fingerprint(model: nn.Module) -> tuple[float, ...]:
             places = torch.linspace(1, 2, len(chunk), dtype=torch.float64, device=chunk.device)
             sums.append(float(chunk.double() @ places))
     return tuple(sums)
-
-
-@contextmanager
-def _same_parameters(model: nn.Module) -> Iterator[None]:
-    """Keep the model's parameter objects where a load function puts new ones in their place."""
-    owners = [(m, name, p) for m in model.modules() for name, p in m._parameters.items()]
-    yield
-    for module, name, parameter in owners:
-        loaded = module._parameters[name]
-        if loaded is not parameter and loaded is not None and parameter is not None:
-            _check_same_kind(name, loaded, parameter)
-            with torch.no_grad():
-                parameter.copy_(loaded)
-            module._parameters[name] = parameter
-
-
-def _check_same_kind(name: str, loaded: Tensor, parameter: Tensor) -> None:
-    """Refuse what a copy would broadcast, or take the imaginary part from."""
-    if loaded.shape != parameter.shape or loaded.is_complex() != parameter.is_complex():
-        raise InvalidArgumentError(
-            f"`checkpoints_load_func` put a {loaded.dtype} parameter of shape "
-            f"{list(loaded.shape)} in the place of '{name}', which is {parameter.dtype} of shape "
-            f"{list(parameter.shape)}; pass a model of the checkpoints' own structure"
-        )
 
 
 def memory_of(model: nn.Module) -> set[int]:

@@ -9,6 +9,14 @@ class InvalidArgumentError(AssertionError, ValueError):
     """
 
 
+class FixedAttributeError(InvalidArgumentError, AttributeError):
+    """An attribute that was assigned and is read-only, or that there is not."""
+
+
+class ChangedError(InvalidArgumentError):
+    """Weights, data, a loss or a model that are not those of what an object keeps."""
+
+
 class LabelError(InvalidArgumentError):
     """A label that names no class, with the example that has it."""
 

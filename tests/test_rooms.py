@@ -49,6 +49,7 @@ FLOORS = [
         "random_states",
         "root_hooks",
         "training_flags",
+        "same_objects",
         "saved",
         "trace_store",
         "training_step",

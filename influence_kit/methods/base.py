@@ -43,6 +43,8 @@ from influence_kit.losses import Loss, LossFunction, declared_reduction
 from influence_kit.margins import OutputFunction
 from influence_kit.measures import measure_of_tests, refuse_both
 from influence_kit.methods.chosen import check_layers, choose_parameters
+from influence_kit.methods.kept_of import KeptOf
+from influence_kit.methods.structure import Structure
 from influence_kit.restore import borrowed
 
 BatchSize = int | Literal["auto"] | None
@@ -51,7 +53,7 @@ TRAIN = "train_dataset"
 ROWS_OF_ITERABLE = 64
 
 
-class InfluenceBase(DataInfluence):
+class InfluenceBase(KeptOf, DataInfluence):
     """The arguments of a method, checked, and a session with the model.
 
     See ``InnerProductInfluence`` for the arguments.
@@ -104,13 +106,14 @@ class InfluenceBase(DataInfluence):
             )
         self._eval_mode = eval_mode
         self._look_at(layers)
+        self._structure = Structure(model)
         self._train_data: Any = train_dataset
         if not is_dataset(train_dataset):
             self._check(as_loader(train_dataset, None, TRAIN), TRAIN)
 
     def _look_at(self, layers: Sequence[str] | None) -> None:
         """Choose the parameters whose gradients count."""
-        self.layers = check_layers(self.model, layers)
+        self.__dict__["layers"] = check_layers(self.model, layers)
         self._parameters = choose_parameters(self.model, self.layers)
         self._source = GradientSource(self.model, self._parameters, self.verify)
 
@@ -147,6 +150,7 @@ class InfluenceBase(DataInfluence):
 
     def _forget(self) -> None:
         """Drop what was made at other checkpoints."""
+        super()._forget()
         for checked in self._checked.values():
             checked.forget()
 
@@ -185,14 +189,28 @@ class InfluenceBase(DataInfluence):
     @contextmanager
     def _session(self) -> Iterator[CheckpointLoader]:
         """The model with hooks on, borrowed from the user; a loader for its checkpoints."""
+        self._see_model()
         for name, checked in self._checked.items():
             if self._why_fixed(name) is None:  # a user may change data between two calls
                 checked.forget()
         with borrowed(self.model, self._eval_mode, self._probe), self._source.attached():
             refuse_mixing_layers(self.model)
-            loader = CheckpointLoader(self.model, self.checkpoints, self.checkpoints_load_func)
+            self._check_sources()
+            loader = CheckpointLoader(
+                self.model, self.checkpoints, self.checkpoints_load_func, self._check_weights
+            )
             self._source.begin(loader)
-            yield loader
+            try:
+                yield loader
+            finally:
+                self._note(loader.fingerprints)
+
+    def _check_kept(self) -> None:
+        """Refuse to hand out what is kept of something else than there is now."""
+        if self._kept_since is not None:
+            with self._session() as loader:
+                for number in range(len(self.checkpoints) if self._keeps_of_checkpoints else 0):
+                    loader.load(number)
 
     def _probe(self) -> Any:
         """The model's outputs on a few examples, which show what ``eval()`` and caches do."""

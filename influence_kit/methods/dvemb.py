@@ -4,7 +4,7 @@ Letters: m test and n training examples, P chosen parameters, B examples of a st
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients, from_flat
 from influence_kit.losses import Loss
 from influence_kit.methods.by_place import ExamplesByPlace, count_by_place
+from influence_kit.methods.data_fingerprint import data_fingerprint
 from influence_kit.methods.example_influence import given
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.looked_up import LookedUp, places_in_pieces
+from influence_kit.methods.origin import Source
 from influence_kit.methods.projected import Dim, check_dim
 from influence_kit.methods.starting_again import starts_again
 from influence_kit.methods.step_gradients import StepGradients
@@ -137,6 +139,11 @@ class DVEmb(InnerProductInfluence):
         Args:
             show_progress: a bar over the steps.
         """
+        self._check_kept()
+        return self._embed(show_progress)
+
+    def _embed(self, show_progress: bool) -> Tensor:
+        """The same, of what is checked by the session that follows."""
         if self._embeddings is None:
             check_memory(self._train_count(), self._size, self._steps, self._sample)
             doing, of_examples = "embed the training examples. Processing step", self._own_gradients
@@ -169,7 +176,7 @@ class DVEmb(InnerProductInfluence):
                 "`inputs` must be None: DVEmb has embeddings of the examples of `train_dataset` "
                 "alone, whose self-influence is the result without `inputs`"
             )
-        self.embeddings(show_progress)
+        self._embed(show_progress)
         return super().self_influence(None, show_progress, outer_loop_by_checkpoints)
 
     @starts_again
@@ -186,6 +193,31 @@ class DVEmb(InnerProductInfluence):
         return vectors.to(self._dtype)
 
     # How it is done.
+
+    # the embeddings are of the weights in the trace
+    _keeps_of_checkpoints = False
+
+    @property
+    def _kept_since(self) -> str | None:
+        return None if self._embeddings is None else "the training examples were embedded"
+
+    @property
+    def _sources(self) -> dict[str, Source]:
+        found = super()._sources
+        if not isinstance(self.trace, TrainingTrace):  # which may only grow
+            found["trace"] = partial(data_fingerprint, self.trace)
+        return found
+
+    def forget(self) -> None:
+        """Drop the embeddings, too."""
+        self._embeddings = None
+        super().forget()
+
+    def _forget(self) -> None:
+        """New weights after training change no embedding."""
+        known = None if self._embeddings is None else self._origin
+        super()._forget()
+        self._origin = known or self._origin
 
     def _find(self, checkpoints: Any) -> list[Any]:
         if checkpoints is None:
@@ -213,7 +245,7 @@ class DVEmb(InnerProductInfluence):
         groups: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         given(inputs)
-        self.embeddings(show_progress)
+        self._embed(show_progress)
         super()._stream_scores(inputs, reducer, doing, show_progress, aggregate, groups)
 
     @property
@@ -240,7 +272,8 @@ class DVEmb(InnerProductInfluence):
 
     def _embedded(self, batch: Any) -> Gradients:
         """The embeddings of the training examples at the places of a batch ``(places [n],)``."""
-        rows = self.embeddings()[slice(*batch.ends)]
+        assert self._embeddings is not None
+        rows = self._embeddings[slice(*batch.ends)]
         return from_flat(rows, self._shapes, self._sample)
 
     def _own_gradients(self, batch: Any) -> Gradients:

@@ -109,6 +109,7 @@ class EmbeddingInfluence(InfluenceFunction):
     @property
     def R(self) -> Tensor:  # noqa: N802 - Captum's name
         """The matrix ``[P, d]`` that gradients are multiplied with."""
+        self._check_kept()
         if 0 not in self._facts:
             self.fit()
         return self._projection()

@@ -6,7 +6,7 @@ Letters: B blocks.
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,9 @@ from influence_kit.gradients.per_example import Gradients
 from influence_kit.loaders import HESSIAN_DATA, as_loader
 from influence_kit.methods.chosen import group_by_layer
 from influence_kit.methods.damping import AUTO_SHARE, DampingArgument, check_damping, share_of
+from influence_kit.methods.data_fingerprint import data_fingerprint
 from influence_kit.methods.kept_fit import KeptFit
+from influence_kit.methods.origin import Source
 from influence_kit.operators.draws import check_seed
 from influence_kit.operators.labels import ModelLabels
 from influence_kit.operators.partition import Partition
@@ -89,6 +91,7 @@ class FittedInfluence(KeptFit):
     @property
     def block_names(self) -> list[str]:
         """The blocks of the curvature, each with a damping of its own."""
+        self._see_model()
         return list(self._partition.blocks)
 
     @property
@@ -128,8 +131,23 @@ class FittedInfluence(KeptFit):
     def _found_at(self, place: int) -> Facts:
         return self._facts[place]
 
-    def _take(self, place: int, facts: Facts, fingerprint: tuple[float, ...]) -> None:
-        self._facts[place], self._prints[place] = facts, fingerprint
+    def _take(self, place: int, facts: Facts) -> None:
+        self._facts[place] = facts
+
+    @property
+    def _is_fitted(self) -> bool:
+        return bool(self._facts)
+
+    @property
+    def _sources(self) -> dict[str, Source]:
+        found = super()._sources
+        if self._hessian_data is not None:
+            found["hessian_dataset"] = partial(data_fingerprint, self._hessian_data)
+        return found
+
+    def _look_again(self) -> None:
+        super()._look_again()
+        self.damping = self._damping  # which may name blocks that there are no more
 
     @cached_property
     def _partition(self) -> Partition:
@@ -146,7 +164,6 @@ class FittedInfluence(KeptFit):
     def _forget(self) -> None:
         super()._forget()
         self._facts: dict[int, Facts] = {}
-        self._prints: dict[int, tuple[float, ...]] = {}
         self._inverses: dict[int, Transform] = {}
         self._memory = Memory()
 
@@ -154,16 +171,9 @@ class FittedInfluence(KeptFit):
         """Have the inverse at a checkpoint, measuring what is not known yet."""
         self._keep_rows(loader)
         loader.load(place)
-        known = self._prints.get(place)
-        if known is not None and known != loader.fingerprint(place):
-            raise InvalidArgumentError(
-                f"checkpoint {place} holds other weights than when {self._what_is_fitted} was "
-                "measured; call `fit()` to measure it anew"
-            )
         data = DataSet(self._fit_batches, self._device, place, self._wording.data)
         if place not in self._facts:
             self._facts[place] = self._measure(data)
-            self._prints[place] = loader.fingerprint(place)
         if place not in self._inverses:
             if self.damping == "auto" and MEANS not in self._facts[place]:
                 self._facts[place][MEANS] = self._means(self._facts[place], data)

@@ -116,6 +116,10 @@ class GraSS(MaskedInfluence):
         super()._forget()
         self._learnt = False
 
+    @property
+    def _kept_since(self) -> str | None:
+        return super()._kept_since or ("the mask was learnt" if self._learnt else None)
+
     def _made_rows(self, loader: CheckpointLoader) -> KeptRows | None:
         if self.mask == "learnt" and not self._learnt:
             loader.load(0)
@@ -166,8 +170,8 @@ class GraSS(MaskedInfluence):
         masks = {f"{MASKS}{name}": mask.chosen for name, (_, mask) in self._masked.items()}
         return {**super()._measure(data), **(masks if self.mask == "learnt" else {})}
 
-    def _take(self, place: int, facts: Facts, fingerprint: tuple[float, ...]) -> None:
-        super()._take(place, facts, fingerprint)
+    def _take(self, place: int, facts: Facts) -> None:
+        super()._take(place, facts)
         if self.mask == "learnt":
             self._set_masks({name: facts[f"{MASKS}{name}"] for name in self._masked})
 

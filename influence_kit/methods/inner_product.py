@@ -140,6 +140,7 @@ class InnerProductInfluence(ExampleInfluence):
 
         Layers are those named by ``layers``, else the modules that own parameters.
         """
+        self._see_model()
         groups = group_by_layer(self.model, list(self._parameters), self.layers)
         reducer = self._reducer(None, proponents=True)
         doing = "compute influence by layer for training batches"
@@ -258,6 +259,10 @@ class InnerProductInfluence(ExampleInfluence):
     def _forget(self) -> None:
         super()._forget()
         self._kept = None
+
+    @property
+    def _kept_since(self) -> str | None:
+        return None if self._kept is None else "the gradients of the training set were computed"
 
     def _why_fixed(self, name: str) -> str | None:
         if name == TRAIN and self.store is not None:

@@ -1,7 +1,8 @@
 """What a method fits once a checkpoint: kept for later calls, saved to a folder and loaded."""
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.data import Batch
 from influence_kit.methods.base import TRAIN
 from influence_kit.methods.inner_product import InnerProductInfluence
+from influence_kit.methods.origin import Origin
 from influence_kit.methods.starting_again import starts_again
 from influence_kit.saved import read_folder, write_folder
 
 
 class KeptFit(InnerProductInfluence):
     """A method of terms that fits something at every checkpoint before it scores."""
+
+    # how errors say that it was fitted
+    _verb = "measured"
 
     # What a method says.
 
@@ -35,12 +40,17 @@ class KeptFit(InnerProductInfluence):
         """What was fitted at a checkpoint, as tensors by name."""
 
     @abstractmethod
-    def _take(self, place: int, facts: dict[str, Tensor], fingerprint: tuple[float, ...]) -> None:
-        """Have what ``_found_at`` gave when it was saved, of weights with that fingerprint."""
+    def _take(self, place: int, facts: dict[str, Tensor]) -> None:
+        """Have what ``_found_at`` gave when it was saved."""
 
     @abstractmethod
     def _settings(self) -> dict[str, Any]:
         """What ``fit`` depends on beside model, data and loss."""
+
+    @property
+    @abstractmethod
+    def _is_fitted(self) -> bool:
+        """Whether something is, at any checkpoint."""
 
     @property
     def _fit_data(self) -> Iterable[Batch]:
@@ -88,7 +98,7 @@ class KeptFit(InnerProductInfluence):
         Raises:
             InvalidArgumentError: where it was saved for another model, data set, loss or setting.
         """
-        with self._session() as loader:
+        with self._beside_what_is_kept(), self._session() as loader:
             tensors = read_folder(folder, self._description(loader))
             self._forget()
             for place in range(len(self.checkpoints)):
@@ -98,10 +108,30 @@ class KeptFit(InnerProductInfluence):
                     for name, value in tensors.items()
                     if name.startswith(f"{place}/")
                 }
-                self._take(place, own, loader.fingerprint(place))
+                self._take(place, own)
         return self
 
     # How it is done.
+
+    @property
+    def _kept_since(self) -> str | None:
+        if self._is_fitted:
+            return f"{self._what_is_fitted} was {self._verb}"
+        return super()._kept_since
+
+    @property
+    def _remedy(self) -> str:
+        return "call `fit()` to have it computed again"
+
+    @contextmanager
+    def _beside_what_is_kept(self) -> Iterator[None]:
+        """Inside, other weights and data are no error; what is kept stays in case of one."""
+        known, self._origin = self._origin, Origin()
+        try:
+            yield
+        except BaseException:
+            self._origin = known
+            raise
 
     @property
     def _fitted_on(self) -> str:

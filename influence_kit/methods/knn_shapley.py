@@ -123,7 +123,7 @@ class KNNShapley(ExampleInfluence):
             )
         if self.layer is not None:
             check_layers(self.model, [self.layer])
-        self.layers = None
+        self.__dict__["layers"] = None
         # they tell the device and the precision alone; a model without any is where torch puts it
         self._parameters = dict(self.model.named_parameters()) or {"": nn.Parameter(torch.empty(0))}
         self._source = GradientSource(self.model, {})

@@ -51,12 +51,10 @@ class Head:
     Args:
         weights: ``[c, d]``, float64.
         n: the number of training examples.
-        fingerprint: of the checkpoint whose features it is fitted on.
     """
 
     weights: Tensor
     n: int
-    fingerprint: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -81,9 +79,7 @@ class Refit:
     settings: Settings
     row_check: RowCheck
 
-    def head(
-        self, batches: Iterable[Batch], device: torch.device, fingerprint: tuple[float, ...]
-    ) -> Head:
+    def head(self, batches: Iterable[Batch], device: torch.device) -> Head:
         """The layer refitted on a training set."""
         parts = joined(self._training_examples(batches, device))
         shapes = [part.features.shape[:2] for part in parts]
@@ -96,7 +92,7 @@ class Refit:
         features = torch.cat([part.features.flatten(0, 1) for part in parts])
         n, how = sum(shape[0] for shape in shapes), self.settings
         objective = Objective(features, losses, n, how.l2)
-        return Head(minimum(objective, parts[0].width, how.tol, how.max_iter), n, fingerprint)
+        return Head(minimum(objective, parts[0].width, how.tol, how.max_iter), n)
 
     def seen(self, batch: Batch) -> LastLayer:
         """A batch at the last layer, its features as they are multiplied with."""

@@ -148,12 +148,17 @@ class RepresenterPointSelection(KeptFit):
             batch_axes=batch_axes,
             verify=verify,
         )
+
+    def _look_at(self, layers: Any) -> None:
+        super()._look_at(layers)
         if rule_for(self.final_fc_layer) not in (linear, transposed_linear):
             raise InvalidArgumentError(
                 f"`final_fc_layer` must be a linear layer; '{self._layer}' is {self.final_fc_layer}"
             )
 
     # What a method says.
+
+    _verb = "fitted"
 
     def terms(self) -> list[Term]:
         """One term a checkpoint; scores are their mean."""
@@ -225,8 +230,12 @@ class RepresenterPointSelection(KeptFit):
         head = self._heads[place]
         return {"weights": head.weights, "examples": torch.tensor(head.n)}
 
-    def _take(self, place: int, facts: dict[str, Tensor], fingerprint: tuple[float, ...]) -> None:
-        self._heads[place] = Head(facts["weights"], int(facts["examples"]), fingerprint)
+    def _take(self, place: int, facts: dict[str, Tensor]) -> None:
+        self._heads[place] = Head(facts["weights"], int(facts["examples"]))
+
+    @property
+    def _is_fitted(self) -> bool:
+        return bool(self._heads)
 
     def _plan(
         self, loader: CheckpointLoader, inputs: Any, ordered: bool = True
@@ -239,9 +248,8 @@ class RepresenterPointSelection(KeptFit):
     def _fit_at(self, place: int, loader: CheckpointLoader) -> None:
         """Have the refitted layer of a checkpoint."""
         loader.load(place)
-        known, fingerprint = self._heads.get(place), loader.fingerprint(place)
-        if known is None or known.fingerprint != fingerprint:
-            self._heads[place] = self._refit.head(self.train_dataloader, self._device, fingerprint)
+        if place not in self._heads:
+            self._heads[place] = self._refit.head(self.train_dataloader, self._device)
 
     def _side(self, place: int, kind: str) -> Side:
         name = next(iter(self._parameters))

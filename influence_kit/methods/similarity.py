@@ -23,6 +23,7 @@ from influence_kit.memory import rows_within, workspace_bytes
 from influence_kit.methods.activations import examples_first
 from influence_kit.methods.chosen import check_layers
 from influence_kit.methods.distances import cosine_similarity, euclidean_distance, zero_pairs
+from influence_kit.methods.read_only import ReadOnly
 from influence_kit.methods.row_check import RowCheck
 from influence_kit.methods.saved_activations import SavedActivations, Sources, as_inputs, inputs_of
 from influence_kit.restore import borrowed
@@ -37,7 +38,7 @@ ZERO_VECTORS = (
 )
 
 
-class SimilarityInfluence(DataInfluence):
+class SimilarityInfluence(ReadOnly, DataInfluence):
     """score = similarity_metric(output of a layer for test, output of the layer for train).
 
     The examples of ``influence_src_dataset`` whose activations are nearest to those of a test

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar, cast
 
-from influence_kit.errors import InvalidArgumentError, PassAgain
+from influence_kit.errors import ChangedError, InvalidArgumentError, PassAgain
 from influence_kit.methods.base import InfluenceBase
 
 Question = TypeVar("Question", bound=Callable[..., Any])
@@ -27,6 +27,8 @@ def starts_again(question: Question) -> Question:
             except PassAgain as doubt:
                 reason = str(doubt)
                 self.forget()
+            except ChangedError:
+                raise  # however the examples stand
             except (ValueError, RuntimeError, IndexError) as error:
                 # an axis of the batch may have been taken for that of the examples
                 first = first or error

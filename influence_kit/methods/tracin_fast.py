@@ -92,7 +92,8 @@ class TracInCPFast(TracInCPBase):
 
     @final_fc_layer.setter
     def final_fc_layer(self, layer: str | nn.Module) -> None:
-        self._look_at([self._name_of(layer)])
+        self._look_whole([self._name_of(layer)])
+        self._forget()
 
     def _name_of(self, layer: str | nn.Module) -> str:
         for name, module in self.model.named_modules():

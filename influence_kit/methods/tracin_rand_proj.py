@@ -3,6 +3,7 @@
 import math
 import warnings
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ from influence_kit.operators.unit_maps import TwoSided
 from influence_kit.operators.units import units_of
 from influence_kit.scoring.reducers import KMostInfluentialResults
 from influence_kit.scoring.term import Term
+
+# the vectors that were last put into an index
+OWNERS: WeakKeyDictionary[NearestNeighbors, Tensor] = WeakKeyDictionary()
 
 
 class TracInCPFastRandProj(TracInCPFast):
@@ -74,7 +78,7 @@ class TracInCPFastRandProj(TracInCPFast):
         warnings.warn(
             "WARNING: Using this implementation stores quantities related to the entire "
             "`train_dataset` in memory, a vector an example and checkpoint; TracInCPFast does not",
-            stacklevel=2,
+            stacklevel=3,
         )
         if projection_dim is not None and projection_dim < 1:
             raise InvalidArgumentError(f"`projection_dim` must be at least 1; got {projection_dim}")
@@ -98,9 +102,13 @@ class TracInCPFastRandProj(TracInCPFast):
             verify=verify,
         )
 
-    def _look_at(self, layers: Any) -> None:
-        super()._look_at(layers)
-        self._stored: tuple[Any, Tensor] | None = None
+    def _forget(self) -> None:
+        super()._forget()
+        self._stored: Tensor | None = None
+
+    @property
+    def _kept_since(self) -> str | None:
+        return None if self._stored is None else "the vectors of the training set were stored"
 
     def terms(self) -> list[Term]:
         """One term a checkpoint, projected alike on both sides."""
@@ -126,6 +134,7 @@ class TracInCPFastRandProj(TracInCPFast):
     @property
     def projection_quantities(self) -> tuple[Tensor, Tensor] | None:
         """The matrices J and A, or None where nothing is projected."""
+        self._see_model()
         layer, sample = self._layer, next(iter(self._parameters.values())).detach()
         if isinstance(layer.left, Identity):
             return None
@@ -135,11 +144,19 @@ class TracInCPFastRandProj(TracInCPFast):
     @starts_again
     def src_intermediate_quantities(self) -> Tensor:
         """The stored vectors of the training set, ``[n, C * D]``, made at the first question."""
-        if self._stored is None or self._stored[0] is not self.checkpoints:
-            vectors = self._finite(self._vectors(None, of_tests=False), "training")
-            self._stored = (self.checkpoints, vectors)
-            self.nearest_neighbors.setup(vectors)
-        return self._stored[1]
+        self._check_kept()
+        return self._vectors_stored()
+
+    def _vectors_stored(self) -> Tensor:
+        """The same, of what has just been checked."""
+        if self._stored is None:
+            self._stored = self._finite(self._vectors(None, of_tests=False), "training")
+            self._note(self._used)
+        # an index that another object has filled since would answer for that
+        if OWNERS.get(self.nearest_neighbors) is not self._stored:
+            self.nearest_neighbors.setup(self._stored)
+            OWNERS[self.nearest_neighbors] = self._stored
+        return self._stored
 
     def _finite(self, vectors: Tensor, kind: str) -> Tensor:
         bad = torch.nonzero(~torch.isfinite(vectors).all(1))[:, 0].tolist()
@@ -163,7 +180,7 @@ class TracInCPFastRandProj(TracInCPFast):
         check_k(k)
         query = self._vectors(given(inputs), of_tests=True, aggregate=aggregate)
         query = self._finite(query, "test")
-        stored = self.src_intermediate_quantities
+        stored = self._vectors_stored()
         if k is None:
             step = rows_within(workspace_bytes(stored.device), stored[0].nbytes)
             chunks = (stored[start : start + step] for start in range(0, len(stored), step))

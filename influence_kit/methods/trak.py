@@ -21,6 +21,7 @@ from influence_kit.margins import OutputFunction
 from influence_kit.methods.base import BatchSize
 from influence_kit.methods.damping import DampingArgument
 from influence_kit.methods.fitted import Facts
+from influence_kit.methods.function_fingerprint import function_fingerprint
 from influence_kit.methods.identity import first_losses
 from influence_kit.methods.normal_equations import (
     GRAM,
@@ -28,6 +29,7 @@ from influence_kit.methods.normal_equations import (
     mean_eigenvalue,
     normal_equations,
 )
+from influence_kit.methods.origin import Source
 from influence_kit.methods.output_features import (
     FEATURES,
     SLOPE,
@@ -242,6 +244,11 @@ class TRAK(SolvedInfluence):
     @property
     def _differentiated(self) -> Loss:
         return self._made.output
+
+    @property
+    def _sources(self) -> dict[str, Source]:
+        output = partial(function_fingerprint, self.output_fn, self.model)
+        return {**super()._sources, "output_fn": output}
 
     @property
     def _fit_batches(self) -> Iterable[Batch]:

@@ -96,6 +96,10 @@ def test_a_new_last_layer_forgets_the_stored_vectors() -> None:
     influence.final_fc_layer = "body.2"
     expected = build("TracInCP", MLP, layers=["body.2"]).influence(MLP.test)
     assert_close(influence.influence(MLP.test, k=None), expected)
+    with pytest.raises(InvalidArgumentError, match="have no parameters"):
+        influence.final_fc_layer = "body.1"
+    assert influence.layers == ["body.2"]
+    assert_close(influence.influence(MLP.test, k=None), expected)
 
 
 def test_a_last_layer_without_factors_is_projected_alike() -> None:

@@ -126,7 +126,7 @@ def test_features_that_are_not_finite_name_the_example() -> None:
         made(MLP.model(), (x, y)).influence(MLP.test)
 
 
-def test_a_layer_is_refitted_once_and_again_for_other_weights(
+def test_a_layer_is_refitted_once_and_by_fit_for_other_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fitted: list[int] = []
@@ -144,8 +144,12 @@ def test_a_layer_is_refitted_once_and_again_for_other_weights(
     assert len(fitted) == 3
     with torch.no_grad():
         checkpoints[1]["state_dict"]["body.0.weight"] *= 2
-    after = representer.influence(MLP.test)
-    assert len(fitted) == 4
+    match = "checkpoint 1 holds other weights than when the last layer was fitted; call `fit"
+    with pytest.raises(InvalidArgumentError, match=match):
+        representer.influence(MLP.test)
+    assert len(fitted) == 3
+    after = representer.fit().influence(MLP.test)
+    assert len(fitted) == 6
     assert not torch.allclose(before, after)
     fresh = build("RepresenterPointSelection", MLP, checkpoints=checkpoints)
     assert_close(after, fresh.influence(MLP.test))

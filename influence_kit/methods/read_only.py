@@ -1,0 +1,99 @@
+"""Attributes that cannot be assigned once an object is made: what is kept would be of the old ones.
+
+A name may be assigned where the class has a property that takes it. Classes outside this package
+may assign what they have themselves: what their ``__init__`` sets, or what their body holds.
+"""
+
+import inspect
+from abc import ABCMeta
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from influence_kit.errors import FixedAttributeError
+
+PACKAGE = __name__.partition(".")[0]
+# set by constructors from arguments of other names
+DERIVED = {"reduction_type", "test_reduction_type", "influence_src_dataloader"}
+
+
+class Made(ABCMeta):
+    """Notes that an object is made when the whole of its ``__init__`` has run, a subclass's too."""
+
+    def __init__(cls, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if "__init__" in vars(cls) and "__signature__" not in vars(cls):
+            # else it would be that of ``__call__``
+            own = list(inspect.signature(vars(cls)["__init__"]).parameters.values())[1:]
+            cls.__signature__ = inspect.Signature(own)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make an object."""
+        made = super().__call__(*args, **kwargs)
+        vars(made)["_is_made"] = True
+        return made
+
+
+class ReadOnly(metaclass=Made):
+    """An object whose public attributes are read-only, but for properties that can be set.
+
+    Raises:
+        FixedAttributeError: (a ``ValueError`` and an ``AttributeError``) where one is assigned.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and "_is_made" in vars(self) and not _may_assign(self, name):
+            _refuse(self, name)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in vars(self) and not name.startswith("_") and not _may_assign(self, name):
+            _refuse(self, name)
+        super().__delattr__(name)
+
+
+def _may_assign(owner: ReadOnly, name: str) -> bool:
+    for cls in type(owner).__mro__:
+        if name in vars(cls):
+            found = vars(cls)[name]
+            if isinstance(found, property):
+                return found.fset is not None
+            return callable(found) or not _is_ours(cls)
+    return name in vars(owner) and name not in _names_of_ours(owner)
+
+
+def _refuse(owner: ReadOnly, name: str) -> NoReturn:
+    own = type(owner).__name__
+    can = sorted(
+        {
+            key
+            for cls in type(owner).__mro__
+            for key, value in vars(cls).items()
+            if isinstance(value, property) and value.fset is not None and not key.startswith("_")
+        }
+    )
+    may = f"what can be assigned: {', '.join(can) or 'nothing'}"
+    arguments = inspect.signature(type(owner)).parameters
+    if name in arguments:
+        raise FixedAttributeError(
+            f"`{name}` cannot be assigned, since an object keeps what it has computed with it; "
+            f"make a new {own}(..., {name}=...) ({may})"
+        )
+    if hasattr(type(owner), name) or name in vars(owner):
+        raise FixedAttributeError(f"`{name}` cannot be assigned; make a new {own}(...) ({may})")
+    meant = [f"; did you mean `{near}`?" for near in get_close_matches(name, [*can, *arguments], 1)]
+    raise FixedAttributeError(
+        f"{own} has no attribute `{name}` to assign{''.join(meant)} ({may}; a subclass may "
+        "assign what its own `__init__` has set, and names that begin with _)"
+    )
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == PACKAGE
+
+
+def _names_of_ours(owner: ReadOnly) -> set[str]:
+    """The public attributes that constructors of this package have set."""
+    if _is_ours(type(owner)):
+        return set(vars(owner))
+    ours = [cls for cls in type(owner).__mro__ if _is_ours(cls)]
+    return DERIVED.union(*(inspect.signature(cls).parameters for cls in ours))

@@ -1,0 +1,120 @@
+"""A load function changes the weights of a model, not the objects that it is made of."""
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from influence_kit.errors import InvalidArgumentError
+
+PARTS = {"modules": "_modules", "parameters": "_parameters", "buffers": "_buffers"}
+
+
+class SameObjects:
+    """Around a call of a load function: modules, parameters and buffers stay the same objects.
+
+    The values of a tensor that was put in the place of a parameter or buffer are copied into the
+    model's own, so that later loads do not write into the user's tensors. What cannot be copied is
+    refused, with the model put back as it was. A buffer that was there may have another shape.
+
+    Args:
+        model: the model.
+        number: of the checkpoint that is loaded, for the error.
+
+    Raises:
+        InvalidArgumentError: for modules that were replaced, added or removed, for parameters or
+            buffers that were added or removed, and for parameters of another shape or kind.
+    """
+
+    def __init__(self, model: nn.Module, number: int) -> None:
+        self._number = number
+        self._names: dict[nn.Module, str] = {m: name for name, m in model.named_modules()}
+        self._tables = [
+            (module, kind, table, dict(table))
+            for module in self._names
+            for kind, attribute in PARTS.items()
+            for table in (getattr(module, attribute),)
+        ]
+        self._data = {
+            id(item): item.data
+            for *_, items in self._tables
+            for item in items.values()
+            if isinstance(item, Tensor)
+        }
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        changed = [text for entry in self._tables for text in self._put_back(*entry)]
+        if changed and error is None:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise InvalidArgumentError(
+                f"`checkpoints_load_func` changed the structure of the model at checkpoint "
+                f"{self._number}: it {', '.join(changed[:3])}{more}. Let it load weights into the "
+                "modules that are there (`load_state_dict`), and change the model before it is "
+                "given to the method"
+            )
+
+    def _put_back(
+        self, module: nn.Module, kind: str, table: dict[str, Any], before: dict[str, Any]
+    ) -> list[str]:
+        """Have the objects of one module as they were; says what could not be kept."""
+        found, prefix = [], f"{self._names[module]}." if self._names[module] else ""
+        loaded, after = dict(table), dict(before)
+        for name in {**before, **loaded}:
+            old, new = before.get(name), loaded.get(name)
+            what = f"{kind.removesuffix('s')} '{prefix}{name}'"
+            if kind == "buffers" and name in before and name in loaded:
+                after[name] = self._buffer(old, new)
+            elif (old is None) != (new is None) or (name in before) != (name in loaded):
+                found.append(f"{'removed' if new is None else 'added'} the {what}")
+            elif isinstance(old, Tensor) and isinstance(new, Tensor):
+                values = new.detach()
+                if not self._copied(old, values):
+                    found.append(
+                        f"put a {values.dtype} parameter of shape {list(values.shape)} in the "
+                        f"place of '{prefix}{name}', which is {old.dtype} of shape "
+                        f"{list(old.shape)}"
+                    )
+            elif new is not old:
+                found.append(f"replaced the {what}")
+        table.clear()
+        table.update(after)
+        return found
+
+    def _buffer(self, own: Tensor | None, loaded: Tensor | None) -> Tensor | None:
+        """The buffer to go on with: the model's own, or a copy where the shape is another."""
+        if own is None or loaded is None:
+            return loaded
+        values = loaded.detach()
+        return own if self._copied(own, values) else values.clone()
+
+    def _copied(self, own: Tensor, values: Tensor) -> bool:
+        """Whether the model's own tensor, with the memory it had, has the loaded values."""
+        data = self._data[id(own)]
+        if is_lazy(own) or _memory(values) == _memory(data):
+            return True
+        own.data = data
+        # a copy would broadcast, or take the imaginary part away
+        if values.shape != data.shape or values.is_complex() != data.is_complex():
+            return False
+        with torch.no_grad():
+            own.copy_(values)
+        return True
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    """Where the values of a tensor are, and how they are read."""
+    try:
+        pointer, stride = tensor.data_ptr(), tensor.stride()
+    except (RuntimeError, NotImplementedError):  # a sparse tensor, say
+        pointer, stride = 0, ()
+    return tensor.shape, tensor.dtype, tensor.device, pointer, stride
