@@ -112,6 +112,8 @@ class _Seen:
     axes: Axes | None = None
     # other ways to read the same shapes, where they leave a choice
     others: list[Axes] = field(default_factory=list)
+    # the same with one leaf more that belongs to the whole batch, if only by chance as long as it
+    last_resorts: list[Axes] = field(default_factory=list)
 
 
 class BatchAxes:
@@ -190,9 +192,10 @@ class BatchAxes:
     def try_another(self) -> bool:
         """Read batches whose shapes leave a choice in the next way; False where all were tried."""
         for seen in self._seen.values():
-            if seen.others:
-                seen.axes = seen.others.pop(0)
-                return True
+            for choices in (seen.others, seen.last_resorts):
+                if choices:
+                    seen.axes = choices.pop(0)
+                    return True
         return False
 
     def learn(self, loader: Any) -> None:
@@ -238,6 +241,7 @@ class BatchAxes:
             for axes in found
         ]
         seen.others = [axes for axes in dict.fromkeys(seen.others) if axes != seen.axes]
+        seen.last_resorts = list(_with_one_less(seen, _label_leaf(batch), said))
 
 
 def _lengths_hold(batch: Any, n: int) -> bool:
@@ -309,6 +313,23 @@ def _axes(
     if best == (1,) * len(shapes):  # one example is not cut
         choices = [choice[:1] for choice in choices]
     return list(islice(product(*choices), MOST_CHOICES))
+
+
+def _with_one_less(seen: _Seen, label: int | None, said: Sequence[Any]) -> Iterator[Axes]:
+    """The axes with one leaf as long as the batch has examples taken for the whole batch's."""
+    assert seen.axes is not None
+    counted = [axis for axis in seen.axes if axis is not None]
+    lengths = {
+        s[a]
+        for shapes in seen.shapes
+        for s, a in zip(shapes, seen.axes, strict=True)
+        if a is not None
+    }
+    if len(counted) < 2 or len(lengths) > 1:
+        return
+    for leaf, axis in enumerate(seen.axes):
+        if axis is not None and leaf != label and said[leaf] is ...:
+            yield (*seen.axes[:leaf], None, *seen.axes[leaf + 1 :])
 
 
 def _is_only_clue(counts: Sequence[int | None]) -> bool:

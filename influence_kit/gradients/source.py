@@ -150,7 +150,10 @@ class GradientSource:
         _, seen, _ = self._checked.get(id(loss), (loss, 0, set()))
         is_due = seen < distinct or (n > 1 and not loss.settled)
         if is_due:
+            before = self.capture.settings if self._checked else None
             self._check(batch, loss, self._few(batch))
+            if before not in (None, self.capture.settings):
+                self._start_again(())
         return is_due
 
     def _check(self, batch: Batch, loss: Loss, few: Batch) -> None:
