@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fuzz.draw import Draw
-from fuzz.questions import Question, Scores, by_layer, check_finite, places, total
+from fuzz.questions import Question, Scores, Void, by_layer, check_finite, places, total
 from fuzz.setups import Setup, names_of
 from influence_kit import GradCos, GradDot, TracInCP, TracInCPFast
 
@@ -32,6 +33,8 @@ def gradient_scores(setup: Setup, weights: list[float], cosine: bool, draw: Draw
             norms = h.norm(dim=1)[:, None] * g.norm(dim=1)[None]
             if not bool((norms > 0).all()):
                 draw.excuse("a gradient of zero has no direction")
+            if setup.subject.dtype is torch.float32 and float(norms.min()) < 1e-3:
+                raise Void("a direction that float32 cannot tell")
             return (h[:, index] @ g[:, index].T) / norms.clamp(min=1e-300)
         return h[:, index] @ g[:, index].T
 
