@@ -245,4 +245,5 @@ def drawn(n: int, count: int, generator: torch.Generator) -> Tensor:
     order = torch.randperm(n, generator=generator)[:count]
     if n > 1 and bool((order.diff() > 0).all()):
         order = order.flip(0)
-    return order.repeat(-(-count // len(order)))[:count]
+    # there and back, so that it is not the same when it is read from its end
+    return torch.cat([order, order.flip(0)]).repeat(count)[:count]
