@@ -105,12 +105,15 @@ class MeasuredMatrix(Measured):
 
     def _add_maps(self, form: Convolved) -> None:
         g, t = self.layer.groups, form.positions
+        is_sequence = len(form.shape) == 3
         for rows in form.example_slices(form.shape[1] * g * form.kernel * t):
             part = form.rows(rows)
             left = part.left.flatten(2).transpose(0, 1).reshape(g, self.layer.outputs, -1)
             self.left += left @ left.transpose(1, 2)
-            self.right += map_products(part, self.layer.bias is not None)
-        self.positions += form.n * t
+            # padding of a sequence: no gradient arrives there
+            counted = (part.left != 0).any(dim=1) if is_sequence else None
+            self.right += map_products(part, self.layer.bias is not None, counted)
+            self.positions += part.n * t if counted is None else counted.sum()
 
     def decompose(self, n: int) -> None:
         for total in (self.left, self.right, self.positions):

@@ -12,8 +12,14 @@ from influence_kit.gradients.convolved import Convolved
 FEWEST_ROWS = 64
 
 
-def map_products(form: Convolved, bias: bool) -> Tensor:
-    """The sum over examples and positions of [a, 1] [a, 1]^T, a the map under the kernel."""
+def map_products(form: Convolved, bias: bool, counted: Tensor | None = None) -> Tensor:
+    """The sum over examples and positions of [a, 1] [a, 1]^T, a the map under the kernel.
+
+    Args:
+        form: of the convolution's weight.
+        bias: whether there is the 1.
+        counted: which positions count, ``[n, t]``; all where None.
+    """
     g, k, columns = form.groups, form.kernel, form.n * form.positions
     maps = form.right.transpose(0, 1).contiguous()
     shifted = maps.new_empty(k, len(maps), columns)
@@ -21,6 +27,9 @@ def map_products(form: Convolved, bias: bool) -> Tensor:
         shifted[place].view(window.shape).copy_(window)
     # offsets of the kernel one after the other, each with the channels of a group
     flat = shifted.view(k, g, -1, columns).transpose(0, 1).reshape(g, -1, columns)
+    if counted is not None:
+        flat = flat[:, :, counted.flatten()]
+        columns = flat.shape[2]
     channels, inputs = flat.shape[1] // k, flat.shape[1]
     total = _gram(flat, channels)
     # as the weight has it: offsets run fastest
