@@ -65,17 +65,19 @@ class TrainingFlags:
         if changed and not self._as_own(changed):
             self.ready_to_load()
             base.restore()
-            if self._loaded_merged(load, changed):
-                self.settle(probe)
-                return rate
-            base.restore()
-            self._state.hooks.of_load(load)
+            is_own, is_merged = self._loaded_merged(load, changed)
+            flags = [self._state.training[module] for module in self._acting]
+            as_merged = is_merged and (is_own or not any(flags))
+            if not as_merged:
+                base.restore()
+                self._state.hooks.of_load(load)
             self.settle(probe)
-            if not all(self._state.training[module] for module in self._acting):
+            if not is_own and not all(flags):
+                mode, other = ("evaluation", "train") if as_merged else ("training", "eval")
                 warnings.warn(
                     "layers of the model change weights in eval() (a merged adapter, say) and the "
-                    "model is in evaluation mode: the checkpoint is taken as saved in training "
-                    "mode; one that was saved after eval() gives other scores",
+                    f"model is in evaluation mode: the checkpoint is taken as saved in {mode} "
+                    f"mode; one that was saved after {other}() gives other scores",
                     stacklevel=2,
                 )
         return rate
@@ -150,11 +152,13 @@ class TrainingFlags:
         now = self._own.tensors if self._before is None else self._before[0].copies
         return all(close([now[i]], [self._own.copies[i]]) for i in changed)
 
-    def _loaded_merged(self, load: Callable[[], Any], changed: set[int]) -> bool:
-        """Load as saved after ``eval()``; whether the weights are then the user's own in training.
+    def _loaded_merged(self, load: Callable[[], Any], changed: set[int]) -> tuple[bool, bool]:
+        """Load as saved after ``eval()``.
 
-        And those of the checkpoint again after ``eval()``: a layer may bring back in ``train()``
-        what it had put aside, whatever was loaded.
+        Returns:
+            Whether the weights are then the user's own in training, and whether they are those of
+            the checkpoint again after ``eval()``: a layer may bring back in ``train()`` what it had
+            put aside, whatever was loaded.
         """
         self._call_own(dict.fromkeys(self._acting, False))
         self._state.hooks.of_load(load)
@@ -165,7 +169,7 @@ class TrainingFlags:
         self._call_own(dict.fromkeys(self._acting, False))
         is_merged = all(close([merged.tensors[i]], [merged.copies[i]]) for i in changed)
         self.ready_to_load()
-        return is_own and is_merged
+        return is_own, is_merged
 
 
 @contextmanager

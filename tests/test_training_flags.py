@@ -125,16 +125,17 @@ def test_a_checkpoint_saved_after_eval_over_frozen_weights_is_seen_to_be_one(mod
     torch.testing.assert_close(scores, grad_dot(net(Merging), trained, flagged))
 
 
-def test_weights_under_an_adapter_that_were_trained_too_are_taken_as_saved_in_training(unchanged):
+def test_weights_under_an_adapter_that_were_trained_too_are_as_saved_in_the_models_mode(unchanged):
     model = net(Merging, frozen=False)
     checkpoints = states(model, of_all=True)
     expected = grad_dot(model, checkpoints, flagged)
     data = TensorDataset(*TRAIN)
     scores = GradDot(model, data, checkpoints, loss_fn=loss).influence(TEST)
     torch.testing.assert_close(scores, expected)
+    merged = [copy.deepcopy(in_training(model, s).eval().state_dict()) for s in checkpoints]
     model.eval()
-    with unchanged(model), pytest.warns(UserWarning, match="taken as saved in training mode"):
-        scores = GradDot(model, data, checkpoints, loss_fn=loss).influence(TEST)
+    with unchanged(model), pytest.warns(UserWarning, match="taken as saved in evaluation mode"):
+        scores = GradDot(model, data, merged, loss_fn=loss).influence(TEST)
     torch.testing.assert_close(scores, expected)
 
 

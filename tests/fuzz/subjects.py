@@ -340,8 +340,10 @@ def _liven(draw: Draw, model: nn.Module) -> None:
 
 def _flags(draw: Draw, model: nn.Module) -> None:
     """Modes, frozen parameters, gradients and hooks, as a user's model has them."""
-    model.train(draw.chance(0.6))
-    if draw.chance(0.2):
+    # a checkpoint that is loaded into a merged adapter may have been saved either way
+    merging = "merging" in draw.tags
+    model.train(draw.chance(0.6) or merging)
+    if draw.chance(0.2) and not merging:
         draw.note("mixed modes")
         for module in model.modules():
             if not list(module.children()):
