@@ -72,7 +72,7 @@ class TrainingFlags:
                 base.restore()
                 self._state.hooks.of_load(load)
             self.settle(probe)
-            if not is_own and not all(flags):
+            if not (is_own and is_merged) and not all(flags):
                 mode, other = ("evaluation", "train") if as_merged else ("training", "eval")
                 warnings.warn(
                     "layers of the model change weights in eval() (a merged adapter, say) and the "

@@ -66,8 +66,10 @@ def _noise(model: nn.Module, batch: Batch, loss: Loss) -> str | None:
 
 def _whole(model: nn.Module, batch: Batch, loss: Loss) -> str | None:
     call_model(model, batch)
+    last = example_count(batch) - 1
     try:
-        call_model(model, take(batch, slice(0, 1)))
+        for one in (0, last):
+            call_model(model, take(batch, slice(one, one + 1)))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return (

@@ -66,7 +66,9 @@ def vmapped(
         # torch's word that an operation is a loop under vmap: the caller has warned of slowness
         warnings.filterwarnings("ignore", message="There is a performance drop")
         try:
-            gradients = per_example(values, *tensors)
+            # `grad` differentiates all the same; other parameters would keep a graph
+            with torch.no_grad():
+                gradients = per_example(values, *tensors)
         except (IndexError, RuntimeError):
             with torch.no_grad():  # vmap hides values: here a label of no class is named
                 loss.values(call_model(model, batch), batch)

@@ -29,7 +29,7 @@ def starts_again(question: Question) -> Question:
                 self.forget()
             except ChangedError:
                 raise  # however the examples stand
-            except (ValueError, RuntimeError, IndexError) as error:
+            except Exception as error:
                 # an axis of the batch may have been taken for that of the examples
                 first = first or error
                 if not self.read_otherwise():
