@@ -222,6 +222,8 @@ def _collect(item: Any, found: list[Tensor]) -> None:
     elif isinstance(item, list | tuple):
         for value in item:
             _collect(value, found)
+    elif hasattr(item, "__dict__"):  # an output of a class of the user's
+        _collect(list(vars(item).values()), found)
 
 
 def close(ones: list[Tensor], others: list[Tensor] | None) -> bool:

@@ -62,6 +62,18 @@ class Use:
     delta: Tensor
 
 
+class _NotAView(torch.autograd.Function):
+    """The same tensor, with a place in the graph that stays its own."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor) -> Tensor:
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
 class Capture:
     """Per-example gradients of the chosen parameters of a model.
 
@@ -134,6 +146,9 @@ class Capture:
             replaced = None
             if layer.layout == SHARED and self._examples > 1:
                 output = replaced = shared(output, self._examples)
+            if output.requires_grad and output._is_view():
+                # changed in place, a view would get another place in the graph
+                output = replaced = _NotAView.apply(output)
             if output.requires_grad:
                 detached = tuple(x.detach() for x in inputs)
                 self._calls.append(Call(layer, detached, get_gradient_edge(output)))

@@ -193,8 +193,6 @@ class GradientSource:
         """Compare a batch's gradients with those of some of its examples by themselves."""
         capture, n = self.capture, gradients.n
         moving = self._checked[id(loss)][2]
-        if n == 1 and not capture.without_rule and len(moving) == len(capture.parameters):
-            return  # nothing to mix
         due = self._schedule.due(self._checkpoint, loss, capture.path, capture.shapes)
         unproven = set(capture.parameters) - moving
         awake = not_yet_moving(gradients, unproven) if unproven else None
