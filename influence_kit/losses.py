@@ -177,6 +177,8 @@ class Loss:
         """The sum over the examples, given what the loss returned."""
         if value.dim() == 0:
             self.check_not_reduced(n)
+            if self.reduction is None and n > 1 and value.requires_grad:
+                self._refuse_unknown(value, n)
             if self.reduction != "mean":
                 return value
             self._check_shares(targets_of(batch), n)
@@ -192,6 +194,19 @@ class Loss:
                 "its first dimension must be the examples (reshape token losses to [n, tokens])"
             )
         return value.sum()
+
+    def _refuse_unknown(self, value: Tensor, n: int) -> None:
+        """Refuse a reduced loss of which it is not known what it reduces by."""
+        try:
+            tells = bool(value != 0)
+        except RuntimeError:  # under a transform that shows no values
+            return
+        if tells:
+            raise InvalidArgumentError(
+                f"`{self.name}` returned one number for {n} examples, and batches of one example, "
+                "which were all so far, do not show whether that is their sum or their mean: say "
+                f'it ({self.name}.reduction = "sum" or "mean"), or return one value per example'
+            )
 
     def _model_loss(self, outputs: Any, targets: Any) -> Tensor:
         """Without a ``loss_fn``: the loss in the model's output, or the output itself."""

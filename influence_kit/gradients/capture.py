@@ -159,6 +159,8 @@ class Capture:
     def uses(self, batch: Batch, loss: Loss, n: int) -> list[Use]:
         """Run the model forward and backward; every call of a layer that the loss depends on."""
         self._calls, self._examples = [], n
+        shared_layers = [layer for layer in self.layers if layer.layout == SHARED and n > 1]
+        self.misplaced = [name for layer in shared_layers for name in layer.names.values()]
         try:
             with torch.enable_grad(), clear_errors(self.model, batch):
                 outputs = call_model(self.model, batch)
@@ -166,6 +168,7 @@ class Capture:
             calls = self._calls
         finally:
             self._calls = None
+        self.misplaced = []
         self._note(calls, batch, n)
         if not total.requires_grad:
             refuse_without_graph(self.model, batch, loss, n)

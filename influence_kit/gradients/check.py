@@ -9,6 +9,7 @@ does so for this comparison.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,9 @@ def check(capture: Capture, batch: Batch, loss: Loss) -> set[str]:
         tolerance = None if wide is None else WIDENED
         if example_count(few) > 1:
             _settle_loss(capture.model, take(few, slice(0, ALONE + 1)), loss, wide is not None)
+        elif not loss.settled and loss.reduction is None:
+            with suppress(Exception):  # a single example twice tells a sum from a mean
+                _settle_loss(capture.model, take(few, torch.tensor([0, 0])), loss, wide is not None)
         comparison = Comparison(
             capture.model, capture.parameters, few, loss, tolerance, capture.scaled_by_frequency
         )
@@ -114,6 +118,8 @@ class _LayoutSearch:
         self.tried: dict[int, tuple[set[str], Iterator[str]]] = {}
         # the layers whose outputs were given a batch dimension, in order
         self.shared: list[Layer] = []
+        for layer in capture.layers if comparison.n > 1 else ():
+            layer.layout = ROWS
 
     def run(self) -> set[str]:
         """Find the layout of each layer; the names of the parameters for which none is right."""

@@ -137,9 +137,12 @@ class GradientSource:
         try:
             with self._named():
                 return self.capture(batch, loss)
-        except ValueError as error:
-            # a layer that sees its examples elsewhere than in the batches before
-            if isinstance(error, InvalidArgumentError) or not self.capture.misplaced:
+        except (InvalidArgumentError, PassAgain):
+            raise
+        except Exception:
+            # a layer that sees its examples elsewhere than in the batches before; or the model's
+            # own error, of an output that was given a batch dimension or of no doing of ours
+            if not self.capture.misplaced:
                 raise
             self._give_up(set(self.capture.misplaced), batch, loss)
 
