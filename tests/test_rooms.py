@@ -16,6 +16,9 @@ FLOORS = [
     {
         "errors",
         "memory",
+        "precision",
+        "scaling",
+        "arguments",
         "data",
         "labels",
         "margins",

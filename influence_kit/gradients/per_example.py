@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from influence_kit.gradients.forms import Dense, Form, join
+from influence_kit.gradients.forms import Dense, Form, aligned, join
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,16 @@ class Gradients:
             if name in self.forms:
                 norms += self.forms[name].squared_norms()
         return norms
+
+    def balanced(self) -> tuple[Gradients, Tensor, Tensor]:
+        """Gradients whose squares exist, their squared norms and powers of two, both ``[n]``.
+
+        These gradients times two to the power are the whole ones, however small or large.
+        """
+        if not self.forms:
+            return self, self.squared_norms(), self.sample.new_zeros(self.n)
+        forms, squares, powers = aligned(list(self.forms.values()))
+        return self._with(self.n, dict(zip(self.forms, forms, strict=True))), squares, powers
 
     def paired(self, other: Gradients) -> Tensor:
         """The inner product of each example with the same example of the other, ``[n]``."""
