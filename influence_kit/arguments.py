@@ -1,0 +1,50 @@
+"""Checks of numbers that a user gives: counts, and real numbers within a range."""
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+from influence_kit.errors import InvalidArgumentError
+
+
+def check_count(value: Any, name: str, least: int = 1) -> int:
+    """The argument of that name as an int of at least ``least``.
+
+    Raises:
+        InvalidArgumentError: for anything else: a bool, a fraction, a number below.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        wanted = "a positive int" if least == 1 else f"an int of at least {least}"
+        raise InvalidArgumentError(f"`{name}` must be {wanted}; got {value!r}")
+    return int(value)
+
+
+def check_number(
+    value: Any,
+    name: str,
+    *,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    below: float = math.inf,
+    most: float = math.inf,
+) -> float:
+    """The argument of that name as a finite number within its range.
+
+    Args:
+        value: what was given.
+        name: of the argument.
+        above: the number must be larger than this.
+        least: at least this.
+        below: smaller than this.
+        most: at most this.
+
+    Raises:
+        InvalidArgumentError: for anything else: a bool, NaN, infinity, a number out of the range.
+    """
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if number and above < value < below and least <= value <= most:
+        return value if isinstance(value, int) else float(value)
+    limits = {"above": above, "of at least": least, "below": below, "of at most": most}
+    known = [f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit)]
+    wanted = " and ".join(["a finite number", *known]).replace(" and ", " ", 1)
+    raise InvalidArgumentError(f"`{name}` must be {wanted}; got {value!r}")
