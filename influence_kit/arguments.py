@@ -7,14 +7,21 @@ from typing import Any
 from influence_kit.errors import InvalidArgumentError
 
 
-def check_count(value: Any, name: str, least: int = 1) -> int:
+def check_count(value: Any, name: str, least: int = 1, instead: str = "") -> int:
     """The argument of that name as an int of at least ``least``.
+
+    Args:
+        value: what was given.
+        name: of the argument.
+        least: the smallest number.
+        instead: what it may be in place of a number, for the error: '"auto"'.
 
     Raises:
         InvalidArgumentError: for anything else: a bool, a fraction, a number below.
     """
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         wanted = "a positive int" if least == 1 else f"an int of at least {least}"
+        wanted += f" or {instead}" if instead else ""
         raise InvalidArgumentError(f"`{name}` must be {wanted}; got {value!r}")
     return int(value)
 
@@ -27,6 +34,7 @@ def check_number(
     least: float = -math.inf,
     below: float = math.inf,
     most: float = math.inf,
+    instead: str = "",
 ) -> float:
     """The argument of that name as a finite number within its range.
 
@@ -37,6 +45,7 @@ def check_number(
         least: at least this.
         below: smaller than this.
         most: at most this.
+        instead: what it may be in place of a number, for the error: '"auto"'.
 
     Raises:
         InvalidArgumentError: for anything else: a bool, NaN, infinity, a number out of the range.
@@ -44,7 +53,8 @@ def check_number(
     number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if number and above < value < below and least <= value <= most:
         return value if isinstance(value, int) else float(value)
-    limits = {"above": above, "of at least": least, "below": below, "of at most": most}
+    wanted = "a positive finite number" if above == 0 else "a finite number"
+    limits = {"above": above or math.inf, "of at least": least, "below": below, "of at most": most}
     known = [f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit)]
-    wanted = " and ".join(["a finite number", *known]).replace(" and ", " ", 1)
+    wanted = " ".join([wanted, " and ".join(known)]).strip() + (f" or {instead}" if instead else "")
     raise InvalidArgumentError(f"`{name}` must be {wanted}; got {value!r}")

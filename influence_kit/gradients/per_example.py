@@ -57,6 +57,10 @@ class Gradients:
             forms[name] = forms[name].plus(form) if name in forms else form
         return self._with(self.n, forms)
 
+    def of(self, names: Sequence[str]) -> Gradients:
+        """Those of the named parameters; of the others they are zero."""
+        return self._with(self.n, {n: form for n, form in self.forms.items() if n in names})
+
     def squared_norms(self) -> Tensor:
         """The squared norm of each example's whole gradient, ``[n]``."""
         return self.squared_norms_of(list(self.forms))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
+from influence_kit.arguments import check_count
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.checkpoints import LoadFunction, find_checkpoints, load_checkpoint
 from influence_kit.data import (
@@ -209,8 +210,4 @@ def _check_batch_size(batch_size: BatchSize, train_dataset: Any) -> BatchSize:
         raise InvalidArgumentError(
             "since the `train_dataset` argument was a `Dataset`, `batch_size` must be an int."
         )
-    if batch_size != "auto" and (isinstance(batch_size, bool) or not isinstance(batch_size, int)):
-        raise InvalidArgumentError(f'`batch_size` must be an int or "auto"; got {batch_size!r}')
-    if batch_size != "auto" and batch_size < 1:
-        raise InvalidArgumentError(f"`batch_size` must be at least 1; got {batch_size}")
-    return batch_size
+    return "auto" if batch_size == "auto" else check_count(batch_size, "batch_size", 1, '"auto"')

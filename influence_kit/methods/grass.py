@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from influence_kit.arguments import check_count
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.data import take, to_device
 from influence_kit.distributed import from_first_rank
@@ -42,10 +43,8 @@ class MaskedInfluence(ProjectedInfluence):
     def __init__(
         self, *args: Any, projection_dim: int = 4096, blow_up: int = 4, **kwargs: Any
     ) -> None:
-        for name, value in (("projection_dim", projection_dim), ("blow_up", blow_up)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidArgumentError(f"`{name}` must be a positive int; got {value!r}")
-        self.blow_up = blow_up
+        projection_dim = check_count(projection_dim, "projection_dim")
+        self.blow_up = check_count(blow_up, "blow_up")
         super().__init__(*args, projection_dim=projection_dim, **kwargs)
 
     def _projection_settings(self) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Letters: n examples, t positions (1 unless an example is a sequence), d features
 """
 
 import copy
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from influence_kit.arguments import check_count, check_number
 from influence_kit.data import Batch, take, to_device
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.gradients.source import GradientSource
@@ -31,15 +31,9 @@ class Settings:
     max_iter: int
 
     def __post_init__(self) -> None:
-        for name, value, limit in (("l2", self.l2, math.inf), ("tol", self.tol, 1)):
-            number = isinstance(value, float | int) and not isinstance(value, bool)
-            if not number or not 0 < value < limit:
-                raise InvalidArgumentError(
-                    f"`{name}` must be a number above 0 and below {limit}; got {value!r}"
-                )
-        most = self.max_iter
-        if isinstance(most, bool) or not isinstance(most, int) or most < 1:
-            raise InvalidArgumentError(f"`max_iter` must be a positive int; got {most!r}")
+        check_number(self.l2, "l2", above=0)
+        check_number(self.tol, "tol", above=0, below=1)
+        check_count(self.max_iter, "max_iter")
 
 
 @dataclass(frozen=True)
