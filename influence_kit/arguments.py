@@ -53,8 +53,10 @@ def check_number(
     number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if number and above < value < below and least <= value <= most:
         return value if isinstance(value, int) else float(value)
-    wanted = "a positive finite number" if above == 0 else "a finite number"
-    limits = {"above": above or math.inf, "of at least": least, "below": below, "of at most": most}
+    start = {above: "a positive number", least: "a number that is not negative"}
+    limits = {"above": above or math.inf, "of at least": least or math.inf, "below": below}
+    limits["of at most"] = most
     known = [f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit)]
-    wanted = " ".join([wanted, " and ".join(known)]).strip() + (f" or {instead}" if instead else "")
+    wanted = " and ".join([start.get(0, "a finite number"), *known])
+    wanted += f" or {instead}" if instead else ""
     raise InvalidArgumentError(f"`{name}` must be {wanted}; got {value!r}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from influence_kit.checkpoints import LoadFunction, label_of
 from influence_kit.dropout_masks import mask_numbers, set_masks
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.precision import real
 
 FINGERPRINT_CHUNK = 2**20
 
@@ -87,7 +88,7 @@ def _fingerprint(model: nn.Module) -> tuple[float, ...]:
     """Numbers that differ where weights, buffers (by value or by place) or masks do."""
     sums = mask_numbers(model)
     for value in (*model.parameters(), *model.buffers()):
-        for chunk in value.detach().flatten().split(FINGERPRINT_CHUNK):
+        for chunk in real(value.detach()).flatten().split(FINGERPRINT_CHUNK):
             places = torch.linspace(1, 2, len(chunk), dtype=torch.float64, device=chunk.device)
             sums.append(float(chunk.double() @ places))
     return tuple(sums)

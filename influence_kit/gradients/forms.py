@@ -132,6 +132,12 @@ class Form(ABC):
         )
 
     @property
+    def has_finite_factors(self) -> bool:
+        """Whether the sum of each of its tensors is finite."""
+        values = [v for v in vars(self).values() if isinstance(v, Tensor) and v.is_floating_point()]
+        return bool(torch.stack([torch.isfinite(value.sum()) for value in values]).all())
+
+    @property
     def p(self) -> int:
         """Number of elements of the parameter."""
         return math.prod(self.shape)
@@ -278,6 +284,10 @@ class Sum(Form):
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
+
+    @property
+    def has_finite_factors(self) -> bool:
+        return all(part.has_finite_factors for part in self.parts)
 
     def dense(self) -> Tensor:
         return sum((part.dense() for part in self.parts[1:]), self.parts[0].dense())

@@ -142,6 +142,14 @@ class Gradients:
         """What the forms take in memory."""
         return sum(form.nbytes for form in self.forms.values())
 
+    @property
+    def has_finite_factors(self) -> bool:
+        """Whether nothing in the forms is NaN or infinite, nor their sums: a quick look.
+
+        Products of what is finite may still overflow.
+        """
+        return all(form.has_finite_factors for form in self.forms.values())
+
     def non_finite(self) -> tuple[int, str] | None:
         """An example and a parameter whose gradient is NaN or infinite; None if all are finite."""
         for name, form in self.forms.items():

@@ -29,7 +29,7 @@ def check_damping(
             block: check_number(value, f"{name}` of block `{block}", least=0)
             for block, value in damping.items()
         }
-    return check_number(damping, name, least=0, instead='"auto"')
+    return check_number(damping, name, least=0)
 
 
 def share_of(

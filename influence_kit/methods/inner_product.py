@@ -273,7 +273,8 @@ class InnerProductInfluence(ExampleInfluence):
                         "no one vector an example has the scores as dot products; use `influence`"
                     )
                 side = term.test if of_tests else term.train
-                vectors = stream.vectors(side, batches, aggregate)
+                kind = "test" if of_tests else "training" if inputs is None else "input"
+                vectors = stream.vectors(side, batches, aggregate, kind)
                 weight = term.weight_at(loader.load(term.train.checkpoint))
                 if weight < 0:
                     raise InvalidArgumentError(

@@ -206,6 +206,10 @@ class Preconditioned(Form):
     def squared_norms(self) -> Tensor:
         return self.weighted.square().sum((1, 2, 3))
 
+    @property
+    def has_finite_factors(self) -> bool:
+        return all(form.has_finite_factors for form in self.source.values())
+
     def balanced(self) -> tuple[Form, Tensor]:
         powers = exponents(self.weighted)
         if not bool(powers.any()):

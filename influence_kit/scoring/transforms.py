@@ -11,7 +11,7 @@ from influence_kit.scaling import scaled_by_powers
 
 
 def unit_norm(gradients: Gradients) -> Gradients:
-    """Each example's gradient divided by its norm, however small or large; a zero one stays zero."""
+    """Each example's gradient over its norm, however small or large; a zero one stays zero."""
     gradients, squares, _ = gradients.balanced()
     return _divided(gradients, squares.sqrt())
 
