@@ -21,9 +21,12 @@ from influence_kit.data import Batch, call_model, example_count
 from influence_kit.gradients import functional
 from influence_kit.gradients.forms import Dense, Form
 from influence_kit.gradients.layouts import ROWS, SHARED, arrange, shared
+from influence_kit.gradients.loss_scaling import summed_loss
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rules import Rule, rule_for
 from influence_kit.losses import Loss
+from influence_kit.precision import exact, exact_dtype, real_shape
+from influence_kit.scaling import scaled_by_powers
 
 FunctionalGradients = Callable[..., dict[str, Dense]]
 
@@ -53,11 +56,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Use:
-    """One call of a layer with the gradient of the loss at its output."""
+    """One call of a layer with the gradient of the loss at its output.
+
+    In float16 that of each example is still to be multiplied by two to its power ``[n]``.
+    """
 
     layer: Layer
     inputs: tuple[Tensor, ...]
     delta: Tensor
+    powers: Tensor | None = None
 
 
 class Capture:
@@ -121,15 +128,16 @@ class Capture:
         self._calls, self._examples = [], n
         try:
             with torch.enable_grad():
-                total = loss.total(call_model(self.model, batch), batch, n)
+                total = summed_loss(call_model(self.model, batch), batch, loss, n)
             calls = self._calls
         finally:
             self._calls = None
-        if not calls or not total.requires_grad:
+        if not calls or not total.value.requires_grad:
             return []
-        deltas = torch.autograd.grad(total, [call.edge for call in calls], allow_unused=True)
+        edges = [call.edge for call in calls]
+        deltas, powers = total.gradients_by_example(edges, self.parameters.values(), n)
         return [
-            Use(call.layer, call.inputs, delta)
+            Use(call.layer, call.inputs, delta, powers)
             for call, delta in zip(calls, deltas, strict=True)
             if delta is not None
         ]
@@ -155,20 +163,23 @@ class Capture:
         if self.without_rule:
             chosen = {name: self.parameters[name] for name in self.without_rule}
             forms.update(self.functional(self.model, chosen, batch, loss, n))
-        shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
-        sample = functional.exact(next(iter(self.parameters.values())).detach())
-        return Gradients(n, forms, shapes, sample)
+        shapes = {name: real_shape(parameter) for name, parameter in self.parameters.items()}
+        first = next(iter(self.parameters.values())).detach()
+        return Gradients(n, forms, shapes, first.new_empty(0, dtype=exact_dtype(first.dtype)))
 
 
 def use_forms(use: Use, layout: str, n: int) -> dict[str, Form]:
     """The forms of one use of a layer, by parameter name."""
-    inputs = [functional.exact(arrange(x, layout, n)) for x in use.inputs]
+    inputs = [exact(arrange(x, layout, n)) for x in use.inputs]
     # the output of a layer with shared inputs was expanded in the hook: examples come first
     delta = arrange(use.delta, ROWS if layout == SHARED else layout, n)
-    found = use.layer.rule(use.layer.module, inputs, functional.exact(delta), n)
-    return {
+    found = use.layer.rule(use.layer.module, inputs, exact(delta), n)
+    forms = {
         name: found[attribute] for attribute, name in use.layer.names.items() if attribute in found
     }
+    if use.powers is None:
+        return forms
+    return {name: scaled_by_powers(form, use.powers) for name, form in forms.items()}
 
 
 def _layers(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[Layer]:
@@ -180,7 +191,9 @@ def _layers(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[La
             for attribute, parameter in module.named_parameters(recurse=False)
             if parameter in names
         }
-        rule = rule_for(module) if own else None
+        # rules are for real numbers: complex parameters go to ``functional``
+        complex_ones = any(p.is_complex() for p in module.parameters(recurse=False))
+        rule = rule_for(module) if own and not complex_ones else None
         if rule is not None:
             layers.append(Layer(module, rule, own))
     return layers

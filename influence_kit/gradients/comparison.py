@@ -12,6 +12,7 @@ from influence_kit.data import Batch, example_count, take
 from influence_kit.gradients import functional
 from influence_kit.gradients.forms import Form
 from influence_kit.losses import Loss
+from influence_kit.precision import exact, real
 
 EXAMPLES = 3
 
@@ -38,7 +39,7 @@ _HALF = Tolerance(1e-1, 3e-1, 1e-2)
 
 def tolerance_of(parameter: Tensor) -> Tolerance:
     """The tolerance for a tensor's precision."""
-    return _TOLERANCES.get(parameter.dtype, _HALF)
+    return _TOLERANCES.get(real(parameter).dtype, _HALF)
 
 
 def spread(n: int, count: int) -> Tensor:
@@ -77,9 +78,9 @@ class Comparison:
             if not torch.isfinite(whole):
                 continue  # the scores will say which example it was
             for name, gradient in zip(names, expected, strict=True):
-                tolerance = tolerance_of(gradient)
+                tolerance = tolerance_of(self.parameters[name])
                 form = forms.get(name)
-                difference = gradient.flatten().to(functional.exact(gradient).dtype)
+                difference = gradient.flatten().to(exact(gradient).dtype)
                 if form is not None:
                     difference = difference - form.rows(rows).dense().sum(0)
                 relative = tolerance.sums if n > 1 else tolerance.alone

@@ -6,7 +6,6 @@ module that ``torch.func.vmap`` takes; what it does not take is done one example
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,10 @@ from torch.func import functional_call, grad, vmap
 
 from influence_kit.data import Batch, call_arguments, call_model, example_axis, map_tensors, take
 from influence_kit.gradients.forms import Dense
+from influence_kit.gradients.loss_scaling import has_float16, scaled_examples, summed_loss
 from influence_kit.losses import Loss
 from influence_kit.memory import rows_within, workspace_bytes
+from influence_kit.precision import exact, real, real_shape
 
 # activations of a whole model are held for every example of a chunk
 MOST_EXAMPLES_AT_ONCE = 64
@@ -34,7 +35,7 @@ def vmapped(
     tensors: list[Tensor] = []
     map_tensors(batch, lambda tensor: tensors.append(note(tensor)))
 
-    def example_loss(values: dict[str, Tensor], *one: Tensor) -> Tensor:
+    def example_loss(values: dict[str, Tensor], scale: Tensor, *one: Tensor) -> Tensor:
         # what lost its example dimension to vmap gets one of length 1 back
         supply = iter(zip(one, axes, strict=True))
 
@@ -44,25 +45,33 @@ def vmapped(
 
         example = map_tensors(batch, restore)
         args, kwargs = call_arguments(model, example)
-        return loss.total(functional_call(model, values, args, kwargs), example, 1)
+        outputs = functional_call(model, values, args, kwargs)
+        return summed_loss(outputs, example, loss, 1).value * scale
 
     values = {name: parameter.detach() for name, parameter in parameters.items()}
     elements = sum(value.numel() * value.element_size() for value in values.values())
     device = next(iter(values.values())).device
     chunk = min(MOST_EXAMPLES_AT_ONCE, rows_within(4 * workspace_bytes(device), elements))
     per_example = vmap(
-        grad(example_loss), in_dims=(None, *axes), chunk_size=chunk, randomness="different"
+        grad(example_loss), in_dims=(None, 0, *axes), chunk_size=chunk, randomness="different"
     )
+    scales = torch.ones(n, device=device)
     with warnings.catch_warnings():
         # torch's word that an operation is a loop under vmap: the caller has warned of slowness
         warnings.filterwarnings("ignore", message="There is a performance drop")
         try:
-            gradients = per_example(values, *tensors)
+            if has_float16(values.values()):
+                found = scaled_examples(
+                    lambda scales: [*per_example(values, scales, *tensors).values()], n, scales
+                )
+                gradients = dict(zip(values, found, strict=True))
+            else:
+                gradients = per_example(values, scales, *tensors)
         except (IndexError, RuntimeError):
             with torch.no_grad():  # vmap hides values: here a label of no class is named
                 loss.values(call_model(model, batch), batch)
             raise
-    return {name: _dense(gradients[name], value.shape) for name, value in values.items()}
+    return {name: _dense(gradients[name], value) for name, value in values.items()}
 
 
 def one_by_one(
@@ -74,7 +83,7 @@ def one_by_one(
         for i in range(n)
     ]
     return {
-        name: _dense(torch.stack([row[place] for row in rows]), parameter.shape)
+        name: _dense(torch.stack([row[place] for row in rows]), parameter)
         for place, (name, parameter) in enumerate(parameters.items())
     }
 
@@ -82,23 +91,21 @@ def one_by_one(
 def single_gradients(
     model: nn.Module, parameters: Sequence[Tensor], batch: Batch, loss: Loss, n: int = 1
 ) -> list[Tensor]:
-    """Autograd's own gradients of the batch's total loss: a zero where a parameter was not used."""
+    """Autograd's own gradients of the batch's total loss: a zero where a parameter was not used.
+
+    Complex ones as pairs of real numbers, those in float16 as float32.
+    """
     with torch.enable_grad():
-        total = loss.total(call_model(model, batch), batch, n)
-    found: Sequence[Any] = [None] * len(parameters)
-    if total.requires_grad:
-        found = torch.autograd.grad(total, parameters, allow_unused=True)
+        total = summed_loss(call_model(model, batch), batch, loss, n)
+    found: Sequence[Tensor | None] = [None] * len(parameters)
+    if total.value.requires_grad:
+        found = total.gradients(parameters, parameters)
     return [
-        torch.zeros_like(p) if g is None else (g.to_dense() if g.is_sparse else g)
+        real(torch.zeros_like(p) if g is None else (g.to_dense() if g.is_sparse else g))
         for p, g in zip(parameters, found, strict=True)
     ]
 
 
-def _dense(values: Tensor, shape: torch.Size) -> Dense:
-    return Dense(exact(values).reshape(len(values), -1), shape)
-
-
-def exact(tensor: Tensor) -> Tensor:
-    """Half precision as float32, in which products and sums are taken; the rest as it is."""
-    half = tensor.dtype in (torch.float16, torch.bfloat16)
-    return tensor.float() if half else tensor
+def _dense(values: Tensor, parameter: Tensor) -> Dense:
+    """Per-example gradients of a parameter, or pairs of real numbers of them, written out."""
+    return Dense(exact(real(values)).reshape(len(values), -1), real_shape(parameter))

@@ -20,8 +20,8 @@ from influence_kit.data import (
     take,
 )
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.gradients.functional import exact
 from influence_kit.labels import label_key
+from influence_kit.precision import exact
 
 
 def layer_outputs(

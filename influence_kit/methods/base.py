@@ -27,10 +27,10 @@ from influence_kit.data import (
 )
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.check import refuse_mixing_layers
-from influence_kit.gradients.functional import exact
 from influence_kit.gradients.source import GradientSource, comfortable_rows
 from influence_kit.losses import Loss, LossFunction, declared_reduction
 from influence_kit.methods.chosen import check_layers, choose_parameters
+from influence_kit.precision import exact_dtype
 from influence_kit.restore import borrowed
 
 BatchSize = int | Literal["auto"] | None
@@ -158,11 +158,12 @@ class InfluenceBase(DataInfluence):
     @property
     def _sample(self) -> Tensor:
         """An empty tensor as scores are computed: where the model is, not in half precision."""
-        return exact(next(iter(self._parameters.values())).detach()).new_empty(0)
+        return torch.empty(0, dtype=self._dtype, device=self._device)
 
     @property
     def _dtype(self) -> torch.dtype:
-        return next(iter(self._parameters.values())).dtype
+        """Of scores: the model's, real, and float32 for half precision."""
+        return exact_dtype(next(iter(self._parameters.values())).dtype)
 
     def _train_count(self) -> int:
         data = getattr(self.train_dataloader, "dataset", None)

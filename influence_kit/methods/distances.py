@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from influence_kit.gradients.functional import exact
+from influence_kit.precision import exact
 
 
 def euclidean_distance(test: Tensor, train: Tensor) -> Tensor:

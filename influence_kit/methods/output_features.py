@@ -14,7 +14,6 @@ from influence_kit.arguments import check_count
 from influence_kit.data import Batch, call_model, example_count, targets_of
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.forms import Dense
-from influence_kit.gradients.functional import exact
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.source import GradientSource
 from influence_kit.losses import Loss
@@ -25,6 +24,7 @@ from influence_kit.margins import (
     slope_along,
 )
 from influence_kit.operators.joint_projection import JointProjection, joint_projection
+from influence_kit.precision import exact
 
 FEATURES, SLOPE = "features", "1 - p"
 KINDS = ("sjlt", "rademacher", "gaussian", "identity")

@@ -192,7 +192,12 @@ def test_blocks_of_parameters_that_were_not_chosen(model: nn.Module, refused: An
     ("method", "name", "values", "match"),
     [
         ("CGInfluenceFunction", "max_iter", [0, -1, 2.5, True, None], "must be a positive int"),
-        ("CGInfluenceFunction", "tol", [-1e-3, float("nan"), float("inf"), True], "that is not negative"),
+        (
+            "CGInfluenceFunction",
+            "tol",
+            [-1e-3, float("nan"), float("inf"), True],
+            "that is not negative",
+        ),
         (
             "CGInfluenceFunction",
             "preconditioner",
