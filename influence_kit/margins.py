@@ -58,6 +58,8 @@ def _margins(outputs: Any, targets: Any, shift: int | None) -> tuple[Tensor, Ten
         labels = targets if isinstance(targets, Tensor) else labels_of(targets)
     except InvalidArgumentError as error:
         raise _refusal(str(error)) from None
+    if logits.is_complex():
+        raise _refusal(f"the outputs are {logits.dtype}, which no softmax takes")
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise _refusal(f"the targets are {labels.dtype}, not labels of classes")
     if logits.dim() == labels.dim() + 1 and logits.dim() > 2 and logits.shape[:-1] != labels.shape:

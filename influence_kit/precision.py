@@ -1,7 +1,7 @@
 """In which precision numbers are added up, and complex numbers as pairs of real ones."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -32,13 +32,16 @@ def real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
+def has_complex(layer: nn.Module) -> bool:
+    """Whether a layer has complex parameters of its own."""
+    return any(parameter.is_complex() for parameter in layer.parameters(recurse=False))
+
+
 def real_shape(tensor: Tensor) -> torch.Size:
     """The shape of ``real(tensor)``."""
     return torch.Size([*tensor.shape, 2]) if tensor.is_complex() else tensor.shape
 
 
-def like(values: Tensor, tensor: Tensor) -> Tensor:
-    """What ``real`` makes of a tensor like the second, the other way round: complex where it is."""
-    if not tensor.is_complex():
-        return values.to(tensor.dtype)
-    return torch.view_as_complex(values.contiguous()).to(tensor.dtype)
+def restored(pairs: Tensor, tensor: Tensor) -> Tensor:
+    """The other way round: complex where the second tensor is, else as it is."""
+    return torch.view_as_complex(pairs.contiguous()) if tensor.is_complex() else pairs

@@ -107,7 +107,7 @@ def neighbor_disagreement(features: Values, labels: Values, k: int = 10) -> Tens
     points = numbers(features, "features", "[n, d]")
     n = len(points)
     given = class_labels(labels, "labels", n)
-    if not 1 <= check_count(k, "k") < n:
+    if not 1 <= check_count(k, "k", least=0) < n:
         raise InvalidArgumentError(f"`k` is {k}; {n} examples have 1 to {n - 1} neighbours each")
     shares = []
     for rows in torch.arange(n).split(_rows_of(n)):

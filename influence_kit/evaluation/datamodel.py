@@ -42,7 +42,7 @@ def half_subsets(n: int, count: int, fraction: float = 0.5, seed: int = 0) -> Te
         >>> half_subsets(6, count=4).sum(dim=1).tolist()
         [3, 3, 3, 3]
     """
-    check_count(count, "count")
+    check_count(count, "count", least=0)
     size = count_of(fraction, check_count(n, "n"))
     if count < 1 or not 0 < size < n:
         raise InvalidArgumentError(

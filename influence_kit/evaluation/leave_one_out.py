@@ -79,7 +79,8 @@ def leave_one_out(
         [[3.0, 1.25, -0.75]]
     """
     sign = sign_of(outputs_are)
-    check_count(n, "n", least=2)
+    if check_count(n, "n", least=0) < 2:
+        raise InvalidArgumentError(f"`n` is {n}; leaving one out needs at least two examples")
     left_out = places(indices, n)
     masks = torch.ones(1 + len(left_out), n, dtype=torch.bool)
     masks[torch.arange(1, len(masks)), left_out] = False

@@ -25,7 +25,7 @@ from influence_kit.gradients.loss_scaling import summed_loss
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rules import Rule, rule_for
 from influence_kit.losses import Loss
-from influence_kit.precision import exact, exact_dtype, real_shape
+from influence_kit.precision import exact, exact_dtype, has_complex, real_shape
 from influence_kit.scaling import scaled_by_powers
 
 FunctionalGradients = Callable[..., dict[str, Dense]]
@@ -192,8 +192,7 @@ def _layers(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[La
             if parameter in names
         }
         # rules are for real numbers: complex parameters go to ``functional``
-        complex_ones = any(p.is_complex() for p in module.parameters(recurse=False))
-        rule = rule_for(module) if own and not complex_ones else None
+        rule = rule_for(module) if own and not has_complex(module) else None
         if rule is not None:
             layers.append(Layer(module, rule, own))
     return layers

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from influence_kit.data import Batch, map_tensors
+from influence_kit.errors import InvalidArgumentError
 from influence_kit.losses import Loss
 from influence_kit.precision import HALF, exact
 
@@ -116,7 +117,13 @@ def summed_loss(outputs: Any, batch: Batch, loss: Loss, n: int) -> SummedLoss:
 
     shown, is_half = map_tensors(outputs, single), torch.float16 in dtypes
     if dtypes.isdisjoint(HALF):
-        return SummedLoss(loss.total(outputs, batch, n), heads, is_half)
+        value = loss.total(outputs, batch, n)
+        if value.is_complex():
+            raise InvalidArgumentError(
+                f"`{loss.name}` returned {value.dtype}, and a loss is a real number: return the "
+                "real part or the absolute value"
+            )
+        return SummedLoss(value, heads, is_half)
     if isinstance(batch, Mapping):
         known: Batch = map_tensors(batch, exact)
     else:

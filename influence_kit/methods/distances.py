@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from influence_kit.errors import InvalidArgumentError
 from influence_kit.precision import exact
 
 
@@ -56,4 +57,9 @@ def _norms(vectors: Tensor) -> Tensor:
 
 
 def _flat(vectors: Tensor) -> Tensor:
+    if vectors.is_complex():
+        raise InvalidArgumentError(
+            f"activations of {vectors.dtype} have no distance here: name a layer whose output is "
+            "real, or pass a `similarity_metric` of your own"
+        )
     return exact(vectors.reshape(len(vectors), math.prod(vectors.shape[1:])))

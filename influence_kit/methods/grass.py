@@ -23,6 +23,7 @@ from influence_kit.operators.projection import columns_within, whole
 from influence_kit.operators.random_maps import random_map, shortened
 from influence_kit.operators.unit_maps import TwoSided, UnitMap, WrittenOut
 from influence_kit.operators.units import Unit
+from influence_kit.precision import real_shape
 from influence_kit.scoring.features import chosen_rows
 
 # examples from which a mask is learnt
@@ -101,7 +102,7 @@ class GraSS(MaskedInfluence):
         return settings
 
     def _map_of(self, unit: Unit) -> UnitMap:
-        shapes = {name: self._parameters[name].shape for name in unit.names}
+        shapes = {name: real_shape(self._parameters[name]) for name in unit.names}
         p, name = sum(shape.numel() for shape in shapes.values()), unit.names[0]
         if p <= self.projection_dim:
             return WrittenOut(shapes, Identity(p))
@@ -198,7 +199,7 @@ class FactGraSS(MaskedInfluence):
     def _map_of(self, unit: Unit) -> UnitMap:
         name, dim = unit.names[0], self.projection_dim
         if not unit.is_matrix:
-            shape = self._parameters[name].shape
+            shape = real_shape(self._parameters[name])
             return WrittenOut({name: shape}, self._sparse(shape.numel(), name))
         if unit.outputs * unit.inputs <= dim:
             return whole(unit)

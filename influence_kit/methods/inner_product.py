@@ -22,6 +22,7 @@ from influence_kit.methods.chosen import group_by_layer
 from influence_kit.methods.example_influence import ExampleInfluence, given
 from influence_kit.methods.identity import identity
 from influence_kit.methods.kept_rows import Build, KeptRows, Places
+from influence_kit.precision import real_shape
 from influence_kit.scoring.reducers import AllScores, Reducer
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term, Transform
@@ -110,7 +111,7 @@ class InnerProductInfluence(ExampleInfluence):
     @property
     def _shapes(self) -> Mapping[str, torch.Size]:
         """The shapes of what ``_features`` gives, by name."""
-        return {name: parameter.shape for name, parameter in self._parameters.items()}
+        return {name: real_shape(parameter) for name, parameter in self._parameters.items()}
 
     @property
     def _kept_shapes(self) -> Mapping[str, torch.Size]:

@@ -30,6 +30,7 @@ from influence_kit.losses import Loss
 from influence_kit.memory import rows_within, workspace_bytes
 from influence_kit.operators.partition import Partition
 from influence_kit.operators.products import EitherMode, Tree, mixed_product
+from influence_kit.precision import real, restored
 from influence_kit.scoring.features import Block, Rows
 
 
@@ -151,14 +152,16 @@ class Perturbation:
 
     def _product(self, batch: Batch, zeros: Tensor, vectors: Tensor) -> Tensor:
         model, n = self.perturbed.model, example_count(batch)
+        parameters = self.source.capture.parameters
         args, kwargs = call_arguments(model, batch)
 
         def function(values: Tree, shift: Tensor) -> Tensor:
             with self.perturbed.changed(lambda value: value + shift):
-                outputs = functional_call(model, dict(values), args, kwargs)
+                own = {name: restored(value, parameters[name]) for name, value in values.items()}
+                outputs = functional_call(model, own, args, kwargs)
             return self.loss.total(outputs, batch, n)
 
-        values = {name: p.detach() for name, p in self.source.capture.parameters.items()}
+        values = {name: real(p.detach()) for name, p in parameters.items()}
         shapes = {name: value.shape for name, value in values.items()}
         trees = Partition({"all": list(shapes)}, shapes).split(vectors)
         along = {name: tree.to(values[name].dtype) for name, tree in trees.items()}

@@ -26,6 +26,7 @@ from influence_kit.methods.example_influence import given
 from influence_kit.methods.kept_fit import KeptFit
 from influence_kit.methods.last_layer import chosen_outputs
 from influence_kit.methods.refit import Head, Refit, Settings
+from influence_kit.precision import has_complex
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term
 
@@ -137,6 +138,11 @@ class RepresenterPointSelection(KeptFit):
         if rule_for(self.final_fc_layer) not in (linear, transposed_linear):
             raise InvalidArgumentError(
                 f"`final_fc_layer` must be a linear layer; '{self._layer}' is {self.final_fc_layer}"
+            )
+        if has_complex(self.final_fc_layer):
+            raise InvalidArgumentError(
+                f"`final_fc_layer` '{self._layer}' has complex parameters, and the refit is of "
+                "real ones; a method of gradients takes them (`TracInCPFast`, say)"
             )
 
     # What a method says.

@@ -17,6 +17,7 @@ from influence_kit.gradients.forms import Dense, Form
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.operators.maps import Placed, VectorMap
 from influence_kit.operators.random_maps import random_map
+from influence_kit.precision import real_shape
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def joint_projection(
         name: what the sum is called.
         key: what the maps are drawn from, beside the parameters' names.
     """
-    shapes = {other: parameter.shape for other, parameter in parameters.items()}
+    shapes = {other: real_shape(parameter) for other, parameter in parameters.items()}
     sizes = {other: shape.numel() for other, shape in shapes.items()}
     if kind == "identity":
         starts = accumulate(sizes.values(), initial=0)

@@ -92,6 +92,8 @@ class ModelLabels:
         return (*batch[:-1], labels)
 
     def _likelihood(self, logits: Tensor, labels: Tensor) -> Likelihood:
+        if logits.is_complex():
+            raise self._refusal("the outputs are complex")
         if not labels.is_floating_point():
             axis = _class_axis(logits, labels, self.loss.shift)
             if axis is None:

@@ -19,6 +19,7 @@ from influence_kit.operators.maps import Identity
 from influence_kit.operators.random_maps import shortened
 from influence_kit.operators.unit_maps import TwoSided, UnitMap, WrittenOut
 from influence_kit.operators.units import Unit, units_of
+from influence_kit.precision import real_shape
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,9 @@ def layer_by_layer(
     """The chosen parameters projected unit by unit, each from both sides."""
     return Projection(
         {
-            unit.names[0]: from_both_sides(unit, parameters[unit.names[0]].shape, kind, dim, seed)
+            unit.names[0]: from_both_sides(
+                unit, real_shape(parameters[unit.names[0]]), kind, dim, seed
+            )
             for unit in units_of(model, parameters)
         }
     )
