@@ -26,6 +26,7 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.iterables import refuse_one_pass
 
 Batch = tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
@@ -200,8 +201,10 @@ def as_loader(data: Any, batch_size: int | None, name: str) -> Iterable[Batch]:
         name: what to call ``data`` in an error.
 
     Raises:
-        InvalidArgumentError: where the order changes between passes, so that indices mean nothing.
+        InvalidArgumentError: where the order changes between passes, so that indices mean nothing;
+            where there can be one pass only.
     """
+    refuse_one_pass(data, name)
     if is_dataset(data):
         if batch_size is None:
             raise InvalidArgumentError(

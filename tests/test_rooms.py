@@ -19,6 +19,7 @@ FLOORS = [
         "precision",
         "scaling",
         "arguments",
+        "iterables",
         "data",
         "labels",
         "margins",

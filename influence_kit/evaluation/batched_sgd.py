@@ -18,7 +18,8 @@ from torch.func import functional_call, vmap
 from influence_kit.arguments import check_count, check_number
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.batch_order import Part, Step, own_batches, shared_batches
-from influence_kit.evaluation.recipe import describe_function, seeded
+from influence_kit.evaluation.recipe import as_seed, seeded
+from influence_kit.evaluation.settings import describe_function
 from influence_kit.evaluation.stacked_models import (
     INSTEAD,
     ModelStack,
@@ -212,7 +213,7 @@ class BatchedSGD:
         self, stack: ModelStack, subsets: Sequence[Tensor], seeds: Sequence[int]
     ) -> Iterator[int]:
         """Train the stacked models in place; yields each epoch's number, from 1, at its end."""
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        generators = [torch.Generator().manual_seed(as_seed(seed)) for seed in seeds]
         velocities = [torch.zeros_like(weight) for weight in stack.weights]
         for epoch in range(1, self.epochs + 1):
             if self.same_batches:

@@ -28,6 +28,7 @@ from influence_kit.data import (
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.check import refuse_mixing_layers
 from influence_kit.gradients.source import GradientSource, comfortable_rows
+from influence_kit.iterables import readable_again
 from influence_kit.losses import Loss, LossFunction, declared_reduction
 from influence_kit.methods.chosen import check_layers, choose_parameters
 from influence_kit.precision import exact_dtype
@@ -183,7 +184,8 @@ class InfluenceBase(DataInfluence):
             )
         if ordered:
             check_order(inputs, "inputs")
-        return inputs
+        batches: Iterable[Batch] = readable_again(inputs)
+        return batches
 
     def _loader_of(self, data: Any, name: str) -> Iterable[Batch]:
         """Batches of a data set, of the size asked for."""

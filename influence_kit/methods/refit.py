@@ -18,6 +18,7 @@ from influence_kit.gradients.source import GradientSource
 from influence_kit.losses import Loss, LossFunction
 from influence_kit.methods.last_layer import LastLayer, at_last_layer, joined
 from influence_kit.methods.newton import Objective, minimum
+from influence_kit.scaling import unit_rows
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,7 @@ class Refit:
         seen = at_last_layer(self.model, self.layer, batch, self._precise_loss())
         features = seen.features
         if self.settings.normalize:
-            norms = features.norm(dim=-1, keepdim=True)
-            features = features / torch.where(norms > 0, norms, 1.0)
+            features = unit_rows(features.flatten(0, 1)).view_as(features)
         if self.settings.count_bias:
             features = F.pad(features, (0, 1), value=1.0)
         return replace(seen, features=features)

@@ -15,6 +15,7 @@ from influence_kit.checkpoints import LoadFunction, load_checkpoint
 from influence_kit.data import Batch
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients
+from influence_kit.iterables import readable_again
 from influence_kit.losses import Loss, LossFunction
 from influence_kit.margins import OutputFunction
 from influence_kit.methods.base import BatchSize
@@ -168,6 +169,7 @@ class TRAK(SolvedInfluence):
         outer_loop_by_checkpoints: bool = False,
     ) -> Tensor:
         """The score of each example with itself, ``[n]``; see ``TracInCP.self_influence``."""
+        inputs = readable_again(inputs)
         scores = super().self_influence(inputs, show_progress, outer_loop_by_checkpoints)
         slopes = self._mean_slopes() if inputs is None else self._slopes_of(inputs)
         return scores * slopes.to(scores)

@@ -5,7 +5,8 @@ import functools
 import torch
 from torch import nn
 
-from influence_kit.evaluation.recipe import describe_function, seeded
+from influence_kit.evaluation.recipe import seeded
+from influence_kit.evaluation.settings import describe_function
 
 RATE = 0.1
 
