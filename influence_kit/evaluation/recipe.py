@@ -89,7 +89,9 @@ class Settings:
 
     def after_training(self) -> None:
         """Note which settings are others than before: logs and counters, which are none."""
-        before = self._before.get("train_fn", {}).get("uses", {})
+        if "train_fn" not in self._before:
+            return
+        before = self._before["train_fn"].get("uses", {})
         now = describe(self._train_fn, self._label).get("train_fn", {}).get("uses", {})
         changed = {name: value for name, value in before.items() if now.get(name) != value}
         self._written = {**changed, **self._written}

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,7 +30,8 @@ PLAIN = (bool, int, str, types.NoneType)
 # said in full by what they print
 PRINTED = (complex, bytes, range, slice, os.PathLike, torch.dtype, torch.device, torch.Size)
 # what training may hold that sets nothing
-NO_SETTINGS = (logging.Logger, io.IOBase, torch.Generator, np.random.Generator, nn.Module)
+LOCK = type(threading.Lock())
+NO_SETTINGS = (logging.Logger, io.IOBase, torch.Generator, np.random.Generator, nn.Module, LOCK)
 # larger tensors and containers are data
 LARGE = 1000
 # objects that are looked into before all of it is given up
@@ -125,9 +127,9 @@ class _Description:
         kind = type(value).__qualname__
         if isinstance(value, NO_SETTINGS):
             return self._of_module(value)["name"] if isinstance(value, nn.Module) else kind
-        sized = isinstance(value, Mapping | list | tuple | set | frozenset)
-        if isinstance(value, Dataset | DataLoader) or (sized and len(value) > LARGE):
-            return {"kind": kind, "length": _length(value)}
+        length = _length(value)
+        if isinstance(value, Dataset | DataLoader) or (length or 0) > LARGE:
+            return {"kind": kind, "length": length}
         if isinstance(value, Mapping):
             return self._all(value)
         if isinstance(value, list | tuple):
@@ -199,12 +201,12 @@ def _is_foreign(value: Any) -> bool:
 
 def _of_numbers(values: Any) -> Any:
     """A small tensor or array by a hash of its numbers, a large one by its shape."""
-    array = values.detach().cpu() if isinstance(values, Tensor) else torch.as_tensor(values)
-    kind = f"{array.dtype} {list(array.shape)}"
-    if array.numel() > LARGE:
+    kind = f"{values.dtype} {list(values.shape)}"
+    if math.prod(values.shape) > LARGE:
         return kind
-    bits = array.resolve_conj().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return f"{kind} {hashlib.sha256(bits).hexdigest()[:16]}"
+    # of float32, say, the shortest text that is read back as the same number
+    text = repr(values.detach().cpu().tolist() if isinstance(values, Tensor) else values.tolist())
+    return f"{kind} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def _length(value: Any) -> int | None:

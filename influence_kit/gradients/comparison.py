@@ -74,7 +74,7 @@ class Comparison:
             with self.same_random_state():
                 values = [self.parameters[name] for name in names]
                 expected = functional.single_gradients(self.model, values, batch, self.loss, n)
-            whole = torch.stack([g.norm() for g in expected]).norm()
+            whole = torch.stack([_norm(g) for g in expected]).norm()
             if not torch.isfinite(whole):
                 continue  # the scores will say which example it was
             for name, gradient in zip(names, expected, strict=True):
@@ -84,7 +84,7 @@ class Comparison:
                 if form is not None:
                     difference = difference - form.rows(rows).dense().sum(0)
                 relative = tolerance.sums if n > 1 else tolerance.alone
-                if not difference.norm() <= relative * gradient.norm() + tolerance.whole * whole:
+                if not _norm(difference) <= relative * _norm(gradient) + tolerance.whole * whole:
                     wrong.add(name)
         return wrong
 
@@ -101,3 +101,8 @@ class Comparison:
         devices = {p.device for p in self.parameters.values() if p.device.type == "cuda"}
         with torch.random.fork_rng(devices=list(devices)):
             yield
+
+
+def _norm(values: Tensor) -> Tensor:
+    """In float64, where the squares of all numbers of float32 exist."""
+    return values.double().norm()

@@ -108,4 +108,4 @@ def single_gradients(
 
 def _dense(values: Tensor, parameter: Tensor) -> Dense:
     """Per-example gradients of a parameter, or pairs of real numbers of them, written out."""
-    return Dense(exact(real(values)).reshape(len(values), -1), real_shape(parameter))
+    return Dense(exact(real(values.detach())).reshape(len(values), -1), real_shape(parameter))

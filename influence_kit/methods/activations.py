@@ -54,6 +54,11 @@ def layer_outputs(
 def _one_tensor(layer: str, output: Any) -> Tensor:
     if isinstance(output, tuple | list) and len(output) == 1:
         output = output[0]
+    if isinstance(output, Tensor) and output.is_complex():
+        raise InvalidArgumentError(
+            f"layer '{layer}' returns {output.dtype}, and activations are compared as real "
+            "numbers: name another layer"
+        )
     if isinstance(output, Tensor):
         return output
     raise InvalidArgumentError(

@@ -24,7 +24,7 @@ from influence_kit.margins import (
     slope_along,
 )
 from influence_kit.operators.joint_projection import JointProjection, joint_projection
-from influence_kit.precision import exact
+from influence_kit.precision import exact_dtype
 
 FEATURES, SLOPE = "features", "1 - p"
 KINDS = ("sjlt", "rademacher", "gaussian", "identity")
@@ -104,7 +104,8 @@ class OutputFeatures:
 
     def slopes_alone(self, batch: Batch) -> Gradients:
         """The slopes of a batch, at the checkpoint that is in the model."""
-        sample = exact(next(iter(self.source.capture.parameters.values())).detach())
+        first = next(iter(self.source.capture.parameters.values())).detach()
+        sample = first.new_empty(0, dtype=exact_dtype(first.dtype))
         slopes, one = self._slopes(batch).to(sample), torch.Size([1])
         return Gradients(len(slopes), {SLOPE: Dense(slopes[:, None], one)}, {SLOPE: one}, sample)
 

@@ -35,8 +35,10 @@ class MeanInverse:
         total = torch.zeros_like(vectors)
         for places, batch in self.data:
             total += self._batch_sum(self.features(places, batch), vectors)
-        lift = spread(self.damping, self.partition.sizes).to(vectors)
-        return (vectors - refuse_non_finite(total) / self.data.count) / lift
+        lift = spread(self.damping, self.partition.sizes).to(vectors.device)
+        # in float64, in which the inverse of a very small damping exists
+        left = vectors.double() - refuse_non_finite(total).double() / self.data.count
+        return (left / lift).to(vectors)
 
     def _batch_sum(self, gradients: Gradients, vectors: Tensor) -> Tensor:
         """The sum over a batch of g_j <g_j, v> / (damping + |g_j|^2)."""
@@ -49,7 +51,8 @@ class MeanInverse:
             # damping / 4^e, and |b|^2 neither vanishes nor overflows
             own, squares, powers = gradients.of(names).balanced()
             weights = own.inner_of(tests, own.n, names)
-            weights = weights / (damping * torch.exp2(-2 * powers) + squares)
+            scale = damping * torch.exp2(-2 * powers.double()) + squares.double()
+            weights = (weights.double() / scale).to(weights)
             columns += own.combined(weights, names).values()
         return torch.cat(columns, dim=1)
 

