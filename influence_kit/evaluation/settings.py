@@ -88,10 +88,13 @@ class _Description:
     def _of_module(self, module: nn.Module) -> dict[str, Any]:
         """A module without its weights: a loss, say, with its settings and class weights."""
         own = {
-            key: value for key, value in vars(module).items() if isinstance(value, (*PLAIN, float))
+            name: value
+            for name, value in vars(module).items()
+            if isinstance(value, (*PLAIN, float)) and name != "training" and name[0] != "_"
         }
-        buffers = {name: b for name, b in module.named_buffers() if b.numel() <= LARGE}
-        return {"name": repr(module), "uses": self._all({**own, **buffers})}
+        if next(module.parameters(), None) is None:  # else buffers are state, as weights are
+            own.update(module.named_buffers())
+        return {"name": repr(module), "uses": self._all(own)}
 
     def _all(self, values: Mapping[Any, Any]) -> dict[str, Any]:
         """The values by name, without what is no setting."""
@@ -126,7 +129,7 @@ class _Description:
     def _of_object(self, value: Any, name: str) -> Any:
         kind = type(value).__qualname__
         if isinstance(value, NO_SETTINGS):
-            return self._of_module(value)["name"] if isinstance(value, nn.Module) else kind
+            return self._of_module(value) if isinstance(value, nn.Module) else kind
         length = _length(value)
         if isinstance(value, Dataset | DataLoader) or (length or 0) > LARGE:
             return {"kind": kind, "length": length}

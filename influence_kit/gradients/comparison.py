@@ -105,4 +105,5 @@ class Comparison:
 
 def _norm(values: Tensor) -> Tensor:
     """In float64, where the squares of all numbers of float32 exist."""
-    return values.double().norm()
+    norm: Tensor = values.double().norm()
+    return norm
