@@ -43,9 +43,10 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 def _add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     text = (
-        "Print the checkpoints that a method would use, in order: file, step, learning rate, and "
-        "where the learning rate was found. Read are .pt, .pth, .ckpt, .bin and .safetensors files "
-        "and the checkpoint-N folders of Hugging Face's Trainer."
+        "Print the checkpoints that a method would use, in order: file, step, learning rate, its "
+        "kind (stored, applied, estimated or none) and where it was found. Read are .pt, .pth, "
+        ".ckpt, .bin and .safetensors files, the checkpoint-N folders of Hugging Face's Trainer "
+        "and the folders of accelerate's save_state."
     )
     parser = commands.add_parser(
         "inspect", help="list checkpoints with step and learning rate", description=text

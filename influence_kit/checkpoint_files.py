@@ -1,46 +1,51 @@
 """What a saved checkpoint holds: weights, step, learning rate, and where the rate was found.
 
 Read are ``.pt``, ``.pth``, ``.ckpt`` and ``.bin`` files (a state dict, or a dict with one under
-``model_state_dict``, ``state_dict`` or ``model``), ``.safetensors`` files, and the ``checkpoint-N``
-folders of Hugging Face's ``Trainer``. Nothing is unpickled but tensors and plain values.
+``model_state_dict``, ``state_dict`` or ``model``), ``.safetensors`` files, the ``checkpoint-N``
+folders of Hugging Face's ``Trainer`` and the folders of accelerate's ``save_state``. Nothing is
+unpickled but tensors and plain values.
 """
 
 import json
-import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from influence_kit.dropout_masks import MASKS
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.learning_rates.accelerate_folder import accelerate_rate
+from influence_kit.learning_rates.rate import NO_RATE, STORED, Rate, is_one_number
+from influence_kit.learning_rates.trainer_folder import trainer_rate, trainer_state
+from influence_kit.learning_rates.wrapped import wrapped_rate
+from influence_kit.torch_files import damaged, load_file
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")
 WEIGHT_KEYS = ("model_state_dict", "state_dict", "model")
 RATE_KEYS = ("learning_rate", "lr")
 STEP_KEYS = ("global_step", "step", "epoch")
-OPTIMIZER_KEYS = ("optimizer_state_dict", "optimizer", "optimizer_states")
-# the weights of a Trainer's folder, best first; the second names the files of a sharded model
-FOLDER_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+# the weights of a folder, best first; an index names the files of a sharded model
+FOLDER_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-NO_RATE = "none found: 1"
 
 
 @dataclass(frozen=True)
 class Contents:
-    """A checkpoint read: the rate is 1 where none is stored, which ``rate_source`` says."""
+    """A checkpoint read."""
 
     weights: Mapping[str, Any]
     step: int | None = None
-    learning_rate: float = 1.0
-    rate_source: str = NO_RATE
+    rate: Rate = NO_RATE
     is_adapter: bool = False
     masks: Mapping[str, Any] | None = None
 
@@ -76,7 +81,7 @@ def read(checkpoint: Any) -> Contents:
     elif path.suffix == ".safetensors":
         contents = _read_safetensors(path)
     elif path.suffix in TORCH_SUFFIXES:
-        contents = _unwrap(_torch_load(path))
+        contents = _unwrap(load_file(path), path)
     else:
         raise InvalidArgumentError(
             f"'{path}' is not a checkpoint that can be read: its ending is none of "
@@ -88,35 +93,23 @@ def read(checkpoint: Any) -> Contents:
     return contents
 
 
-def _torch_load(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes torch raise anything
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused is None or not isinstance(error, pickle.UnpicklingError):
-            raise _damaged(path, error) from error
-        raise InvalidArgumentError(
-            f"'{path}' holds a {refused[1]} beside tensors and is not unpickled unasked; save a "
-            "state dict, trust that class with torch.serialization.add_safe_globals, or pass a "
-            "`checkpoints_load_func`"
-        ) from error
-
-
-def _damaged(path: Path, error: Exception) -> InvalidArgumentError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return InvalidArgumentError(f"'{path}' cannot be read as a checkpoint: is it whole? ({reason})")
-
-
 def _read_safetensors(path: Path) -> Contents:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise _damaged(path, error) from error
-    rate, source = _stored_rate({k: float(metadata[k]) for k in RATE_KEYS if k in metadata})
+        raise damaged(path, error) from error
+    rate = _stored_rate({k: _number(metadata[k]) for k in RATE_KEYS if k in metadata})
     steps = [int(float(metadata[key])) for key in STEP_KEYS if key in metadata]
-    return Contents(weights, steps[0] if steps else None, rate, source)
+    return Contents(weights, steps[0] if steps else None, rate or NO_RATE)
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _read_folder(path: Path) -> Contents:
@@ -136,35 +129,13 @@ def _read_folder(path: Path) -> Contents:
         files = present[:1]
     for name in files:
         weights.update(read(path / name).weights)
-    step, rate, source = _trainer_state(path)
-    return Contents(weights, step, rate, source, is_adapter=not present)
+    state = trainer_state(path)
+    rate = accelerate_rate(path) if state is None else trainer_rate(path, state)
+    step = None if state is None else state.get("global_step")
+    return Contents(weights, step, rate, is_adapter=not present)
 
 
-def _trainer_state(path: Path) -> tuple[int | None, float, str]:
-    """Step and applied learning rate of a Trainer's folder.
-
-    The scheduler's and the optimizer's rate is that of the next step (0 at the end of a linear
-    decay), so the log comes first.
-    """
-    state_file, scheduler_file = path / "trainer_state.json", path / "scheduler.pt"
-    step = None
-    if state_file.is_file():
-        state = json.loads(state_file.read_text())
-        step = state.get("global_step")
-        logged = [e for e in state.get("log_history", []) if "learning_rate" in e]
-        logged = [e for e in logged if step is None or e["step"] <= step]
-        if logged:
-            entry = max(logged, key=lambda e: e["step"])
-            source = f"trainer_state.json, log of step {entry['step']}"
-            return step, float(entry["learning_rate"]), source
-    if scheduler_file.is_file():
-        rates = _torch_load(scheduler_file).get("_last_lr", [])
-        if rates:
-            return step, _only(rates), "scheduler.pt: the rate of the next step"
-    return step, 1.0, NO_RATE
-
-
-def _unwrap(saved: Any) -> Contents:
+def _unwrap(saved: Any, path: Path | None = None) -> Contents:
     """Weights and rate from a state dict, or from a dict around one."""
     if not isinstance(saved, Mapping):
         raise InvalidArgumentError(
@@ -173,49 +144,31 @@ def _unwrap(saved: Any) -> Contents:
         )
     wrapped = [key for key in WEIGHT_KEYS if isinstance(saved.get(key), Mapping)]
     extra = (*RATE_KEYS, *STEP_KEYS)
-    plain = {k: v for k, v in saved.items() if k not in extra or _is_array(v)}
-    weights = saved[wrapped[0]] if wrapped else plain
-    rate, source = _stored_rate(saved)
-    if source == NO_RATE and wrapped:
-        rate, source = _optimizer_rate(saved)
+    # beside the weights, an array of one of these names is a weight
+    around = (
+        saved if wrapped else {k: v for k, v in saved.items() if k in extra and not _is_array(v)}
+    )
+    weights = saved[wrapped[0]] if wrapped else {k: v for k, v in saved.items() if k not in around}
+    rate = _stored_rate(around)
+    if rate is None and wrapped:
+        rate = wrapped_rate(saved, path)
     steps = [int(saved[key]) for key in STEP_KEYS if isinstance(saved.get(key), int | float)]
-    return Contents(weights, steps[0] if steps else None, rate, source, masks=saved.get(MASKS))
+    return Contents(weights, steps[0] if steps else None, rate or NO_RATE, masks=saved.get(MASKS))
 
 
 def _is_array(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0
 
 
-def _stored_rate(saved: Mapping[str, Any]) -> tuple[float, str]:
+def _stored_rate(saved: Mapping[str, Any]) -> Rate | None:
     for key in RATE_KEYS:
         value = saved.get(key)
-        if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1):
-            return float(value), f"stored as '{key}'"
-        if value is not None and not isinstance(value, Tensor):
+        if value is None:
+            continue
+        if not is_one_number(value):
             raise InvalidArgumentError(
-                f"a checkpoint's '{key}' is {value!r}; it must be the learning rate, one number"
+                f"a checkpoint's '{key}' is {value!r}; it must be the learning rate, one number "
+                "(with several parameter groups, the rate that weighs the checkpoint)"
             )
-    return 1.0, NO_RATE
-
-
-def _optimizer_rate(saved: Mapping[str, Any]) -> tuple[float, str]:
-    for key in OPTIMIZER_KEYS:
-        state = saved.get(key)
-        if isinstance(state, list | tuple) and state:
-            state = state[0]
-        groups = state.get("param_groups", []) if isinstance(state, Mapping) else []
-        rates = [float(group["lr"]) for group in groups if "lr" in group]
-        if rates:
-            return _only(rates), f"optimizer state '{key}': the rate of the next step"
-    return 1.0, NO_RATE
-
-
-def _only(rates: Sequence[float]) -> float:
-    """The one rate of all groups of parameters."""
-    distinct = sorted({float(rate) for rate in rates})
-    if len(distinct) > 1:
-        raise InvalidArgumentError(
-            f"a checkpoint's optimizer state has several learning rates, {distinct}; store the one "
-            "that counts as 'learning_rate', or pass a `checkpoints_load_func`"
-        )
-    return distinct[0]
+        return Rate(float(value), f"stored as '{key}'", STORED)
+    return None

@@ -4,15 +4,15 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from influence_kit.checkpoints import LoadFunction, label_of
+from influence_kit.checkpoints import LoadFunction, label_of, load_checkpoint, load_with_rate
 from influence_kit.dropout_masks import mask_numbers, set_masks
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.learning_rates.rate import is_one_number
 from influence_kit.precision import real
 
 FINGERPRINT_CHUNK = 2**20
@@ -42,7 +42,7 @@ class CheckpointLoader:
             self._current = None
             set_masks(self._model, None)
             with _same_parameters(self._model):
-                rate = self._load(self._model, self._items[place])
+                rate, caution = self._put(place)
             if not _is_number(rate):
                 raise InvalidArgumentError(
                     f"`checkpoints_load_func` returned {rate!r} for checkpoint {place}; it must "
@@ -51,8 +51,24 @@ class CheckpointLoader:
             self._current = place
             if place not in self._rates:
                 self._rates[place] = float(rate)
+                if caution is not None:
+                    warnings.warn(caution, stacklevel=2)
                 self._warn(place)
         return self._rates[place]
+
+    @property
+    def current(self) -> int | None:
+        """The number of the checkpoint that is in the model; None before the first load."""
+        return self._current
+
+    def _put(self, place: int) -> tuple[Any, str | None]:
+        """Load a checkpoint; its rate, and what is doubtful about it."""
+        item = self._items[place]
+        if self._load is not load_checkpoint:
+            return self._load(self._model, item), None
+        # which would warn at each load
+        rate = load_with_rate(self._model, item)
+        return rate.value, rate.warning(label_of(item))
 
     def fingerprint(self, place: int) -> tuple[float, ...]:
         """Numbers that tell the weights and masks of a checkpoint, which has been loaded."""
@@ -79,9 +95,7 @@ class CheckpointLoader:
 
 
 def _is_number(rate: Any) -> bool:
-    if isinstance(rate, bool) or not isinstance(rate, Real | Tensor):
-        return False
-    return (not isinstance(rate, Tensor) or rate.numel() == 1) and math.isfinite(float(rate))
+    return is_one_number(rate) and math.isfinite(float(rate))
 
 
 def _fingerprint(model: nn.Module) -> tuple[float, ...]:
@@ -102,9 +116,20 @@ def _same_parameters(model: nn.Module) -> Iterator[None]:
     for module, name, parameter in owners:
         loaded = module._parameters[name]
         if loaded is not parameter and loaded is not None and parameter is not None:
+            _check_same_kind(name, loaded, parameter)
             with torch.no_grad():
                 parameter.copy_(loaded)
             module._parameters[name] = parameter
+
+
+def _check_same_kind(name: str, loaded: Tensor, parameter: Tensor) -> None:
+    """Refuse what a copy would broadcast, or take the imaginary part from."""
+    if loaded.shape != parameter.shape or loaded.is_complex() != parameter.is_complex():
+        raise InvalidArgumentError(
+            f"`checkpoints_load_func` put a {loaded.dtype} parameter of shape "
+            f"{list(loaded.shape)} in the place of '{name}', which is {parameter.dtype} of shape "
+            f"{list(parameter.shape)}; pass a model of the checkpoints' own structure"
+        )
 
 
 def memory_of(model: nn.Module) -> set[int]:

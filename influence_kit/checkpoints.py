@@ -6,6 +6,7 @@
 
 import glob
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,12 @@ from influence_kit import checkpoint_files
 from influence_kit.checkpoint_files import Contents
 from influence_kit.dropout_masks import set_masks
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.learning_rates.rate import Rate
 
 LoadFunction = Callable[[nn.Module, Any], float]
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+# folders that training scripts write beside the final model
+RUN_FOLDER = re.compile(r"checkpoint-.*|(checkpoint|step|epoch)[-_]\d+")
 
 
 def find_checkpoints(checkpoints: Any, any_file: bool = False) -> list[Any]:
@@ -54,9 +58,9 @@ def _find_paths(pattern: str | Path, any_file: bool) -> list[str]:
     if folder.is_file():
         raise InvalidArgumentError(f"{problem} It is a file: pass a list of files")
     if folder.is_dir():
-        if checkpoint_files.is_trainer_folder(folder) and not list(folder.glob("checkpoint-*")):
+        runs = [p for p in folder.iterdir() if RUN_FOLDER.fullmatch(p.name) and p.is_dir()]
+        if checkpoint_files.is_trainer_folder(folder) and not runs:
             return [str(folder)]
-        runs = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
         entries = runs or [path for path in folder.iterdir() if not path.name.startswith(".")]
         _refuse_foreign(entries, any_file)
         found = [str(path) for path in entries]
@@ -74,7 +78,7 @@ def _refuse_foreign(entries: Sequence[Path], any_file: bool) -> None:
         raise InvalidArgumentError(
             f"the checkpoint folder holds what is no checkpoint: {sorted(foreign)}; checkpoints "
             f"end in {', '.join(checkpoint_files.SUFFIXES)} or are folders of Hugging Face's "
-            "Trainer. Pass a glob such as 'folder/*.pt', or a `checkpoints_load_func`"
+            "Trainer or accelerate. Pass a glob such as 'folder/*.pt', or a `checkpoints_load_func`"
         )
 
 
@@ -87,11 +91,18 @@ def _natural(path: str | Path) -> list[tuple[int, Any]]:
 def load_checkpoint(model: nn.Module, checkpoint: Any) -> float:
     """Load a path or a state dict into the model; returns its learning rate (1 if none is stored).
 
+    The rate is the one stored as ``learning_rate`` or ``lr``, or else the one that was applied in
+    the last step before the checkpoint was saved; ``checkpoint_table`` shows where it was found.
     Prefixes of wrappers (``module.``, ``model.``, ...) are stripped where that alone makes the keys
     fit. Weights tied to others may be missing.
 
     Raises:
-        InvalidArgumentError: where keys or shapes do not fit, before anything is loaded.
+        InvalidArgumentError: where keys, shapes or kinds of numbers (complex, real) do not fit,
+            before anything is loaded; where the learning rate is not one number.
+
+    Warns:
+        UserWarning: where the applied rate could only be estimated, and where a checkpoint of a
+            known trainer has none.
 
     Example:
         >>> from torch import nn
@@ -99,11 +110,20 @@ def load_checkpoint(model: nn.Module, checkpoint: Any) -> float:
         >>> load_checkpoint(model, {"state_dict": model.state_dict(), "learning_rate": 0.1})
         0.1
     """
+    rate = load_with_rate(model, checkpoint)
+    caution = rate.warning(label_of(checkpoint))
+    if caution is not None:
+        warnings.warn(caution, stacklevel=2)
+    return rate.value
+
+
+def load_with_rate(model: nn.Module, checkpoint: Any) -> Rate:
+    """``load_checkpoint`` without its warnings; also where the learning rate was found."""
     contents = checkpoint_files.read(checkpoint)
     weights = _fitting(model, contents, label_of(checkpoint))
     model.load_state_dict(weights, strict=False)
     set_masks(model, contents.masks)
-    return contents.learning_rate
+    return contents.rate
 
 
 def _fitting(model: nn.Module, contents: Contents, label: str) -> dict[str, Any]:
@@ -124,13 +144,25 @@ def _fitting(model: nn.Module, contents: Contents, label: str) -> dict[str, Any]
         for key, value in given.items()
         if isinstance(value, Tensor) and key in expected and value.shape != expected[key].shape
     ]
-    if missing or unexpected or shapes:
+    kinds = [
+        f"{key}: {value.dtype} where the model has {expected[key].dtype}"
+        for key, value in given.items()
+        if _loses_a_part(value, expected.get(key))
+    ]
+    if missing or unexpected or shapes or kinds:
+        more = f", other kinds of numbers {_shown(kinds)}" if kinds else ""
         raise InvalidArgumentError(
             f"checkpoint {label} does not fit the model: missing keys {_shown(missing)}, "
-            f"unexpected keys {_shown(unexpected)}, other shapes {_shown(shapes)}; is it of this "
-            "model?"
+            f"unexpected keys {_shown(unexpected)}, other shapes {_shown(shapes)}{more}; "
+            "is it of this model?"
         )
     return given
+
+
+def _loses_a_part(value: Any, into: Any) -> bool:
+    """Whether a complex tensor would be copied into a real one, or the other way round."""
+    both = isinstance(value, Tensor) and isinstance(into, Tensor)
+    return both and value.is_complex() != into.is_complex()
 
 
 def _shown(items: Sequence[str], most: int = 5) -> str:
@@ -166,23 +198,34 @@ def label_of(checkpoint: Any) -> str:
 
 @dataclass(frozen=True)
 class CheckpointRow:
-    """One line of ``checkpoint_table``."""
+    """One line of ``checkpoint_table``.
+
+    Args:
+        checkpoint: its path.
+        step: the step or epoch at which it was saved.
+        learning_rate: the rate that weighs it.
+        rate_source: where the rate was found.
+        rate_kind: "stored" beside the weights, "applied" in the last step before it was saved,
+            "estimated" (it may differ from the applied one) or "none".
+    """
 
     checkpoint: str
     step: int | None
     learning_rate: float
     rate_source: str
+    rate_kind: str
 
 
 class CheckpointTable(list[CheckpointRow]):
     """What ``checkpoint_table`` found; prints as a table."""
 
     def __str__(self) -> str:
-        lines = [("checkpoint", "step", "learning rate", "found")]
+        lines = [("checkpoint", "step", "learning rate", "kind", "found")]
         for row in self:
             step = "-" if row.step is None else str(row.step)
-            lines.append((row.checkpoint, step, f"{row.learning_rate:g}", row.rate_source))
-        widths = [max(len(line[i]) for line in lines) for i in range(4)]
+            rate = f"{row.learning_rate:g}"
+            lines.append((row.checkpoint, step, rate, row.rate_kind, row.rate_source))
+        widths = [max(len(line[i]) for line in lines) for i in range(5)]
         padded = (
             "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines
         )
@@ -192,16 +235,17 @@ class CheckpointTable(list[CheckpointRow]):
 def checkpoint_table(checkpoints: Any) -> CheckpointTable:
     """The checkpoints that a method would use: name, step, learning rate, and where that was found.
 
+    The kind of the rate is "stored", "applied", "estimated" or "none" (``CheckpointRow``).
+
     Example:
         >>> print(checkpoint_table([{"state_dict": {}, "learning_rate": 0.1, "epoch": 3}]))
-        checkpoint   step  learning rate  found
-        in memory 0  3     0.1            stored as 'learning_rate'
+        checkpoint   step  learning rate  kind    found
+        in memory 0  3     0.1            stored  stored as 'learning_rate'
     """
     table = CheckpointTable()
     for place, item in enumerate(find_checkpoints(checkpoints)):
         contents = checkpoint_files.read(item)
+        rate = contents.rate
         name = str(item) if isinstance(item, str | Path) else f"in memory {place}"
-        table.append(
-            CheckpointRow(name, contents.step, contents.learning_rate, contents.rate_source)
-        )
+        table.append(CheckpointRow(name, contents.step, rate.value, rate.source, rate.kind))
     return table

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -25,6 +26,15 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from influence_kit.batch_axes import (
+    BatchAxes,
+    Known,
+    KnownDict,
+    KnownTuple,
+    holds_tensor,
+    known,
+    leaves,
+)
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.iterables import refuse_one_pass
 
@@ -44,6 +54,8 @@ def is_dataset(data: object) -> bool:
 
 def targets_of(batch: Batch) -> Any:
     """What the loss takes beside the model's output: the last item, or the whole dict."""
+    if isinstance(batch, KnownDict):
+        return batch.given
     return batch if isinstance(batch, Mapping) else batch[-1]
 
 
@@ -62,44 +74,24 @@ def call_model(model: nn.Module, batch: Batch) -> Any:
     return model(*args, **kwargs)
 
 
-def _tensors(item: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and dicts."""
-    if isinstance(item, Tensor):
-        yield item
-    elif isinstance(item, Mapping):
-        for value in item.values():
-            yield from _tensors(value)
-    elif isinstance(item, tuple | list):
-        for value in item:
-            yield from _tensors(value)
-
-
 def example_count(batch: Batch) -> int:
-    """The number of examples: the length of the targets (of a dict: of its first tensor)."""
-    items = batch if isinstance(batch, Mapping) else list(batch)[::-1]
-    first = next((tensor for tensor in _tensors(items) if tensor.dim() > 0), None)
-    if first is not None and len(first):
-        return len(first)
-    raise InvalidArgumentError(
-        f"a batch must hold a tensor with one row an example; got {_describe(batch)}"
-    )
+    """The number of examples: as marked, or else as its shapes suggest."""
+    return _known(batch).n
 
 
-def _describe(item: Any) -> str:
-    if isinstance(item, Tensor):
-        return f"a tensor of shape {list(item.shape)}"
-    if isinstance(item, Mapping):
-        return "a dict of " + ", ".join(f"{k}: {_describe(v)}" for k, v in item.items())
-    if isinstance(item, tuple | list):
-        return f"a {type(item).__name__} of " + ", ".join(map(_describe, item))
-    return f"a {type(item).__name__}"
+def _known(batch: Batch) -> Known:
+    return batch if isinstance(batch, Known) else BatchAxes().mark(batch)
 
 
 def map_tensors(item: Any, change: Callable[[Tensor], Any]) -> Any:
     """The same nesting of tuples, lists and dicts with every tensor changed."""
+    if isinstance(item, Known):
+        return known(map_tensors(item.given, change), item.n, item.axes)
     if isinstance(item, Tensor):
         return change(item)
-    if isinstance(item, Mapping) or any(True for _ in _tensors(item)):
+    if isinstance(item, PackedSequence):
+        return item._replace(data=change(item.data))
+    if isinstance(item, Mapping) or holds_tensor(item):
         return _rebuilt(item, lambda value: map_tensors(value, change))
     return item
 
@@ -115,47 +107,109 @@ def _rebuilt(item: Any, change: Callable[[Any], Any]) -> Any:
             same[key] = value
         return same
     items = [change(value) for value in item]
+    if isinstance(item, KnownTuple):
+        return tuple(items)
     return type(item)(*items) if hasattr(item, "_fields") else type(item)(items)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on ``device``."""
-    moved: Batch = map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    """The batch on ``device``: its tensors, and what else has a method ``to`` (graphs, say)."""
+    moved: Batch = _moved(batch, device)
     return moved
+
+
+def _moved(item: Any, device: torch.device) -> Any:
+    if isinstance(item, Known):
+        return known(_moved(item.given, device), item.n, item.axes)
+    if isinstance(item, Tensor):
+        return item.to(device, non_blocking=True)
+    if isinstance(item, Mapping) or (isinstance(item, tuple | list) and _is_nest(item)):
+        return _rebuilt(item, lambda value: _moved(value, device))
+    return item.to(device) if callable(getattr(item, "to", None)) else item
+
+
+def _is_nest(item: tuple[Any, ...] | list[Any]) -> bool:
+    """Whether a tuple or list holds what can be on a device."""
+    if isinstance(item, PackedSequence):
+        return False
+    return any(hasattr(value, "to") or isinstance(value, Mapping | tuple | list) for value in item)
 
 
 def nbytes(batch: Batch) -> int:
     """What the tensors of a batch take, in bytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(batch))
+    sizes: list[int] = []
+    map_tensors(batch, lambda tensor: sizes.append(tensor.numel() * tensor.element_size()))
+    return sum(sizes)
 
 
 def take(batch: Batch, rows: slice | Tensor) -> Batch:
-    """The batch of some of its examples; what is not one item an example is kept whole."""
-    n = example_count(batch)
-    some: Batch = _rebuilt(batch, lambda value: _take(value, rows, n))
-    return some
+    """The batch of some of its examples; what is not one item an example is kept whole.
+
+    A batch of one example is not cut: it may hold what only makes sense whole.
+    """
+    whole = _known(batch)
+    count = len(range(whole.n)[rows]) if isinstance(rows, slice) else len(rows)
+    if whole.n == count == 1:
+        return batch
+    some: Batch = _cut(whole.given if isinstance(batch, Known) else batch, rows, iter(whole.axes))
+    return known(some, count, whole.axes) if isinstance(batch, Known) else some
+
+
+def _cut(item: Any, rows: slice | Tensor, axes: Iterator[int | None]) -> Any:
+    if isinstance(item, PackedSequence):
+        return item
+    if isinstance(item, Tensor):
+        axis = next(axes)
+        if axis is None:
+            return item
+        if isinstance(rows, Tensor):
+            return item.index_select(axis, rows.to(item.device))
+        return item[(slice(None),) * axis + (rows,)]
+    if isinstance(item, Mapping) or (isinstance(item, tuple | list) and holds_tensor(item)):
+        return _rebuilt(item, lambda value: _cut(value, rows, axes))
+    if isinstance(item, tuple | list) and item and next(axes) is not None:
+        index = range(len(item))[rows] if isinstance(rows, slice) else rows.tolist()
+        return [item[i] for i in index]
+    return item
+
+
+def with_item(batch: Batch, key: Any, value: Any) -> Batch:
+    """The batch with another item at a key of a dict or an index of a tuple or list."""
+    if isinstance(batch, Known):
+        return known(with_item(batch.given, key, value), batch.n, batch.axes)
+    if isinstance(batch, Mapping):
+        return {**batch, key: value}
+    return tuple(value if index == key else item for index, item in enumerate(batch))
+
+
+def with_count(batch: Batch, n: int) -> Batch:
+    """A marked batch that now has n examples."""
+    return known(batch.given, n, batch.axes) if isinstance(batch, Known) else batch
+
+
+def tensor_axes(batch: Batch) -> list[int | None]:
+    """The dimension that counts examples of each tensor, in the order of ``map_tensors``."""
+    marked = _known(batch)
+    found = zip(leaves(marked.given), marked.axes, strict=True)
+    return [axis for leaf, axis in found if isinstance(leaf, Tensor)]
+
+
+def example_lengths(batch: Batch) -> list[list[int]]:
+    """The lengths of a batch's tensors, without those that count examples."""
+    marked = _known(batch)
+    return [
+        [length for dim, length in enumerate(leaf.shape) if dim != axis]
+        for leaf, axis in zip(leaves(marked.given), marked.axes, strict=True)
+        if isinstance(leaf, Tensor)
+    ]
 
 
 def example_axis(tensor: Tensor, n: int) -> int | None:
-    """The dimension of a batch's tensor that counts examples; None where none does."""
+    """The dimension of a tensor that most likely counts examples; None where none does."""
     if tensor.dim() > 0 and tensor.shape[0] == n:
         return 0
     # time-first inputs [t, n, ...] of recurrent networks
     return 1 if tensor.dim() > 1 and tensor.shape[1] == n else None
-
-
-def _take(item: Any, rows: slice | Tensor, n: int) -> Any:
-    if isinstance(item, Tensor):
-        axis = example_axis(item, n)
-        return item if axis is None else item[rows] if axis == 0 else item[:, rows]
-    if isinstance(item, tuple | list) and not any(True for _ in _tensors(item)):
-        if len(item) != n:
-            return item
-        index = range(n)[rows] if isinstance(rows, slice) else rows.tolist()
-        return [item[i] for i in index]
-    if isinstance(item, tuple | list | Mapping):
-        return _rebuilt(item, lambda value: _take(value, rows, n))
-    return item
 
 
 def split(batch: Batch, size: int) -> Iterator[Batch]:

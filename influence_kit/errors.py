@@ -23,3 +23,10 @@ class NonFiniteError(ValueError):
 
 class CurvatureError(ValueError):
     """A damped curvature that is singular or indefinite, or a solver that fails on it."""
+
+
+class PassAgain(Exception):  # noqa: N818 - no error: what is to be done
+    """What was computed so far is in doubt, for what was learnt since: the question starts again.
+
+    Never reaches a user: methods catch it, drop what they made, and start the pass again.
+    """

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from influence_kit.batch_axes import LABEL_KEYS
 from influence_kit.data import Batch, map_tensors
 from influence_kit.errors import InvalidArgumentError, LabelError
 
-# of a dict batch, in this order
-LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 IGNORED_LABEL = -100  # of torch's and Hugging Face's cross-entropy
 
 

@@ -14,13 +14,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from influence_kit.data import Batch, targets_of
+from influence_kit.data import Batch, map_tensors, targets_of
 from influence_kit.errors import InvalidArgumentError, LabelError
 from influence_kit.labels import IGNORED_LABEL, check_labels, label_in
-from influence_kit.own_losses import OWN_FORMULAS, example_means, next_token_losses
+from influence_kit.loss_parts import compare_parts
+from influence_kit.own_losses import (
+    OWN_FORMULAS,
+    OwnFormula,
+    compare_own,
+    example_means,
+    next_token_losses,
+)
 
 LossFunction = Callable[[Any, Any], Tensor]
 CROSS_ENTROPIES = (nn.CrossEntropyLoss, nn.NLLLoss)
+# whose mean is one over examples, or is checked by the examples' labels
+PLAIN = (*CROSS_ENTROPIES, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss)
 NO_EXAMPLE_LOSS = (
     "A mean over tokens with padding or over examples weighted by class has no loss per example: "
     "pass a loss with one value an example (reduction='none', shape [n] or [n, tokens])"
@@ -75,6 +84,8 @@ class Loss:
         if type(loss_fn) is nn.MSELoss:
             self._formula = partial(_squared_errors, loss_fn)
         self._is_models_own = loss_fn is None
+        # what the model's own loss was found to be
+        self._own_formula: OwnFormula | None = None
         self.settled = False
 
     @property
@@ -104,17 +115,68 @@ class Loss:
             if told is None:
                 raise
             raise LabelError(f"{told}, which `{self.name}` cannot look up") from error
+        except (TypeError, AttributeError) as error:
+            if isinstance(outputs, Tensor):
+                raise
+            hint = "take its `logits`" if hasattr(outputs, "logits") else "take a tensor out of it"
+            raise InvalidArgumentError(
+                f"`{self.name}` failed on what the model returns, a {type(outputs).__name__} "
+                f"({error}): {hint}, as in lambda outputs, targets: loss(outputs.logits, targets)"
+            ) from error
         if not isinstance(value, Tensor):
             raise InvalidArgumentError(
                 f"`{self.name}` must return a tensor; got a {type(value).__name__}"
             )
         return value
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The loss, where it is a module (which may hold class weights)."""
+        return [self._formula] if isinstance(self._formula, nn.Module) else []
+
+    @property
+    def compares(self) -> bool:
+        """Whether ``checked_total`` has to compare: not for one loss per example."""
+        return self.reduction != "none" or isinstance(self._formula, partial)
+
+    def checked_total(self, outputs: Any, batch: Batch, n: int, where: str = "the batch") -> Tensor:
+        """``total``, where a reduced loss of this batch is one over its examples.
+
+        Args:
+            outputs: the model's.
+            batch: the batch.
+            n: the number of its examples.
+            where: what to call the batch in an error.
+
+        Raises:
+            InvalidArgumentError: where it is not.
+        """
+        value = self.values(outputs, batch)
+        if n > 1 and self.compares:
+            shown = map_tensors(outputs, lambda tensor: tensor.detach())
+            with torch.no_grad():
+                self._compare(shown, batch, value.detach(), n, where)
+        return self.summed(value, batch, n)
+
+    def _compare(self, outputs: Any, batch: Batch, value: Tensor, n: int, where: str) -> None:
+        if self._own_formula is not None and isinstance(batch, Mapping):
+            compare_own(self._own_formula, outputs, batch["labels"], where)
+        elif value.dim() == 0 and not self._is_models_own and type(self._formula) not in PLAIN:
+            said = compare_parts(self.values, outputs, batch, value, n, self.reduction)
+            if said is not None:
+                raise InvalidArgumentError(
+                    f"{where}: `{self.name}` is not a {self.reduction or 'sum or mean'} over "
+                    f"examples: {said}. {NO_EXAMPLE_LOSS}"
+                )
+
     def total(self, outputs: Any, batch: Batch, n: int) -> Tensor:
         """The sum over the examples of their losses, a scalar."""
-        value = self.values(outputs, batch)
+        return self.summed(self.values(outputs, batch), batch, n)
+
+    def summed(self, value: Tensor, batch: Batch, n: int) -> Tensor:
+        """The sum over the examples, given what the loss returned."""
         if value.dim() == 0:
-            self._check_not_reduced(n)
+            self.check_not_reduced(n)
             if self.reduction != "mean":
                 return value
             self._check_shares(targets_of(batch), n)
@@ -167,7 +229,7 @@ class Loss:
         if value.dim() > 0:
             self.settled = True
             return
-        self._check_not_reduced(n)
+        self.check_not_reduced(n)
         singles = torch.stack([self.values(*one).sum() for one in alone])
         if not bool(singles.isfinite().all()):
             return  # tells nothing; the scores will say which example it was
@@ -196,7 +258,7 @@ class Loss:
             f"{value.item():.6g}, each alone {alone}. {NO_EXAMPLE_LOSS}"
         )
 
-    def _check_not_reduced(self, n: int) -> None:
+    def check_not_reduced(self, n: int) -> None:
         """Refuse a scalar of a loss per example, but for one example (of a ``squeeze()``, say)."""
         if self.reduction == "none" and n > 1:
             raise InvalidArgumentError(
@@ -249,6 +311,7 @@ class Loss:
             own = torch.cat([singles, self.values(*together).reshape(1)])
             if torch.allclose(expected, own.to(expected), closeness, 1e-12):
                 self._formula = partial(example_means, formula)
+                self._own_formula = formula
                 self.reduction, self.settled = "none", True
                 return True
         return False

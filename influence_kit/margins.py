@@ -23,7 +23,7 @@ def classification_margin(outputs: Any, targets: Any, shift: int | None = None) 
     """Log p - log(1 - p) of the labels' probability p in a softmax: z_y - log sum_{j != y} e^z_j.
 
     Computed from the logits, it is finite where p rounds to 1. Of sequences the sum over positions;
-    a negative label counts nothing.
+    a negative label counts nothing. Higher is better: it is a ``test_output_fn``, not a loss.
 
     Args:
         outputs: logits ``[n, c]``, ``[n, t, c]`` (which it is if t = c) or ``[n, c, t]``, or a

@@ -3,13 +3,14 @@
 Letters: n examples.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from influence_kit.errors import InvalidArgumentError
 from influence_kit.labels import IGNORED_LABEL
 
 # the sum of each example's losses and how many there are, ``[n]``; None where the shapes do not fit
@@ -26,8 +27,14 @@ def example_means(formula: OwnFormula, outputs: Any, batch: Any) -> Tensor:
 
 def token_losses(logits: Tensor, labels: Tensor, shift: int = 0) -> tuple[Tensor, Tensor] | None:
     """Each sequence's cross-entropy over its labelled tokens, summed, and their number, ``[n]``."""
-    if logits.dim() != 3 or labels.shape != logits.shape[:2]:
+    if logits.dim() != 3 or labels.dim() != 2 or len(labels) != len(logits):
         return None
+    logits = _exact(logits)
+    virtual = logits.shape[1] - labels.shape[1]
+    if virtual < 0:
+        return None
+    # positions that the model puts in front (a soft prompt) have no labels
+    labels = F.pad(labels, (virtual, 0), value=IGNORED_LABEL)
     logits, labels = logits[:, : logits.shape[1] - shift], labels[:, shift:]
     losses = F.cross_entropy(
         logits.transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none"
@@ -44,7 +51,36 @@ def class_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None
     """Cross-entropy of one class an example, and 1, ``[n]``."""
     if logits.dim() != 2 or labels.dim() != 1 or labels.is_floating_point():
         return None
-    return F.cross_entropy(logits, labels, reduction="none"), torch.ones_like(labels)
+    losses = F.cross_entropy(_exact(logits), labels, reduction="none")
+    return losses, torch.ones_like(labels)
+
+
+def _exact(logits: Tensor) -> Tensor:
+    """Half precision as float32, in which such models compute their losses, too."""
+    half = logits.dtype in (torch.float16, torch.bfloat16)
+    return logits.float() if half else logits
+
+
+def compare_own(formula: OwnFormula, outputs: Any, labels: Tensor, where: str) -> None:
+    """Compare a model's own loss of a batch with the formula it was found to be.
+
+    Raises:
+        InvalidArgumentError: where they differ.
+    """
+    own = outputs.get("loss") if isinstance(outputs, Mapping) else None
+    own = getattr(outputs, "loss", None) if own is None else own
+    found = formula(outputs.logits, labels)
+    if not isinstance(own, Tensor) or found is None:
+        return
+    sums, counts = found
+    expected = sums.sum() / counts.sum()
+    close = 1e-4 if own.dtype in (torch.float32, torch.float64) else 3e-2
+    if torch.isfinite(own) and not torch.allclose(own, expected.to(own), close, 1e-6):
+        raise InvalidArgumentError(
+            f"{where}: the model's own loss is {own.item():.6g}, and the mean of its labelled "
+            f"positions, which it was in the batches before, is {expected.item():.6g}: what it is "
+            "per example is not known. Pass a `loss_fn` with one value per example"
+        )
 
 
 # the likeliest first

@@ -215,13 +215,13 @@ RATES = {
     "optimizer": (
         lambda w: {"state_dict": w, "optimizer": SGD},
         0.25,
-        "optimizer state 'optimizer': the rate of the next step",
+        "optimizer state 'optimizer'",
         None,
     ),
     "optimizer_state_dict": (
         lambda w: {"model_state_dict": w, "optimizer_state_dict": SGD, "epoch": 1},
         0.25,
-        "optimizer state 'optimizer_state_dict': the rate of the next step",
+        "optimizer state 'optimizer_state_dict'",
         1,
     ),
     "Lightning": (
@@ -230,11 +230,11 @@ RATES = {
             "optimizer_states": [SGD],
             "epoch": 1,
             "global_step": 20,
-            "lr_schedulers": [{"_last_lr": [0.125]}],
+            "lr_schedulers": [],
             "hyper_parameters": {"lr": 0.9},
         },
         0.25,
-        "optimizer state 'optimizer_states': the rate of the next step",
+        "optimizer state 'optimizer_states'",
         20,
     ),
     "no optimizer": (
@@ -262,10 +262,32 @@ def test_a_learning_rate_of_numpy_counts():
     assert load_checkpoint(linear(), {**weights(1), "learning_rate": np.float32(0.5)}) == 0.5
 
 
-@pytest.mark.parametrize("stored", [[0.1], "0.1", {"a": 1}], ids=str)
-def test_a_stored_learning_rate_that_is_no_number_is_refused(stored):
-    with pytest.raises(InvalidArgumentError, match=r"'learning_rate' is .*; it must be the lear"):
-        load_checkpoint(linear(), {"state_dict": weights(1), "learning_rate": stored})
+@pytest.mark.parametrize(
+    "stored",
+    [
+        [0.1],
+        "0.1",
+        {"a": 1},
+        True,
+        torch.tensor([0.1, 0.2]),
+        torch.tensor(1j),
+        torch.tensor(True),
+        np.array([0.1, 0.2]),
+    ],
+    ids=str,
+)
+def test_a_stored_learning_rate_that_is_not_one_number_is_refused(unchanged, stored):
+    model, saved = linear(), {"state_dict": weights(1), "learning_rate": stored}
+    match = r"'learning_rate' is .*; it must be the learning rate, one number"
+    with unchanged(model), pytest.raises(InvalidArgumentError, match=match):
+        load_checkpoint(model, saved)
+
+
+def test_a_learning_rate_in_metadata_that_is_no_number_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(weights(1), path, metadata={"learning_rate": "fast"})
+    with pytest.raises(InvalidArgumentError, match=r"'learning_rate' is 'fast'; it must be the"):
+        load_checkpoint(linear(), path)
 
 
 def test_a_weight_named_lr_is_no_learning_rate():
@@ -335,7 +357,9 @@ def test_weights_that_are_tied_to_others_may_be_missing(tmp_path, in_folder):
     model, source = Tied(), Tied()
     saved = {key: v for key, v in source.state_dict().items() if key != "head.weight"}
     if in_folder:
-        item = trainer_folder(tmp_path / "checkpoint-5", saved, 5)
+        item = trainer_folder(
+            tmp_path / "checkpoint-5", saved, 5, [{"step": 5, "learning_rate": 1}]
+        )
     else:
         save_file(saved, item := tmp_path / "model.safetensors")
     load_checkpoint(model, item)
@@ -382,7 +406,7 @@ def test_without_a_log_the_rate_of_a_trainer_is_the_schedulers(tmp_path):
     path = trainer_folder(tmp_path / "checkpoint-500", weights(1), 500, scheduler=[0.25, 0.25])
     (row,) = checkpoint_table(path)
     assert row.learning_rate == 0.25
-    assert row.rate_source == "scheduler.pt: the rate of the next step"
+    assert (row.rate_kind, row.rate_source) == ("estimated", "the rate of the next step")
 
 
 def test_several_rates_of_a_scheduler_are_refused(tmp_path):
@@ -514,6 +538,21 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded(
     assert str(caught.value).startswith(f"checkpoint {label} does not fit the model: ")
 
 
+@pytest.mark.parametrize("own", [torch.float32, torch.complex64])
+def test_complex_weights_are_not_loaded_into_real_ones_nor_real_ones_into_complex(unchanged, own):
+    other = torch.complex64 if own == torch.float32 else torch.float32
+    model = nn.ParameterDict({"w": nn.Parameter(torch.ones(3, dtype=own))})
+    match = rf"other kinds of numbers \['w: {other} where the model has {own}'\]"
+    with unchanged(model), pytest.raises(InvalidArgumentError, match=match):
+        load_checkpoint(model, {"w": torch.ones(3, dtype=other)})
+
+
+def test_complex_weights_keep_their_imaginary_part():
+    model = nn.ParameterDict({"w": nn.Parameter(torch.zeros(2, dtype=torch.complex128))})
+    load_checkpoint(model, {"w": torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex64)})
+    assert model["w"].tolist() == [1 + 2j, 3 - 4j]
+
+
 def _whole(path: Path) -> None:
     torch.save({"state_dict": weights(1), "model_class": linear()}, path)
 
@@ -578,18 +617,18 @@ def test_the_table_prints_steps_rates_and_where_they_were_found(tmp_path):
     path = trainer_folder(tmp_path / "checkpoint-500", weights(1), 500, log)
     dicts = [{"state_dict": weights(1), "learning_rate": 0.1, "epoch": 3}, weights(2)]
     lines = [line.split() for line in str(checkpoint_table([str(path), *dicts])).splitlines()]
-    assert lines[0] == ["checkpoint", "step", "learning", "rate", "found"]
-    assert lines[1] == f"{path} 500 0.00015 trainer_state.json, log of step 500".split()
-    assert lines[2][:5] == ["in", "memory", "1", "3", "0.1"]
-    assert lines[3][:5] == ["in", "memory", "2", "-", "1"]
+    assert lines[0] == ["checkpoint", "step", "learning", "rate", "kind", "found"]
+    assert lines[1] == f"{path} 500 0.00015 applied trainer_state.json, log of step 500".split()
+    assert lines[2][:6] == ["in", "memory", "1", "3", "0.1", "stored"]
+    assert lines[3][:6] == ["in", "memory", "2", "-", "1", "none"]
 
 
 def test_the_columns_of_the_table_are_aligned():
     text = str(checkpoint_table([{"a": torch.ones(1), "lr": 0.125}, {"epoch": 12}]))
     assert text == (
-        "checkpoint   step  learning rate  found\n"
-        "in memory 0  -     0.125          stored as 'lr'\n"
-        "in memory 1  12    1              none found: 1"
+        "checkpoint   step  learning rate  kind    found\n"
+        "in memory 0  -     0.125          stored  stored as 'lr'\n"
+        "in memory 1  12    1              none    none found: 1"
     )
 
 
@@ -653,7 +692,9 @@ def test_a_load_function_may_return_any_number(rate):
 
 
 @pytest.mark.parametrize(
-    "rate", [None, True, "0.1", float("nan"), float("inf"), torch.ones(2), [0.1]], ids=repr
+    "rate",
+    [None, True, "0.1", float("nan"), float("inf"), torch.ones(2), [0.1], torch.tensor(1j)],
+    ids=repr,
 )
 def test_a_load_function_that_returns_no_number_is_refused(rate):
     loader = loader_of(linear(), [1, 2], lambda model, item: rate)
@@ -729,6 +770,44 @@ def test_parameters_that_a_load_function_replaces_stay_the_same_objects(tied):
     }
     for name, parameter in other.named_parameters():
         assert torch.equal(objects[name], parameter)
+
+
+def test_complex_parameters_that_a_load_function_replaces_keep_their_imaginary_part():
+    model = nn.ParameterDict({"w": nn.Parameter(torch.zeros(2, dtype=torch.complex64))})
+    parameter, value = model["w"], torch.tensor([1 + 2j, 3 - 4j])
+
+    def load(model, item):
+        model.load_state_dict({"w": item}, assign=True)
+        return 1.0
+
+    loader_of(model, [value], load).load(0)
+    assert model["w"] is parameter
+    assert parameter.tolist() == value.tolist()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(torch.ones(2) * 1j, "complex64 parameter of shape"), (torch.ones(1), r"of shape \[1\]")],
+    ids=["complex", "shape"],
+)
+def test_parameters_of_another_kind_that_a_load_function_puts_there_are_refused(value, text):
+    model = nn.ParameterDict({"w": nn.Parameter(torch.zeros(2))})
+
+    def load(model, item):
+        model["w"] = nn.Parameter(item)
+        return 1.0
+
+    match = rf"put a torch.*{text}.* in the place of 'w', which is torch.float32 of shape \[2\]"
+    with pytest.raises(InvalidArgumentError, match=match):
+        loader_of(model, [value], load).load(0)
+
+
+def test_complex_checkpoints_that_differ_in_an_imaginary_part_are_not_the_same():
+    model = nn.ParameterDict({"w": nn.Parameter(torch.zeros(2, dtype=torch.complex64))})
+    loader = loader_of(model, [{"w": torch.ones(2) + 1j}, {"w": torch.ones(2) + 2j}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_all(loader, 0, 1)
 
 
 def test_a_learning_rate_of_0_is_said_once():

@@ -169,6 +169,36 @@ def test_test_loss(method: str, case: Case) -> None:
     assert torch.equal(zero, torch.zeros(case.m, case.n, dtype=torch.float64))
 
 
+@of_test_losses
+@every_model
+def test_test_output(method: str, case: Case) -> None:
+    """What should rise has the scores of minus the same loss, in every answer."""
+
+    def doubled(outputs: object, targets: object) -> torch.Tensor:
+        return 2 * case.loss(outputs, targets)
+
+    factor = -2 if METHODS[method].doubles_with_the_test_loss else -1
+    expected = factor * plain_scores(method, case)
+    influence = build(method, case, test_output_fn=doubled)
+    assert influence.test_output_fn is doubled
+    assert influence.explains_output
+    assert influence.test_loss_fn is None
+    assert_close(scores(influence, case.test), expected)
+    indices, values = oracles.top_k(expected, 3, True)
+    best = influence.influence(case.test, k=3)
+    assert torch.equal(best.indices, indices)
+    assert_close(best.influence_scores, values)
+    summed = influence.influence(case.test, k=None, aggregate=True)
+    assert_close(summed, expected.sum(0, keepdim=True))
+    if METHODS[method].has_layers:
+        assert_close(sum(influence.influence_by_layer(case.test).values()), expected)
+    if METHODS[method].quantities == "test side":
+        quantities = influence.compute_intermediate_quantities(case.test)
+        assert_close(scores(influence, quantities), expected, METHODS[method].close[0])
+    if METHODS[method].has_self_influence:  # of an example's own training loss
+        assert_close(influence.self_influence(), build(method, case).self_influence())
+
+
 @of_layers
 @every_model
 def test_layers_sum_to_the_score(method: str, case: Case) -> None:

@@ -167,7 +167,7 @@ def test_bytes_of_a_batch_are_those_of_its_tensors():
 )
 def test_a_batch_without_examples_is_refused_with_what_it_holds(batch, shown):
     with pytest.raises(
-        InvalidArgumentError, match=f"must hold a tensor with one row an example; {shown}"
+        InvalidArgumentError, match=f"must hold a tensor with one row per example; {shown}"
     ):
         example_count(batch)
 

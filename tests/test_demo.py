@@ -256,7 +256,13 @@ def test_inspect_prints_the_table_of_a_folder_or_files(ran, capsys):
     assert main(["inspect", files[0]]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
-    assert re.split("  +", lines[1]) == [files[0], "2", "0.25", "stored as 'learning_rate'"]
+    assert re.split("  +", lines[1]) == [
+        files[0],
+        "2",
+        "0.25",
+        "stored",
+        "stored as 'learning_rate'",
+    ]
 
 
 def test_inspect_of_nothing_is_an_error(tmp_path, capsys):

@@ -87,7 +87,7 @@ class _Description:
 
     def _of_module(self, module: nn.Module) -> dict[str, Any]:
         """A module without its weights: a loss, say, with its settings and class weights."""
-        own = {
+        own: dict[str, Any] = {
             name: value
             for name, value in vars(module).items()
             if isinstance(value, (*PLAIN, float)) and name != "training" and name[0] != "_"

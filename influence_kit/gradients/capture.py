@@ -8,7 +8,7 @@ weights' own gradients are never computed. Parameters without a rule go to ``fun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from influence_kit.data import Batch, call_model, example_count
+from influence_kit.data import Batch, call_model, example_count, example_lengths
 from influence_kit.gradients import functional
+from influence_kit.gradients.clear_errors import clear_errors
 from influence_kit.gradients.forms import Dense, Form
 from influence_kit.gradients.layouts import ROWS, SHARED, arrange, shared
 from influence_kit.gradients.loss_scaling import summed_loss
@@ -83,8 +84,31 @@ class Capture:
         # the parameters that no rule serves, and the function that serves them
         self.without_rule = [name for name in self.parameters if name not in ruled]
         self.functional: FunctionalGradients = functional.vmapped
+        # of the last batch: how the layers were called, the lengths of its tensors less the number
+        # of examples, and the parameters of a layer that saw its examples elsewhere than before
+        self.path: Hashable = ()
+        self.shapes: list[list[int]] = []
+        self.misplaced: list[str] = []
+        # what errors call the batch
+        self.where = "the batch"
         self._calls: list[Call] | None = None
         self._examples = 0
+
+    @property
+    def settings(self) -> Hashable:
+        """How gradients are captured: what a check may change."""
+        layouts = tuple(layer.layout for layer in self.layers)
+        return layouts, tuple(self.without_rule), self.functional
+
+    @property
+    def scaled_by_frequency(self) -> set[str]:
+        """The tables whose gradients autograd divides by how often a batch holds an id.
+
+        What an example has by itself is divided by how often that example does.
+        """
+        modules = [m for m in self.model.modules() if getattr(m, "scale_grad_by_freq", False)]
+        tables = {id(parameter) for m in modules for parameter in m.parameters(recurse=False)}
+        return {name for name, parameter in self.parameters.items() if id(parameter) in tables}
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -114,7 +138,7 @@ class Capture:
                 return None
             inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
             replaced = None
-            if layer.layout == SHARED:
+            if layer.layout == SHARED and self._examples > 1:
                 output = replaced = shared(output, self._examples)
             if output.requires_grad:
                 detached = tuple(x.detach() for x in inputs)
@@ -127,20 +151,31 @@ class Capture:
         """Run the model forward and backward; every call of a layer that the loss depends on."""
         self._calls, self._examples = [], n
         try:
-            with torch.enable_grad():
-                total = summed_loss(call_model(self.model, batch), batch, loss, n)
+            with torch.enable_grad(), clear_errors(self.model, batch):
+                outputs = call_model(self.model, batch)
+                total = summed_loss(outputs, batch, loss, n, self.where)
             calls = self._calls
         finally:
             self._calls = None
+        self._note(calls, batch, n)
         if not calls or not total.value.requires_grad:
             return []
         edges = [call.edge for call in calls]
-        deltas, powers = total.gradients_by_example(edges, self.parameters.values(), n)
+        with clear_errors(self.model, batch):
+            deltas, powers = total.gradients_by_example(edges, self.parameters.values(), n)
         return [
             Use(call.layer, call.inputs, delta, powers)
             for call, delta in zip(calls, deltas, strict=True)
             if delta is not None
         ]
+
+    def _note(self, calls: Sequence[Call], batch: Batch, n: int) -> None:
+        """Note what tells this batch from others."""
+        self.path = tuple(
+            (id(call.layer), *(tuple(length == n for length in x.shape) for x in call.inputs))
+            for call in calls
+        )
+        self.shapes = example_lengths(batch)
 
     def forms(self, uses: Sequence[Use], n: int) -> dict[str, Form]:
         """The forms of all parameters that have a rule; one that was not used has none."""
@@ -150,8 +185,10 @@ class Capture:
             for use in uses:
                 if dropped.issuperset(use.layer.names.values()):
                     continue
+                self.misplaced = list(use.layer.names.values())
                 for name, form in use_forms(use, use.layer.layout, n).items():
                     forms[name] = forms[name].plus(form) if name in forms else form
+        self.misplaced = []
         return {name: form for name, form in forms.items() if name not in dropped}
 
     def __call__(self, batch: Batch, loss: Loss) -> Gradients:
@@ -162,7 +199,9 @@ class Capture:
             forms = self.forms(self.uses(batch, loss, n), n)
         if self.without_rule:
             chosen = {name: self.parameters[name] for name in self.without_rule}
-            forms.update(self.functional(self.model, chosen, batch, loss, n))
+            # one example is the batch itself
+            function = functional.one_by_one if n == 1 else self.functional
+            forms.update(function(self.model, chosen, batch, loss, n))
         shapes = {name: real_shape(parameter) for name, parameter in self.parameters.items()}
         first = next(iter(self.parameters.values())).detach()
         return Gradients(n, forms, shapes, first.new_empty(0, dtype=exact_dtype(first.dtype)))

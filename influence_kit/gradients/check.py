@@ -1,43 +1,65 @@
-"""Before a capture is trusted: it is compared with autograd on a few examples of the first batch.
+"""Before a capture is trusted: it is compared with autograd on a few examples of a batch.
 
-Three examples go through the model together and each alone. What the rules give must sum to
-autograd's gradient of the three, and be, row by row, the gradient of each alone. A parameter that
-fails (used outside its layer's forward, or in a way that its rule does not know) goes to
-``functional``; a model that mixes the examples of a batch has no gradient per example and is
-refused.
+A few examples, drawn from the whole batch, go through the model together, in another order than in
+the batch, and each alone. What the rules give must sum to autograd's gradient of all of them, and
+be, row by row, the gradient of each alone. A parameter that fails (used outside its layer's
+forward, or in a way that its rule does not know) goes to ``functional``; a model that mixes the
+examples of a batch has no gradient per example and is refused. Where the model runs in float64, it
+does so for this comparison.
 """
 
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from influence_kit.data import Batch, call_model, example_count, take
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients import functional
 from influence_kit.gradients.capture import Capture, Layer, Use, use_forms
-from influence_kit.gradients.comparison import EXAMPLES, Comparison, spread, tolerance_of
+from influence_kit.gradients.comparison import (
+    ALONE,
+    WIDENED,
+    Comparison,
+    same_random_state,
+    tolerance_of,
+)
+from influence_kit.gradients.explanation import explanation
 from influence_kit.gradients.forms import Form
 from influence_kit.gradients.layouts import ROWS, SHARED, candidates
+from influence_kit.gradients.precision import in_float64
 from influence_kit.losses import Loss
 
-LOSS_EXAMPLES = 8
 
-
-def check(capture: Capture, batch: Batch, loss: Loss) -> None:
+def check(capture: Capture, batch: Batch, loss: Loss) -> set[str]:
     """Settle the layouts of a capture, which parameters go without a rule, and the loss.
+
+    Args:
+        capture: of the model; attached.
+        batch: the few examples.
+        loss: the loss.
+
+    Returns:
+        The names of the parameters whose gradient was not zero: nothing else is shown to be right.
 
     Raises:
         InvalidArgumentError: where the model or the loss has no gradient per example.
     """
     refuse_mixing_layers(capture.model)
-    _settle_loss(capture.model, batch, loss)
-    comparison = Comparison(capture.model, capture.parameters, batch, loss)
-    failed = _LayoutSearch(capture, comparison).run() | set(capture.without_rule)
-    capture.without_rule = [name for name in capture.parameters if name in failed]
-    if failed:
-        _settle_functional(capture, comparison)
+    with in_float64(capture.model, loss, batch) as wide:
+        few = batch if wide is None else wide
+        tolerance = None if wide is None else WIDENED
+        if example_count(few) > 1:
+            _settle_loss(capture.model, take(few, slice(0, ALONE + 1)), loss, wide is not None)
+        comparison = Comparison(
+            capture.model, capture.parameters, few, loss, tolerance, capture.scaled_by_frequency
+        )
+        failed = _LayoutSearch(capture, comparison).run() | set(capture.without_rule)
+        capture.without_rule = [name for name in capture.parameters if name in failed]
+        if failed:
+            settle_functional(capture, comparison)
+    return comparison.moving
 
 
 def refuse_mixing_layers(model: nn.Module) -> None:
@@ -52,28 +74,35 @@ def refuse_mixing_layers(model: nn.Module) -> None:
             )
 
 
-def _settle_loss(model: nn.Module, batch: Batch, loss: Loss) -> None:
+def _settle_loss(model: nn.Module, batch: Batch, loss: Loss, is_wide: bool) -> None:
     """Let a reduced loss be compared with the losses of single examples, in evaluation mode."""
     n = example_count(batch)
-    # a single example twice tells a sum from a mean
-    places = spread(n, max(2, min(n, LOSS_EXAMPLES)))
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    for module in training:
+        module.training = False
     try:
         with torch.no_grad():
-            small = take(batch, places)
-            if loss.values(call_model(model, small), small).dim() > 0:
+            together = call_model(model, batch)
+            if loss.values(together, batch).dim() > 0:
                 loss.settled = True
                 return
-            alone = [take(batch, slice(int(i), int(i) + 1)) for i in places]
+            loss.check_not_reduced(n)
+            alone = [take(batch, slice(i, i + 1)) for i in range(n)]
             runs = [(call_model(model, one), one) for one in alone]
             # an example whose loss is NaN (nothing labelled in it, say) tells nothing
             tells = [bool(torch.isfinite(loss.values(*run).sum())) for run in runs]
             if any(tells):
-                small = take(batch, places[torch.tensor(tells)])
+                small = batch
+                if not all(tells):
+                    small = take(batch, torch.arange(n)[torch.tensor(tells)])
                 singles = [run for run, finite in zip(runs, tells, strict=True) if finite]
-                closeness = tolerance_of(next(model.parameters())).alone / 50
-                loss.settle((call_model(model, small), small), singles, closeness)
+                close = WIDENED.alone if is_wide else tolerance_of(next(model.parameters())).alone
+                outputs = together if small is batch else call_model(model, small)
+                try:
+                    loss.settle((outputs, small), singles, close / 50)
+                except InvalidArgumentError as error:
+                    told = explanation(model, batch, loss, of_outputs_only=True)
+                    raise InvalidArgumentError(told or str(error)) from None
     finally:
         for module in training:
             module.training = True
@@ -128,13 +157,14 @@ class _LayoutSearch:
         True as soon as one is SHARED: its output will have the examples in front, and the layers
         behind it will see other shapes.
         """
-        for use in uses:
+        n = self.comparison.n
+        for use in uses if n > 1 else ():  # all that one example's layers see belongs to it
             layer, mine = use.layer, [u for u in uses if u.layer is use.layer]
             shapes = [x.shape for u in mine for x in u.inputs]
             if self.shapes.get(id(layer)) != shapes:
                 self.shapes[id(layer)] = shapes
                 tensors = [t for u in mine for t in (*u.inputs, u.delta)]
-                first, *others = candidates(tensors, EXAMPLES)
+                first, *others = candidates(tensors, n)
                 self.tried[id(layer)] = (set(layer.names.values()), iter(others))
                 self.first[id(layer)] = first
                 self._set(layer, first)
@@ -149,9 +179,9 @@ class _LayoutSearch:
 
     def _run(self) -> list[Use]:
         comparison = self.comparison
-        with comparison.same_random_state():
+        with same_random_state(list(comparison.parameters.values())):
             try:
-                return self.capture.uses(comparison.together, comparison.loss, EXAMPLES)
+                return self.capture.uses(comparison.together, comparison.loss, comparison.n)
             except Exception:  # the model's, or the loss's word on a changed shape
                 if not self.shared:
                     raise
@@ -165,7 +195,7 @@ class _LayoutSearch:
         for use in uses:
             try:
                 with torch.no_grad():
-                    found = use_forms(use, use.layer.layout, EXAMPLES)
+                    found = use_forms(use, use.layer.layout, self.comparison.n)
             except (ValueError, RuntimeError):
                 unfit |= set(use.layer.names.values())
                 continue
@@ -174,26 +204,51 @@ class _LayoutSearch:
         return {name: form for name, form in forms.items() if name not in unfit}
 
 
-def _settle_functional(capture: Capture, comparison: Comparison) -> None:
-    """Use ``vmap`` where it runs and is right, else one example at a time."""
+def settle_functional(capture: Capture, comparison: Comparison) -> None:
+    """Use ``vmap`` where it runs and is right, else one example at a time.
+
+    Raises:
+        InvalidArgumentError: where examples together have other gradients than each alone.
+    """
     parameters = {name: capture.parameters[name] for name in capture.without_rule}
-    together, loss = comparison.together, comparison.loss
-    reasons = ""
-    for way in (functional.vmapped, functional.one_by_one):
-        capture.functional = way
+    together, loss, n = comparison.together, comparison.loss, comparison.n
+    reason = ""
+    # what was found wrong once is not tried again
+    ways = (functional.vmapped, functional.one_by_one)
+    wrong: set[str] = set()
+    for way in ways[ways.index(capture.functional) :] if n > 1 else ways[1:]:
         try:
-            with comparison.same_random_state():
-                forms = way(capture.model, parameters, together, loss, EXAMPLES)
+            with same_random_state(list(parameters.values())):
+                forms = way(capture.model, parameters, together, loss, n)
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             if way is functional.one_by_one:
-                raise
-            reasons = f" ({error})"
+                told = explanation(capture.model, together, loss)
+                if told is None:
+                    raise
+                raise InvalidArgumentError(told) from error
+            reason = f" ({error})"
             continue
         wrong = comparison.wrong(forms, list(parameters))
         if not wrong or (comparison.random and way is functional.one_by_one):
+            if n > 1:
+                capture.functional = way
             return
+    told = explanation(capture.model, together, loss) or ""
     raise InvalidArgumentError(
-        f"the gradient of {sorted(wrong)} for {EXAMPLES} examples together is not the sum of "
-        "those of each alone: the model or the loss mixes the examples of a batch, which "
-        f"leaves nothing to attribute to one of them{reasons}"
+        f"the gradient of {sorted(wrong)} for {n} examples together is not the sum of those of "
+        f"each alone{reason}. {told or MIXES}"
     )
+
+
+MIXES = (
+    "The model or the loss mixes the examples of a batch, which leaves nothing to attribute to one "
+    "of them; batches of one example (batch_size=1) always work"
+)
+
+
+def drawn(n: int, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` of n indices in random order, not ascending; repeated where n is smaller."""
+    order = torch.randperm(n, generator=generator)[:count]
+    if n > 1 and bool((order.diff() > 0).all()):
+        order = order.flip(0)
+    return order.repeat(-(-count // len(order)))[:count]

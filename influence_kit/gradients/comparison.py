@@ -1,6 +1,6 @@
 """Gradients of a few examples against autograd's own: which parameters are right."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,9 +12,14 @@ from influence_kit.data import Batch, example_count, take
 from influence_kit.gradients import functional
 from influence_kit.gradients.forms import Form
 from influence_kit.losses import Loss
-from influence_kit.precision import exact, real
+from influence_kit.memory import MIB
+from influence_kit.precision import exact
 
-EXAMPLES = 3
+# of a batch: how many go through the model together (few lengths of tensors are a multiple of it),
+# and how many of these alone, too
+EXAMPLES, ALONE = 5, 2
+# of autograd's gradients that are kept from one layout that is tried to the next
+KEPT_BYTES = 256 * MIB
 
 
 @dataclass(frozen=True)
@@ -32,14 +37,18 @@ class Tolerance:
 
 _TOLERANCES = {
     torch.float64: Tolerance(1e-9, 1e-6, 1e-12),
+    torch.complex128: Tolerance(1e-9, 1e-6, 1e-12),
     torch.float32: Tolerance(1e-4, 5e-2, 3e-6),
+    torch.complex64: Tolerance(1e-4, 5e-2, 3e-6),
 }
 _HALF = Tolerance(1e-1, 3e-1, 1e-2)
+# of a model of less than float64 that runs in float64: parts of it may still compute in float32
+WIDENED = Tolerance(1e-5, 1e-3, 1e-7)
 
 
 def tolerance_of(parameter: Tensor) -> Tolerance:
     """The tolerance for a tensor's precision."""
-    return _TOLERANCES.get(real(parameter).dtype, _HALF)
+    return _TOLERANCES.get(parameter.dtype, _HALF)
 
 
 def spread(n: int, count: int) -> Tensor:
@@ -50,20 +59,34 @@ def spread(n: int, count: int) -> Tensor:
 
 
 class Comparison:
-    """Three examples of a batch, together and each alone, in a model with chosen parameters."""
+    """A few examples, together and each alone, in a model with chosen parameters.
+
+    Args:
+        model: the model.
+        parameters: the chosen parameters, by name.
+        batch: the few examples.
+        loss: the loss.
+        tolerance: of their differences; None for that of each parameter's precision.
+        only_alone: parameters whose gradients autograd does not add up over examples.
+    """
 
     def __init__(
-        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, loss: Loss
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        batch: Batch,
+        loss: Loss,
+        tolerance: Tolerance | None = None,
+        only_alone: Collection[str] = (),
     ) -> None:
-        places = spread(example_count(batch), EXAMPLES)
         self.model, self.parameters, self.loss = model, parameters, loss
-        self.together = take(batch, places)
-        self._alone = [take(batch, slice(int(i), int(i) + 1)) for i in places]
-        # with dropout on, the same example alone meets another mask
-        self.random = any(
-            module.training and (isinstance(module, _DropoutNd) or getattr(module, "dropout", 0))
-            for module in model.modules()
-        )
+        self._only_alone = set(only_alone)
+        self.together, self.n = batch, example_count(batch)
+        self._tolerance = tolerance
+        self.random = is_random(model)
+        self._kept: dict[tuple[int, int], dict[str, Tensor]] = {}
+        # the parameters whose gradient was not zero
+        self.moving: set[str] = set()
 
     def wrong(self, forms: Mapping[str, Form], names: Sequence[str]) -> set[str]:
         """The names whose forms are not what autograd gives; each reference is made in turn."""
@@ -71,36 +94,92 @@ class Comparison:
         if not names:
             return wrong
         for rows, batch, n in self._references():
-            with self.same_random_state():
-                values = [self.parameters[name] for name in names]
-                expected = functional.single_gradients(self.model, values, batch, self.loss, n)
-            whole = torch.stack([_norm(g) for g in expected]).norm()
-            if not torch.isfinite(whole):
-                continue  # the scores will say which example it was
-            for name, gradient in zip(names, expected, strict=True):
-                tolerance = tolerance_of(self.parameters[name])
-                form = forms.get(name)
-                difference = gradient.flatten().to(exact(gradient).dtype)
-                if form is not None:
-                    difference = difference - form.rows(rows).dense().sum(0)
-                relative = tolerance.sums if n > 1 else tolerance.alone
-                if not _norm(difference) <= relative * _norm(gradient) + tolerance.whole * whole:
-                    wrong.add(name)
+            expected = self._expected((rows.start, n), batch, names)
+            chosen = {name: form.rows(rows) for name, form in forms.items() if name in names}
+            precisions = {name: self.parameters[name] for name in expected}
+            differing, moving = differences(chosen, expected, n > 1, precisions, self._tolerance)
+            wrong |= differing - (self._only_alone if n > 1 else set())
+            self.moving |= moving
         return wrong
 
-    def _references(self) -> Iterator[tuple[slice, Batch, int]]:
-        """Which of the three examples, as which batch."""
-        yield slice(0, EXAMPLES), self.together, EXAMPLES
-        if not self.random:
-            for i, batch in enumerate(self._alone):
-                yield slice(i, i + 1), batch, 1
+    def _expected(
+        self, key: tuple[int, int], batch: Batch, names: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Autograd's own gradient of some examples, by name."""
+        kept = self._kept.get(key, {})
+        if not set(names) <= set(kept):
+            with same_random_state(self.parameters.values()):
+                values = [self.parameters[name] for name in names]
+                found = functional.single_gradients(
+                    self.model, values, batch, self.loss, example_count(batch)
+                )
+            kept = dict(zip(names, found, strict=True))
+            if (1 + ALONE) * sum(g.numel() * g.element_size() for g in found) <= KEPT_BYTES:
+                self._kept[key] = kept
+        return {name: kept[name] for name in names}
 
-    @contextmanager
-    def same_random_state(self) -> Iterator[None]:
-        """Each pass inside draws the same numbers, and none is drawn for good."""
-        devices = {p.device for p in self.parameters.values() if p.device.type == "cuda"}
-        with torch.random.fork_rng(devices=list(devices)):
-            yield
+    def _references(self) -> Iterator[tuple[slice, Batch, int]]:
+        """Which of the examples, as which batch."""
+        yield slice(0, self.n), self.together, self.n
+        # with dropout on, the same example alone meets another mask
+        if not self.random and self.n > 1:
+            for i in range(min(ALONE, self.n)):
+                yield slice(i, i + 1), take(self.together, slice(i, i + 1)), 1
+
+
+def is_random(model: nn.Module) -> bool:
+    """Whether dropout is on."""
+    return any(
+        module.training and (isinstance(module, _DropoutNd) or getattr(module, "dropout", 0))
+        for module in model.modules()
+    )
+
+
+def differences(
+    forms: Mapping[str, Form],
+    expected: Mapping[str, Tensor],
+    same_batch: bool,
+    precisions: Mapping[str, Tensor],
+    tolerance: Tolerance | None = None,
+) -> tuple[set[str], set[str]]:
+    """The names whose forms do not sum to the expected gradients, and those that are not zero.
+
+    Args:
+        forms: gradients of some examples, by name; none where a gradient is zero.
+        expected: autograd's own gradient of the sum of their losses, by name.
+        same_batch: whether both ran the same batch.
+        precisions: a tensor of the precision in which each was computed, by name.
+        tolerance: that of each precision where None.
+    """
+    wrong: set[str] = set()
+    moving: set[str] = set()
+    whole = torch.stack([_norm(g) for g in expected.values()]).norm()
+    if not torch.isfinite(whole):
+        return wrong, moving  # the scores will say which example it was
+    for name, gradient in expected.items():
+        close = tolerance or tolerance_of(precisions[name])
+        form = forms.get(name)
+        difference = gradient.flatten().to(exact(gradient).dtype)
+        if form is not None:
+            try:
+                difference = difference - form.summed().dense()[0]
+            except RuntimeError:  # of a layout that does not fit
+                wrong.add(name)
+        norm, noise = _norm(gradient), close.whole * whole
+        relative = close.sums if same_batch else close.alone
+        if not _norm(difference) <= relative * norm + noise:
+            wrong.add(name)
+        if norm > noise:
+            moving.add(name)
+    return wrong, moving
+
+
+@contextmanager
+def same_random_state(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Each pass inside draws the same numbers, and none is drawn for good."""
+    devices = {p.device for p in parameters if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        yield
 
 
 def _norm(values: Tensor) -> Tensor:

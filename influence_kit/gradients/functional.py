@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from influence_kit.data import Batch, call_arguments, call_model, example_axis, map_tensors, take
+from influence_kit.data import (
+    Batch,
+    call_arguments,
+    call_model,
+    map_tensors,
+    take,
+    tensor_axes,
+    with_count,
+)
 from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.loss_scaling import has_float16, scaled_examples, summed_loss
 from influence_kit.losses import Loss
@@ -26,14 +34,11 @@ def vmapped(
     model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch, loss: Loss, n: int
 ) -> dict[str, Dense]:
     """Per-example gradients of the named parameters by ``vmap(grad)``."""
-    axes = []
-
-    def note(tensor: Tensor) -> Tensor:
-        axes.append(example_axis(tensor, n))
-        return tensor
-
+    axes = tensor_axes(batch)
     tensors: list[Tensor] = []
-    map_tensors(batch, lambda tensor: tensors.append(note(tensor)))
+    map_tensors(batch, tensors.append)
+    if len(axes) != len(tensors):
+        raise NotImplementedError("a packed sequence cannot be cut into examples")
 
     def example_loss(values: dict[str, Tensor], scale: Tensor, *one: Tensor) -> Tensor:
         # what lost its example dimension to vmap gets one of length 1 back
@@ -43,7 +48,7 @@ def vmapped(
             tensor, axis = next(supply)
             return tensor if axis is None else tensor.unsqueeze(axis)
 
-        example = map_tensors(batch, restore)
+        example = with_count(map_tensors(batch, restore), 1)
         args, kwargs = call_arguments(model, example)
         outputs = functional_call(model, values, args, kwargs)
         return summed_loss(outputs, example, loss, 1).value * scale
@@ -71,7 +76,7 @@ def vmapped(
             with torch.no_grad():  # vmap hides values: here a label of no class is named
                 loss.values(call_model(model, batch), batch)
             raise
-    return {name: _dense(gradients[name], value) for name, value in values.items()}
+    return {name: as_dense(gradients[name], real_shape(v)) for name, v in values.items()}
 
 
 def one_by_one(
@@ -83,7 +88,7 @@ def one_by_one(
         for i in range(n)
     ]
     return {
-        name: _dense(torch.stack([row[place] for row in rows]), parameter)
+        name: as_dense(torch.stack([row[place] for row in rows]), real_shape(parameter))
         for place, (name, parameter) in enumerate(parameters.items())
     }
 
@@ -106,6 +111,6 @@ def single_gradients(
     ]
 
 
-def _dense(values: Tensor, parameter: Tensor) -> Dense:
-    """Per-example gradients of a parameter, or pairs of real numbers of them, written out."""
-    return Dense(exact(real(values.detach())).reshape(len(values), -1), real_shape(parameter))
+def as_dense(values: Tensor, shape: torch.Size) -> Dense:
+    """Gradients ``[n, *shape]``, complex ones as pairs of real numbers, as a form."""
+    return Dense(exact(real(values.detach())).reshape(len(values), -1), shape)

@@ -9,6 +9,7 @@ Shapes: n examples.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -103,8 +104,19 @@ class SummedLoss(NamedTuple):
         return [(head, slope) for head, slope in pairs if slope is not None]
 
 
-def summed_loss(outputs: Any, batch: Batch, loss: Loss, n: int) -> SummedLoss:
-    """The sum of the examples' losses, computed in float32 for outputs in half precision."""
+def summed_loss(
+    outputs: Any, batch: Batch, loss: Loss, n: int, where: str | None = None
+) -> SummedLoss:
+    """The sum of the examples' losses, computed in float32 for outputs in half precision.
+
+    Args:
+        outputs: the model's.
+        batch: the batch.
+        loss: the loss.
+        n: how many examples.
+        where: what to call the batch where a reduced loss of it is to be compared; None not to.
+    """
+    total = loss.total if where is None else partial(loss.checked_total, where=where)
     heads: list[Tensor] = []
     dtypes: set[torch.dtype] = set()
 
@@ -117,7 +129,7 @@ def summed_loss(outputs: Any, batch: Batch, loss: Loss, n: int) -> SummedLoss:
 
     shown, is_half = map_tensors(outputs, single), torch.float16 in dtypes
     if dtypes.isdisjoint(HALF):
-        value = loss.total(outputs, batch, n)
+        value = total(outputs, batch, n)
         if value.is_complex():
             raise InvalidArgumentError(
                 f"`{loss.name}` returned {value.dtype}, and a loss is a real number: return the "
@@ -129,9 +141,9 @@ def summed_loss(outputs: Any, batch: Batch, loss: Loss, n: int) -> SummedLoss:
     else:
         known = (*batch[:-1], map_tensors(batch[-1], exact))
     try:
-        return SummedLoss(loss.total(shown, known, n), heads, is_half)
+        return SummedLoss(total(shown, known, n), heads, is_half)
     except RuntimeError:  # a loss with weights of its own in half precision
-        return SummedLoss(loss.total(outputs, batch, n), [], is_half)
+        return SummedLoss(total(outputs, batch, n), [], is_half)
 
 
 def has_float16(tensors: Iterable[Tensor]) -> bool:

@@ -99,7 +99,17 @@ def embedding(
     deltas = delta.reshape(n, ids.shape[1], -1)
     if layer.padding_idx is not None:
         deltas = deltas * (ids != layer.padding_idx).unsqueeze(-1)
+    if layer.scale_grad_by_freq:
+        deltas = deltas / _counts(ids).unsqueeze(-1)
     return {"weight": Rows.from_lookups(ids, deltas, layer.weight.shape)}
+
+
+def _counts(ids: Tensor) -> Tensor:
+    """How often each id ``[n, t]`` occurs in its example."""
+    keys = ids + torch.arange(len(ids), device=ids.device)[:, None] * (ids.max() + 1)
+    _, inverse, counts = keys.unique(return_inverse=True, return_counts=True)
+    found: Tensor = counts[inverse]
+    return found
 
 
 @gradient_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)

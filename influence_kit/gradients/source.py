@@ -1,36 +1,91 @@
-"""Where a method gets gradients from: a capture that has been checked."""
+"""Where a method gets gradients from: a capture that is checked, again and again."""
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from influence_kit.data import Batch, call_model, example_count, take
-from influence_kit.errors import LabelError
+from influence_kit.errors import InvalidArgumentError, LabelError, PassAgain
+from influence_kit.gradients import functional
 from influence_kit.gradients.capture import Capture
-from influence_kit.gradients.check import check
+from influence_kit.gradients.check import check, drawn
 from influence_kit.gradients.comparison import EXAMPLES
+from influence_kit.gradients.explanation import explanation
 from influence_kit.gradients.per_example import Gradients
+from influence_kit.gradients.schedule import Schedule
+from influence_kit.gradients.spot_check import added_up, compare, compare_widely, not_yet_moving
 from influence_kit.losses import Loss
 from influence_kit.memory import rows_within, workspace_bytes
 
 MOST_ROWS = 2048
+# examples of a later batch that are compared, of small batches fewer
+MOST_COMPARED = 8
+Verify = Literal["repeated", "once"]
+
+
+def check_verify(verify: Any) -> Verify:
+    """The argument as given.
+
+    Raises:
+        InvalidArgumentError: for anything but the two words.
+    """
+    if verify not in ("repeated", "once"):
+        raise InvalidArgumentError(f'`verify` must be "repeated" or "once"; got {verify!r}')
+    found: Verify = verify
+    return found
 
 
 class GradientSource:
     """Per-example gradients of the chosen parameters, for any loss.
 
-    The first batch of each loss is checked against autograd, and a later one again where the first
-    had too few examples to tell.
+    The first batch of each loss is checked against autograd, and settles how gradients are
+    captured. Of later batches some are compared again (``Schedule`` says which): a few examples
+    of the batch, by themselves, must have the gradients that they were given in the batch. A
+    parameter that differs goes to ``functional``, and the pass starts again.
+
+    Args:
+        model: the model.
+        parameters: the chosen parameters by name.
+        verify: "repeated", or "once" to trust the first check.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        verify: Verify = "repeated",
+    ) -> None:
         self.capture = Capture(model, parameters)
-        self._checked: dict[int, tuple[Loss, int]] = {}
+        self.verify = verify
+        # by loss: the loss, the examples of the fullest batch that was checked, and the parameters
+        # whose gradient was not zero there
+        self._checked: dict[int, tuple[Loss, int, set[str]]] = {}
+        self._schedule = Schedule()
+        self._generator = torch.Generator().manual_seed(0)
         self._said: set[str] = set()
+        # the parameters whose examples were looked for again
+        self._searched: set[str] = set()
+        self._loader: Any = None
+
+    def begin(self, loader: Any) -> None:
+        """A new question: passes are counted from here.
+
+        Args:
+            loader: its ``current`` is the number of the checkpoint that is in the model.
+        """
+        meta = [n for n, p in self.capture.model.named_parameters() if p.device.type == "meta"]
+        if meta:
+            raise InvalidArgumentError(
+                f"the parameters {meta[:3]} of the model are on the device 'meta', without values "
+                "(an empty or offloaded model): load the weights onto one device first"
+            )
+        self._loader = loader
+        self._schedule.begin()
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -40,22 +95,167 @@ class GradientSource:
 
     def __call__(self, batch: Batch, loss: Loss) -> Gradients:
         """The gradients of each example of a batch that is on the model's device."""
-        self.prepare(batch, loss)
-        return self.capture(batch, loss)
+        is_checked = self._first_check(batch, loss)
+        gradients = self._captured(batch, loss)
+        if self.verify == "repeated":
+            self._check_again(batch, loss, gradients, is_checked)
+        return gradients
 
-    def prepare(self, batch: Batch, loss: Loss) -> None:
-        """Check capture and loss, where that has not been done."""
-        distinct = min(example_count(batch), EXAMPLES)
-        known, seen = self._checked.get(id(loss), (loss, 0))
-        if seen < distinct or not known.settled:
-            try:
-                check(self.capture, batch, loss)
-            except LabelError:  # which counts the few examples that were looked at
-                with torch.no_grad():
-                    loss.values(call_model(self.capture.model, batch), batch)
+    def prepare(self, batch: Batch, loss: Loss, index: int | None = None) -> None:
+        """Check what a product of the whole batch needs: that its loss is a sum over examples.
+
+        Args:
+            batch: on the model's device.
+            loss: the loss.
+            index: of the batch's first example, where the batch comes more than once.
+        """
+        scaled = sorted(self.capture.scaled_by_frequency)
+        if scaled:
+            raise InvalidArgumentError(
+                f"the embeddings {scaled} scale their gradients by how often an id occurs in the "
+                "batch (scale_grad_by_freq=True), so that no product with the curvature of the "
+                "loss is one over examples: set scale_grad_by_freq to False"
+            )
+        self._first_check(batch, loss)
+        key = (self._checkpoint, id(loss), index)
+        if self.verify == "once" or not self._schedule.is_new(key):
+            return
+        n = example_count(batch)
+        if loss.compares:
+            with torch.no_grad(), self._named():
+                loss.checked_total(call_model(self.capture.model, batch), batch, n)
+        if n > 1 and self._schedule.due(self._checkpoint, loss, (), ()):
+            added_up(self.capture, self._few(batch, n), loss)
+
+    @property
+    def _checkpoint(self) -> int | None:
+        return None if self._loader is None else self._loader.current
+
+    def _captured(self, batch: Batch, loss: Loss) -> Gradients:
+        try:
+            with self._named():
+                return self.capture(batch, loss)
+        except ValueError as error:
+            # a layer that sees its examples elsewhere than in the batches before
+            if isinstance(error, InvalidArgumentError) or not self.capture.misplaced:
                 raise
-            self._checked[id(loss)] = (loss, distinct)
-            self._say_slow()
+            self._give_up(set(self.capture.misplaced), batch, loss)
+
+    def _first_check(self, batch: Batch, loss: Loss) -> bool:
+        """Check capture and loss, where that has not been done; whether it was done now."""
+        n = example_count(batch)
+        distinct = min(n, EXAMPLES)
+        _, seen, _ = self._checked.get(id(loss), (loss, 0, set()))
+        is_due = seen < distinct or (n > 1 and not loss.settled)
+        if is_due:
+            self._check(batch, loss, self._few(batch, EXAMPLES))
+        return is_due
+
+    def _check(self, batch: Batch, loss: Loss, few: Batch) -> None:
+        _, seen, moving = self._checked.get(id(loss), (loss, 0, set()))
+        try:
+            with self._named():
+                moving = moving | check(self.capture, few, loss)
+        except LabelError:  # which counts the few examples that were looked at
+            with torch.no_grad():
+                loss.values(call_model(self.capture.model, batch), batch)
+            raise
+        except (InvalidArgumentError, PassAgain):
+            raise
+        except Exception as error:
+            # the user's own, or of a batch that cannot be cut
+            told = explanation(self.capture.model, batch, loss, of_outputs_only=True)
+            if few is batch or told is None:
+                raise
+            raise InvalidArgumentError(told) from error
+        seen = max(seen, min(example_count(batch), EXAMPLES))
+        self._checked[id(loss)] = (loss, seen, moving)
+        self._say_slow()
+
+    def _few(self, batch: Batch, count: int) -> Batch:
+        """Some examples drawn from the whole batch; one example is not cut."""
+        n = example_count(batch)
+        return batch if n == 1 else take(batch, drawn(n, count, self._generator))
+
+    def _check_again(
+        self, batch: Batch, loss: Loss, gradients: Gradients, is_checked: bool
+    ) -> None:
+        """Compare a batch's gradients with those of some of its examples by themselves."""
+        capture, n = self.capture, gradients.n
+        moving = self._checked[id(loss)][2]
+        if n == 1 and not capture.without_rule and len(moving) == len(capture.parameters):
+            return  # nothing to mix
+        due = self._schedule.due(self._checkpoint, loss, capture.path, capture.shapes)
+        unproven = set(capture.parameters) - moving
+        awake = not_yet_moving(gradients, unproven) if unproven else None
+        if awake is not None and self._schedule.may_look(awake.names):
+            self._look_closely(batch, loss, awake.examples)
+        if not due or is_checked:
+            return
+        rows = drawn(n, min(MOST_COMPARED, max(min(n - 1, 2), n // 8, 1)), self._generator)
+        wrong, moved = compare(capture, gradients, batch, loss, rows)
+        if wrong:
+            wrong, moved = compare_widely(capture, batch, loss, rows) or (wrong, moved)
+        if wrong:
+            self._give_up(wrong, batch, loss)
+        if moved - moving:
+            self._look_closely(batch, loss, rows)
+
+    def _look_closely(self, batch: Batch, loss: Loss, rows: Tensor) -> None:
+        """Check some examples as the first were: rules are seen at work there that were not yet."""
+        before = self.capture.settings
+        self._check(batch, loss, batch if example_count(batch) == 1 else take(batch, rows))
+        if self.capture.settings != before:
+            self._start_again(())
+
+    def _give_up(self, wrong: set[str], batch: Batch, loss: Loss) -> NoReturn:
+        """Compute parameters that were found wrong in another way, and start again."""
+        capture, few = self.capture, self._few(batch, EXAMPLES)
+        if not wrong <= self._searched:  # examples may stand elsewhere than they seemed
+            self._searched |= wrong
+            before = capture.settings
+            self._check(batch, loss, few)
+            if capture.settings != before:
+                self._start_again(())
+        ruled = wrong - set(capture.without_rule)
+        if ruled:
+            capture.without_rule = [
+                name for name in capture.parameters if name in {*capture.without_rule, *ruled}
+            ]
+            self._check(batch, loss, few)  # refuses a model that mixes examples
+        elif capture.functional is functional.vmapped:
+            capture.functional = functional.one_by_one
+        else:
+            raise InvalidArgumentError(
+                f"{self._where}: the gradients of some examples by themselves are not those that "
+                f"they have in their batch (parameters {sorted(wrong)[:6]}), and no reason was "
+                "found; batches of one example (batch_size=1) always work"
+            )
+        self._start_again(wrong)
+
+    def _start_again(self, slower: Collection[str]) -> NoReturn:
+        """Have the pass start again; ``slower`` are the parameters that now go without a rule."""
+        listed = ", ".join(sorted(slower)[:6]) + (", ..." if len(slower) > 6 else "")
+        if slower:
+            warnings.warn(
+                f"{self._where}: the gradients of {listed} are not those that the examples have by "
+                "themselves, as they were in the batches before: they are computed in a slower "
+                "way, and the pass starts again",
+                stacklevel=2,
+            )
+        raise PassAgain(f"{self._where}: {listed or 'the examples stand elsewhere'}")
+
+    @property
+    def _where(self) -> str:
+        checkpoint = self._checkpoint
+        at = "" if checkpoint is None else f" at checkpoint {checkpoint}"
+        return f"batch {self._schedule.seen}{at}"
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """An error about a batch says which one it was."""
+        self.capture.where = self._where
+        yield
 
     def _say_slow(self) -> None:
         names = [name for name in self.capture.without_rule if name not in self._said]

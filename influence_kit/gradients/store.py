@@ -162,6 +162,12 @@ class GradientStore:
         for chunk, values in whole_chunks(pieces, self.layout, theirs):
             write_chunk(self._path(checkpoint, chunk), values, self._manifest.identity)
 
+    def empty(self) -> None:
+        """Take the chunks of an unfinished store away."""
+        if not self._manifest.is_finished:
+            for key in self._keys():
+                self._path(*key).unlink(missing_ok=True)
+
     def finish(self) -> None:
         """Say in the manifest that all chunks are there, with their checksums.
 

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 from influence_kit.arguments import check_count, check_number
 from influence_kit.checkpoints import LoadFunction, load_checkpoint
 from influence_kit.losses import LossFunction
+from influence_kit.margins import OutputFunction
 from influence_kit.methods.base import BatchSize
 from influence_kit.methods.embedding_influence import EmbeddingInfluence
 from influence_kit.operators.low_rank import EigenPairs, arnoldi
@@ -27,7 +28,8 @@ class ArnoldiInfluenceFunction(EmbeddingInfluence):
     Args:
         model, train_dataset, checkpoint, checkpoints_load_func, layers, loss_fn, batch_size: as in
             ``NaiveInfluenceFunction``.
-        hessian_dataset, test_loss_fn, sample_wise_grads_per_batch, projection_dim: likewise.
+        hessian_dataset, test_loss_fn, test_output_fn, sample_wise_grads_per_batch, projection_dim:
+            likewise.
         seed: of the random start.
         arnoldi_dim: the most dimensions of the subspace.
         arnoldi_tol: stop where the next direction is shorter than this, before it is normalized.
@@ -71,6 +73,7 @@ class ArnoldiInfluenceFunction(EmbeddingInfluence):
         projection_on_cpu: bool = True,
         show_progress: bool = False,
         *,
+        test_output_fn: OutputFunction | None = None,
         eval_mode: bool = True,
     ) -> None:
         self.arnoldi_dim = check_count(arnoldi_dim, "arnoldi_dim")
@@ -92,6 +95,7 @@ class ArnoldiInfluenceFunction(EmbeddingInfluence):
             hessian_inverse_tol,
             projection_on_cpu,
             show_progress,
+            test_output_fn=test_output_fn,
             eval_mode=eval_mode,
         )
 

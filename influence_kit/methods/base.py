@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from influence_kit.arguments import check_count
+from influence_kit.batch_axes import BatchAxes, MarkedBatches
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.checkpoints import LoadFunction, find_checkpoints, load_checkpoint
 from influence_kit.data import (
@@ -25,11 +26,13 @@ from influence_kit.data import (
     take,
     to_device,
 )
-from influence_kit.errors import InvalidArgumentError
+from influence_kit.errors import InvalidArgumentError, PassAgain
 from influence_kit.gradients.check import refuse_mixing_layers
-from influence_kit.gradients.source import GradientSource, comfortable_rows
+from influence_kit.gradients.source import GradientSource, Verify, check_verify, comfortable_rows
 from influence_kit.iterables import readable_again
 from influence_kit.losses import Loss, LossFunction, declared_reduction
+from influence_kit.margins import OutputFunction
+from influence_kit.measures import measure_of_tests, refuse_both
 from influence_kit.methods.chosen import check_layers, choose_parameters
 from influence_kit.precision import exact_dtype
 from influence_kit.restore import borrowed
@@ -59,35 +62,48 @@ class InfluenceBase(DataInfluence):
         test_loss_fn: LossFunction | None = None,
         sample_wise_grads_per_batch: bool | None = None,
         *,
+        test_output_fn: OutputFunction | None = None,
         eval_mode: bool = True,
+        batch_axes: Any = None,
+        verify: Verify = "repeated",
     ) -> None:
+        refuse_both(test_loss_fn, test_output_fn)
         self.model = model
+        self.verify = check_verify(verify)
+        self.batch_axes = batch_axes
+        self._axes = BatchAxes(batch_axes)
         self.checkpoints_load_func = checkpoints_load_func
         self.checkpoints = checkpoints
         self.loss_fn = loss_fn
-        self.test_loss_fn = loss_fn if test_loss_fn is None else test_loss_fn
+        self.test_output_fn = test_output_fn
+        self.test_loss_fn = test_loss_fn
+        if test_loss_fn is None and test_output_fn is None:
+            self.test_loss_fn = loss_fn
         self.batch_size = _check_batch_size(batch_size, train_dataset)
         self.sample_wise_grads_per_batch = sample_wise_grads_per_batch
         self.reduction_type = declared_reduction(loss_fn, sample_wise_grads_per_batch)
         self.test_reduction_type = self.reduction_type
         self._train_loss = self._test_loss = Loss(loss_fn, self.reduction_type, "loss_fn")
-        if test_loss_fn is not None:
-            self.test_reduction_type = declared_reduction(
-                test_loss_fn, sample_wise_grads_per_batch, "test_loss_fn"
+        name = "test_loss_fn" if test_output_fn is None else "test_output_fn"
+        measure = test_loss_fn if test_output_fn is None else test_output_fn
+        if measure is not None:
+            declared = declared_reduction(measure, sample_wise_grads_per_batch, name)
+            self.test_reduction_type = declared
+            self._test_loss = measure_of_tests(
+                test_loss_fn, test_output_fn, declared, self._train_loss
             )
-            self._test_loss = Loss(test_loss_fn, self.test_reduction_type, "test_loss_fn")
         self._eval_mode = eval_mode
         self._look_at(layers)
         self._train_data: Any = train_dataset
         self._train_loader: Iterable[Batch] | None = None
         if not is_dataset(train_dataset):
-            self._train_loader = as_loader(train_dataset, None, "train_dataset")
+            self._train_loader = self._marked(as_loader(train_dataset, None, "train_dataset"))
 
     def _look_at(self, layers: Sequence[str] | None) -> None:
         """Choose the parameters whose gradients count."""
         self.layers = check_layers(self.model, layers)
         self._parameters = choose_parameters(self.model, self.layers)
-        self._source = GradientSource(self.model, self._parameters)
+        self._source = GradientSource(self.model, self._parameters, self.verify)
 
     def __init_subclass__(cls) -> None:
         """Show the common arguments in the signature of a class that passes them on."""
@@ -124,6 +140,14 @@ class InfluenceBase(DataInfluence):
         """Drop what was made at other checkpoints."""
         return
 
+    def read_otherwise(self) -> bool:
+        """Take another axis for that of the examples; False where shapes leave no other."""
+        return self._axes.try_another()
+
+    def forget(self) -> None:
+        """Drop all that is kept of earlier questions: gradients, fits, embeddings."""
+        self._forget()
+
     @property
     def train_dataloader(self) -> Iterable[Batch]:
         """The batches of the training set, in their order."""
@@ -135,6 +159,11 @@ class InfluenceBase(DataInfluence):
     def train_dataloader_len(self) -> int | None:
         """The number of training batches; None where the loader does not tell."""
         return loader_length(self.train_dataloader)
+
+    @property
+    def explains_output(self) -> bool:
+        """Whether a positive score says that training raised an output, not lowered a loss."""
+        return self.test_output_fn is not None
 
     @property
     def layer_modules(self) -> list[nn.Module] | None:
@@ -150,7 +179,9 @@ class InfluenceBase(DataInfluence):
         """The model with hooks on, borrowed from the user; a loader for its checkpoints."""
         with borrowed(self.model, self._eval_mode), self._source.attached():
             refuse_mixing_layers(self.model)
-            yield CheckpointLoader(self.model, self.checkpoints, self.checkpoints_load_func)
+            loader = CheckpointLoader(self.model, self.checkpoints, self.checkpoints_load_func)
+            self._source.begin(loader)
+            yield loader
 
     @property
     def _device(self) -> torch.device:
@@ -175,6 +206,7 @@ class InfluenceBase(DataInfluence):
         if inputs is None:
             return self.train_dataloader
         if is_batch(inputs):
+            inputs = self._marked_batch(inputs)
             one = to_device(take(inputs, slice(0, 1)), self._device)
             return list(split(inputs, comfortable_rows(self.model, one, self._device)))
         if isinstance(inputs, Tensor) or not isinstance(inputs, Iterable):
@@ -184,13 +216,27 @@ class InfluenceBase(DataInfluence):
             )
         if ordered:
             check_order(inputs, "inputs")
-        batches: Iterable[Batch] = readable_again(inputs)
-        return batches
+        return self._marked(readable_again(inputs))
 
     def _loader_of(self, data: Any, name: str) -> Iterable[Batch]:
         """Batches of a data set, of the size asked for."""
         size = self._auto_batch_size(data) if self.batch_size == "auto" else self.batch_size
-        return as_loader(data, size, name)
+        return self._marked(as_loader(data, size, name))
+
+    def _marked_batch(self, batch: Batch) -> Batch:
+        """A batch marked with where its examples stand: as in the training set, if it looks so."""
+        marked = self._axes.mark(batch)
+        if not self._axes.is_clear(batch) and isinstance(self.train_dataloader, MarkedBatches):
+            self.train_dataloader.look_at()
+            # nothing was computed yet of what may have been read otherwise
+            with suppress(PassAgain):
+                return self._axes.mark(batch)
+            marked = self._axes.mark(batch)
+        return marked
+
+    def _marked(self, loader: Iterable[Batch]) -> Iterable[Batch]:
+        """The batches, marked with where their examples stand."""
+        return MarkedBatches(loader, self._axes)
 
     def _auto_batch_size(self, data: Any) -> int:
         if isinstance(data, IterableDataset):

@@ -17,12 +17,12 @@ class ExamplesByPlace:
     """
 
     def __init__(self, loader: Any) -> None:
-        self._data, self._collate = loader.dataset, loader.collate_fn
+        self._loader, self._data, self._collate = loader, loader.dataset, loader.collate_fn
         self.rows: int = loader.batch_size
 
     def __call__(self, places: Sequence[int]) -> Batch:
         """A batch of the examples at those places."""
-        batch: Batch = self._collate([self._data[place] for place in places])
+        batch: Batch = self._loader.marked(self._collate([self._data[place] for place in places]))
         return batch
 
 

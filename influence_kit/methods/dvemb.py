@@ -20,6 +20,7 @@ from influence_kit.methods.example_influence import given
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.looked_up import LookedUp, places_in_pieces
 from influence_kit.methods.projected import Dim, check_dim
+from influence_kit.methods.starting_again import starts_again
 from influence_kit.methods.step_gradients import StepGradients
 from influence_kit.methods.walk_back import check_epochs, check_memory, walk_back
 from influence_kit.operators.draws import check_seed
@@ -126,6 +127,7 @@ class DVEmb(InnerProductInfluence):
 
     # What a user calls.
 
+    @starts_again
     def embeddings(self, show_progress: bool = False) -> Tensor:
         """The embedding of each training example, ``[n, P]``, parameters in the model's order.
 
@@ -146,6 +148,7 @@ class DVEmb(InnerProductInfluence):
                 self._embeddings = walk_back(self._steps, read, empty, self.epochs, bar.update)
         return self._embeddings
 
+    @starts_again
     def self_influence(
         self,
         inputs: Any = None,
@@ -169,6 +172,7 @@ class DVEmb(InnerProductInfluence):
         self.embeddings(show_progress)
         return super().self_influence(None, show_progress, outer_loop_by_checkpoints)
 
+    @starts_again
     def compute_intermediate_quantities(self, inputs: Any, aggregate: bool = False) -> Tensor:
         """The gradients of the test loss after training: what ``influence`` takes for ``inputs``.
 

@@ -13,10 +13,12 @@ from influence_kit.errors import CurvatureError, InvalidArgumentError
 from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.losses import LossFunction
+from influence_kit.margins import OutputFunction
 from influence_kit.methods.base import BatchSize
 from influence_kit.methods.example_influence import given
 from influence_kit.methods.fitted import Facts
 from influence_kit.methods.influence_function import InfluenceFunction
+from influence_kit.methods.starting_again import starts_again
 from influence_kit.operators.curvature import HessianOfLoss
 from influence_kit.operators.low_rank import EigenPairs, LowRank, as_tensors, from_tensors
 from influence_kit.operators.operator import Operator, Scaled
@@ -52,6 +54,7 @@ class EmbeddingInfluence(InfluenceFunction):
         projection_on_cpu: bool = True,
         show_progress: bool = False,
         *,
+        test_output_fn: OutputFunction | None = None,
         eval_mode: bool = True,
     ) -> None:
         if projection_dim is not None:
@@ -73,6 +76,7 @@ class EmbeddingInfluence(InfluenceFunction):
             damping=check_number(hessian_reg, "hessian_reg", least=0),
             hessian_dataset=hessian_dataset,
             seed=seed,
+            test_output_fn=test_output_fn,
             eval_mode=eval_mode,
         )
         if show_progress:
@@ -99,6 +103,7 @@ class EmbeddingInfluence(InfluenceFunction):
             self.fit()
         return self._projection()
 
+    @starts_again
     def self_influence(  # type: ignore[override] # Captum's names
         self,
         inputs_dataset: Any = None,
@@ -110,6 +115,7 @@ class EmbeddingInfluence(InfluenceFunction):
         chosen = inputs_dataset if inputs is None else inputs
         return super().self_influence(chosen, show_progress, outer_loop_by_checkpoints)
 
+    @starts_again
     def compute_intermediate_quantities(  # type: ignore[override] # Captum's names
         self,
         inputs_dataset: Any = None,
@@ -126,7 +132,7 @@ class EmbeddingInfluence(InfluenceFunction):
             aggregate: their sum, ``[1, d]``.
             show_progress: a bar over the checkpoint.
             return_on_cpu: have the result on the CPU.
-            test: take the gradients of ``test_loss_fn``.
+            test: take the gradients of ``test_loss_fn`` (of minus ``test_output_fn``).
             inputs: the same as ``inputs_dataset``.
         """
         chosen = given(inputs_dataset if inputs is None else inputs)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.methods.base import InfluenceBase
+from influence_kit.methods.starting_again import starts_again
 from influence_kit.scoring.reducers import AllScores, KMostInfluentialResults, Reducer, TopK
 
 
@@ -53,13 +54,13 @@ class Question(DataInfluence):
             k: how many proponents or opponents to return; None for all scores.
             proponents: the highest scores; False for the lowest.
             show_progress: a bar over the training set (of a valuation: over the models fitted).
-            aggregate: the influence on the sum of the test examples' losses (of a valuation: of
-                their scores): one row.
+            aggregate: the influence on the sum of the test examples' losses (or outputs; of a
+                valuation: of their scores): one row.
 
         Returns:
             Scores ``[m, n]`` (``[1, n]`` if ``aggregate``) in the order of the training set, or
             ``KMostInfluentialResults`` of ``[m, min(k, n)]``. Positive: a proponent, training on it
-            lowered the test loss (raised the score).
+            lowered the test loss (raised ``test_output_fn``, where that is given; the score).
         """
         check_k(k)
         return self._answer(inputs, k, proponents, show_progress, aggregate)
@@ -74,6 +75,7 @@ class Question(DataInfluence):
 class ExampleInfluence(Question, InfluenceBase):
     """A method that scores training examples for test examples, however it does so."""
 
+    @starts_again
     def _answer(
         self, inputs: Any, k: int | None, proponents: bool, show_progress: bool, aggregate: bool
     ) -> Tensor | KMostInfluentialResults:

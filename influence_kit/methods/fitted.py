@@ -62,7 +62,8 @@ class FittedInfluence(KeptFit):
         self._hessian_data = hessian_dataset
         self._hessian_batches: Iterable[Batch] | None = None
         if hessian_dataset is not None and not is_dataset(hessian_dataset):
-            self._hessian_batches = as_loader(hessian_dataset, None, "hessian_dataset")
+            loader = as_loader(hessian_dataset, None, "hessian_dataset")
+            self._hessian_batches = self._marked(loader)
         self.damping = damping
 
     # What a method says.
@@ -209,7 +210,7 @@ class FittedInfluence(KeptFit):
         def features(places: Tensor, batch: Batch) -> Gradients:
             if curvature == "empirical_fisher":
                 return of_data(batch)
-            self._source.prepare(batch, self._train_loss)
+            self._source.prepare(batch, self._train_loss, int(places[0]))
             return self._features(data.checkpoint, labels(places, batch), self._train_loss)
 
         return Remembered(features, self._memory)

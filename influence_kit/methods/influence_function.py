@@ -14,6 +14,7 @@ from influence_kit.methods.chosen import check_layers
 from influence_kit.methods.example_influence import check_k, given
 from influence_kit.methods.perturbation import Perturbation, Perturbed
 from influence_kit.methods.solved import SolvedInfluence
+from influence_kit.methods.starting_again import starts_again
 from influence_kit.operators.passes import DataSet
 from influence_kit.scoring.features import (
     MostInfluentialFeatures,
@@ -48,6 +49,7 @@ class InfluenceFunction(SolvedInfluence):
 
     # What a user calls.
 
+    @starts_again
     def perturbation_influence(
         self,
         inputs: Any,
@@ -65,7 +67,8 @@ class InfluenceFunction(SolvedInfluence):
         M^-1 and the test gradient held fixed (Koh and Liang 2017, arXiv 1703.04730, section 2.2);
         the mean over checkpoints. Units are those of the score over those of the feature. Positive:
         raising the feature makes the example more helpful; shifting x_j by a small delta and
-        training anew changes the test loss by about -<result[i, j], delta> / n.
+        training again changes the test loss by about -<result[i, j], delta> / n (the function
+        ``test_output_fn`` by <result[i, j], delta> / n).
 
         The cost is one forward-over-reverse pass a pair and checkpoint, many pairs at a time. Of
         several ranks each computes all of it.

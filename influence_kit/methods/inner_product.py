@@ -22,6 +22,7 @@ from influence_kit.methods.chosen import group_by_layer
 from influence_kit.methods.example_influence import ExampleInfluence, given
 from influence_kit.methods.identity import identity
 from influence_kit.methods.kept_rows import Build, KeptRows, Places
+from influence_kit.methods.starting_again import starts_again
 from influence_kit.precision import real_shape
 from influence_kit.scoring.reducers import AllScores, Reducer
 from influence_kit.scoring.stream import Stream
@@ -43,7 +44,12 @@ class InnerProductInfluence(ExampleInfluence):
             model's output (of a dict batch: the loss that the model returns).
         batch_size: training examples at a time, where ``train_dataset`` is a ``Dataset``. "auto"
             finds a number from what one example takes in memory. The scores do not depend on it.
-        test_loss_fn: the loss of test examples; ``loss_fn`` where None.
+        test_loss_fn: the loss of test examples, lower is better; ``loss_fn`` where None. A positive
+            score says that training lowered it. What should rise goes to ``test_output_fn``.
+        test_output_fn: in place of it: ``test_output_fn(outputs, targets)`` (of a dict batch:
+            ``(outputs, batch)``), higher is better: a margin, a log-probability, a prediction. One
+            value per example, or their sum or mean. Scores are those of ``test_loss_fn`` =
+            -``test_output_fn``: positive where training raised it.
         sample_wise_grads_per_batch: None takes a loss of any reduction. True wants "sum" or "mean",
             False wants "none", as in Captum; the speed is the same.
         eval_mode: put the model into evaluation mode while scores are computed.
@@ -120,6 +126,7 @@ class InnerProductInfluence(ExampleInfluence):
 
     # What a user calls.
 
+    @starts_again
     def influence_by_layer(
         self, inputs: Any, show_progress: bool = False, aggregate: bool = False
     ) -> dict[str, Tensor]:
@@ -135,6 +142,7 @@ class InnerProductInfluence(ExampleInfluence):
         assert isinstance(found, Tensor)
         return dict(zip(groups, found.to(self._dtype), strict=True))
 
+    @starts_again
     def self_influence(
         self,
         inputs: Any = None,
@@ -142,6 +150,8 @@ class InnerProductInfluence(ExampleInfluence):
         outer_loop_by_checkpoints: bool = False,
     ) -> Tensor:
         """The score of each example with itself, ``[n]``: large for what is hard to fit.
+
+        Of its training loss, whatever is measured of test examples.
 
         Args:
             inputs: one batch or a DataLoader; None for the training set.
@@ -166,8 +176,12 @@ class InnerProductInfluence(ExampleInfluence):
                     outer.update()
         return total.to(self._dtype)
 
+    @starts_again
     def compute_intermediate_quantities(self, inputs: Any, aggregate: bool = False) -> Tensor:
         """The training side of examples, written out: vectors whose dot products are the scores.
+
+        They are gradients of ``loss_fn``, also where test examples have a function of their own:
+        the dot products are then the scores for the training loss.
 
         Returns:
             ``[m, P * C]``, the block of each checkpoint scaled by the square root of its weight;

@@ -11,6 +11,7 @@ from typing_extensions import Self
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.data import Batch
 from influence_kit.methods.inner_product import InnerProductInfluence
+from influence_kit.methods.starting_again import starts_again
 from influence_kit.saved import read_folder, write_folder
 
 
@@ -47,6 +48,7 @@ class KeptFit(InnerProductInfluence):
 
     # What a user calls.
 
+    @starts_again
     def fit(self, show_progress: bool = False) -> Self:
         """Fit at every checkpoint, anew; ``influence`` does so by itself once.
 
@@ -64,6 +66,7 @@ class KeptFit(InnerProductInfluence):
                 bar.update()
         return self
 
+    @starts_again
     def save(self, folder: str | Path) -> None:
         """Write what was fitted to a folder; fits where that has not been done.
 
@@ -77,6 +80,7 @@ class KeptFit(InnerProductInfluence):
                     tensors[f"{place}/{name}"] = value
             write_folder(folder, tensors, self._description(loader))
 
+    @starts_again
     def load(self, folder: str | Path) -> Self:
         """Take what ``save`` has written, in place of ``fit``.
 

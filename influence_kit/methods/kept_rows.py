@@ -12,6 +12,7 @@ from torch import Tensor
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.data import Batch, example_count, to_device
 from influence_kit.distributed import is_first_rank, wait_for_all
+from influence_kit.errors import PassAgain
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.store import GradientStore
 from influence_kit.gradients.store_manifest import default_chunk_rows
@@ -125,7 +126,11 @@ class Build:
             for side in self.sides:
                 if store.wanted(side.checkpoint, 0, rows):
                     self.loader.load(side.checkpoint)
-                    store.fill(side.checkpoint, self._wanted(store, side))
+                    try:
+                        store.fill(side.checkpoint, self._wanted(store, side))
+                    except PassAgain:  # what was written is in doubt, too
+                        store.empty()
+                        raise
             wait_for_all()
             if is_first_rank():
                 store.finish()

@@ -24,6 +24,7 @@ from influence_kit.methods.distances import euclidean_distance
 from influence_kit.methods.example_influence import ExampleInfluence, given
 from influence_kit.methods.knn_points import Points, Reader
 from influence_kit.methods.knn_values import far_to_near, values_of_matches, values_of_targets
+from influence_kit.methods.starting_again import starts_again
 from influence_kit.scoring.reducers import AllScores, Reducer, WholeRows
 
 Metric = Literal["euclidean", "cosine"]
@@ -59,8 +60,8 @@ class KNNShapley(ExampleInfluence):
         utility: "accuracy", as above, of integer labels; or "squared_error", of numbers as labels:
             u(S) = -(sum of the labels of the K nearest / K - test label)^2, that of regression.
 
-    The other arguments are those of ``InnerProductInfluence``; the losses have no effect, and
-    ``layers`` is refused.
+    The other arguments are those of ``InnerProductInfluence``; the losses have no effect;
+    ``layers`` and ``test_output_fn`` are refused.
 
     Raises:
         InvalidArgumentError: for labels that are no integers (or, with "squared_error", not one
@@ -93,6 +94,11 @@ class KNNShapley(ExampleInfluence):
             raise InvalidArgumentError(
                 f'`utility` must be "accuracy" or "squared_error"; got {utility!r}'
             )
+        if kwargs.get("test_output_fn") is not None:
+            raise InvalidArgumentError(
+                f"`test_output_fn` is a function of outputs, and {self.get_name()} looks at labels "
+                "of neighbours alone: leave it out, or use a method of gradients (`TracInCP`, say)"
+            )
         self.n_neighbors, self.layer = check_count(n_neighbors, "n_neighbors"), layer
         self.metric, self.utility = metric, utility
         super().__init__(model, train_dataset, checkpoints, *args, **kwargs)
@@ -122,6 +128,7 @@ class KNNShapley(ExampleInfluence):
 
     # What a user calls.
 
+    @starts_again
     def self_influence(
         self,
         inputs: Any = None,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from influence_kit.batch_axes import LABEL_KEYS
 from influence_kit.data import (
     Batch,
     call_arguments,
@@ -20,7 +21,7 @@ from influence_kit.data import (
     targets_of,
 )
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.labels import LABEL_KEYS, check_labels, labels_of, logits_of, with_logits
+from influence_kit.labels import check_labels, labels_of, logits_of, with_logits
 from influence_kit.losses import Loss
 
 

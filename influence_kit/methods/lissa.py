@@ -96,13 +96,14 @@ class LiSSAInfluenceFunction(CurvatureInfluence):
 
     def _samples(self, operator: Curvature) -> Callable[[int], Callable[[Tensor], Tensor]]:
         """Products with the curvature of examples drawn anew for each call."""
-        loader = self._hessian_loader
+        loader: Any = self._hessian_loader
         examples: Any = getattr(loader, "dataset", None)
         batches = getattr(loader, "batch_sampler", None)
         if isinstance(examples, IterableDataset) or batches is None:
             raise InvalidArgumentError(
-                f"no examples can be drawn from a {type(loader).__name__} without a data set that "
-                "has places; use `hessian_batch_size=None`, which takes all of them each time"
+                f"no examples can be drawn from a {type(loader.loader).__name__} without a data "
+                "set that has places; use `hessian_batch_size=None`, which takes all of them each "
+                "time"
             )
         collate = getattr(loader, "collate_fn", default_collate)
         order = [index for batch in batches for index in batch]
@@ -114,7 +115,7 @@ class LiSSAInfluenceFunction(CurvatureInfluence):
             def product(vectors: Tensor) -> Tensor:
                 places = torch.randint(len(order), (count,), generator=generator)
                 batch = collate([examples[order[place]] for place in places.tolist()])
-                batch = to_device(batch, self._device)
+                batch = to_device(loader.marked(batch), self._device)
                 return operator.batch_product(places.to(self._device), batch, vectors) / count
 
             return product

@@ -24,8 +24,9 @@ class NaiveInfluenceFunction(EmbeddingInfluence):
     decomposed at the first question.
 
     Args:
-        model, train_dataset, checkpoints_load_func, layers, loss_fn, batch_size, test_loss_fn: as
-            in ``InnerProductInfluence``.
+        model, train_dataset, checkpoints_load_func, layers, loss_fn, batch_size: as in
+            ``InnerProductInfluence``.
+        test_loss_fn, test_output_fn: likewise: a loss of test examples, or what should rise.
         checkpoint: a path, or what the load function takes.
         hessian_dataset: the data over which the Hessian is a sum; the training set where None.
         sample_wise_grads_per_batch: as in ``InnerProductInfluence``.

@@ -53,6 +53,7 @@ class OutputFeatures:
         dim: the letter k; all parameters' entries where nothing is projected.
         seed: of the projections.
         shift: by how many positions labels are behind logits, for the margin.
+        test_output: what is differentiated of test examples; None for f.
     """
 
     source: GradientSource
@@ -62,6 +63,7 @@ class OutputFeatures:
     dim: int
     seed: int
     shift: int | None = None
+    test_output: Loss | None = None
     _projections: dict[int, JointProjection] = field(default_factory=dict)
 
     @cached_property
@@ -91,6 +93,10 @@ class OutputFeatures:
     def __call__(self, checkpoint: int, batch: Batch) -> Gradients:
         """The features of a batch, at the checkpoint that is in the model."""
         return self._at(checkpoint)(self.source(batch, self.output))
+
+    def of_tests(self, checkpoint: int, batch: Batch) -> Gradients:
+        """The same of test examples."""
+        return self._at(checkpoint)(self.source(batch, self.test_output or self.output))
 
     def by_parameter(self, checkpoint: int, batch: Batch) -> Gradients:
         """What each parameter adds to them, under its name."""

@@ -119,7 +119,7 @@ class Perturbation:
         for start, rows, batch in chosen:
             batch = to_device(batch, self.vectors[0].device)
             self.loader.load(0)
-            self.source.prepare(batch, self.loss)
+            self.source.prepare(batch, self.loss, start)
             value = self.perturbed.value(batch)
             axis = self.perturbed.axis(batch, value)
             rows_at_once, vectors_at_once = self._chunks(batch, value)

@@ -107,8 +107,11 @@ class Refit:
 
     def values(self, seen: LastLayer, head: Head) -> Tensor:
         """The representer values of examples, ``[n, t, c]``."""
-        slopes = seen.slopes(self._precise_loss(), seen.features @ head.weights.T)
-        return -slopes / (2 * self.settings.l2 * head.n)
+        return -self.slopes(seen, head) / (2 * self.settings.l2 * head.n)
+
+    def slopes(self, seen: LastLayer, head: Head) -> Tensor:
+        """The gradient of each example's loss in the refitted layer's output, ``[n, t, c]``."""
+        return seen.slopes(self._precise_loss(), seen.features @ head.weights.T)
 
     def _training_examples(self, batches: Iterable[Batch], device: torch.device) -> list[LastLayer]:
         parts: list[LastLayer] = []
@@ -136,4 +139,4 @@ class Refit:
         if not isinstance(self.loss_fn, nn.Module):
             return self.loss
         exact = copy.deepcopy(self.loss_fn).double()
-        return Loss(exact, self.loss.reduction, self.loss.name)
+        return type(self.loss)(exact, self.loss.reduction, self.loss.name)

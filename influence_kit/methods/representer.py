@@ -5,7 +5,7 @@ of the last layer, c outputs.
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from influence_kit.gradients.factored import Factored
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rules import linear, rule_for, transposed_linear
 from influence_kit.losses import LossFunction
+from influence_kit.margins import OutputFunction
 from influence_kit.methods.base import BatchSize
 from influence_kit.methods.example_influence import given
 from influence_kit.methods.kept_fit import KeptFit
@@ -80,6 +81,11 @@ class RepresenterPointSelection(KeptFit):
         tol: the refit is done where the norm of the objective's gradient is at most tol times that
             of the penalty's part; then ||Theta - sum alpha_i f_i^T|| <= tol ||Theta||.
         max_iter: the most Newton steps; 10 to 20 are usual.
+        test_output_fn: ``test_output_fn(outputs, targets)``, as in ``InnerProductInfluence``: which
+            output is explained, in place of that of the label. The score is then <d g / d output,
+            alpha_train> <f_train, f_test> for the function g at the refitted layer's output: the
+            training example's part of g, where g is linear (the prediction of a regression, one
+            class less another), and to first order otherwise.
 
     The other arguments are those of ``InnerProductInfluence``.
 
@@ -121,6 +127,7 @@ class RepresenterPointSelection(KeptFit):
         count_bias: bool = False,
         tol: float = 1e-12,
         max_iter: int = 100,
+        test_output_fn: OutputFunction | None = None,
         eval_mode: bool = True,
     ) -> None:
         self._how = Settings(l2, normalize, count_bias, tol, max_iter)
@@ -133,6 +140,7 @@ class RepresenterPointSelection(KeptFit):
             [names.get(final_fc_layer, final_fc_layer)],
             loss_fn,
             batch_size,
+            test_output_fn=test_output_fn,
             eval_mode=eval_mode,
         )
         if rule_for(self.final_fc_layer) not in (linear, transposed_linear):
@@ -160,6 +168,13 @@ class RepresenterPointSelection(KeptFit):
     def final_fc_layer(self) -> nn.Module:
         """The layer that is refitted."""
         return self.model.get_submodule(self._layer)
+
+    @property
+    def explains_output(self) -> bool:
+        """Whether a positive score says that training raised an output, not lowered a loss."""
+        weight = self.final_fc_layer.get_parameter("weight")
+        outputs = weight.shape[0 if rule_for(self.final_fc_layer) is linear else 1]
+        return self.test_output_fn is not None or outputs > 1
 
     def representer_values(self, checkpoint: int = 0) -> Tensor:
         """The alphas of the training examples, ``[n, c]``, or ``[n, t, c]``, at a checkpoint.
@@ -235,7 +250,18 @@ class RepresenterPointSelection(KeptFit):
             form = sides.forms[kind]
             return Gradients(sides.n, {name: form}, {name: form.shape}, sides.sample)
 
-        return Side(place, partial(self._both_sides, place), (one_of_both,))
+        of_output = kind == CHOSEN and self.test_output_fn is not None
+        features = self._output_side if of_output else self._both_sides
+        return Side(place, partial(features, place), (one_of_both,))
+
+    def _output_side(self, place: int, batch: Batch) -> Gradients:
+        """A batch as test examples whose output is of the user's own: (its slopes) f^T."""
+        head, sample = self._heads[place], self._sample
+        measured = replace(self._refit, loss=self._test_loss, loss_fn=self.test_output_fn)
+        seen = measured.seen(batch)
+        slopes, shape = -measured.slopes(seen, head), head.weights.shape
+        form = Factored(slopes.to(sample), seen.features.to(sample), shape)
+        return Gradients(len(slopes), {CHOSEN: form}, {CHOSEN: shape}, sample)
 
     def _both_sides(self, place: int, batch: Batch) -> Gradients:
         """A batch as training and as test examples: alpha f^T and (chosen output) f^T."""

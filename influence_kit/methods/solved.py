@@ -18,6 +18,7 @@ from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.methods.example_influence import given
 from influence_kit.methods.fitted import FittedInfluence
+from influence_kit.methods.starting_again import starts_again
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term, Transform
 
@@ -43,6 +44,7 @@ class SolvedInfluence(FittedInfluence):
 
     # What a user calls.
 
+    @starts_again
     def compute_intermediate_quantities(self, inputs: Any, aggregate: bool = False) -> Tensor:
         """The test side through the inverse: what ``influence`` takes in place of ``inputs``.
 

@@ -9,6 +9,7 @@ from influence_kit.checkpoints import LoadFunction, load_checkpoint
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.source import GradientSource
 from influence_kit.losses import LossFunction
+from influence_kit.margins import OutputFunction
 from influence_kit.methods.base import BatchSize
 from influence_kit.methods.tracin import TracInCPBase
 
@@ -56,6 +57,7 @@ class TracInCPFast(TracInCPBase):
         vectorize: bool = False,
         *,
         count_bias: bool = True,
+        test_output_fn: OutputFunction | None = None,
         eval_mode: bool = True,
     ) -> None:
         if loss_fn is None:
@@ -74,6 +76,7 @@ class TracInCPFast(TracInCPBase):
             loss_fn,
             batch_size,
             test_loss_fn,
+            test_output_fn=test_output_fn,
             eval_mode=eval_mode,
         )
 
@@ -106,4 +109,4 @@ class TracInCPFast(TracInCPBase):
         if not self._count_bias:
             bias = getattr(self.final_fc_layer, "bias", None)
             self._parameters = {n: p for n, p in self._parameters.items() if p is not bias}
-            self._source = GradientSource(self.model, self._parameters)
+            self._source = GradientSource(self.model, self._parameters, self.verify)

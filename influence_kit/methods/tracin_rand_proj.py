@@ -12,10 +12,12 @@ from influence_kit.arguments import check_count
 from influence_kit.checkpoints import LoadFunction, load_checkpoint
 from influence_kit.errors import NonFiniteError
 from influence_kit.losses import LossFunction
+from influence_kit.margins import OutputFunction
 from influence_kit.memory import rows_within, workspace_bytes
 from influence_kit.methods.base import BatchSize
 from influence_kit.methods.example_influence import check_k, given
 from influence_kit.methods.nearest_neighbors import ExactNearestNeighbors, NearestNeighbors
+from influence_kit.methods.starting_again import starts_again
 from influence_kit.methods.tracin_fast import TracInCPFast
 from influence_kit.operators.draws import check_seed
 from influence_kit.operators.maps import Identity
@@ -64,6 +66,7 @@ class TracInCPFastRandProj(TracInCPFast):
         seed: int = 0,
         *,
         count_bias: bool = True,
+        test_output_fn: OutputFunction | None = None,
         eval_mode: bool = True,
     ) -> None:
         warnings.warn(
@@ -87,6 +90,7 @@ class TracInCPFastRandProj(TracInCPFast):
             test_loss_fn,
             vectorize,
             count_bias=count_bias,
+            test_output_fn=test_output_fn,
             eval_mode=eval_mode,
         )
 
@@ -124,6 +128,7 @@ class TracInCPFastRandProj(TracInCPFast):
         return layer.left.matrix(sample), layer.right.matrix(sample)
 
     @property
+    @starts_again
     def src_intermediate_quantities(self) -> Tensor:
         """The stored vectors of the training set, ``[n, C * D]``, made at the first question."""
         if self._stored is None or self._stored[0] is not self.checkpoints:
@@ -141,6 +146,7 @@ class TracInCPFastRandProj(TracInCPFast):
             )
         return vectors
 
+    @starts_again
     def influence(  # type: ignore[override] # k has Captum's default here, 5
         self,
         inputs: Any = None,

@@ -37,6 +37,7 @@ from influence_kit.methods.output_features import (
     repeated,
 )
 from influence_kit.methods.solved import SolvedInfluence
+from influence_kit.methods.starting_again import starts_again
 from influence_kit.operators.passes import DataSet
 from influence_kit.operators.solvers import Cholesky
 from influence_kit.saved import LOSSES
@@ -73,8 +74,13 @@ class TRAK(SolvedInfluence):
             the scores are noise where n is near the number of features or below it. May be set
             anew; nothing is computed again for that.
         output_fn: ``output_fn(outputs, targets)`` (of a dict batch: ``(outputs, batch)``), one
-            value an example in place of the margin, higher for better predictions. 1 - p is then
-            the slope -dL/df of ``loss_fn`` along it.
+            value per example in place of the margin, higher for better predictions. It is used on
+            both sides: in it the model is taken for linear, so that it is what training raises.
+            1 - p is then the slope -dL/df of ``loss_fn`` along it.
+        test_output_fn: what is asked of test examples, where that is another function than f, of
+            the same kind: ``phi_test`` are then its gradients, and leaving the training example out
+            lowers it by about the score. One value per example, or their sum or mean. The training
+            side stays that of ``output_fn`` or the margin.
         shift: by how many positions labels are behind logits, for the margin: 1 for a causal
             language model whose labels are its inputs; None is 0, and refused where a model with a
             loss of its own leaves it in doubt.
@@ -117,6 +123,7 @@ class TRAK(SolvedInfluence):
         projection: Literal["sjlt", "rademacher", "gaussian", "identity"] = "sjlt",
         ridge: float | Literal["auto"] = "auto",
         output_fn: OutputFunction | None = None,
+        test_output_fn: OutputFunction | None = None,
         shift: int | None = None,
         seed: int = 0,
         eval_mode: bool = True,
@@ -139,6 +146,7 @@ class TRAK(SolvedInfluence):
             layers,
             loss_fn,
             batch_size,
+            test_output_fn=test_output_fn,
             damping=ridge,
             seed=seed,
             eval_mode=eval_mode,
@@ -147,6 +155,11 @@ class TRAK(SolvedInfluence):
         )
 
     # What a user reads and sets.
+
+    @property
+    def explains_output(self) -> bool:
+        """True: a positive score says that training raised an output, not lowered a loss."""
+        return True
 
     @property
     def ridge(self) -> DampingArgument:
@@ -162,6 +175,7 @@ class TRAK(SolvedInfluence):
         """The ridge of each checkpoint that is fitted."""
         return [used[FEATURES] for used in self.damping_used]
 
+    @starts_again
     def self_influence(
         self,
         inputs: Any = None,
@@ -180,7 +194,10 @@ class TRAK(SolvedInfluence):
     def _made(self) -> OutputFeatures:
         kind, dim, seed = self.projection, self.projection_dim, self.seed
         differentiated = self._source, self.output_fn, self._train_loss
-        return OutputFeatures(*differentiated, kind, dim, seed, self.shift)
+        measured: Loss | None = None
+        if self.test_output_fn is not None:  # as it is: features are of what should rise
+            measured = Loss(self.test_output_fn, self.test_reduction_type, "test_output_fn")
+        return OutputFeatures(*differentiated, kind, dim, seed, self.shift, measured)
 
     @property
     def _shapes(self) -> Mapping[str, torch.Size]:
@@ -194,7 +211,7 @@ class TRAK(SolvedInfluence):
         return {FEATURES: [FEATURES]}
 
     def _features(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
-        return self._made(checkpoint, batch)
+        return self._made.of_tests(checkpoint, batch)
 
     def _train_features(self, checkpoint: int, batch: Batch) -> Gradients:
         return self._made.with_slopes(checkpoint, batch)

@@ -115,7 +115,7 @@ class LossCurvature(Curvature):
         """The sum over a batch of C_j restricted to the named parameters, times each vector."""
 
     def batch_product(self, places: Tensor, batch: Batch, vectors: Tensor) -> Tensor:
-        self.source.prepare(batch, self.loss)
+        self.source.prepare(batch, self.loss, int(places[0]))
         # the activations of every example are held once a vector, and each vector's own numbers
         self._kept = self._kept or kept_bytes(self.model, batch)
         budget = 8 * workspace_bytes(self.sample.device)

@@ -10,14 +10,14 @@ Letters: n examples, c classes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from influence_kit.data import Batch, call_model
+from influence_kit.data import Batch, call_model, with_item
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.labels import label_key, labels_of, logits_of, with_logits
 from influence_kit.losses import Loss
@@ -85,11 +85,7 @@ class ModelLabels:
             raise self._refusal(str(error)) from None
 
     def _with_labels(self, batch: Batch, labels: Tensor) -> Batch:
-        key = label_key(batch)
-        if isinstance(batch, Mapping):
-            changed: Batch = {**batch, key: labels}
-            return changed
-        return (*batch[:-1], labels)
+        return with_item(batch, label_key(batch), labels)
 
     def _likelihood(self, logits: Tensor, labels: Tensor) -> Likelihood:
         if logits.is_complex():

@@ -19,7 +19,7 @@ from torch import Tensor
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.scoring.reducers import KMostInfluentialResults
 from influence_kit.viz.colours import NEUTRAL, RIGHT, WRONG
-from influence_kit.viz.tables import HEADS, label_text, score_text
+from influence_kit.viz.tables import Heads, heads_of, label_text, score_text
 
 Images = Tensor | np.ndarray | Sequence[Any]
 
@@ -37,7 +37,8 @@ def proponents_and_opponents(
     train_labels: Sequence[Any] | Tensor,
     is_wrong: Sequence[bool] | Tensor | None = None,
     cmap: str = "gray",
-    heads: tuple[str, str] = HEADS,
+    heads: Heads | None = None,
+    method: object = None,
 ) -> Figure:
     """A row a test image: the image, its k proponents, and its k opponents, best first.
 
@@ -50,7 +51,9 @@ def proponents_and_opponents(
         train_labels: their labels ``[n]``, shown by ``str``.
         is_wrong: where known, whether each label is wrong, ``[n]``: those get the word and a frame.
         cmap: matplotlib's colours for images of one channel; "gray_r" draws 0 as white.
-        heads: what to write above proponents and opponents.
+        heads: what to write above proponents and opponents; by ``method`` where None.
+        method: what gave the scores: of a ``test_output_fn``, proponents raised its output; without
+            one, or where None, they lowered its loss.
 
     Raises:
         InvalidArgumentError: where the numbers of images, titles and results differ, or an image
@@ -66,7 +69,7 @@ def proponents_and_opponents(
     left.suptitle("test image", fontsize=10, weight="bold")
     for axes, image, title in zip(_grid(left, m, 1).flat, queries, query_titles, strict=True):
         _draw(axes, image, title, cmap)
-    for side, head, results in zip(sides, heads, shown, strict=True):
+    for side, head, results in zip(sides, heads_of(heads, method), shown, strict=True):
         side.suptitle(head, fontsize=10, weight="bold")
         _draw_results(side, results, train_images, train_labels, is_wrong, cmap)
     return figure

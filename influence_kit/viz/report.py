@@ -18,13 +18,18 @@ from influence_kit.scoring.reducers import KMostInfluentialResults
 from influence_kit.viz.colours import NEGATIVE, POSITIVE
 from influence_kit.viz.sections import Labels, Question, Section, TrainingSet, check_counts
 from influence_kit.viz.shown import QUERY_SIDE, Display, figure_address
-from influence_kit.viz.tables import HEADS, label_text
+from influence_kit.viz.tables import Heads, explains_output, heads_of, label_text
 
 CSS_PIXELS_AN_INCH = 96
 READING = (
     "A positive score marks a proponent: training on that example lowered the loss of the test "
     "example. A negative score marks an opponent: training on it raised that loss. Near 0 it "
     "hardly mattered. The bars compare the scores of one test example."
+)
+READING_OF_OUTPUT = (
+    "A positive score marks a proponent: training on that example raised the output of the test "
+    "example that was asked about. A negative score marks an opponent: training on it lowered that "
+    "output. Near 0 it hardly mattered. The bars compare the scores of one test example."
 )
 SUSPICION = (
     "The examples that the model had to bend most to fit, the highest score first. Many of them "
@@ -47,11 +52,13 @@ class Report:
         train_examples: the training examples ``[n, ...]``, or any sequence of them.
         train_labels: their labels ``[n]``, shown by ``str``, where there are any.
         true_labels: what they should be, ``[n]``, where known: a label that differs is marked.
-        method: what gave the scores, for its name and its formula; a ``str`` is a name alone.
+        method: what gave the scores, for its name, its formula and what a positive score says (it
+            lowered the loss, or raised the output that ``test_output_fn`` measures); a ``str`` is a
+            name alone.
         feature_names: what to call the numbers of an example.
         cmap: matplotlib's colours for images of one channel; "gray_r" draws 0 as white.
         letters: how many letters of a text to show at most.
-        reading: how to read a score.
+        reading: how to read a score; by ``method`` where None.
         date: what to write of the date; None writes none.
 
     Raises:
@@ -79,7 +86,7 @@ class Report:
         feature_names: Sequence[str] | None = None,
         cmap: str = "gray",
         letters: int = 600,
-        reading: str = READING,
+        reading: str | None = None,
         date: str | None = None,
     ) -> None:
         if cmap not in colormaps or letters < 1:
@@ -89,6 +96,9 @@ class Report:
             )
         self._display = Display(feature_names, cmap, letters)
         self._train = TrainingSet(train_examples, train_labels, true_labels, self._display)
+        self._method = method
+        if reading is None:
+            reading = READING_OF_OUTPUT if explains_output(method) else READING
         name, formula = _name_and_formula(method)
         facts = {
             "Method": name,
@@ -108,7 +118,7 @@ class Report:
         labels: Labels | None = None,
         predictions: Labels | None = None,
         heading: str = "What helped, and what hurt",
-        heads: tuple[str, str] = HEADS,
+        heads: Heads | None = None,
     ) -> "Report":
         """Add test examples, each with its proponents and opponents side by side, best first.
 
@@ -120,7 +130,7 @@ class Report:
             labels: their labels ``[m]``, shown by ``str``, where known.
             predictions: what the model says of each, ``[m]``, shown by ``str``.
             heading: what to write above all of them.
-            heads: what to write above proponents and opponents.
+            heads: what to write above proponents and opponents; by the method where None.
 
         Returns:
             The report itself.
@@ -132,9 +142,10 @@ class Report:
         m, train = len(queries), self._train
         known = {"Label": labels, "Prediction": predictions}
         check_counts(m, "test", titles=titles, labels=labels, predictions=predictions)
+        written = heads_of(heads, self._method)
         results = [
             (head, *train.results(*result, m))
-            for head, result in zip(heads, (proponents, opponents), strict=True)
+            for head, result in zip(written, (proponents, opponents), strict=True)
             if result is not None
         ]
         questions = []

@@ -4,8 +4,23 @@ from typing import Any
 
 from torch import Tensor
 
+Heads = tuple[str, str]
+
 # what proponents and opponents did, where nothing else is said
 HEADS = ("proponents: lowered its loss", "opponents: raised its loss")
+HEADS_OF_OUTPUT = ("proponents: raised its output", "opponents: lowered its output")
+
+
+def explains_output(method: object) -> bool:
+    """Whether scores of a method say what raised an output, and not what lowered a loss."""
+    return getattr(method, "explains_output", False) is True
+
+
+def heads_of(heads: Heads | None, method: object) -> Heads:
+    """What to write above proponents and opponents: as given, else by what the method scores."""
+    if heads is not None:
+        return heads
+    return HEADS_OF_OUTPUT if explains_output(method) else HEADS
 
 
 def score_text(score: float) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.scoring.reducers import KMostInfluentialResults
 from influence_kit.viz.colours import NEGATIVE, NEUTRAL, POSITIVE
-from influence_kit.viz.tables import HEADS, label_text, score_text
+from influence_kit.viz.tables import Heads, heads_of, label_text, score_text
 
 # a column of so many letters, of a font whose letters are all as wide
 LETTERS, FONT, LETTER_INCHES, LINE_INCHES = 58, 8, 0.072, 0.155
@@ -65,7 +65,8 @@ def influential_texts(
     train_texts: Sequence[str],
     train_labels: Sequence[Any] | Tensor | None = None,
     lines: int = 3,
-    heads: tuple[str, str] = HEADS,
+    heads: Heads | None = None,
+    method: object = None,
 ) -> Figure:
     """The beginning of each test text, and under it those of its k proponents and k opponents.
 
@@ -79,7 +80,9 @@ def influential_texts(
         train_texts: the training texts ``[n]``, or what else describes the training examples.
         train_labels: their labels ``[n]``, shown by ``str``, where there are any.
         lines: how many lines of a text to show at most; white space is drawn together.
-        heads: what to write above proponents and opponents.
+        heads: what to write above proponents and opponents; by ``method`` where None.
+        method: what gave the scores: of a ``test_output_fn``, proponents raised its output; without
+            one, or where None, they lowered its loss.
 
     Raises:
         InvalidArgumentError: where the numbers of texts and results differ, or for no line.
@@ -91,11 +94,11 @@ def influential_texts(
             f"(opponents), and lines={lines}; there must be at least one test text and line, and a "
             "row of each result a test text"
         )
-    source = _Source(train_texts, train_labels, lines)
+    source, written = _Source(train_texts, train_labels, lines), heads_of(heads, method)
     rows: list[_Row] = []
     for place, query in enumerate(queries):
         rows += [[_Line(line, bold=True)] for line in _wrapped(query, 2 * LETTERS, lines)]
-        rows += [[], [_Line(head, bold=True) for head in heads]]
+        rows += [[], [_Line(head, bold=True) for head in written]]
         sides = [source.entries(results, place) for results in (proponents, opponents)]
         for beside in zip_longest(*sides, fillvalue=[]):
             rows += [*zip_longest(*beside), []]

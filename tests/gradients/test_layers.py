@@ -449,7 +449,10 @@ def test_a_model_that_mixes_examples_is_refused() -> None:
     model = Apply(lambda m, x: m.a(x) - m.a(x).mean(0), a=nn.Linear(4, 3)).double()
     source = GradientSource(model, dict(model.named_parameters()))
     batch = (torch.randn(N, 4).double(), torch.zeros(N))
-    with source.attached(), pytest.raises(InvalidArgumentError, match="mixes the examples"):
+    with (
+        source.attached(),
+        pytest.raises(InvalidArgumentError, match="the model mixes the examples"),
+    ):
         source(batch, Loss(squares, "none", "loss_fn"))
 
 

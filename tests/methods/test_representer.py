@@ -104,6 +104,83 @@ def test_scores_sum_to_the_refitted_outputs(l2: float, setting: dict[str, bool])
     assert_close(representer.influence_by_layer(MLP.test)["head"].sum(1), expected, 1e-10)
 
 
+@pytest.mark.parametrize("setting", [{}, {"normalize": True, "count_bias": True}])
+@pytest.mark.parametrize("linear", [True, False])
+def test_another_output_of_test_examples(setting: dict[str, bool], linear: bool) -> None:
+    """<d g / d output, alpha> <f, f'>: the parts of g where it is linear."""
+    model = MLP.model()
+    known = {"normalize": setting.get("normalize", False), "bias": setting.get("count_bias", False)}
+    train, test = (features_of(model, batch, **known) for batch in (MLP.train, MLP.test))
+    weights, alpha = dense_refit(train, sums(MLP.train[1]), 3, 3e-3)
+    outputs = test @ weights.T
+
+    def g(outputs: Tensor) -> Tensor:
+        return outputs[:, 0] - 2 * outputs[:, 2] if linear else outputs.square().sum(1)
+
+    slopes = jacobian(lambda z: g(z).sum(), outputs)
+    expected = (slopes @ alpha.T) * (test @ train.T)
+    for reduce in (lambda v: v, torch.sum, torch.mean):
+        arguments = {"test_output_fn": lambda o, t, r=reduce: r(g(o)), **setting}
+        representer = made(model, MLP.train, **arguments)
+        assert_close(representer.influence(MLP.test), expected, 1e-8)
+    assert_close(representer.influence_by_layer(MLP.test)["head"], expected, 1e-8)
+    assert_close(representer.influence(MLP.test, aggregate=True), expected.sum(0)[None], 1e-8)
+    if linear:
+        assert_close(expected.sum(1), g(outputs), 1e-8)
+    # of the output of the label, whatever is measured of test examples
+    plain = made(model, MLP.train, **setting)
+    assert_close(representer.self_influence(), plain.self_influence(), 1e-10)
+
+
+def test_the_output_of_the_label_as_an_output_of_the_users_own() -> None:
+    plain = made(MLP.model(), MLP.train).influence(MLP.test)
+    chosen = lambda o, t: o.gather(1, t[:, None])  # noqa: E731
+    asked = made(MLP.model(), MLP.train, test_output_fn=chosen)
+    assert_close(asked.influence(MLP.test), plain, 1e-10)
+    # targets that are no labels are for the user's function to look at
+    targets = torch.full((MLP.m,), 7)
+    first = made(MLP.model(), MLP.train, test_output_fn=lambda o, t: o[:, 0])
+    scores = first.influence((MLP.test[0], targets))
+    assert_close(scores.sum(1), first.refitted_outputs(MLP.test)[:, 0], 1e-10)
+
+
+def test_the_prediction_of_a_regression() -> None:
+    """The paper's score: positive where the prediction is raised, whether that is good or not."""
+    model, x = Squeezed().double(), MLP.train[0]
+    y, squared = x.sum(1), lambda o, t: (o - t).square()
+    representer = made(model, (x, y), loss_fn=squared, test_output_fn=lambda o, t: o)
+    plain = made(model, (x, y), loss_fn=squared)
+    test = (MLP.test[0], MLP.test[0].sum(1))
+    predicted = plain.refitted_outputs(test)[:, 0]
+    found = representer.influence(test)
+    assert_close(found.sum(1), predicted, 1e-10)
+    lowers_the_loss = (test[1] - predicted).sign()[:, None]
+    assert_close(found * lowers_the_loss, plain.influence(test), 1e-10)
+    assert representer.explains_output
+    assert not plain.explains_output
+
+
+class Weighted(nn.Module):
+    """A function of outputs that holds numbers of its own, in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.tensor([1.0, 2.0, -1.0]))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs @ self.weights
+
+
+def test_a_module_as_output() -> None:
+    function = lambda o, t: o @ torch.tensor([1.0, 2.0, -1.0]).to(o)  # noqa: E731
+    expected = made(MLP.model(), MLP.train, test_output_fn=function).influence(MLP.test)
+    module = made(MLP.model(), MLP.train, test_output_fn=Weighted().double())
+    assert_close(module.influence(MLP.test), expected, 1e-10)
+    data, test = (MLP.train[0].float(), MLP.train[1]), (MLP.test[0].float(), MLP.test[1])
+    single = made(MLP.model().float(), data, test_output_fn=Weighted())
+    assert_close(single.influence(test).double(), expected, 1e-4)
+
+
 @pytest.mark.parametrize("l2", [1e-1, 3e-3, 1e-5])
 def test_the_refit_is_that_of_scikit_learn(l2: float) -> None:
     torch.manual_seed(1)

@@ -327,7 +327,7 @@ def test_features_are_computed_once(place: str, tmp_path: Path) -> None:
     case = CASES["mlp"]
     model = case.model()
     own = {"store": tmp_path / "store"} if place == "store" else {}
-    trak = make(model=model, **own)
+    trak = make(model=model, verify="once", **own)
     trak.influence(case.test)
     with counted(model) as passes:
         for ridge in (1e-3, "auto", 5.0, 0):
@@ -622,6 +622,39 @@ def test_regression(reduction: str, batch_size: int) -> None:
     test_slopes = 2 * (y - model(x)[:, 0].detach())
     own_scores = (tests * torch.linalg.solve(normal, tests.T).T).sum(1) * test_slopes
     assert_close(trak.self_influence((x, y)), own_scores, CLOSE)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_another_output_of_test_examples(own: bool) -> None:
+    """Its gradients take the place of phi_test; all of training examples stays."""
+    case = CASES["mlp"]
+    of_training = {"output_fn": lambda o, t: -case.loss(o, t), "loss_fn": case.loss} if own else {}
+    phi, slopes = [], []
+    for place in range(3):
+        if own:
+            train = oracles.gradients(model_at("mlp", place), case.train, case.loss)
+            phi.append(-train)
+            slopes.append(torch.ones(case.n).double())  # -dL/df of f = -L
+        else:
+            phi.append(gradients("mlp", place, False))
+            slopes.append(one_minus_p("mlp", place))
+    asked = lambda o, t: o[:, 0].square() - o[:, 1]  # noqa: E731
+    products = []
+    for place, train in enumerate(phi):
+        tests = oracles.gradients(model_at("mlp", place), case.test, asked)
+        normal = train.T @ train + 0.1 * torch.eye(train.shape[1]).double()
+        products.append(tests @ torch.linalg.solve(normal, train.T))
+    expected = torch.stack(products).mean(0) * torch.stack(slopes).mean(0)
+    arguments = {"projection": "identity", "ridge": 0.1, **of_training}
+    for output in (asked, lambda o, t: asked(o, t).sum(), lambda o, t: asked(o, t).mean()):
+        trak = make(**arguments, test_output_fn=output)
+        assert_close(trak.influence(case.test), expected, CLOSE)
+    assert_close(sum(trak.influence_by_layer(case.test).values()), expected, CLOSE)
+    quantities = trak.compute_intermediate_quantities(case.test)
+    assert_close(trak.influence(quantities), expected, CLOSE)
+    plain = make(**arguments)
+    assert_close(trak.self_influence(), plain.self_influence(), CLOSE)
+    assert plain.explains_output  # the margin
 
 
 def test_leaving_an_example_out_lowers_the_prediction_by_the_score() -> None:

@@ -9,7 +9,7 @@ from drawn import is_drawable
 from matplotlib.colors import same_color
 from matplotlib.figure import Figure
 
-from influence_kit import KMostInfluentialResults
+from influence_kit import KMostInfluentialResults, TracInCP
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.viz import detection_curves, proponents_and_opponents, suspects, text_table
 from influence_kit.viz.colours import NEUTRAL, RIGHT, WRONG
@@ -64,6 +64,13 @@ def test_groups_may_have_other_names_and_titles_dollar_signs():
     heads = [group.get_suptitle() for group in figure.subfigs if group.get_suptitle()]
     assert heads == ["test image", "raised it", "lowered it"]
     assert figure.axes[0].title.get_parse_math() is False
+
+
+def test_groups_have_the_names_of_what_the_method_measures():
+    model, data = torch.nn.Linear(2, 2), torch.utils.data.TensorDataset(torch.zeros(6, 2))
+    method = TracInCP(model, data, [model.state_dict()], test_output_fn=lambda o, t: o[:, 0])
+    heads = [g.get_suptitle() for g in explained(method=method).subfigs if g.get_suptitle()]
+    assert heads[1:] == ["proponents: raised its output", "opponents: lowered its output"]
 
 
 def test_groups_are_named_and_stand_left_to_right():

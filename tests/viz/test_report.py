@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from pages import Page
 
-from influence_kit import KMostInfluentialResults, TracInCP
+from influence_kit import TRAK, KMostInfluentialResults, TracInCP
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.viz import Report
-from influence_kit.viz.report import READING, SUSPICION
+from influence_kit.viz.report import READING, READING_OF_OUTPUT, SUSPICION
 
 TEXTS = ["short", "two\n  lines", "it costs $5", "w" * 30, " ", "the last"]
 LABELS = torch.tensor([7, 8, 9, 7, 8, 9])
@@ -87,6 +87,27 @@ def test_the_header_says_what_was_asked_and_how_to_read_it():
         ]
         assert page.texts("p")[0] == READING
         assert page.tables[0][0] == ["place", "score"]
+
+
+def test_the_words_are_those_of_what_is_measured():
+    model = torch.nn.Linear(2, 2)
+    data = torch.utils.data.TensorDataset(torch.zeros(6, 2), LABELS % 2)
+    given = (model, data, [model.state_dict()])
+    loss = torch.nn.CrossEntropyLoss()
+    of_output = TracInCP(*given, loss_fn=loss, test_output_fn=lambda o, t: o[:, 0])
+    of_loss = TracInCP(*given, loss_fn=loss, test_loss_fn=lambda o, t: -o[:, 0])
+    one = {"loss_fn": torch.nn.MSELoss(), "test_output_fn": lambda o, t: o[:, 0]}
+    cases = [(of_output, True), (TRAK(*given), True), (of_loss, False), (TracInCP, False)]
+    cases.append((TracInCP(*given, **one), True))
+    for method, rises in cases:
+        page = Page(explained(Report("Six texts", TEXTS, method=method)).html())
+        assert page.texts("p")[0] == (READING_OF_OUTPUT if rises else READING)
+        heads = ["proponents: raised its output", "opponents: lowered its output"]
+        lost = ["proponents: lowered its loss", "opponents: raised its loss"]
+        assert page.texts("caption")[:2] == (heads if rises else lost)
+    own = explained(Report("T", TEXTS, method=of_output, reading="Read."), heads=("up", "down"))
+    assert Page(own.html()).texts("caption")[:2] == ["up", "down"]
+    assert Page(own.html()).texts("p")[0] == "Read."
 
 
 @pytest.mark.parametrize(

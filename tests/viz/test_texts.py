@@ -5,7 +5,7 @@ import torch
 from drawn import is_drawable, overlapping
 from matplotlib.colors import same_color
 
-from influence_kit import KMostInfluentialResults
+from influence_kit import KMostInfluentialResults, TracInCP
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.viz import influential_texts
 from influence_kit.viz.colours import NEGATIVE, NEUTRAL, POSITIVE
@@ -71,6 +71,16 @@ def test_nothing_overlaps_or_is_cut_off():
         assert box.x1 <= whole.x1
         assert whole.y0 <= box.y0
         assert box.y1 <= whole.y1
+
+
+def test_heads_are_those_of_what_the_method_measures():
+    model, data = torch.nn.Linear(2, 2), torch.utils.data.TensorDataset(torch.zeros(6, 2))
+    given = (model, data, [model.state_dict()])
+    of_output = TracInCP(*given, test_output_fn=lambda o, t: o[:, 0])
+    assert "proponents: raised its output" in lines_of(drawn(method=of_output))
+    assert "opponents: lowered its output" in lines_of(drawn(method=of_output))
+    assert "proponents: lowered its loss" in lines_of(drawn(method=TracInCP(*given)))
+    assert "up" in lines_of(drawn(method=of_output, heads=("up", "down")))
 
 
 def test_other_heads_and_the_number_of_lines():

@@ -1,0 +1,54 @@
+"""Errors of torch in a user's model, in words that say what to do."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from influence_kit.batch_axes import leaves
+from influence_kit.data import Batch
+from influence_kit.errors import InvalidArgumentError
+
+
+@contextmanager
+def clear_errors(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """Inside, what torch says of ids beyond an embedding or of checkpointing is said again."""
+    try:
+        yield
+    except IndexError as error:
+        told = _beyond(model, batch) if "out of range in self" in str(error) else None
+        if told is None:
+            raise
+        raise InvalidArgumentError(told) from error
+    except RuntimeError as error:
+        if "use_reentrant=True" not in str(error) and "Checkpointing is not" not in str(error):
+            raise
+        raise InvalidArgumentError(
+            "the model uses reentrant activation checkpointing, which gives gradients of weights "
+            "only: turn it off for the attribution (model.gradient_checkpointing_disable()), or "
+            "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        ) from error
+
+
+def _beyond(model: nn.Module, batch: Batch) -> str | None:
+    """The largest id of a batch that an embedding of the model does not have, in words."""
+    tables = [
+        (name, module.num_embeddings)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    ]
+    integers = [
+        leaf
+        for leaf in leaves(batch)
+        if isinstance(leaf, Tensor) and leaf.numel() and not leaf.is_floating_point()
+    ]
+    for ids in sorted(integers, key=lambda leaf: -leaf.dim()):
+        least, most = int(ids.min()), int(ids.max())
+        small = [(name, rows) for name, rows in tables if most >= rows]
+        if small or (least < 0 and least != -100):
+            name, rows = min(small or tables, key=lambda found: found[1])
+            return (
+                f"the batch holds the id {most if small else least}, and the embedding '{name}' "
+                f"has rows 0 to {rows - 1}: is the tokenizer that of the model?"
+            )
+    return None

@@ -1,0 +1,162 @@
+"""The applied rate of a ``checkpoint-N`` folder of Hugging Face's Trainer."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from influence_kit.learning_rates.applied import TrainingState, applied_rate
+from influence_kit.learning_rates.closed_forms import is_scheduler
+from influence_kit.learning_rates.known_rates import rate_at
+from influence_kit.learning_rates.rate import APPLIED, Rate, one_rate
+from influence_kit.learning_rates.siblings import folders_beside, numbered_folders, rates_of
+from influence_kit.torch_files import values_of
+
+TRAINER_STATE = "trainer_state.json"
+Logs = dict[int, float]
+
+
+def trainer_state(path: Path) -> dict[str, Any] | None:
+    """What a folder's ``trainer_state.json`` holds."""
+    file = path / TRAINER_STATE
+    if not file.is_file():
+        return None
+    state = json.loads(file.read_text())
+    return state if isinstance(state, dict) else None
+
+
+def _logs(state: Mapping[str, Any]) -> Logs:
+    """The logged rates of a Trainer's state, by step."""
+    entries = [e for e in state.get("log_history", []) if "learning_rate" in e and "step" in e]
+    return {int(entry["step"]): float(entry["learning_rate"]) for entry in entries}
+
+
+def trainer_rate(path: Path, state: Mapping[str, Any]) -> Rate:
+    """The rate of the update before a folder was saved.
+
+    Args:
+        path: the folder.
+        state: its ``trainer_state``.
+
+    Raises:
+        InvalidArgumentError: where groups of parameters have different rates.
+    """
+    scheduler, logs = values_of(path / "scheduler.pt"), _logs(state)
+    step = int(state.get("global_step") or max(logs, default=0))
+    following = one_rate(scheduler["_last_lr"]) if scheduler.get("_last_lr") else None
+    evaluated = _from_scheduler(path, state, scheduler)
+    if scheduler and evaluated is not None and evaluated.kind == APPLIED:
+        return evaluated
+    if step in logs and not _logged_late(path, logs, step, following):
+        return Rate(logs[step], f"{TRAINER_STATE}, log of step {step}", APPLIED)
+    if "patience" in scheduler:
+        return _since_evaluation(state, logs, step) or evaluated or Rate(expected=True)
+    logs = {s: rate for s, rate in logs.items() if s <= step} | _later_logs(path, logs, step)
+    found = _between(path, state, scheduler, logs) if logs or following is not None else None
+    return found or evaluated or Rate(expected=True)
+
+
+def _since_evaluation(state: Mapping[str, Any], logs: Logs, step: int) -> Rate | None:
+    """A rate that was logged after the evaluation before the last: only these change the rate."""
+    last = max((s for s in _evaluations(state) if s < step), default=0)
+    logged = [s for s in logs if last < s <= step]
+    if not logged:
+        return None
+    source = f"{TRAINER_STATE}, log of step {max(logged)}, without an evaluation in between"
+    return Rate(logs[max(logged)], source, APPLIED)
+
+
+def _evaluations(state: Mapping[str, Any]) -> set[int]:
+    """The steps at which the model was evaluated."""
+    return {e["step"] for e in state.get("log_history", []) if "eval_loss" in e and "step" in e}
+
+
+def _from_scheduler(
+    path: Path, state: Mapping[str, Any], scheduler: Mapping[str, Any]
+) -> Rate | None:
+    """From the closed form of a scheduler of PyTorch's, or from an optimizer without scheduler."""
+    plateau = "patience" in scheduler
+    if not plateau and ("lr_lambdas" in scheduler or (scheduler and not is_scheduler(scheduler))):
+        return None
+    needed = not scheduler or "_schedule_phases" in scheduler
+    optimizer = values_of(path / "optimizer.pt") if needed else {}
+    # the Trainer steps a ReduceLROnPlateau when it evaluates, all others after each update
+    back = 0 if plateau and state.get("global_step") not in _evaluations(state) else 1
+    held = TrainingState(
+        [optimizer] if optimizer else [],
+        [scheduler] if scheduler else [],
+        "scheduler.pt" if scheduler else "optimizer.pt",
+        back=back,
+        others=lambda: rates_of(_schedulers_beside(path), scheduler),
+    )
+    return applied_rate(held)
+
+
+def _logged_late(path: Path, logs: Logs, step: int, following: float | None) -> bool:
+    """Whether the log of a step has the rate of the next one, as before transformers 4.51.
+
+    Such a log equals the scheduler's rate, although the rate changes from log to log.
+    """
+    version = _version(path)
+    if following is None or logs[step] != following or (version and version >= (5,)):
+        return version is not None and version < (4, 50)
+    before = [s for s in logs if s < step]
+    return logs[max(before)] != logs[step] if before else True
+
+
+def _version(path: Path) -> tuple[int, ...] | None:
+    file = path / "config.json"
+    try:
+        numbers = re.findall(r"\d+", json.loads(file.read_text())["transformers_version"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return tuple(int(number) for number in numbers[:2]) or None
+
+
+def _later_logs(path: Path, logs: Logs, step: int) -> Logs:
+    """The logs after a step, from what was saved later in the same run."""
+    states = [trainer_state(folder) for folder in (*numbered_folders(path)[-1:], path.parent)]
+    for state in states:
+        later = _logs(state) if state else {}
+        if later.items() >= {s: rate for s, rate in logs.items() if s <= step}.items():
+            return {s: rate for s, rate in later.items() if s > step}
+    return {}
+
+
+def _between(
+    path: Path, state: Mapping[str, Any], scheduler: Mapping[str, Any], logs: Logs
+) -> Rate | None:
+    """From the rates that are known at other steps: logs, and the next steps of all checkpoints.
+
+    Steps of the schedule are counted from 0: the first update has the rate after 0 steps.
+    """
+    step = int(state.get("global_step") or max(logs, default=0))
+    taken = scheduler.get("last_epoch", step)
+    held = rates_of([scheduler, *_schedulers_beside(path)], scheduler) if scheduler else {}
+    if scheduler.get("_last_lr"):
+        held[taken] = float(scheduler["_last_lr"][0])
+    bases = scheduler.get("base_lrs")
+    found = []
+    for late in _conventions(path, logs, step, held.get(taken)):
+        # updates that were skipped are steps that the scheduler did not take
+        shift = taken - step - (0 if late else 1)
+        known = {s + shift: rate for s, rate in logs.items()} | held
+        base = one_rate(bases) if bases else None
+        found.append(rate_at(taken - 1, known, base, state.get("max_steps")))
+    certain = [rate for rate in found if rate is not None and rate.kind == APPLIED]
+    return (certain or found)[0]
+
+
+def _conventions(path: Path, logs: Logs, step: int, following: float | None) -> list[bool]:
+    """Whether logs may have the rate of the next step, the likelier answer first."""
+    version = _version(path)
+    if version and version >= (5,):
+        return [False]
+    if step in logs or (version and version < (4, 50)):
+        return [_logged_late(path, logs, step, following)] if step in logs else [True]
+    return [False, True]
+
+
+def _schedulers_beside(path: Path) -> list[dict[str, Any]]:
+    return [values_of(folder / "scheduler.pt") for folder in folders_beside(path)]
