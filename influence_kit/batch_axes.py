@@ -372,6 +372,7 @@ class MarkedBatches:
     def __init__(self, loader: Iterable[Any], axes: BatchAxes) -> None:
         self.loader, self._axes = loader, axes
         self._has_learnt = False
+        self._last: Iterator[Any] | None = None
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
@@ -385,7 +386,7 @@ class MarkedBatches:
         if not self._has_learnt and not self._stacks:
             self._axes.learn(self.loader)
         self._has_learnt = True
-        batches = iter(self.loader)
+        batches = self._iterator()
         ahead: list[Any] = []
         for batch in batches:
             self.marked(batch, is_first=True)
@@ -394,6 +395,18 @@ class MarkedBatches:
                 break
         for batch in chain(ahead, batches):
             yield self.marked(batch)
+
+    def _iterator(self) -> Iterator[Any]:
+        """A new iterator over the loader."""
+        batches = iter(self.loader)
+        if batches is self._last:
+            raise InvalidArgumentError(
+                f"a {type(self.loader).__name__} gave the same iterator to two passes over it, so "
+                "that it can be read only once: its `__iter__` must return a new one each time"
+            )
+        # of a DataLoader it may be its one set of workers, begun again
+        self._last = None if isinstance(self.loader, DataLoader) else batches
+        return batches
 
     def look_at(self) -> None:
         """See the first batches, until they show where examples stand."""

@@ -1,12 +1,10 @@
 """Iterables that can be read only once: kept where they are short, refused where they are data."""
 
-import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
-from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from influence_kit.errors import InvalidArgumentError
 
@@ -14,21 +12,21 @@ from influence_kit.errors import InvalidArgumentError
 def reads_once(data: Any) -> bool:
     """Whether a second pass over the data would go on where the first has ended.
 
-    True of generators, of ``iter(loader)``, ``map``, ``zip`` and the like, and of what gives one
-    and the same of them to each pass. An iterator of a user's own class may begin again.
+    True of iterators: generators, ``iter(loader)``, ``map``, ``zip`` and objects with ``__next__``
+    (were they to begin again at ``iter``, they would also in the middle of another pass); and of
+    an ``IterableDataset`` that gives one and the same of them to each pass.
     """
     if isinstance(data, Iterator):
-        own = isinstance(getattr(type(data), "__iter__", None), types.FunctionType)
-        return isinstance(data, _BaseDataLoaderIter) or not own
+        return True
     if isinstance(data, DataLoader):
-        data = data.dataset
-    if not isinstance(data, IterableDataset) and hasattr(data, "__len__"):
+        # each worker has the data set for itself
+        data = data.dataset if data.num_workers == 0 else None
+    if not isinstance(data, IterableDataset):
         return False
-    if not isinstance(data, Iterable):
-        return False
+    if isinstance(data, Iterator):
+        return True
     with torch.random.fork_rng(devices=[]):
-        first = iter(data)
-        return first is iter(data) and first is not data
+        return iter(data) is iter(data)
 
 
 def refuse_one_pass(data: Any, name: str) -> None:
@@ -40,8 +38,8 @@ def refuse_one_pass(data: Any, name: str) -> None:
     if reads_once(data):
         raise InvalidArgumentError(
             f"`{name}` is read again and again, and what was given ({type(data).__name__}) can be "
-            "read only once: pass a Dataset, a list of examples, or a DataLoader; of a generator "
-            "function an object whose `__iter__` calls it"
+            "read only once: pass a Dataset, a list of examples, a DataLoader, or an object whose "
+            "`__iter__` returns a new iterator each time"
         )
 
 
