@@ -181,6 +181,8 @@ class BatchAxes:
 
     def is_clear(self, batch: Any) -> bool:
         """Whether the shapes of such batches so far leave no choice."""
+        if not isinstance(batch, tuple | list | Mapping):
+            return True
         seen = self._seen.get(_structure(batch))
         return seen is not None and not seen.others
 
@@ -359,34 +361,23 @@ def describe(item: Any) -> str:
     return f"a {type(item).__name__}"
 
 
-class MarkedBatches:
-    """A loader's batches, marked with where their examples stand.
-
-    Everything else (its ``dataset``, ``batch_size``, ...) is the loader's own.
+class Marker:
+    """Marks the batches of a loader with where their examples stand.
 
     Args:
         loader: batches, in a fixed order.
         axes: finds where the examples stand.
     """
 
-    def __init__(self, loader: Iterable[Any], axes: BatchAxes) -> None:
+    def __init__(self, loader: Any, axes: BatchAxes) -> None:
         self.loader, self._axes = loader, axes
         self._has_learnt = False
-        self._last: Iterator[Any] | None = None
 
-    def __len__(self) -> int:
-        return len(self.loader)  # type: ignore[arg-type]
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "loader":  # of an object that is being copied
-            raise AttributeError(name)
-        return getattr(self.loader, name)
-
-    def __iter__(self) -> Iterator[Any]:
+    def read(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches of one pass, marked; some are read ahead until it is clear how."""
         if not self._has_learnt and not self._stacks:
             self._axes.learn(self.loader)
         self._has_learnt = True
-        batches = self._iterator()
         ahead: list[Any] = []
         for batch in batches:
             self.marked(batch, is_first=True)
@@ -395,22 +386,6 @@ class MarkedBatches:
                 break
         for batch in chain(ahead, batches):
             yield self.marked(batch)
-
-    def _iterator(self) -> Iterator[Any]:
-        """A new iterator over the loader."""
-        batches = iter(self.loader)
-        if batches is self._last:
-            raise InvalidArgumentError(
-                f"a {type(self.loader).__name__} gave the same iterator to two passes over it, so "
-                "that it can be read only once: its `__iter__` must return a new one each time"
-            )
-        # of a DataLoader it may be its one set of workers, begun again
-        self._last = None if isinstance(self.loader, DataLoader) else batches
-        return batches
-
-    def look_at(self) -> None:
-        """See the first batches, until they show where examples stand."""
-        next(iter(self), None)
 
     def marked(self, batch: Any, is_first: bool = False) -> Any:
         """A batch of the loader, marked; before the first no other was read."""

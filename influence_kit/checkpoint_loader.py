@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from influence_kit.checkpoints import LoadFunction, label_of, load_checkpoint, load_with_rate
 from influence_kit.dropout_masks import mask_numbers, set_masks
+from influence_kit.dtypes import real
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.rate import is_one_number
-from influence_kit.precision import real
 
 FINGERPRINT_CHUNK = 2**20
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from influence_kit.data import Batch, targets_of
+from influence_kit.dtypes import exact
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.labels import check_labels, labels_of, logits_of, with_logits
 from influence_kit.losses import Loss
-from influence_kit.precision import exact
 from influence_kit.scaling import balanced, times_powers
 
 OutputFunction = Callable[[Any, Any], Tensor]

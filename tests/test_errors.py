@@ -269,11 +269,36 @@ def test_a_training_set_without_examples_has_no_vectors(model, refused, k):
 
 # Inputs.
 
+
+class Table:
+    """What looks like a data frame."""
+
+    iloc = None
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, column):
+        raise KeyError(column)
+
+
 INPUTS = {
     "nothing": (None, r"`inputs` argument is required\."),
     "a tensor": (X, "`inputs` must be a batch .* or a DataLoader; got a Tensor"),
     "a number": (3, "`inputs` must be a batch .* or a DataLoader; got a int"),
-    "a data set": (DATA, "`inputs` must be a batch .* or a DataLoader; got a TensorDataset"),
+    "a generator": (
+        (batch for batch in [TEST]),
+        "`inputs` must be a batch .* or a DataLoader; got a generator: which can be read only once",
+    ),
+    "a text": ("abc", "`inputs` must be a batch .* got a str: tokenize it"),
+    "an array": (X.numpy(), r"`inputs` must be a batch .* got a ndarray: make tensors of it"),
+    "a table": (Table(), "`inputs` must be a batch .* got a Table: make tensors of its columns"),
+    "a list of dicts": (
+        [{"x": X[0], "y": 1}, {"x": X[1], "y": 0}],
+        r"`inputs` is a list of 2 dicts with the same keys \['x', 'y'\]; a batch is one dict",
+    ),
+    "one example": ((X[0], 1), "`inputs` is one example, not a batch: each of its tensors has one"),
+    "one example of tensors": ((X[0], Y[0]), "`inputs` is one example, not a batch"),
     "an empty batch": ((X[:0], Y[:0]), r"one row per example; got a tuple of .* shape \[0, 3\]"),
     "no tensors": ((1.0, "a"), "one row per example; got a tuple of a float, a str"),
     "an empty loader": (DataLoader(EMPTY), "`inputs` holds no examples"),

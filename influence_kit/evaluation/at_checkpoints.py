@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from influence_kit.checked_batches import CheckedBatches
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.checkpoints import LoadFunction, find_checkpoints, label_of, load_checkpoint
-from influence_kit.data import Batch, as_loader, call_model, example_count, take, to_device
+from influence_kit.data import Batch, call_model, example_count, take, to_device
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.labels import logits_of
+from influence_kit.loaders import as_loader
 from influence_kit.losses import Loss, LossFunction, declared_reduction
 from influence_kit.restore import borrowed
 
@@ -109,6 +111,7 @@ class _Run(NamedTuple):
         self, loader: Iterable[Batch], what: str, measure: Callable[[Batch], Tensor]
     ) -> Tensor:
         """What is measured of all batches at each checkpoint, float64 ``[C, n, ...]``."""
+        batches = CheckedBatches(loader, "dataset")
         device = next(self.model.parameters()).device
         found = find_checkpoints(self.checkpoints, self.load is not load_checkpoint)
         rows = []
@@ -116,7 +119,7 @@ class _Run(NamedTuple):
             states = CheckpointLoader(self.model, found, self.load)
             for place in tqdm(range(len(found)), what, disable=not self.show_progress):
                 states.load(place)
-                parts = [measure(to_device(batch, device)).cpu().double() for batch in loader]
+                parts = [measure(to_device(batch, device)).cpu().double() for batch in batches]
                 if not parts:
                     raise InvalidArgumentError(
                         f"`dataset` gave no examples at checkpoint {place}; it must give the same "

@@ -21,7 +21,6 @@ from influence_kit.evaluation.correlation import (
 )
 from influence_kit.evaluation.cost import Cost, measured
 from influence_kit.evaluation.datamodel import Kind, linear_datamodeling_score
-from influence_kit.iterables import readable_again
 from influence_kit.tables import text_table
 
 # of correlations side by side: as many as fit into 80 characters
@@ -135,7 +134,7 @@ def compare(
         tensor([[1.0000, 0.5000],
                 [0.5000, 1.0000]], dtype=torch.float64)
     """
-    named, inputs = _named(methods), readable_again(inputs)
+    named = _named(methods)
     rows: dict[str, _Row] = {}
     for name, method in tqdm(named.items(), desc="compare", disable=not show_progress):
         rows[name] = row = _row_of(name, method, inputs, truth)

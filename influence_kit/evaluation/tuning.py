@@ -9,7 +9,6 @@ from influence_kit.evaluation.arrays import Values
 from influence_kit.evaluation.comparison import Influence
 from influence_kit.evaluation.correlation import RowCorrelation
 from influence_kit.evaluation.datamodel import Kind, linear_datamodeling_score
-from influence_kit.iterables import readable_again
 from influence_kit.tables import text_table
 
 ATTRIBUTES = ("damping", "ridge")
@@ -81,7 +80,7 @@ def tune_damping(
     """
     if len(values) == 0:
         raise InvalidArgumentError("got no values to try")
-    attribute, inputs = _attribute(method, attribute), readable_again(inputs)
+    attribute = _attribute(method, attribute)
     before = getattr(method, attribute)
     scores = []
     try:

@@ -20,11 +20,11 @@ from influence_kit.data import (
     tensor_axes,
     with_count,
 )
+from influence_kit.dtypes import exact, real, real_shape
 from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.loss_scaling import has_float16, scaled_examples, summed_loss
 from influence_kit.losses import Loss
 from influence_kit.memory import rows_within, workspace_bytes
-from influence_kit.precision import exact, real, real_shape
 
 # activations of a whole model are held for every example of a chunk
 MOST_EXAMPLES_AT_ONCE = 64

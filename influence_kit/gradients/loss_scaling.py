@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from influence_kit.data import Batch, map_tensors
+from influence_kit.dtypes import HALF, exact
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.losses import Loss
-from influence_kit.precision import HALF, exact
 
 # the exponent that the largest slope at the outputs is brought to: 2^15 is infinite
 START = 10

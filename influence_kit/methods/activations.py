@@ -19,9 +19,9 @@ from influence_kit.data import (
     map_tensors,
     take,
 )
+from influence_kit.dtypes import exact
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.labels import label_key
-from influence_kit.precision import exact
 
 
 def layer_outputs(

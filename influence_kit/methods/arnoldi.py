@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.arguments import check_count, check_number
 from influence_kit.checkpoints import LoadFunction, load_checkpoint
+from influence_kit.gradients.source import Verify
 from influence_kit.losses import LossFunction
 from influence_kit.margins import OutputFunction
 from influence_kit.methods.base import BatchSize
@@ -75,6 +76,8 @@ class ArnoldiInfluenceFunction(EmbeddingInfluence):
         *,
         test_output_fn: OutputFunction | None = None,
         eval_mode: bool = True,
+        batch_axes: Any = None,
+        verify: Verify = "repeated",
     ) -> None:
         self.arnoldi_dim = check_count(arnoldi_dim, "arnoldi_dim")
         self.arnoldi_tol = check_number(arnoldi_tol, "arnoldi_tol", least=0)
@@ -97,6 +100,8 @@ class ArnoldiInfluenceFunction(EmbeddingInfluence):
             show_progress,
             test_output_fn=test_output_fn,
             eval_mode=eval_mode,
+            batch_axes=batch_axes,
+            verify=verify,
         )
 
     def _pairs(self, hessian: Operator) -> EigenPairs:

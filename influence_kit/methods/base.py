@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,32 +13,32 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from influence_kit.arguments import check_count
-from influence_kit.batch_axes import BatchAxes, MarkedBatches
+from influence_kit.batch_axes import BatchAxes
+from influence_kit.checked_batches import CheckedBatches
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.checkpoints import LoadFunction, find_checkpoints, load_checkpoint
-from influence_kit.data import (
-    Batch,
-    as_loader,
-    check_order,
-    is_batch,
-    is_dataset,
-    loader_length,
-    split,
-    take,
-    to_device,
-)
+from influence_kit.data import Batch, is_batch, is_dataset, split, take, to_device
+from influence_kit.dtypes import exact_dtype
 from influence_kit.errors import InvalidArgumentError, PassAgain
+from influence_kit.example_draws import first_example
 from influence_kit.gradients.check import refuse_mixing_layers
 from influence_kit.gradients.source import GradientSource, Verify, check_verify, comfortable_rows
-from influence_kit.iterables import readable_again
+from influence_kit.inputs import (
+    as_examples,
+    refuse_inputs,
+    refuse_no_data,
+    refuse_one_example,
+    refuse_uncollatable,
+)
+from influence_kit.loaders import as_loader, check_order, loader_length
 from influence_kit.losses import Loss, LossFunction, declared_reduction
 from influence_kit.margins import OutputFunction
 from influence_kit.measures import measure_of_tests, refuse_both
 from influence_kit.methods.chosen import check_layers, choose_parameters
-from influence_kit.precision import exact_dtype
 from influence_kit.restore import borrowed
 
 BatchSize = int | Literal["auto"] | None
+TRAIN = "train_dataset"
 # where the examples of a data set cannot be looked at beforehand
 ROWS_OF_ITERABLE = 64
 
@@ -73,6 +74,7 @@ class InfluenceBase(DataInfluence):
         self.batch_axes = batch_axes
         self._axes = BatchAxes(batch_axes)
         self.checkpoints_load_func = checkpoints_load_func
+        self._checked: dict[str, CheckedBatches] = {}
         self.checkpoints = checkpoints
         self.loss_fn = loss_fn
         self.test_output_fn = test_output_fn
@@ -95,9 +97,8 @@ class InfluenceBase(DataInfluence):
         self._eval_mode = eval_mode
         self._look_at(layers)
         self._train_data: Any = train_dataset
-        self._train_loader: Iterable[Batch] | None = None
         if not is_dataset(train_dataset):
-            self._train_loader = self._marked(as_loader(train_dataset, None, "train_dataset"))
+            self._check(as_loader(train_dataset, None, TRAIN), TRAIN)
 
     def _look_at(self, layers: Sequence[str] | None) -> None:
         """Choose the parameters whose gradients count."""
@@ -138,7 +139,8 @@ class InfluenceBase(DataInfluence):
 
     def _forget(self) -> None:
         """Drop what was made at other checkpoints."""
-        return
+        for checked in self._checked.values():
+            checked.forget()
 
     def read_otherwise(self) -> bool:
         """Take another axis for that of the examples; False where shapes leave no other."""
@@ -149,11 +151,9 @@ class InfluenceBase(DataInfluence):
         self._forget()
 
     @property
-    def train_dataloader(self) -> Iterable[Batch]:
-        """The batches of the training set, in their order."""
-        if self._train_loader is None:
-            self._train_loader = self._loader_of(self._train_data, "train_dataset")
-        return self._train_loader
+    def train_dataloader(self) -> CheckedBatches:
+        """The batches of the training set, in their order; with the attributes of its loader."""
+        return self._checked_batches(self._train_data, TRAIN)
 
     @property
     def train_dataloader_len(self) -> int | None:
@@ -177,6 +177,9 @@ class InfluenceBase(DataInfluence):
     @contextmanager
     def _session(self) -> Iterator[CheckpointLoader]:
         """The model with hooks on, borrowed from the user; a loader for its checkpoints."""
+        for name, checked in self._checked.items():
+            if self._why_fixed(name) is None:  # a user may change data between two calls
+                checked.forget()
         with borrowed(self.model, self._eval_mode), self._source.attached():
             refuse_mixing_layers(self.model)
             loader = CheckpointLoader(self.model, self.checkpoints, self.checkpoints_load_func)
@@ -205,28 +208,23 @@ class InfluenceBase(DataInfluence):
         """The training set (None), the batch in pieces that fit memory, or the user's loader."""
         if inputs is None:
             return self.train_dataloader
+        refuse_inputs(inputs)
+        if as_examples(inputs):
+            loader = self._loader_of(inputs, "inputs")
+            return CheckedBatches(loader, "inputs", ordered=ordered, axes=self._axes)
         if is_batch(inputs):
+            refuse_one_example(inputs, self.train_dataloader.dimensions())
             inputs = self._marked_batch(inputs)
             one = to_device(take(inputs, slice(0, 1)), self._device)
             return list(split(inputs, comfortable_rows(self.model, one, self._device)))
-        if isinstance(inputs, Tensor) or not isinstance(inputs, Iterable):
-            raise InvalidArgumentError(
-                "`inputs` must be a batch (tuple, list or dict of tensors) or a DataLoader; got a "
-                f"{type(inputs).__name__}"
-            )
         if ordered:
             check_order(inputs, "inputs")
-        return self._marked(readable_again(inputs))
-
-    def _loader_of(self, data: Any, name: str) -> Iterable[Batch]:
-        """Batches of a data set, of the size asked for."""
-        size = self._auto_batch_size(data) if self.batch_size == "auto" else self.batch_size
-        return self._marked(as_loader(data, size, name))
+        return CheckedBatches(inputs, "inputs", ordered=ordered, axes=self._axes)
 
     def _marked_batch(self, batch: Batch) -> Batch:
         """A batch marked with where its examples stand: as in the training set, if it looks so."""
         marked = self._axes.mark(batch)
-        if not self._axes.is_clear(batch) and isinstance(self.train_dataloader, MarkedBatches):
+        if not self._axes.is_clear(batch):
             self.train_dataloader.look_at()
             # nothing was computed yet of what may have been read otherwise
             with suppress(PassAgain):
@@ -234,13 +232,39 @@ class InfluenceBase(DataInfluence):
             marked = self._axes.mark(batch)
         return marked
 
-    def _marked(self, loader: Iterable[Batch]) -> Iterable[Batch]:
-        """The batches, marked with where their examples stand."""
-        return MarkedBatches(loader, self._axes)
+    def _checked_batches(self, data: Any, name: str) -> CheckedBatches:
+        """The batches of an argument, made once."""
+        if name not in self._checked:
+            self._check(self._loader_of(data, name), name)
+        return self._checked[name]
 
-    def _auto_batch_size(self, data: Any) -> int:
+    def _check(self, loader: Iterable[Batch], name: str) -> None:
+        self._checked[name] = CheckedBatches(
+            loader,
+            name,
+            partial(self._why_fixed, name),
+            axes=self._axes,
+            examine=partial(refuse_uncollatable, self.model, name=name),
+        )
+
+    def _why_fixed(self, name: str) -> str | None:
+        """Why passes over the data of an argument must agree; None where they need not."""
+        return None
+
+    def _loader_of(self, data: Any, name: str) -> Iterable[Batch]:
+        """Batches of a data set, of the size asked for."""
+        refuse_no_data(data, name)
+        size: Any = self.batch_size
+        if size == "auto" or (size is None and name == "inputs"):
+            size = self._auto_batch_size(data, name)
+        return as_loader(data, size, name)
+
+    def _auto_batch_size(self, data: Any, name: str) -> int:
         if isinstance(data, IterableDataset):
             return ROWS_OF_ITERABLE
+        example = first_example(data)
+        if example is not None:
+            refuse_uncollatable(self.model, example, name)
         with borrowed(self.model, self._eval_mode):
             refuse_mixing_layers(self.model)
             for batch in DataLoader(data, batch_size=1):

@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from influence_kit.dtypes import exact
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.precision import exact
 from influence_kit.scaling import powers_of, times_powers, unit_rows
 
 

@@ -266,6 +266,7 @@ class DVEmb(InnerProductInfluence):
 
     @property
     def _examples(self) -> ExamplesByPlace:
+        self.train_dataloader.check_draws()
         return ExamplesByPlace(self.train_dataloader)
 
     @property

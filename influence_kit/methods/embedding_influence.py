@@ -12,6 +12,7 @@ from influence_kit.checkpoints import LoadFunction, load_checkpoint
 from influence_kit.errors import CurvatureError, InvalidArgumentError
 from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
+from influence_kit.gradients.source import Verify
 from influence_kit.losses import LossFunction
 from influence_kit.margins import OutputFunction
 from influence_kit.methods.base import BatchSize
@@ -56,6 +57,8 @@ class EmbeddingInfluence(InfluenceFunction):
         *,
         test_output_fn: OutputFunction | None = None,
         eval_mode: bool = True,
+        batch_axes: Any = None,
+        verify: Verify = "repeated",
     ) -> None:
         if projection_dim is not None:
             projection_dim = check_count(projection_dim, "projection_dim", instead="None")
@@ -78,6 +81,8 @@ class EmbeddingInfluence(InfluenceFunction):
             seed=seed,
             test_output_fn=test_output_fn,
             eval_mode=eval_mode,
+            batch_axes=batch_axes,
+            verify=verify,
         )
         if show_progress:
             self.fit(show_progress=True)

@@ -49,8 +49,9 @@ class Question(DataInfluence):
         """The scores of all training examples for each test example, or the k best.
 
         Args:
-            inputs: test examples: one batch (tuple, list or dict) or a DataLoader. Of a valuation
-                what its ``score`` takes, handed on as it is.
+            inputs: test examples: one batch (tuple, list or dict), a DataLoader, or a Dataset,
+                which is read as the training set is. Of a valuation what its ``score`` takes,
+                handed on as it is.
             k: how many proponents or opponents to return; None for all scores.
             proponents: the highest scores; False for the lowest.
             show_progress: a bar over the training set (of a valuation: over the models fitted).

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from influence_kit.checked_batches import CheckedBatches
 from influence_kit.checkpoint_loader import CheckpointLoader
-from influence_kit.data import Batch, as_loader, is_dataset
+from influence_kit.data import Batch, is_dataset
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients
+from influence_kit.loaders import HESSIAN_DATA, as_loader
 from influence_kit.methods.chosen import group_by_layer
 from influence_kit.methods.damping import AUTO_SHARE, DampingArgument, check_damping, share_of
 from influence_kit.methods.kept_fit import KeptFit
@@ -60,10 +62,8 @@ class FittedInfluence(KeptFit):
         self.relative = relative
         self.seed = check_seed(seed)
         self._hessian_data = hessian_dataset
-        self._hessian_batches: Iterable[Batch] | None = None
         if hessian_dataset is not None and not is_dataset(hessian_dataset):
-            loader = as_loader(hessian_dataset, None, "hessian_dataset")
-            self._hessian_batches = self._marked(loader)
+            self._check(as_loader(hessian_dataset, None, HESSIAN_DATA), HESSIAN_DATA)
         self.damping = damping
 
     # What a method says.
@@ -171,12 +171,14 @@ class FittedInfluence(KeptFit):
             self._inverses[place] = self._make_inverse(self._facts[place], damping, data)
 
     @property
-    def _hessian_loader(self) -> Iterable[Batch]:
+    def _hessian_loader(self) -> CheckedBatches:
         if self._hessian_data is None:
             return self.train_dataloader
-        if self._hessian_batches is None:
-            self._hessian_batches = self._loader_of(self._hessian_data, "hessian_dataset")
-        return self._hessian_batches
+        return self._checked_batches(self._hessian_data, HESSIAN_DATA)
+
+    @property
+    def _fitted_on(self) -> str:
+        return super()._fitted_on if self._hessian_data is None else HESSIAN_DATA
 
     @property
     def _fit_batches(self) -> Iterable[Batch]:

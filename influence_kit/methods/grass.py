@@ -10,6 +10,7 @@ from influence_kit.arguments import check_count
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.data import take, to_device
 from influence_kit.distributed import from_first_rank
+from influence_kit.dtypes import real_shape
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients, join_examples
 from influence_kit.methods.fitted import Facts
@@ -23,7 +24,6 @@ from influence_kit.operators.projection import columns_within, whole
 from influence_kit.operators.random_maps import random_map, shortened
 from influence_kit.operators.unit_maps import TwoSided, UnitMap, WrittenOut
 from influence_kit.operators.units import Unit
-from influence_kit.precision import real_shape
 from influence_kit.scoring.features import chosen_rows
 
 # examples from which a mask is learnt

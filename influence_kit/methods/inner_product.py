@@ -12,18 +12,20 @@ import torch
 from torch import Tensor
 
 from influence_kit.checkpoint_loader import CheckpointLoader
-from influence_kit.data import Batch, loader_length
+from influence_kit.data import Batch
 from influence_kit.distributed import is_alone
+from influence_kit.dtypes import real_shape
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients
+from influence_kit.loaders import loader_length
 from influence_kit.losses import Loss
 from influence_kit.memory import resident_bytes
+from influence_kit.methods.base import TRAIN
 from influence_kit.methods.chosen import group_by_layer
 from influence_kit.methods.example_influence import ExampleInfluence, given
 from influence_kit.methods.identity import identity
 from influence_kit.methods.kept_rows import Build, KeptRows, Places
 from influence_kit.methods.starting_again import starts_again
-from influence_kit.precision import real_shape
 from influence_kit.scoring.reducers import AllScores, Reducer
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term, Transform
@@ -53,6 +55,11 @@ class InnerProductInfluence(ExampleInfluence):
         sample_wise_grads_per_batch: None takes a loss of any reduction. True wants "sum" or "mean",
             False wants "none", as in Captum; the speed is the same.
         eval_mode: put the model into evaluation mode while scores are computed.
+        batch_axes: the dimension that counts examples, for each tensor of a batch, in the structure
+            of the batch: ``(1, 0)`` for time-first inputs and targets, ``{"weights": None}`` for a
+            tensor that belongs to the whole batch. Found from the batches where None.
+        verify: "repeated" compares some batches of every question with autograd (the page "What is
+            checked, and when" says which), "once" trusts the check of the first batch.
         store: a folder for the training set's gradients (projected, where the method projects):
             the first question builds it, later ones and other processes read it. A build that was
             killed goes on where it was; a folder that was made for another model, data set, loss or
@@ -154,7 +161,7 @@ class InnerProductInfluence(ExampleInfluence):
         Of its training loss, whatever is measured of test examples.
 
         Args:
-            inputs: one batch or a DataLoader; None for the training set.
+            inputs: one batch, a DataLoader or a Dataset; None for the training set.
             show_progress: a bar over the examples.
             outer_loop_by_checkpoints: read the data once a checkpoint instead of holding a slab of
                 it in memory; the scores are the same.
@@ -250,7 +257,13 @@ class InnerProductInfluence(ExampleInfluence):
         return self._train_loss
 
     def _forget(self) -> None:
+        super()._forget()
         self._kept = None
+
+    def _why_fixed(self, name: str) -> str | None:
+        if name == TRAIN and self.store is not None:
+            return "`store` keeps the gradients of its examples"
+        return super()._why_fixed(name)
 
     def _batches(self, inputs: Any, ordered: bool = True) -> Iterable[Batch]:
         return self._train_batches if inputs is None else super()._batches(inputs, ordered)

@@ -10,6 +10,7 @@ from typing_extensions import Self
 
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.data import Batch
+from influence_kit.methods.base import TRAIN
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.starting_again import starts_again
 from influence_kit.saved import read_folder, write_folder
@@ -101,6 +102,16 @@ class KeptFit(InnerProductInfluence):
         return self
 
     # How it is done.
+
+    @property
+    def _fitted_on(self) -> str:
+        """The argument that ``_fit_data`` is."""
+        return TRAIN
+
+    def _why_fixed(self, name: str) -> str | None:
+        if name == self._fitted_on:
+            return f"{self._what_is_fitted} is fitted to it and used with other passes"
+        return super()._why_fixed(name)
 
     def _description(self, loader: CheckpointLoader) -> dict[str, Any]:
         """What is saved belongs to."""

@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.arguments import check_count
 from influence_kit.checkpoint_loader import CheckpointLoader
-from influence_kit.data import Batch, loader_length
+from influence_kit.data import Batch
 from influence_kit.distributed import is_mine, sum_over_ranks
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.source import GradientSource
+from influence_kit.loaders import loader_length
 from influence_kit.memory import rows_within, workspace_bytes
 from influence_kit.methods.activations import Features
 from influence_kit.methods.chosen import check_layers

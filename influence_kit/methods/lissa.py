@@ -97,11 +97,12 @@ class LiSSAInfluenceFunction(CurvatureInfluence):
     def _samples(self, operator: Curvature) -> Callable[[int], Callable[[Tensor], Tensor]]:
         """Products with the curvature of examples drawn anew for each call."""
         loader: Any = self._hessian_loader
+        loader.check_draws()
         examples: Any = getattr(loader, "dataset", None)
         batches = getattr(loader, "batch_sampler", None)
         if isinstance(examples, IterableDataset) or batches is None:
             raise InvalidArgumentError(
-                f"no examples can be drawn from a {type(loader.loader).__name__} without a data "
+                f"no examples can be drawn from a {type(loader.batches).__name__} without a data "
                 "set that has places; use `hessian_batch_size=None`, which takes all of them each "
                 "time"
             )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from influence_kit.arguments import check_count
 from influence_kit.data import Batch, call_model, example_count, targets_of
+from influence_kit.dtypes import exact_dtype
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
@@ -24,7 +25,6 @@ from influence_kit.margins import (
     slope_along,
 )
 from influence_kit.operators.joint_projection import JointProjection, joint_projection
-from influence_kit.precision import exact_dtype
 
 FEATURES, SLOPE = "features", "1 - p"
 KINDS = ("sjlt", "rademacher", "gaussian", "identity")

@@ -24,13 +24,13 @@ from influence_kit.data import (
     take,
     to_device,
 )
+from influence_kit.dtypes import real, restored
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.gradients.source import GradientSource, kept_bytes
 from influence_kit.losses import Loss
 from influence_kit.memory import rows_within, workspace_bytes
 from influence_kit.operators.partition import Partition
 from influence_kit.operators.products import EitherMode, Tree, mixed_product
-from influence_kit.precision import real, restored
 from influence_kit.scoring.features import Block, Rows
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from influence_kit.data import Batch
+from influence_kit.dtypes import real_shape
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
@@ -16,7 +17,6 @@ from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.operators.projection import Projection, from_both_sides
 from influence_kit.operators.unit_maps import UnitMap
 from influence_kit.operators.units import Unit, units_of
-from influence_kit.precision import real_shape
 
 Dim = int | Sequence[int]
 KINDS = ("gaussian", "rademacher", "orthogonal", "identity")

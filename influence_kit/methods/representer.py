@@ -16,10 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.checkpoints import LoadFunction, load_checkpoint
 from influence_kit.data import Batch
+from influence_kit.dtypes import has_complex
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.factored import Factored
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rules import linear, rule_for, transposed_linear
+from influence_kit.gradients.source import Verify
 from influence_kit.losses import LossFunction
 from influence_kit.margins import OutputFunction
 from influence_kit.methods.base import BatchSize
@@ -27,7 +29,6 @@ from influence_kit.methods.example_influence import given
 from influence_kit.methods.kept_fit import KeptFit
 from influence_kit.methods.last_layer import chosen_outputs
 from influence_kit.methods.refit import Head, Refit, Settings
-from influence_kit.precision import has_complex
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term
 
@@ -129,6 +130,8 @@ class RepresenterPointSelection(KeptFit):
         max_iter: int = 100,
         test_output_fn: OutputFunction | None = None,
         eval_mode: bool = True,
+        batch_axes: Any = None,
+        verify: Verify = "repeated",
     ) -> None:
         self._how = Settings(l2, normalize, count_bias, tol, max_iter)
         names: dict[Any, str] = {module: name for name, module in model.named_modules()}
@@ -142,6 +145,8 @@ class RepresenterPointSelection(KeptFit):
             batch_size,
             test_output_fn=test_output_fn,
             eval_mode=eval_mode,
+            batch_axes=batch_axes,
+            verify=verify,
         )
         if rule_for(self.final_fc_layer) not in (linear, transposed_linear):
             raise InvalidArgumentError(

@@ -151,7 +151,7 @@ class Sources:
 
     def _batches(self) -> Iterator[Batch]:
         for batch in self.loader:
-            yield as_inputs(batch[0] if isinstance(batch, tuple | list) else batch)
+            yield inputs_of(batch)
 
     def _save(self, missing: Sequence[SavedActivations]) -> None:
         """Compute activations at some layers, in one pass."""
@@ -165,6 +165,11 @@ class Sources:
                 saved.add(examples_first(layer, output, n, saved.first.shape))
         for saved in missing:
             saved.end()
+
+
+def inputs_of(batch: Any) -> Batch:
+    """The inputs of a batch ``(inputs, labels)``, or of inputs alone."""
+    return as_inputs(batch[0] if isinstance(batch, tuple | list) else batch)
 
 
 def as_inputs(given: Any) -> Batch:

@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.arguments import check_count, check_number
-from influence_kit.data import as_loader, example_count
+from influence_kit.checked_batches import CheckedBatches
+from influence_kit.data import example_count
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.gradients.check import refuse_mixing_layers
+from influence_kit.loaders import as_loader
 from influence_kit.memory import rows_within, workspace_bytes
 from influence_kit.methods.activations import examples_first
 from influence_kit.methods.chosen import check_layers
 from influence_kit.methods.distances import cosine_similarity, euclidean_distance, zero_pairs
-from influence_kit.methods.saved_activations import SavedActivations, Sources, as_inputs
+from influence_kit.methods.saved_activations import SavedActivations, Sources, as_inputs, inputs_of
 from influence_kit.restore import borrowed
 from influence_kit.scoring.reducers import TopK
 
@@ -107,6 +109,12 @@ class SimilarityInfluence(DataInfluence):
         self.influence_src_dataloader = as_loader(
             influence_src_dataset, batch_size, "influence_src_dataset"
         )
+        self._sources = CheckedBatches(
+            self.influence_src_dataloader,
+            "influence_src_dataset",
+            reason=lambda: "activations are saved",
+            rows=lambda batch: example_count(inputs_of(batch)),
+        )
         self.activation_dir, self.model_id = activation_dir, model_id
         self.batch_size = check_count(batch_size, "batch_size")
         self.similarity_direction = similarity_direction
@@ -156,7 +164,8 @@ class SimilarityInfluence(DataInfluence):
         more = additional_forward_args
         more = () if more is None else more if isinstance(more, tuple) else (more,)
         tests, folder = as_inputs(inputs), Path(self.activation_dir) / self.model_id / "src"
-        sources = Sources(self.module, self.influence_src_dataloader)
+        sources = Sources(self.module, self._sources)
+        self._sources.forget()  # other data than at the last call is recognised, and used
         found: dict[str, Any] = {}
         with borrowed(self.module, self._eval_mode), torch.no_grad():
             refuse_mixing_layers(self.module)

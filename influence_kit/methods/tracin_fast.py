@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.checkpoints import LoadFunction, load_checkpoint
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.gradients.source import GradientSource
+from influence_kit.gradients.source import GradientSource, Verify
 from influence_kit.losses import LossFunction
 from influence_kit.margins import OutputFunction
 from influence_kit.methods.base import BatchSize
@@ -59,6 +59,8 @@ class TracInCPFast(TracInCPBase):
         count_bias: bool = True,
         test_output_fn: OutputFunction | None = None,
         eval_mode: bool = True,
+        batch_axes: Any = None,
+        verify: Verify = "repeated",
     ) -> None:
         if loss_fn is None:
             raise InvalidArgumentError(
@@ -78,6 +80,8 @@ class TracInCPFast(TracInCPBase):
             test_loss_fn,
             test_output_fn=test_output_fn,
             eval_mode=eval_mode,
+            batch_axes=batch_axes,
+            verify=verify,
         )
 
     @property

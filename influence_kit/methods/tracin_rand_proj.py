@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from influence_kit.arguments import check_count
 from influence_kit.checkpoints import LoadFunction, load_checkpoint
 from influence_kit.errors import NonFiniteError
+from influence_kit.gradients.source import Verify
 from influence_kit.losses import LossFunction
 from influence_kit.margins import OutputFunction
 from influence_kit.memory import rows_within, workspace_bytes
@@ -68,6 +69,8 @@ class TracInCPFastRandProj(TracInCPFast):
         count_bias: bool = True,
         test_output_fn: OutputFunction | None = None,
         eval_mode: bool = True,
+        batch_axes: Any = None,
+        verify: Verify = "repeated",
     ) -> None:
         warnings.warn(
             "WARNING: Using this implementation stores quantities related to the entire "
@@ -92,6 +95,8 @@ class TracInCPFastRandProj(TracInCPFast):
             count_bias=count_bias,
             test_output_fn=test_output_fn,
             eval_mode=eval_mode,
+            batch_axes=batch_axes,
+            verify=verify,
         )
 
     def _look_at(self, layers: Any) -> None:

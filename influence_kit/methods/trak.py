@@ -15,7 +15,7 @@ from influence_kit.checkpoints import LoadFunction, load_checkpoint
 from influence_kit.data import Batch
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.iterables import readable_again
+from influence_kit.gradients.source import Verify
 from influence_kit.losses import Loss, LossFunction
 from influence_kit.margins import OutputFunction
 from influence_kit.methods.base import BatchSize
@@ -127,6 +127,8 @@ class TRAK(SolvedInfluence):
         shift: int | None = None,
         seed: int = 0,
         eval_mode: bool = True,
+        batch_axes: Any = None,
+        verify: Verify = "repeated",
         store: str | Path | None = None,
         store_dtype: torch.dtype | None = None,
     ) -> None:
@@ -150,6 +152,8 @@ class TRAK(SolvedInfluence):
             damping=ridge,
             seed=seed,
             eval_mode=eval_mode,
+            batch_axes=batch_axes,
+            verify=verify,
             store=store,
             store_dtype=store_dtype,
         )
@@ -183,7 +187,6 @@ class TRAK(SolvedInfluence):
         outer_loop_by_checkpoints: bool = False,
     ) -> Tensor:
         """The score of each example with itself, ``[n]``; see ``TracInCP.self_influence``."""
-        inputs = readable_again(inputs)
         scores = super().self_influence(inputs, show_progress, outer_loop_by_checkpoints)
         slopes = self._mean_slopes() if inputs is None else self._slopes_of(inputs)
         return scores * slopes.to(scores)

@@ -22,6 +22,7 @@ from influence_kit.data import (
     map_tensors,
     split,
 )
+from influence_kit.dtypes import real, restored
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.source import GradientSource, kept_bytes
 from influence_kit.losses import Loss
@@ -37,7 +38,6 @@ from influence_kit.operators.products import (
     gauss_newton_product,
     hessian_product,
 )
-from influence_kit.precision import real, restored
 
 
 class Curvature(Operator):

@@ -12,12 +12,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from influence_kit.dtypes import real_shape
 from influence_kit.gradients.factored import Factored
 from influence_kit.gradients.forms import Dense, Form
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.operators.maps import Placed, VectorMap
 from influence_kit.operators.random_maps import random_map
-from influence_kit.precision import real_shape
 
 
 @dataclass(frozen=True)

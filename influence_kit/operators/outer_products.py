@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from influence_kit.data import Batch, loader_length
+from influence_kit.data import Batch
 from influence_kit.distributed import sum_over_ranks
+from influence_kit.loaders import loader_length
 from influence_kit.operators.block import Block
 from influence_kit.operators.curvature import Curvature
 from influence_kit.operators.partition import Partition

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from influence_kit.dtypes import real_shape
 from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.operators.maps import Identity
 from influence_kit.operators.random_maps import shortened
 from influence_kit.operators.unit_maps import TwoSided, UnitMap, WrittenOut
 from influence_kit.operators.units import Unit, units_of
-from influence_kit.precision import real_shape
 
 
 @dataclass(frozen=True)

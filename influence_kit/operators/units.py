@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from influence_kit.dtypes import has_complex, real_shape
 from influence_kit.gradients.rules import convolution, linear, rule_for, transposed_linear
-from influence_kit.precision import has_complex, real_shape
 
 
 @dataclass(frozen=True)

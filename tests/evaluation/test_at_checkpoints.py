@@ -23,7 +23,7 @@ N, CLASSES = 11, 3
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(N, 4, generator=GENERATOR, dtype=torch.float64)
 Y = torch.arange(N) % CLASSES
-DATA = TensorDataset(X, Y)
+DATA, EMPTY = TensorDataset(X, Y), TensorDataset(X[:0], Y[:0])
 
 
 def network(seed=0):
@@ -227,7 +227,12 @@ class Once:
         (
             lambda: checkpoint_losses(MODEL, Once(), RUN, nn.CrossEntropyLoss()),
             InvalidArgumentError,
-            "`dataset` gave no examples at checkpoint 1; it must give the same ones whenever",
+            "`dataset` gives its examples only once, and it is read more often",
+        ),
+        (
+            lambda: checkpoint_losses(MODEL, EMPTY, RUN, nn.CrossEntropyLoss()),
+            InvalidArgumentError,
+            "`dataset` gave no examples at checkpoint 0; it must give the same ones whenever",
         ),
         (
             lambda: checkpoint_losses(MODEL, DATA, [], nn.CrossEntropyLoss()),

@@ -427,7 +427,8 @@ def counted(model: nn.Module) -> Iterator[list[int]]:
 def test_training_gradients_are_computed_once(method: str, place: str, tmp_path: Path) -> None:
     case = CASES["mlp"]
     model = case.model()
-    own = {"store": tmp_path / "store"} if place == "store" else {}
+    own: dict[str, Any] = {"store": tmp_path / "store"} if place == "store" else {}
+    own["verify"] = "once"
     influence = make(method, "mlp", model=model, checkpoints=case.checkpoints(), **own)
     influence.influence(case.test)
     with counted(model) as passes:
@@ -478,7 +479,7 @@ def test_what_does_not_fit_is_computed_at_every_question(
     monkeypatch.setattr("influence_kit.methods.inner_product.resident_bytes", lambda device: 0)
     case = CASES["mlp"]
     model = case.model()
-    influence = make(method, "mlp", model=model).fit()
+    influence = make(method, "mlp", model=model, verify="once").fit()
     with counted(model) as passes:
         influence.influence(case.test)
     assert passes == [1, case.m, 4, 4, 3], "one to see what it takes, then all"

@@ -31,9 +31,10 @@ class Counting:
         return checkpoint["learning_rate"]
 
     def __iter__(self) -> Iterator[Any]:
-        self.passes += 1
         x, y = MLP.train
-        return ((x[i : i + 2], y[i : i + 2]) for i in range(0, MLP.n, 2))
+        for i in range(0, MLP.n, 2):
+            yield x[i : i + 2], y[i : i + 2]
+        self.passes += 1  # the look at the first batch is none
 
 
 def counted() -> tuple[Counting, TracInCP]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from influence_kit.precision import exact, exact_dtype, has_complex, real, real_shape, restored
+from influence_kit.dtypes import exact, exact_dtype, has_complex, real, real_shape, restored
 
 
 @pytest.mark.parametrize(
