@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from influence_kit.checkpoints import LoadFunction, label_of, load_checkpoint, load_with_rate
 from influence_kit.dropout_masks import mask_numbers, set_masks
+from influence_kit.dtypes import real
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.rate import is_one_number
 from influence_kit.restore import load_into
@@ -117,10 +118,7 @@ def _fingerprint(model: nn.Module) -> Fingerprint:
     """Numbers that differ where weights, buffers (by value or by place) or masks do."""
     sums = mask_numbers(model)
     for value in (*model.parameters(), *model.buffers()):
-        numbers = value.detach()
-        if numbers.is_complex():
-            numbers = torch.view_as_real(numbers)
-        for chunk in numbers.flatten().split(FINGERPRINT_CHUNK):
+        for chunk in real(value.detach()).flatten().split(FINGERPRINT_CHUNK):
             places = torch.linspace(1, 2, len(chunk), dtype=torch.float64, device=chunk.device)
             sums.append(float(chunk.double() @ places))
     return tuple(sums)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from influence_kit.arguments import check_count
 from influence_kit.checkpoints import load_checkpoint
 from influence_kit.dropout_masks import MASKS
 from influence_kit.errors import InvalidArgumentError
@@ -71,9 +72,7 @@ def dropout_ensemble(
         >>> dot.influence((x[:4], y[:4])).shape
         torch.Size([4, 8])
     """
-    for name, value, least in (("n", n, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InvalidArgumentError(f"`{name}` must be an int, {least} or more; got {value!r}")
+    n, seed = check_count(n, "n"), check_count(seed, "seed", least=0)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, _DropoutNd)}
     rates = _rates(model, layers, p)
     chosen = dict(axes or {})

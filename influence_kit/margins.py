@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from influence_kit.data import Batch, targets_of
+from influence_kit.dtypes import exact
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.labels import check_labels, labels_of, logits_of, with_logits
 from influence_kit.losses import Loss
+from influence_kit.scaling import balanced, times_powers
 
 OutputFunction = Callable[[Any, Any], Tensor]
 
@@ -52,10 +54,12 @@ def one_minus_probability(outputs: Any, targets: Any, shift: int | None = None) 
 def _margins(outputs: Any, targets: Any, shift: int | None) -> tuple[Tensor, Tensor]:
     """The margin of each label, and whether it counts, ``[n, 1]`` or ``[n, t]``."""
     try:
-        logits = logits_of(outputs)
+        logits = exact(logits_of(outputs))
         labels = targets if isinstance(targets, Tensor) else labels_of(targets)
     except InvalidArgumentError as error:
         raise _refusal(str(error)) from None
+    if logits.is_complex():
+        raise _refusal(f"the outputs are {logits.dtype}, which no softmax takes")
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise _refusal(f"the targets are {labels.dtype}, not labels of classes")
     if logits.dim() == labels.dim() + 1 and logits.dim() > 2 and logits.shape[:-1] != labels.shape:
@@ -107,13 +111,16 @@ def slope_along(
     The slope by least squares, -<dL/dz, df/dz> / |df/dz|^2 over an example's logits z: exact where
     L is a function of f.
     """
-    logits = logits_of(outputs).detach().requires_grad_()
+    logits = exact(logits_of(outputs)).detach().requires_grad_()
     shown = with_logits(outputs, logits)
     with torch.enable_grad():
         along = _gradient(output_fn(shown, targets_of(batch)).sum(), logits, "output_fn")
         down = _gradient(loss.total(shown, batch, n), logits, loss.name)
-    product, square = (along * down).reshape(n, -1).sum(1), along.square().reshape(n, -1).sum(1)
-    return -product / square.clamp(min=torch.finfo(square.dtype).tiny)
+    along, powers = balanced(along.reshape(n, -1))
+    down, of_down = balanced(down.reshape(n, -1))
+    product, square = (along * down).sum(1), along.square().sum(1)
+    # an output function that is flat there has no slope
+    return times_powers(-product / square.masked_fill(square == 0, 1), of_down - powers)
 
 
 def _gradient(value: Tensor, logits: Tensor, name: str) -> Tensor:

@@ -295,9 +295,9 @@ def test_a_curvature_is_measured_for_each_member():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"n": 0}, "`n` must be an int, 1 or more; got 0"),
-        ({"n": True}, "`n` must be an int"),
-        ({"seed": -1}, "`seed` must be an int, 0 or more; got -1"),
+        ({"n": 0}, "`n` must be a positive int; got 0"),
+        ({"n": True}, "`n` must be a positive int"),
+        ({"seed": -1}, "`seed` must be an int of at least 0; got -1"),
         ({"p": 1.0}, "the rate of dropout layer '2' is 1.0; it must be at least 0 and below 1"),
         ({"p": "half"}, "the rate of dropout layer '2' is 'half'"),
         ({"p": 0}, r"the dropout layers \['2'\] have rate 0"),

@@ -16,6 +16,9 @@ FLOORS = [
     {
         "errors",
         "memory",
+        "dtypes",
+        "scaling",
+        "arguments",
         "data",
         "batch_axes",
         "labels",

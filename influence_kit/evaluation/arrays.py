@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence_kit.arguments import check_number
 from influence_kit.errors import InvalidArgumentError
 
 Values = Tensor | np.ndarray | Sequence[Any]
@@ -137,6 +138,7 @@ def places(indices: Values | None, n: int) -> Tensor:
 
 def count_of(share: float, n: int) -> int:
     """A share of n examples as a whole number, halves up."""
+    check_number(share, "fraction")
     return int(share * n + 0.5)
 
 

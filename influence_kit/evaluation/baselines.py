@@ -7,9 +7,11 @@ likely wrong. Letters: n training and m test examples, C checkpoints, c classes,
 import torch
 from torch import Tensor
 
+from influence_kit.arguments import check_count
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, class_labels, numbers
 from influence_kit.memory import rows_within, workspace_bytes
+from influence_kit.scaling import unit_rows
 
 
 def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
@@ -105,7 +107,7 @@ def neighbor_disagreement(features: Values, labels: Values, k: int = 10) -> Tens
     points = numbers(features, "features", "[n, d]")
     n = len(points)
     given = class_labels(labels, "labels", n)
-    if not 1 <= k < n:
+    if not 1 <= check_count(k, "k", least=0) < n:
         raise InvalidArgumentError(f"`k` is {k}; {n} examples have 1 to {n - 1} neighbours each")
     shares = []
     for rows in torch.arange(n).split(_rows_of(n)):
@@ -198,8 +200,7 @@ def _units(rows: Tensor, name: str) -> Tensor:
         raise InvalidArgumentError(
             f"row {int(zero[0])} of `{name}` is zero, which has no cosine with anything"
         )
-    norms: Tensor = rows.norm(dim=1, keepdim=True)
-    return rows / norms
+    return unit_rows(rows)
 
 
 def _rows_of(n: int) -> int:

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from influence_kit.arguments import check_count, check_number
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.batch_order import Part, Step, own_batches, shared_batches
-from influence_kit.evaluation.recipe import describe_function, seeded
+from influence_kit.evaluation.recipe import as_seed, seeded
+from influence_kit.evaluation.settings import describe_function
 from influence_kit.evaluation.stacked_models import (
     INSTEAD,
     ModelStack,
@@ -31,15 +33,6 @@ from influence_kit.saved import hash_of
 
 # more gain nothing: by then the arithmetic takes the time
 MOST_MODELS = 128
-# what may be in a setting, and how that is said
-RANGES = {
-    "epochs": (lambda value: value >= 1, "at least 1"),
-    "learning_rate": (lambda value: value > 0, "positive"),
-    "batch_size": (lambda value: value >= 1, "at least 1"),
-    "momentum": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
-    "weight_decay": (lambda value: value >= 0, "not negative"),
-    "at_once": (lambda value: value == "auto" or value >= 1, 'at least 1, or "auto"'),
-}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -103,10 +96,13 @@ class BatchedSGD:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained, before hours of training."""
-        for name, (fits, range_of) in RANGES.items():
-            value = getattr(self, name)
-            if not fits(value):
-                raise InvalidArgumentError(f"`{name}` is {value!r}; it must be {range_of}")
+        for name in ("epochs", "batch_size"):
+            check_count(getattr(self, name), name)
+        if self.at_once != "auto":
+            check_count(self.at_once, "at_once", instead='"auto"')
+        check_number(self.learning_rate, "learning_rate", above=0)
+        check_number(self.momentum, "momentum", least=0, below=1)
+        check_number(self.weight_decay, "weight_decay", least=0)
         if len(self.inputs) != len(self.targets):
             raise InvalidArgumentError(
                 f"got {len(self.inputs)} inputs and {len(self.targets)} targets; there must be one "
@@ -217,7 +213,7 @@ class BatchedSGD:
         self, stack: ModelStack, subsets: Sequence[Tensor], seeds: Sequence[int]
     ) -> Iterator[int]:
         """Train the stacked models in place; yields each epoch's number, from 1, at its end."""
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        generators = [torch.Generator().manual_seed(as_seed(seed)) for seed in seeds]
         velocities = [torch.zeros_like(weight) for weight in stack.weights]
         for epoch in range(1, self.epochs + 1):
             if self.same_batches:

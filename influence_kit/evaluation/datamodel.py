@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from influence_kit.arguments import check_count
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import (
     Values,
@@ -41,7 +42,8 @@ def half_subsets(n: int, count: int, fraction: float = 0.5, seed: int = 0) -> Te
         >>> half_subsets(6, count=4).sum(dim=1).tolist()
         [3, 3, 3, 3]
     """
-    size = count_of(fraction, n)
+    check_count(count, "count", least=0)
+    size = count_of(fraction, check_count(n, "n"))
     if count < 1 or not 0 < size < n:
         raise InvalidArgumentError(
             f"got {count} subsets of a share of {fraction} of {n} examples, {size} each; there "

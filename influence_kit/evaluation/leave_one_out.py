@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from influence_kit.arguments import check_count
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, numbers, places, repeated_numbers
 from influence_kit.evaluation.correlation import (
@@ -78,7 +79,7 @@ def leave_one_out(
         [[3.0, 1.25, -0.75]]
     """
     sign = sign_of(outputs_are)
-    if n < 2:
+    if check_count(n, "n", least=0) < 2:
         raise InvalidArgumentError(f"`n` is {n}; leaving one out needs at least two examples")
     left_out = places(indices, n)
     masks = torch.ones(1 + len(left_out), n, dtype=torch.bool)

@@ -1,9 +1,6 @@
 """How a user trains a model, and what tells one way of training from another."""
 
-import functools
-import hashlib
-import inspect
-import types
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
@@ -11,9 +8,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.evaluation.settings import describe_function
+
 TrainFunction = Callable[[Tensor, int], nn.Module]
 Measure = Callable[[nn.Module], Tensor]
-PLAIN = (bool, int, float, str)
 
 
 @runtime_checkable
@@ -41,13 +40,61 @@ class TrainsMany(Protocol):
         ...
 
 
+def as_seed(seed: Any) -> int:
+    """The seed as an int.
+
+    Raises:
+        InvalidArgumentError: for anything else: torch would take 1.5 for 1.
+    """
+    try:
+        if not isinstance(seed, bool):
+            return operator.index(seed)
+    except TypeError:
+        pass
+    raise InvalidArgumentError(f"a seed must be an int; got {seed!r}")
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Torch's random state set by ``seed`` inside, and as it was afterwards."""
+    seed = as_seed(seed)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
+
+
+class Settings:
+    """What tells a training function from another, as it was before training changed any of it.
+
+    Args:
+        train_fn: the function.
+        label: what the user calls it; None to look at it.
+    """
+
+    def __init__(self, train_fn: TrainFunction, label: str | None) -> None:
+        self._train_fn, self._label = train_fn, label
+        self._before: dict[str, Any] = {}
+        # what training wrote, with what it was before
+        self._written: dict[str, Any] = {}
+
+    def description(self) -> dict[str, Any]:
+        """The settings now, less what training has written into them."""
+        self._before = describe(self._train_fn, self._label)
+        return {**self._before, **({"train_fn": self._own(self._written)} if self._written else {})}
+
+    def _own(self, values: dict[str, Any]) -> dict[str, Any]:
+        known: dict[str, Any] = self._before["train_fn"]
+        return {**known, "uses": {**known["uses"], **values}}
+
+    def after_training(self) -> None:
+        """Note which settings are others than before: logs and counters, which are none."""
+        if "train_fn" not in self._before:
+            return
+        before = self._before["train_fn"].get("uses", {})
+        now = describe(self._train_fn, self._label).get("train_fn", {}).get("uses", {})
+        changed = {name: value for name, value in before.items() if now.get(name) != value}
+        self._written = {**changed, **self._written}
 
 
 def describe(train_fn: TrainFunction, label: str | None) -> dict[str, Any]:
@@ -57,49 +104,3 @@ def describe(train_fn: TrainFunction, label: str | None) -> dict[str, Any]:
     if isinstance(train_fn, TrainsMany):
         return train_fn.describe()
     return {"train_fn": describe_function(train_fn)}
-
-
-def describe_function(function: Callable[..., Any]) -> dict[str, Any]:
-    """Name, code, and the numbers, booleans and strings that a function uses.
-
-    Of functions with settings: a partial's arguments, default arguments, variables around it, and
-    the attributes of an object that is called.
-    """
-    if isinstance(function, nn.Module):
-        return {"name": repr(function), "uses": _plain(vars(function))}
-    uses: dict[str, Any] = {}
-    while isinstance(function, functools.partial):
-        given = {f"argument {place}": value for place, value in enumerate(function.args)}
-        uses = {**given, **function.keywords, **uses}
-        function = function.func
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    if inspect.isclass(function):
-        function = function.__init__
-    elif not inspect.isroutine(function):
-        uses = {**getattr(function, "__dict__", {}), **uses}
-        function = type(function).__call__
-    function = inspect.unwrap(function)
-    code = getattr(function, "__code__", None)
-    if code is None:  # written in another language
-        return {"name": name}
-    outside = inspect.getclosurevars(function)
-    defaults = {p.name: p.default for p in inspect.signature(function).parameters.values()}
-    uses = {**outside.globals, **outside.nonlocals, **defaults, **uses}
-    return {"name": name, "code": code_hash(code), "uses": _plain(uses)}
-
-
-def _plain(uses: dict[str, Any]) -> dict[str, Any]:
-    return {key: uses[key] for key in sorted(uses) if isinstance(uses[key], PLAIN)}
-
-
-def code_hash(code: types.CodeType) -> str:
-    """A hash of what a function does, not of where it stands or how it is laid out."""
-    digest = hashlib.sha256(code.co_code)
-    for item in (*code.co_consts, code.co_names, code.co_varnames):
-        if isinstance(item, types.CodeType):
-            text = code_hash(item)
-        else:
-            # the order of a set is another in each process
-            text = str(sorted(map(repr, item))) if isinstance(item, frozenset) else repr(item)
-        digest.update(text.encode())
-    return digest.hexdigest()[:16]

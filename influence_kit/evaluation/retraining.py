@@ -15,7 +15,14 @@ from tqdm.auto import tqdm
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, subset_masks
 from influence_kit.evaluation.model_folder import Job, ModelFolder
-from influence_kit.evaluation.recipe import Measure, TrainFunction, TrainsMany, describe, seeded
+from influence_kit.evaluation.recipe import (
+    Measure,
+    Settings,
+    TrainFunction,
+    TrainsMany,
+    as_seed,
+    seeded,
+)
 from influence_kit.evaluation.training import Rows, measured, train_group, trained
 from influence_kit.processes import process_count, results
 
@@ -36,14 +43,18 @@ class Retraining:
         model: one like those that ``train_fn`` returns, to load finished ones into. Where it is
             None and finished models are found, one is trained for that.
         label: says in the folder which training its models are of. None takes the name and code of
-            ``train_fn`` and the numbers, booleans and strings that it uses; other functions that it
-            calls, and the data, are not looked at.
+            ``train_fn`` and the settings that it uses, whatever holds them: arguments of partials,
+            variables around it, attributes of objects, dataclasses, containers, small tensors, and
+            likewise of your own functions that it calls. Data (more than 1,000 numbers or items)
+            and weights are not looked at. What training itself changes (a log, a counter) is no
+            setting.
         n_jobs: processes (of joblib) to train in; -1: as many as there are cores. ``train_fn`` and
             the measure go to them by pickle.
         show_progress: a bar over the models.
 
     Raises:
-        InvalidArgumentError: for no processes, or where joblib is not installed.
+        InvalidArgumentError: for no processes, or where joblib is not installed; with a folder
+            and without a label for settings that cannot be described.
 
     Example:
         >>> x = torch.arange(6.0).view(6, 1)
@@ -72,6 +83,7 @@ class Retraining:
         self._model = copy.deepcopy(model)
         self._path, self._label = folder, label
         self._processes = process_count(n_jobs)
+        self._settings = Settings(train_fn, label)
 
     def outputs(self, subsets: Values, measure: Measure, seeds: Sequence[int] = (0,)) -> Tensor:
         """What is measured of a model for each subset and seed, float64 ``[S, R, m]``.
@@ -137,7 +149,7 @@ class Retraining:
         if self._path is None:
             return None
         n = torch.as_tensor(subsets).shape[1]
-        return ModelFolder(self._path, {"examples": n, **describe(self.train_fn, self._label)})
+        return ModelFolder(self._path, {"examples": n, **self._settings.description()})
 
     def _run(self, jobs: list[Job], folder: ModelFolder | None, measure: Measure | None) -> Rows:
         """What is measured of each job, by its name."""
@@ -151,6 +163,8 @@ class Retraining:
             for found in self._train(missing, folder, measure):
                 rows.update(found)
                 bar.update(len(found))
+        if folder is not None:
+            self._settings.after_training()
         return rows
 
     def _finished(
@@ -209,6 +223,7 @@ def _pairs(subsets: Values, seeds: Sequence[int]) -> tuple[Tensor, list[int]]:
     """Each subset with each seed, a subset's side by side."""
     if len(seeds) == 0:
         raise InvalidArgumentError("got no seeds; at least one model is trained a subset")
+    seeds = [as_seed(seed) for seed in seeds]
     if len({*seeds}) < len(seeds):
         raise InvalidArgumentError(
             f"got the seeds {list(seeds)}; of equal ones there is one model, which is no repeat"
@@ -222,4 +237,4 @@ def _jobs(masks: Tensor, seeds: Sequence[int]) -> list[Job]:
         raise InvalidArgumentError(
             f"got {len(seeds)} seeds for {len(masks)} models; there must be one for each"
         )
-    return [Job.of(mask, seed) for mask, seed in zip(masks, seeds, strict=True)]
+    return [Job.of(mask, as_seed(seed)) for mask, seed in zip(masks, seeds, strict=True)]

@@ -18,14 +18,17 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from influence_kit.data import Batch, call_model, example_count, example_lengths
+from influence_kit.dtypes import exact, exact_dtype, has_complex, real_shape
 from influence_kit.gradients import functional
 from influence_kit.gradients.clear_errors import clear_errors
 from influence_kit.gradients.forms import Dense, Form
 from influence_kit.gradients.graph import refuse_without_graph
 from influence_kit.gradients.layouts import ROWS, SHARED, arrange, shared
+from influence_kit.gradients.loss_scaling import summed_loss
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rules import Rule, rule_for
 from influence_kit.losses import Loss
+from influence_kit.scaling import scaled_by_powers
 
 FunctionalGradients = Callable[..., dict[str, Dense]]
 
@@ -55,11 +58,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Use:
-    """One call of a layer with the gradient of the loss at its output."""
+    """One call of a layer with the gradient of the loss at its output.
+
+    In float16 that of each example is still to be multiplied by two to its power ``[n]``.
+    """
 
     layer: Layer
     inputs: tuple[Tensor, ...]
     delta: Tensor
+    powers: Tensor | None = None
 
 
 class _NotAView(torch.autograd.Function):
@@ -164,20 +171,21 @@ class Capture:
         try:
             with torch.enable_grad(), clear_errors(self.model, batch):
                 outputs = call_model(self.model, batch)
-                total = loss.checked_total(outputs, batch, n, self.where)
+                total = summed_loss(outputs, batch, loss, n, self.where)
             calls = self._calls
         finally:
             self._calls = None
         self.misplaced = []
         self._note(calls, batch, n)
-        if not total.requires_grad:
+        if not total.value.requires_grad:
             refuse_without_graph(self.model, batch, loss, n)
-        if not calls or not total.requires_grad:
+        if not calls or not total.value.requires_grad:
             return []
+        edges = [call.edge for call in calls]
         with clear_errors(self.model, batch):
-            deltas = torch.autograd.grad(total, [call.edge for call in calls], allow_unused=True)
+            deltas, powers = total.gradients_by_example(edges, self.parameters.values(), n)
         return [
-            Use(call.layer, call.inputs, delta)
+            Use(call.layer, call.inputs, delta, powers)
             for call, delta in zip(calls, deltas, strict=True)
             if delta is not None
         ]
@@ -215,20 +223,23 @@ class Capture:
             # one example is the batch itself
             function = functional.one_by_one if n == 1 else self.functional
             forms.update(function(self.model, chosen, batch, loss, n))
-        shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
-        sample = functional.exact(next(iter(self.parameters.values())).detach())
-        return Gradients(n, forms, shapes, sample)
+        shapes = {name: real_shape(parameter) for name, parameter in self.parameters.items()}
+        first = next(iter(self.parameters.values())).detach()
+        return Gradients(n, forms, shapes, first.new_empty(0, dtype=exact_dtype(first.dtype)))
 
 
 def use_forms(use: Use, layout: str, n: int) -> dict[str, Form]:
     """The forms of one use of a layer, by parameter name."""
-    inputs = [functional.exact(arrange(x, layout, n)) for x in use.inputs]
+    inputs = [exact(arrange(x, layout, n)) for x in use.inputs]
     # the output of a layer with shared inputs was expanded in the hook: examples come first
     delta = arrange(use.delta, ROWS if layout == SHARED else layout, n)
-    found = use.layer.rule(use.layer.module, inputs, functional.exact(delta), n)
-    return {
+    found = use.layer.rule(use.layer.module, inputs, exact(delta), n)
+    forms = {
         name: found[attribute] for attribute, name in use.layer.names.items() if attribute in found
     }
+    if use.powers is None:
+        return forms
+    return {name: scaled_by_powers(form, use.powers) for name, form in forms.items()}
 
 
 def _layers(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[Layer]:
@@ -240,7 +251,8 @@ def _layers(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[La
             for attribute, parameter in module.named_parameters(recurse=False)
             if parameter in names
         }
-        rule = rule_for(module) if own else None
+        # rules are for real numbers: complex parameters go to ``functional``
+        rule = rule_for(module) if own and not has_complex(module) else None
         if rule is not None:
             layers.append(Layer(module, rule, own))
     return layers

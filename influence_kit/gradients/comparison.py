@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from influence_kit.data import Batch, example_count, take
+from influence_kit.dtypes import exact
 from influence_kit.gradients import functional
 from influence_kit.gradients.forms import Form
 from influence_kit.losses import Loss
@@ -95,7 +96,8 @@ class Comparison:
         for rows, batch, n in self._references():
             expected = self._expected((rows.start, n), batch, names)
             chosen = {name: form.rows(rows) for name, form in forms.items() if name in names}
-            differing, moving = differences(chosen, expected, n > 1, self._tolerance)
+            precisions = {name: self.parameters[name] for name in expected}
+            differing, moving = differences(chosen, expected, n > 1, precisions, self._tolerance)
             wrong |= differing - (self._only_alone if n > 1 else set())
             self.moving |= moving
         return wrong
@@ -137,6 +139,7 @@ def differences(
     forms: Mapping[str, Form],
     expected: Mapping[str, Tensor],
     same_batch: bool,
+    precisions: Mapping[str, Tensor],
     tolerance: Tolerance | None = None,
 ) -> tuple[set[str], set[str]]:
     """The names whose forms do not sum to the expected gradients, and those that are not zero.
@@ -145,25 +148,26 @@ def differences(
         forms: gradients of some examples, by name; none where a gradient is zero.
         expected: autograd's own gradient of the sum of their losses, by name.
         same_batch: whether both ran the same batch.
-        tolerance: that of each gradient's precision where None.
+        precisions: a tensor of the precision in which each was computed, by name.
+        tolerance: that of each precision where None.
     """
     wrong: set[str] = set()
     moving: set[str] = set()
-    whole = torch.stack([g.norm() for g in expected.values()]).norm()
+    whole = torch.stack([_norm(g) for g in expected.values()]).norm()
     if not torch.isfinite(whole):
         return wrong, moving  # the scores will say which example it was
     for name, gradient in expected.items():
-        close = tolerance or tolerance_of(gradient)
+        close = tolerance or tolerance_of(precisions[name])
         form = forms.get(name)
-        difference = gradient.flatten().to(functional.exact(gradient).dtype)
+        difference = gradient.flatten().to(exact(gradient).dtype)
         if form is not None:
             try:
                 difference = difference - form.summed().dense()[0]
             except RuntimeError:  # of a layout that does not fit
                 wrong.add(name)
-        norm, noise = gradient.norm(), close.whole * whole
+        norm, noise = _norm(gradient), close.whole * whole
         relative = close.sums if same_batch else close.alone
-        if not difference.norm() <= relative * norm + noise:
+        if not _norm(difference) <= relative * norm + noise:
             wrong.add(name)
         if norm > noise:
             moving.add(name)
@@ -176,3 +180,9 @@ def same_random_state(parameters: Iterable[Tensor]) -> Iterator[None]:
     devices = {p.device for p in parameters if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         yield
+
+
+def _norm(values: Tensor) -> Tensor:
+    """In float64, where the squares of all numbers of float32 exist."""
+    norm: Tensor = values.double().norm()
+    return norm

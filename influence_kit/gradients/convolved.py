@@ -21,6 +21,7 @@ from torch import Tensor
 
 from influence_kit.gradients.factored import Factored
 from influence_kit.gradients.forms import Dense, Form, element_cost, with_formed
+from influence_kit.scaling import balanced
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +119,11 @@ class Convolved(Form):
         for gradients in self.by_offset():
             norms += gradients.square().sum(1)
         return norms
+
+    def balanced(self) -> tuple[Form, Tensor]:
+        left, of_left = balanced(self.left)
+        right, of_right = balanced(self.right)
+        return replace(self, left=left, right=right), of_left + of_right
 
     @cached_property
     def _formed_by_offset(self) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from influence_kit.gradients.forms import Dense, Form, element_cost, products, with_formed
+from influence_kit.scaling import balanced
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +82,11 @@ class Factored(Form):
         return torch.cat(
             [self.rows(r).matrices().square().sum((1, 2)) for r in self.example_slices(o * i)]
         )
+
+    def balanced(self) -> tuple[Form, Tensor]:
+        deltas, of_deltas = balanced(self.deltas)
+        inputs, of_inputs = balanced(self.inputs)
+        return replace(self, deltas=deltas, inputs=inputs), of_deltas + of_inputs
 
     def combined(self, weights: Tensor) -> Tensor:
         t, o, i = self.sizes

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from influence_kit.memory import resident_bytes, rows_within, workspace_bytes
+from influence_kit.scaling import balanced
 
 # FLOP of a matrix product done in the time it takes to read or write one element
 ELEMENT_COST = {"cpu": 32, "cuda": 256}
@@ -64,6 +65,13 @@ class Form(ABC):
     @abstractmethod
     def squared_norms(self) -> Tensor:
         """The squared norm of each gradient, ``[n]``."""
+
+    @abstractmethod
+    def balanced(self) -> tuple[Form, Tensor]:
+        """The gradients with squares that exist, and the powers of two ``[n]`` they are to have.
+
+        Powers are 0, and the numbers the same, where they are not very small or very large.
+        """
 
     @abstractmethod
     def inner(self, test: Form, total: int) -> Tensor:
@@ -124,6 +132,12 @@ class Form(ABC):
         )
 
     @property
+    def has_finite_factors(self) -> bool:
+        """Whether the sum of each of its tensors is finite."""
+        values = [v for v in vars(self).values() if isinstance(v, Tensor) and v.is_floating_point()]
+        return bool(torch.stack([torch.isfinite(value.sum()) for value in values]).all())
+
+    @property
     def p(self) -> int:
         """Number of elements of the parameter."""
         return math.prod(self.shape)
@@ -170,6 +184,26 @@ def products(formed: Tensor, values: Tensor) -> Tensor:
     return (values @ formed.T).T
 
 
+def aligned(forms: Sequence[Form]) -> tuple[list[Form], Tensor, Tensor]:
+    """Balanced forms of the same examples, with the same powers of two for all.
+
+    Returns:
+        The forms, the sum of their squared norms ``[n]``, and the powers ``[n]``.
+    """
+    parts = [form.balanced() for form in forms]
+    squares = torch.stack([form.squared_norms() for form, _ in parts])
+    own = torch.stack([powers for _, powers in parts])
+    # a form that is zero has no say
+    powers = own.masked_fill(squares == 0, -torch.inf).amax(0)
+    powers = powers.masked_fill(powers.isinf(), 0)
+    shifts = (own - powers).masked_fill(squares == 0, 0)
+    found = [
+        form.scaled(torch.exp2(shift)) if bool(shift.any()) else form
+        for (form, _), shift in zip(parts, shifts, strict=True)
+    ]
+    return found, (squares * torch.exp2(2 * shifts)).sum(0), powers
+
+
 def join(forms: Sequence[Form]) -> Form:
     """The examples of several forms of one parameter, one after the other."""
     if len(forms) == 1:
@@ -210,6 +244,10 @@ class Dense(Form):
     def squared_norms(self) -> Tensor:
         return self.values.square().sum(1)
 
+    def balanced(self) -> tuple[Form, Tensor]:
+        values, powers = balanced(self.values)
+        return replace(self, values=values), powers
+
     def inner(self, test: Form, total: int) -> Tensor:
         return with_formed(test, lambda formed: products(formed, self.values))
 
@@ -247,6 +285,10 @@ class Sum(Form):
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
+    @property
+    def has_finite_factors(self) -> bool:
+        return all(part.has_finite_factors for part in self.parts)
+
     def dense(self) -> Tensor:
         return sum((part.dense() for part in self.parts[1:]), self.parts[0].dense())
 
@@ -262,6 +304,10 @@ class Sum(Form):
     def squared_norms(self) -> Tensor:
         chunks = self.example_slices(self.p)
         return torch.cat([self.rows(rows).dense().square().sum(1) for rows in chunks])
+
+    def balanced(self) -> tuple[Form, Tensor]:
+        parts, _, powers = aligned(self.parts)
+        return Sum(tuple(parts)), powers
 
     def inner(self, test: Form, total: int) -> Tensor:
         products = [part.inner(test, total) for part in self.parts]

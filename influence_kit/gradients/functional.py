@@ -6,7 +6,6 @@ module that ``torch.func.vmap`` takes; what it does not take is done one example
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +20,10 @@ from influence_kit.data import (
     tensor_axes,
     with_count,
 )
+from influence_kit.dtypes import exact, real, real_shape
 from influence_kit.gradients.forms import Dense
-from influence_kit.gradients.graph import differentiable_total, refuse_without_graph
+from influence_kit.gradients.graph import refuse_without_graph
+from influence_kit.gradients.loss_scaling import has_float16, scaled_examples, summed_loss
 from influence_kit.losses import Loss
 from influence_kit.memory import rows_within, workspace_bytes
 
@@ -41,7 +42,7 @@ def vmapped(
     if len(axes) != len(tensors):
         raise NotImplementedError("a packed sequence cannot be cut into examples")
 
-    def example_loss(values: dict[str, Tensor], *one: Tensor) -> Tensor:
+    def example_loss(values: dict[str, Tensor], scale: Tensor, *one: Tensor) -> Tensor:
         # what lost its example dimension to vmap gets one of length 1 back
         supply = iter(zip(one, axes, strict=True))
 
@@ -51,31 +52,39 @@ def vmapped(
 
         example = with_count(map_tensors(batch, restore), 1)
         args, kwargs = call_arguments(model, example)
-        total = loss.total(functional_call(model, values, args, kwargs), example, 1)
+        outputs = functional_call(model, values, args, kwargs)
+        total = summed_loss(outputs, example, loss, 1).value
         without_graph.append(not total.requires_grad)
-        return total
+        return total * scale
 
     values = {name: parameter.detach() for name, parameter in parameters.items()}
     elements = sum(value.numel() * value.element_size() for value in values.values())
     device = next(iter(values.values())).device
     chunk = min(MOST_EXAMPLES_AT_ONCE, rows_within(4 * workspace_bytes(device), elements))
     per_example = vmap(
-        grad(example_loss), in_dims=(None, *axes), chunk_size=chunk, randomness="different"
+        grad(example_loss), in_dims=(None, 0, *axes), chunk_size=chunk, randomness="different"
     )
+    scales = torch.ones(n, device=device)
     with warnings.catch_warnings():
         # torch's word that an operation is a loop under vmap: the caller has warned of slowness
         warnings.filterwarnings("ignore", message="There is a performance drop")
         try:
             # `grad` differentiates all the same; other parameters would keep a graph
             with torch.no_grad():
-                gradients = per_example(values, *tensors)
+                if has_float16(values.values()):
+                    found = scaled_examples(
+                        lambda scales: [*per_example(values, scales, *tensors).values()], n, scales
+                    )
+                    gradients = dict(zip(values, found, strict=True))
+                else:
+                    gradients = per_example(values, scales, *tensors)
         except (IndexError, RuntimeError):
             with torch.no_grad():  # vmap hides values: here a label of no class is named
                 loss.values(call_model(model, batch), batch)
             raise
     if any(without_graph):
         refuse_without_graph(model, batch, loss, n)
-    return {name: as_dense(gradients[name], value.shape) for name, value in values.items()}
+    return {name: as_dense(gradients[name], real_shape(v)) for name, v in values.items()}
 
 
 def one_by_one(
@@ -87,7 +96,7 @@ def one_by_one(
         for i in range(n)
     ]
     return {
-        name: as_dense(torch.stack([row[place] for row in rows]), parameter.shape)
+        name: as_dense(torch.stack([row[place] for row in rows]), real_shape(parameter))
         for place, (name, parameter) in enumerate(parameters.items())
     }
 
@@ -95,23 +104,26 @@ def one_by_one(
 def single_gradients(
     model: nn.Module, parameters: Sequence[Tensor], batch: Batch, loss: Loss, n: int = 1
 ) -> list[Tensor]:
-    """Autograd's own gradients of the batch's total loss: a zero where a parameter was not used."""
-    total = differentiable_total(model, batch, loss, n)
-    found: Sequence[Any] = [None] * len(parameters)
-    if total.requires_grad:
-        found = torch.autograd.grad(total, parameters, allow_unused=True)
+    """Autograd's own gradients of the batch's total loss: a zero where a parameter was not used.
+
+    Complex ones as pairs of real numbers, those in float16 as float32.
+
+    Raises:
+        InvalidArgumentError: where the loss depends on no parameter of the model at all.
+    """
+    with torch.enable_grad():
+        total = summed_loss(call_model(model, batch), batch, loss, n)
+    if not total.value.requires_grad:
+        refuse_without_graph(model, batch, loss, n)
+    found: Sequence[Tensor | None] = [None] * len(parameters)
+    if total.value.requires_grad:
+        found = total.gradients(parameters, parameters)
     return [
-        torch.zeros_like(p) if g is None else (g.to_dense() if g.is_sparse else g)
+        real(torch.zeros_like(p) if g is None else (g.to_dense() if g.is_sparse else g))
         for p, g in zip(parameters, found, strict=True)
     ]
 
 
 def as_dense(values: Tensor, shape: torch.Size) -> Dense:
-    """Gradients ``[n, *shape]``, as a form."""
-    return Dense(exact(values).reshape(len(values), -1), shape)
-
-
-def exact(tensor: Tensor) -> Tensor:
-    """Half precision as float32, in which products and sums are taken; the rest as it is."""
-    half = tensor.dtype in (torch.float16, torch.bfloat16)
-    return tensor.float() if half else tensor
+    """Gradients ``[n, *shape]``, complex ones as pairs of real numbers, as a form."""
+    return Dense(exact(real(values.detach())).reshape(len(values), -1), shape)

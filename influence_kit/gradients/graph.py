@@ -13,21 +13,6 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.losses import Loss
 
 
-def differentiable_total(model: nn.Module, batch: Batch, loss: Loss, n: int) -> Tensor:
-    """The sum of a batch's losses, with its graph.
-
-    It has none where no chosen parameter has a part in it.
-
-    Raises:
-        InvalidArgumentError: where no parameter at all has a part in it.
-    """
-    with torch.enable_grad():
-        total = loss.total(call_model(model, batch), batch, n)
-    if not total.requires_grad:
-        refuse_without_graph(model, batch, loss, n)
-    return total
-
-
 def refuse_without_graph(model: nn.Module, batch: Batch, loss: Loss, n: int) -> None:
     """An error where the loss of a batch depends on no parameter of the model, chosen or not."""
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from influence_kit.gradients.forms import Dense, Form, join
+from influence_kit.gradients.forms import Dense, Form, aligned, join
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,10 @@ class Gradients:
             forms[name] = forms[name].plus(form) if name in forms else form
         return self._with(self.n, forms)
 
+    def of(self, names: Sequence[str]) -> Gradients:
+        """Those of the named parameters; of the others they are zero."""
+        return self._with(self.n, {n: form for n, form in self.forms.items() if n in names})
+
     def squared_norms(self) -> Tensor:
         """The squared norm of each example's whole gradient, ``[n]``."""
         return self.squared_norms_of(list(self.forms))
@@ -68,6 +72,16 @@ class Gradients:
             if name in self.forms:
                 norms += self.forms[name].squared_norms()
         return norms
+
+    def balanced(self) -> tuple[Gradients, Tensor, Tensor]:
+        """Gradients whose squares exist, their squared norms and powers of two, both ``[n]``.
+
+        These gradients times two to the power are the whole ones, however small or large.
+        """
+        if not self.forms:
+            return self, self.squared_norms(), self.sample.new_zeros(self.n)
+        forms, squares, powers = aligned(list(self.forms.values()))
+        return self._with(self.n, dict(zip(self.forms, forms, strict=True))), squares, powers
 
     def paired(self, other: Gradients) -> Tensor:
         """The inner product of each example with the same example of the other, ``[n]``."""
@@ -127,6 +141,14 @@ class Gradients:
     def nbytes(self) -> int:
         """What the forms take in memory."""
         return sum(form.nbytes for form in self.forms.values())
+
+    @property
+    def has_finite_factors(self) -> bool:
+        """Whether nothing in the forms is NaN or infinite, nor their sums: a quick look.
+
+        Products of what is finite may still overflow.
+        """
+        return all(form.has_finite_factors for form in self.forms.values())
 
     def non_finite(self) -> tuple[int, str] | None:
         """An example and a parameter whose gradient is NaN or infinite; None if all are finite."""

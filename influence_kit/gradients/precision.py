@@ -37,15 +37,19 @@ def in_float64(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Batch | N
     if not _may_widen(model, tensors):
         yield None
         return
-    narrow = [tensor.data for tensor in tensors]
+    narrow, runs = [tensor.data for tensor in tensors], False
     try:
         for tensor in tensors:
             tensor.data = tensor.data.double()
         wide = as_float64(batch)
-        yield wide if _runs(model, loss, wide) else None
+        runs = _runs(model, loss, wide)
+        if runs:
+            yield wide
     finally:
         for tensor, data in zip(tensors, narrow, strict=True):
             tensor.data = data
+    if not runs:  # the model is as it was
+        yield None
 
 
 def _narrow_tensors(modules: Sequence[nn.Module]) -> list[Tensor]:

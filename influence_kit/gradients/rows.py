@@ -14,6 +14,7 @@ from torch import Tensor
 
 from influence_kit.gradients.forms import Form, element_cost, with_formed
 from influence_kit.memory import rows_within, workspace_bytes
+from influence_kit.scaling import powers_of, times_powers
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +70,12 @@ class Rows(Form):
     def squared_norms(self) -> Tensor:
         norms = self.values.new_zeros(self.n)
         return norms.index_add_(0, self.places, self.values.square().sum(1))
+
+    def balanced(self) -> tuple[Form, Tensor]:
+        largest = self.values.new_zeros(self.n)
+        largest.scatter_reduce_(0, self.places, self.values.abs().amax(1), "amax")
+        powers = powers_of(largest)
+        return replace(self, values=times_powers(self.values, -powers[self.places])), powers
 
     def combined(self, weights: Tensor) -> Tensor:
         total = weights.new_zeros(len(weights), *self.shape)

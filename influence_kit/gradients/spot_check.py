@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from influence_kit.data import Batch, example_count, take
+from influence_kit.dtypes import real_shape
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients import functional
 from influence_kit.gradients.capture import Capture
@@ -60,7 +61,7 @@ def compare(
         values = list(capture.parameters.values())
         expected = functional.single_gradients(capture.model, values, few, loss, len(rows))
     named = dict(zip(capture.parameters, expected, strict=True))
-    wrong, moving = differences(forms, named, False, tolerance)
+    wrong, moving = differences(forms, named, False, capture.parameters, tolerance)
     return wrong - (capture.scaled_by_frequency if len(rows) > 1 else set()), moving
 
 
@@ -87,6 +88,7 @@ class Moving:
 
 def not_yet_moving(gradients: Gradients, names: Collection[str]) -> Moving | None:
     """Those of the named parameters that have a gradient now; None for none."""
+    gradients = gradients.balanced()[0]
     norms: Mapping[str, Tensor] = {
         name: gradients.forms[name].squared_norms() for name in names if name in gradients.forms
     }
@@ -142,10 +144,10 @@ def _not_added(
         for half in halves
     ]
     sums = {
-        name: functional.as_dense(torch.stack(several).sum(0)[None], parameter.shape)
+        name: functional.as_dense(torch.stack(several).sum(0)[None], real_shape(parameter))
         for (name, parameter), several in zip(
             capture.parameters.items(), zip(*parts, strict=True), strict=True
         )
     }
     expected = dict(zip(capture.parameters, found, strict=True))
-    return differences(sums, expected, False, tolerance)[0]
+    return differences(sums, expected, False, capture.parameters, tolerance)[0]

@@ -20,8 +20,8 @@ from influence_kit.data import (
     take,
     tensor_axes,
 )
+from influence_kit.dtypes import exact
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.gradients.functional import exact
 from influence_kit.labels import label_key
 from influence_kit.methods.row_check import RowCheck
 
@@ -62,6 +62,11 @@ def _tensors(batch: Batch) -> list[Tensor]:
 def _one_tensor(layer: str, output: Any) -> Tensor:
     if isinstance(output, tuple | list) and len(output) == 1:
         output = output[0]
+    if isinstance(output, Tensor) and output.is_complex():
+        raise InvalidArgumentError(
+            f"layer '{layer}' returns {output.dtype}, and activations are compared as real "
+            "numbers: name another layer"
+        )
     if isinstance(output, Tensor):
         return output
     raise InvalidArgumentError(

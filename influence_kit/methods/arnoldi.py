@@ -5,8 +5,8 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from influence_kit.arguments import check_count, check_number
 from influence_kit.checkpoints import LoadFunction, load_checkpoint
-from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.source import Verify
 from influence_kit.losses import LossFunction
 from influence_kit.margins import OutputFunction
@@ -79,10 +79,8 @@ class ArnoldiInfluenceFunction(EmbeddingInfluence):
         batch_axes: Any = None,
         verify: Verify = "repeated",
     ) -> None:
-        if isinstance(arnoldi_dim, bool) or not isinstance(arnoldi_dim, int) or arnoldi_dim < 1:
-            raise InvalidArgumentError(f"`arnoldi_dim` must be a positive int; got {arnoldi_dim!r}")
-        self.arnoldi_dim = arnoldi_dim
-        self.arnoldi_tol = arnoldi_tol
+        self.arnoldi_dim = check_count(arnoldi_dim, "arnoldi_dim")
+        self.arnoldi_tol = check_number(arnoldi_tol, "arnoldi_tol", least=0)
         super().__init__(
             model,
             train_dataset,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
+from influence_kit.arguments import check_count
 from influence_kit.batch_axes import BatchAxes
 from influence_kit.checked_batches import CheckedBatches
 from influence_kit.checkpoint_loader import CheckpointLoader
@@ -26,10 +27,10 @@ from influence_kit.data import (
     take,
     to_device,
 )
+from influence_kit.dtypes import exact_dtype
 from influence_kit.errors import InvalidArgumentError, PassAgain
 from influence_kit.example_draws import first_example
 from influence_kit.gradients.check import refuse_mixing_layers
-from influence_kit.gradients.functional import exact
 from influence_kit.gradients.source import GradientSource, Verify, check_verify, comfortable_rows
 from influence_kit.inputs import (
     as_examples,
@@ -225,11 +226,12 @@ class InfluenceBase(KeptOf, DataInfluence):
     @property
     def _sample(self) -> Tensor:
         """An empty tensor as scores are computed: where the model is, not in half precision."""
-        return exact(next(iter(self._parameters.values())).detach()).new_empty(0)
+        return torch.empty(0, dtype=self._dtype, device=self._device)
 
     @property
     def _dtype(self) -> torch.dtype:
-        return next(iter(self._parameters.values())).dtype
+        """Of scores: the model's, real, and float32 for half precision."""
+        return exact_dtype(next(iter(self._parameters.values())).dtype)
 
     def _train_count(self) -> int:
         data = getattr(self.train_dataloader, "dataset", None)
@@ -314,8 +316,4 @@ def _check_batch_size(batch_size: BatchSize, train_dataset: Any) -> BatchSize:
         raise InvalidArgumentError(
             "since the `train_dataset` argument was a `Dataset`, `batch_size` must be an int."
         )
-    if batch_size != "auto" and (isinstance(batch_size, bool) or not isinstance(batch_size, int)):
-        raise InvalidArgumentError(f'`batch_size` must be an int or "auto"; got {batch_size!r}')
-    if batch_size != "auto" and batch_size < 1:
-        raise InvalidArgumentError(f"`batch_size` must be at least 1; got {batch_size}")
-    return batch_size
+    return "auto" if batch_size == "auto" else check_count(batch_size, "batch_size", 1, '"auto"')

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from influence_kit.arguments import check_count, check_number
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.methods.curvature_influence import CurvatureInfluence
 from influence_kit.methods.fitted import Facts
@@ -62,15 +63,15 @@ class CGInfluenceFunction(CurvatureInfluence):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 1:
-            raise InvalidArgumentError(f"`max_iter` must be a positive int; got {max_iter!r}")
-        if not tol >= 0:
-            raise InvalidArgumentError(f"`tol` must not be negative; got {tol!r}")
         if preconditioner not in (None, "jacobi", "nystrom"):
             raise InvalidArgumentError(
                 f'`preconditioner` must be None, "jacobi" or "nystrom"; got {preconditioner!r}'
             )
-        self.max_iter, self.tol, self.preconditioner = max_iter, tol, preconditioner
+        self.max_iter, self.tol = (
+            check_count(max_iter, "max_iter"),
+            check_number(tol, "tol", least=0),
+        )
+        self.preconditioner = preconditioner
 
     def _make_inverse(self, facts: Facts, damping: Tensor, data: DataSet) -> Transform:
         operator = self._curvature(data)

@@ -1,10 +1,9 @@
 """The damping argument: a number, one a block, or "auto"."""
 
-import math
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Literal
 
+from influence_kit.arguments import check_number
 from influence_kit.errors import InvalidArgumentError
 
 DampingArgument = float | Literal["auto"] | Mapping[str, float]
@@ -26,17 +25,11 @@ def check_damping(
                 f"`{name}` names the blocks {list(damping)}; there are {list(blocks)}, and each "
                 "needs one"
             )
-        for block, value in damping.items():
-            _check_number(value, f"`{name}` of block '{block}'")
-        return dict(damping)
-    _check_number(damping, f"`{name}`")
-    return damping
-
-
-def _check_number(value: object, name: str) -> None:
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0:  # type: ignore[arg-type, operator]
-        raise InvalidArgumentError(f"{name} must be a number that is not negative; got {value!r}")
+        return {
+            block: check_number(value, f"{name}` of block `{block}", least=0)
+            for block, value in damping.items()
+        }
+    return check_number(damping, name, least=0)
 
 
 def share_of(

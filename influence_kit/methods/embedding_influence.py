@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from influence_kit.arguments import check_count, check_number
 from influence_kit.checkpoints import LoadFunction, load_checkpoint
 from influence_kit.errors import CurvatureError, InvalidArgumentError
 from influence_kit.gradients.forms import Dense
@@ -59,16 +60,10 @@ class EmbeddingInfluence(InfluenceFunction):
         batch_axes: Any = None,
         verify: Verify = "repeated",
     ) -> None:
-        if projection_dim is not None and (
-            isinstance(projection_dim, bool)
-            or not isinstance(projection_dim, int)
-            or projection_dim < 1
-        ):
-            raise InvalidArgumentError(
-                f"`projection_dim` must be a positive int or None; got {projection_dim!r}"
-            )
+        if projection_dim is not None:
+            projection_dim = check_count(projection_dim, "projection_dim", instead="None")
         self.projection_dim = projection_dim
-        self.hessian_inverse_tol = hessian_inverse_tol
+        self.hessian_inverse_tol = check_number(hessian_inverse_tol, "hessian_inverse_tol", least=0)
         self.projection_on_cpu = projection_on_cpu
         self.checkpoint = checkpoint
         super().__init__(
@@ -81,7 +76,7 @@ class EmbeddingInfluence(InfluenceFunction):
             batch_size,
             test_loss_fn,
             sample_wise_grads_per_batch,
-            damping=hessian_reg,
+            damping=check_number(hessian_reg, "hessian_reg", least=0),
             hessian_dataset=hessian_dataset,
             seed=seed,
             test_output_fn=test_output_fn,

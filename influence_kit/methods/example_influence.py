@@ -61,7 +61,9 @@ class Question(DataInfluence):
         Returns:
             Scores ``[m, n]`` (``[1, n]`` if ``aggregate``) in the order of the training set, or
             ``KMostInfluentialResults`` of ``[m, min(k, n)]``. Positive: a proponent, training on it
-            lowered the test loss (raised ``test_output_fn``, where that is given; the score).
+            lowered the test loss (raised ``test_output_fn``, where that is given; the score). In
+            the model's precision; of one in half precision in float32. Complex parameters count as
+            pairs of real numbers: an inner product of gradients is Re(conj(g) . g').
         """
         check_k(k)
         return self._answer(inputs, k, proponents, show_progress, aggregate)

@@ -6,9 +6,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from influence_kit.arguments import check_count
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.data import take, to_device
 from influence_kit.distributed import from_first_rank
+from influence_kit.dtypes import real_shape
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients, join_examples
 from influence_kit.methods.fitted import Facts
@@ -42,10 +44,8 @@ class MaskedInfluence(ProjectedInfluence):
     def __init__(
         self, *args: Any, projection_dim: int = 4096, blow_up: int = 4, **kwargs: Any
     ) -> None:
-        for name, value in (("projection_dim", projection_dim), ("blow_up", blow_up)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidArgumentError(f"`{name}` must be a positive int; got {value!r}")
-        self.blow_up = blow_up
+        projection_dim = check_count(projection_dim, "projection_dim")
+        self.blow_up = check_count(blow_up, "blow_up")
         super().__init__(*args, projection_dim=projection_dim, **kwargs)
 
     def _projection_settings(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class GraSS(MaskedInfluence):
         return settings
 
     def _map_of(self, unit: Unit) -> UnitMap:
-        shapes = {name: self._parameters[name].shape for name in unit.names}
+        shapes = {name: real_shape(self._parameters[name]) for name in unit.names}
         p, name = sum(shape.numel() for shape in shapes.values()), unit.names[0]
         if p <= self.projection_dim:
             return WrittenOut(shapes, Identity(p))
@@ -203,7 +203,7 @@ class FactGraSS(MaskedInfluence):
     def _map_of(self, unit: Unit) -> UnitMap:
         name, dim = unit.names[0], self.projection_dim
         if not unit.is_matrix:
-            shape = self._parameters[name].shape
+            shape = real_shape(self._parameters[name])
             return WrittenOut({name: shape}, self._sparse(shape.numel(), name))
         if unit.outputs * unit.inputs <= dim:
             return whole(unit)

@@ -14,6 +14,7 @@ from torch import Tensor
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.data import Batch
 from influence_kit.distributed import is_alone
+from influence_kit.dtypes import real_shape
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.loaders import loader_length
@@ -123,7 +124,7 @@ class InnerProductInfluence(ExampleInfluence):
     @property
     def _shapes(self) -> Mapping[str, torch.Size]:
         """The shapes of what ``_features`` gives, by name."""
-        return {name: parameter.shape for name, parameter in self._parameters.items()}
+        return {name: real_shape(parameter) for name, parameter in self._parameters.items()}
 
     @property
     def _kept_shapes(self) -> Mapping[str, torch.Size]:
@@ -305,7 +306,8 @@ class InnerProductInfluence(ExampleInfluence):
                         "no one vector an example has the scores as dot products; use `influence`"
                     )
                 side = term.test if of_tests else term.train
-                vectors = stream.vectors(side, batches, aggregate)
+                kind = "test" if of_tests else "training" if inputs is None else "input"
+                vectors = stream.vectors(side, batches, aggregate, kind)
                 weight = term.weight_at(loader.load(term.train.checkpoint))
                 if weight < 0:
                     raise InvalidArgumentError(

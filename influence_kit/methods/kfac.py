@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from influence_kit.arguments import check_number
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.methods.fitted import Facts
@@ -43,10 +44,8 @@ class KroneckerInfluence(InfluenceFunction):
             raise InvalidArgumentError(
                 f'`curvature` must be "fisher" or "empirical_fisher"; got {curvature!r}'
             )
-        if not 0 <= rtol < 1:
-            raise InvalidArgumentError(f"`rtol` must be at least 0 and below 1; got {rtol!r}")
         self.curvature = curvature
-        self.rtol = rtol
+        self.rtol = check_number(rtol, "rtol", least=0, below=1)
         super().__init__(*args, **kwargs)
 
     def _settings(self) -> dict[str, Any]:

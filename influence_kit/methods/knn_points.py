@@ -15,6 +15,7 @@ from influence_kit.distributed import gather_columns, is_mine
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.labels import labels_of
 from influence_kit.methods.activations import Features
+from influence_kit.scaling import unit_rows
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,13 @@ class Reader:
         _refuse_non_finite(features, places, f"a feature of {kind} example")
         if not self.unit:
             return features
-        norms: Tensor = torch.linalg.vector_norm(features, dim=1)
-        wrong = (norms == 0) | torch.isinf(norms)
+        wrong = (features == 0).all(dim=1)
         if wrong.any():
             raise NonFiniteError(
-                f"the features of {kind} example {int(places[wrong][0])} have the norm "
-                f"{float(norms[wrong][0])}, and so no cosine with others; name another `layer`, or "
-                'use metric="euclidean"'
+                f"the features of {kind} example {int(places[wrong][0])} have the norm 0, and so "
+                'no cosine with others; name another `layer`, or use metric="euclidean"'
             )
-        return features / norms[:, None]
+        return unit_rows(features)
 
     def _labels(self, batch: Batch, kind: str) -> Tensor:
         labels = labels_of(batch)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from influence_kit.arguments import check_count
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.data import Batch
 from influence_kit.distributed import is_mine, sum_over_ranks
@@ -88,8 +89,6 @@ class KNNShapley(ExampleInfluence):
         utility: Utility = "accuracy",
         **kwargs: Any,
     ) -> None:
-        if isinstance(n_neighbors, bool) or not isinstance(n_neighbors, int) or n_neighbors < 1:
-            raise InvalidArgumentError(f"`n_neighbors` must be a positive int; got {n_neighbors!r}")
         if metric not in ("euclidean", "cosine"):
             raise InvalidArgumentError(f'`metric` must be "euclidean" or "cosine"; got {metric!r}')
         if utility not in ("accuracy", "squared_error"):
@@ -101,7 +100,7 @@ class KNNShapley(ExampleInfluence):
                 f"`test_output_fn` is a function of outputs, and {self.get_name()} looks at labels "
                 "of neighbours alone: leave it out, or use a method of gradients (`TracInCP`, say)"
             )
-        self.n_neighbors, self.layer = n_neighbors, layer
+        self.n_neighbors, self.layer = check_count(n_neighbors, "n_neighbors"), layer
         self.metric, self.utility = metric, utility
         super().__init__(model, train_dataset, checkpoints, *args, **kwargs)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate
 
+from influence_kit.arguments import check_count, check_number
 from influence_kit.data import to_device
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.methods.curvature_influence import CurvatureInfluence
@@ -66,14 +67,14 @@ class LiSSAInfluenceFunction(CurvatureInfluence):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        counts = {"recursion_depth": recursion_depth, "num_repeat": num_repeat}
+        self.recursion_depth = check_count(recursion_depth, "recursion_depth")
+        self.num_repeat = check_count(num_repeat, "num_repeat")
         if hessian_batch_size is not None:
-            counts["hessian_batch_size"] = hessian_batch_size
-        for name, value in counts.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidArgumentError(f"`{name}` must be a positive int; got {value!r}")
-        self.recursion_depth, self.num_repeat = recursion_depth, num_repeat
-        self.scale, self.hessian_batch_size = scale, hessian_batch_size
+            hessian_batch_size = check_count(hessian_batch_size, "hessian_batch_size")
+        self.hessian_batch_size = hessian_batch_size
+        if scale != "auto":
+            scale = check_number(scale, "scale", above=0, instead='"auto"')
+        self.scale = scale
 
     def _make_inverse(self, facts: Facts, damping: Tensor, data: DataSet) -> Transform:
         operator = self._curvature(data)

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from influence_kit.arguments import check_count
 from influence_kit.methods.curvature_influence import CurvatureInfluence
 from influence_kit.methods.fitted import Facts
 from influence_kit.operators.low_rank import LowRank, as_tensors, from_tensors, nystrom
@@ -49,7 +50,7 @@ class NystromInfluenceFunction(CurvatureInfluence):
 
     def __init__(self, *args: Any, rank: int = 100, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.rank = rank
+        self.rank = check_count(rank, "rank")
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "rank": self.rank}

@@ -10,10 +10,11 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from influence_kit.arguments import check_count
 from influence_kit.data import Batch, call_model, example_count, targets_of
+from influence_kit.dtypes import exact_dtype
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.forms import Dense
-from influence_kit.gradients.functional import exact
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.source import GradientSource
 from influence_kit.losses import Loss
@@ -35,10 +36,7 @@ def check_features(projection: object, projection_dim: object, shift: object) ->
         raise InvalidArgumentError(
             f"`projection` must be one of {', '.join(KINDS)}; got {projection!r}"
         )
-    if isinstance(projection_dim, bool) or not isinstance(projection_dim, int):
-        raise InvalidArgumentError(f"`projection_dim` must be an int; got {projection_dim!r}")
-    if projection_dim < 1:
-        raise InvalidArgumentError(f"`projection_dim` must be at least 1; got {projection_dim}")
+    check_count(projection_dim, "projection_dim")
     if shift is not None and (isinstance(shift, bool) or shift not in (0, 1)):
         raise InvalidArgumentError(f"`shift` must be None, 0 or 1; got {shift!r}")
 
@@ -112,7 +110,8 @@ class OutputFeatures:
 
     def slopes_alone(self, batch: Batch) -> Gradients:
         """The slopes of a batch, at the checkpoint that is in the model."""
-        sample = exact(next(iter(self.source.capture.parameters.values())).detach())
+        first = next(iter(self.source.capture.parameters.values())).detach()
+        sample = first.new_empty(0, dtype=exact_dtype(first.dtype))
         slopes, one = self._slopes(batch).to(sample), torch.Size([1])
         return Gradients(len(slopes), {SLOPE: Dense(slopes[:, None], one)}, {SLOPE: one}, sample)
 

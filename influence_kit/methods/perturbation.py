@@ -24,6 +24,7 @@ from influence_kit.data import (
     take,
     to_device,
 )
+from influence_kit.dtypes import real, restored
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.gradients.source import GradientSource, kept_bytes
 from influence_kit.losses import Loss
@@ -151,14 +152,16 @@ class Perturbation:
 
     def _product(self, batch: Batch, zeros: Tensor, vectors: Tensor) -> Tensor:
         model, n = self.perturbed.model, example_count(batch)
+        parameters = self.source.capture.parameters
         args, kwargs = call_arguments(model, batch)
 
         def function(values: Tree, shift: Tensor) -> Tensor:
             with self.perturbed.changed(lambda value: value + shift):
-                outputs = functional_call(model, dict(values), args, kwargs)
+                own = {name: restored(value, parameters[name]) for name, value in values.items()}
+                outputs = functional_call(model, own, args, kwargs)
             return self.loss.total(outputs, batch, n)
 
-        values = {name: p.detach() for name, p in self.source.capture.parameters.items()}
+        values = {name: real(p.detach()) for name, p in parameters.items()}
         shapes = {name: value.shape for name, value in values.items()}
         trees = Partition({"all": list(shapes)}, shapes).split(vectors)
         along = {name: tree.to(values[name].dtype) for name, tree in trees.items()}

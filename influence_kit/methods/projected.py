@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from influence_kit.data import Batch
+from influence_kit.dtypes import real_shape
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
@@ -40,7 +41,7 @@ class ProjectedGradients(InnerProductInfluence):
 
     def _map_of(self, unit: Unit) -> UnitMap:
         """What the gradient of a unit becomes."""
-        shape = self._parameters[unit.names[0]].shape
+        shape = real_shape(self._parameters[unit.names[0]])
         return from_both_sides(unit, shape, self.projection, self.projection_dim, self.seed)
 
     @cached_property
@@ -97,7 +98,7 @@ class ProjectedInfluence(ExplicitInfluenceFunction, ProjectedGradients):
 
     def _lifted(self, solved: Gradients) -> Gradients:
         """By the transposed projection: the inner products with gradients stay those with u."""
-        shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
+        shapes = {name: real_shape(parameter) for name, parameter in self._parameters.items()}
         sample = solved.sample
         with torch.enable_grad():
             forms = {

@@ -4,7 +4,6 @@ Letters: n examples, t positions (1 unless an example is a sequence), d features
 """
 
 import copy
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from influence_kit.arguments import check_count, check_number
 from influence_kit.data import Batch, take, to_device
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.gradients.source import GradientSource
@@ -20,6 +20,7 @@ from influence_kit.losses import Loss, LossFunction
 from influence_kit.methods.last_layer import LastLayer, at_last_layer, joined
 from influence_kit.methods.newton import Objective, minimum
 from influence_kit.methods.row_check import RowCheck
+from influence_kit.scaling import unit_rows
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,9 @@ class Settings:
     max_iter: int
 
     def __post_init__(self) -> None:
-        for name, value, limit in (("l2", self.l2, math.inf), ("tol", self.tol, 1)):
-            number = isinstance(value, float | int) and not isinstance(value, bool)
-            if not number or not 0 < value < limit:
-                raise InvalidArgumentError(
-                    f"`{name}` must be a number above 0 and below {limit}; got {value!r}"
-                )
-        most = self.max_iter
-        if isinstance(most, bool) or not isinstance(most, int) or most < 1:
-            raise InvalidArgumentError(f"`max_iter` must be a positive int; got {most!r}")
+        check_number(self.l2, "l2", above=0)
+        check_number(self.tol, "tol", above=0, below=1)
+        check_count(self.max_iter, "max_iter")
 
 
 @dataclass(frozen=True)
@@ -112,8 +107,7 @@ class Refit:
         seen = read[0]
         features = seen.features
         if self.settings.normalize:
-            norms = features.norm(dim=-1, keepdim=True)
-            features = features / torch.where(norms > 0, norms, 1.0)
+            features = unit_rows(features.flatten(0, 1)).view_as(features)
         if self.settings.count_bias:
             features = F.pad(features, (0, 1), value=1.0)
         return replace(seen, features=features)

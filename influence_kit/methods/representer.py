@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.checkpoints import LoadFunction, load_checkpoint
 from influence_kit.data import Batch
+from influence_kit.dtypes import has_complex
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.factored import Factored
 from influence_kit.gradients.per_example import Gradients
@@ -154,6 +155,11 @@ class RepresenterPointSelection(KeptFit):
         if rule_for(self.final_fc_layer) not in (linear, transposed_linear):
             raise InvalidArgumentError(
                 f"`final_fc_layer` must be a linear layer; '{self._layer}' is {self.final_fc_layer}"
+            )
+        if has_complex(self.final_fc_layer):
+            raise InvalidArgumentError(
+                f"`final_fc_layer` '{self._layer}' has complex parameters, and the refit is of "
+                "real ones; a method of gradients takes them (`TracInCPFast`, say)"
             )
 
     # What a method says.

@@ -14,6 +14,7 @@ from captum.influence import DataInfluence
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from influence_kit.arguments import check_count, check_number
 from influence_kit.checked_batches import CheckedBatches
 from influence_kit.data import Batch, example_count
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
@@ -117,13 +118,14 @@ class SimilarityInfluence(ReadOnly, DataInfluence):
             rows=lambda batch: example_count(inputs_of(batch)),
         )
         self.activation_dir, self.model_id = activation_dir, model_id
-        self.batch_size = batch_size
+        self.batch_size = check_count(batch_size, "batch_size")
         self.similarity_direction = similarity_direction
         self.similarity_metric = similarity_metric
         self._is_cosine = similarity_metric is cosine_similarity
         if self._is_cosine:
             default = -2 if similarity_direction == "max" else 2
-            self.replace_nan = default if replace_nan is None else replace_nan
+            chosen = default if replace_nan is None else check_number(replace_nan, "replace_nan")
+            self.replace_nan = chosen
             self.similarity_metric = partial(cosine_similarity, replace_nan=self.replace_nan)
         elif replace_nan is not None:
             raise InvalidArgumentError(
@@ -160,8 +162,7 @@ class SimilarityInfluence(ReadOnly, DataInfluence):
             NonFiniteError: for a similarity that is NaN.
         """
         _refuse_unknown(kwargs, "top_k, additional_forward_args, load_src_from_disk")
-        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
-            raise InvalidArgumentError(f"`top_k` must be an int of at least 0; got {top_k!r}")
+        top_k = check_count(top_k, "top_k", least=0)
         more = additional_forward_args
         more = () if more is None else more if isinstance(more, tuple) else (more,)
         tests, folder = as_inputs(inputs), Path(self.activation_dir) / self.model_id / "src"

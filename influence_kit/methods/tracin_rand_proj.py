@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from influence_kit.arguments import check_count
 from influence_kit.checkpoints import LoadFunction, load_checkpoint
-from influence_kit.errors import InvalidArgumentError, NonFiniteError
+from influence_kit.errors import NonFiniteError
 from influence_kit.gradients.source import Verify
 from influence_kit.losses import LossFunction
 from influence_kit.margins import OutputFunction
@@ -80,8 +81,8 @@ class TracInCPFastRandProj(TracInCPFast):
             "`train_dataset` in memory, a vector an example and checkpoint; TracInCPFast does not",
             stacklevel=3,
         )
-        if projection_dim is not None and projection_dim < 1:
-            raise InvalidArgumentError(f"`projection_dim` must be at least 1; got {projection_dim}")
+        if projection_dim is not None:
+            projection_dim = check_count(projection_dim, "projection_dim", instead="None")
         self.nearest_neighbors = nearest_neighbors or ExactNearestNeighbors()
         self.projection_dim = projection_dim
         self.seed = check_seed(seed)

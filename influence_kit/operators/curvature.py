@@ -22,6 +22,7 @@ from influence_kit.data import (
     map_tensors,
     split,
 )
+from influence_kit.dtypes import real, restored
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.source import GradientSource, kept_bytes
 from influence_kit.losses import Loss
@@ -131,7 +132,7 @@ class LossCurvature(Curvature):
         found: dict[str, Tensor] = {}
         trees = self.partition.split(vectors)
         for names in self.partition.blocks.values():
-            parameters = {name: self.model.get_parameter(name).detach() for name in names}
+            parameters = {name: real(self.model.get_parameter(name).detach()) for name in names}
             block = {name: trees[name].to(parameters[name].dtype) for name in names}
             found.update(self.either_mode(partial(self.block_product, batch, parameters, block)))
         columns = [found[name].reshape(len(vectors), -1) for name in self.partition.names]
@@ -139,7 +140,8 @@ class LossCurvature(Curvature):
 
     def _outputs(self, batch: Batch, values: Tree) -> Any:
         args, kwargs = call_arguments(self.model, batch)
-        return functional_call(self.model, dict(values), args, kwargs)
+        own = {n: restored(v, self.model.get_parameter(n)) for n, v in values.items()}
+        return functional_call(self.model, own, args, kwargs)
 
 
 class HessianOfLoss(LossCurvature):
@@ -180,14 +182,20 @@ class GaussNewton(LossCurvature):
 
         def total(values: Any) -> Tensor:
             supply = iter(values)
-            rebuilt = map_tensors(shown, lambda t: next(supply) if t.is_floating_point() else t)
+            rebuilt = map_tensors(
+                shown, lambda t: restored(next(supply), t) if _is_number(t) else t
+            )
             return self.loss.total(rebuilt, batch, n)
 
         return gauss_newton_product(outputs, total, parameters, vectors, mode)
 
 
 def _floating(outputs: Any) -> list[Tensor]:
-    """The floating-point tensors of a model's outputs, in their order."""
+    """The floating-point tensors of a model's outputs, in their order; complex ones as pairs."""
     found: list[Tensor] = []
-    map_tensors(outputs, lambda t: found.append(t) if t.is_floating_point() else None)
+    map_tensors(outputs, lambda t: found.append(real(t)) if _is_number(t) else None)
     return found
+
+
+def _is_number(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()

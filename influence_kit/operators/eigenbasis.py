@@ -27,6 +27,7 @@ from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rows import Rows
 from influence_kit.memory import rows_within, workspace_bytes
 from influence_kit.operators.matrix_layer import Forms, MatrixLayer, rotated
+from influence_kit.scaling import exponents, scaled_by_powers
 
 # random sums by which the error of the shared form is estimated
 PROBES = 4
@@ -204,6 +205,16 @@ class Preconditioned(Form):
 
     def squared_norms(self) -> Tensor:
         return self.weighted.square().sum((1, 2, 3))
+
+    @property
+    def has_finite_factors(self) -> bool:
+        return all(form.has_finite_factors for form in self.source.values())
+
+    def balanced(self) -> tuple[Form, Tensor]:
+        powers = exponents(self.weighted)
+        if not bool(powers.any()):
+            return self, powers
+        return self._map(lambda form: scaled_by_powers(form, -powers)), powers
 
     def inner(self, test: Form, total: int) -> Tensor:
         return Dense(self.dense(), self.shape).inner(test, total)

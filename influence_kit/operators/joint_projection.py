@@ -12,6 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from influence_kit.dtypes import real_shape
 from influence_kit.gradients.factored import Factored
 from influence_kit.gradients.forms import Dense, Form
 from influence_kit.gradients.per_example import Gradients
@@ -76,7 +77,7 @@ def joint_projection(
         name: what the sum is called.
         key: what the maps are drawn from, beside the parameters' names.
     """
-    shapes = {other: parameter.shape for other, parameter in parameters.items()}
+    shapes = {other: real_shape(parameter) for other, parameter in parameters.items()}
     sizes = {other: shape.numel() for other, shape in shapes.items()}
     if kind == "identity":
         starts = accumulate(sizes.values(), initial=0)

@@ -88,6 +88,8 @@ class ModelLabels:
         return with_item(batch, label_key(batch), labels)
 
     def _likelihood(self, logits: Tensor, labels: Tensor) -> Likelihood:
+        if logits.is_complex():
+            raise self._refusal("the outputs are complex")
         if not labels.is_floating_point():
             axis = _class_axis(logits, labels, self.loss.shift)
             if axis is None:
@@ -138,10 +140,13 @@ class ModelLabels:
 
 def _factors(found: Tensor, expected: Tensor, axis: int | None) -> Tensor:
     """By what the expected slopes are multiplied, a number for each label."""
-    product, square = found * expected, expected.square()
-    if axis is not None:
-        product, square = product.sum(axis, keepdim=True), square.sum(axis, keepdim=True)
-    return product / square.clamp(min=torch.finfo(square.dtype).tiny)
+    if axis is None:
+        return torch.where(expected == 0, 0.0, found / expected)
+    # the slopes of labels that are all but certain are so small that their squares would be 0
+    largest = expected.abs().amax(axis, keepdim=True)
+    found, expected = (torch.where(largest > 0, x / largest, 0.0) for x in (found, expected))
+    square = expected.square().sum(axis, keepdim=True)
+    return (found * expected).sum(axis, keepdim=True) / square.clamp(min=1)
 
 
 def _close(slopes: Tensor) -> float:

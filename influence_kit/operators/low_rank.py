@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from influence_kit.errors import CurvatureError, InvalidArgumentError
+from influence_kit.arguments import check_count, check_number
+from influence_kit.errors import CurvatureError
 from influence_kit.operators.operator import Operator
 from influence_kit.operators.partition import spread
 from influence_kit.operators.solvers import Damping, damping_by_block
@@ -93,8 +94,7 @@ def nystrom(operator: Operator, rank: int, seed: int = 0) -> list[EigenPairs]:
         CurvatureError: where C is indefinite on the directions: the approximation wants C
             positive semi-definite.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise InvalidArgumentError(f"`rank` must be a positive int; got {rank!r}")
+    check_count(rank, "rank")
     ranks = [min(rank, size) for size in operator.sizes]
     probes = operator.normal(max(ranks), seed).double().split(operator.sizes, dim=1)
     bases = [
@@ -135,8 +135,8 @@ def arnoldi(operator: Operator, steps: int, tol: float = 0.0, seed: int = 0) -> 
     is symmetric and so are its eigenpairs (``eigh``). A block stops where what is left of an image
     for the next direction is shorter than ``tol``, or lost in rounding.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise InvalidArgumentError(f"`steps` must be a positive int; got {steps!r}")
+    check_count(steps, "steps")
+    check_number(tol, "tol", least=0)
     start = operator.normal(1, seed).split(operator.sizes, dim=1)
     bases = [[part[0].double() / part.double().norm()] for part in start]
     images: list[list[Tensor]] = [[] for _ in bases]

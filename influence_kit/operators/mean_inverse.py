@@ -35,8 +35,10 @@ class MeanInverse:
         total = torch.zeros_like(vectors)
         for places, batch in self.data:
             total += self._batch_sum(self.features(places, batch), vectors)
-        lift = spread(self.damping, self.partition.sizes).to(vectors)
-        return (vectors - refuse_non_finite(total) / self.data.count) / lift
+        lift = spread(self.damping, self.partition.sizes).to(vectors.device)
+        # in float64, in which the inverse of a very small damping exists
+        left = vectors.double() - refuse_non_finite(total).double() / self.data.count
+        return (left / lift).to(vectors)
 
     def _batch_sum(self, gradients: Gradients, vectors: Tensor) -> Tensor:
         """The sum over a batch of g_j <g_j, v> / (damping + |g_j|^2)."""
@@ -45,9 +47,13 @@ class MeanInverse:
         for names, damping in zip(
             self.partition.blocks.values(), self.damping.tolist(), strict=True
         ):
-            weights = gradients.inner_of(tests, gradients.n, names)
-            weights = weights / (damping + gradients.squared_norms_of(names))
-            columns += gradients.combined(weights, names).values()
+            # in powers of two, g = 2^e b: g <g, v> / (damping + |g|^2) is the same of b with
+            # damping / 4^e, and |b|^2 neither vanishes nor overflows
+            own, squares, powers = gradients.of(names).balanced()
+            weights = own.inner_of(tests, own.n, names)
+            scale = damping * torch.exp2(-2 * powers.double()) + squares.double()
+            weights = (weights.double() / scale).to(weights)
+            columns += own.combined(weights, names).values()
         return torch.cat(columns, dim=1)
 
 
@@ -57,6 +63,7 @@ def mean_eigenvalues(features: Features, data: DataSet, partition: Partition) ->
     total = torch.zeros(len(blocks), dtype=torch.float64)
     for places, batch in data:
         gradients = features(places, batch)
-        norms = [gradients.squared_norms_of(names).double().sum() for names in blocks]
-        total += torch.stack(norms).cpu()
+        for number, names in enumerate(blocks):
+            _, squares, powers = gradients.of(names).balanced()
+            total[number] += (squares.double() * torch.exp2(2 * powers.double())).sum().cpu()
     return refuse_non_finite(total) / data.count / torch.tensor(partition.sizes)

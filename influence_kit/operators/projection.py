@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from influence_kit.dtypes import real_shape
 from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.operators.maps import Identity
@@ -81,7 +82,9 @@ def layer_by_layer(
     """The chosen parameters projected unit by unit, each from both sides."""
     return Projection(
         {
-            unit.names[0]: from_both_sides(unit, parameters[unit.names[0]].shape, kind, dim, seed)
+            unit.names[0]: from_both_sides(
+                unit, real_shape(parameters[unit.names[0]]), kind, dim, seed
+            )
             for unit in units_of(model, parameters)
         }
     )

@@ -12,11 +12,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from influence_kit.errors import CurvatureError, InvalidArgumentError
+from influence_kit.arguments import check_count, check_number
+from influence_kit.errors import CurvatureError, InvalidArgumentError, NonFiniteError
 from influence_kit.operators.block import Block
 from influence_kit.operators.operator import Operator
 from influence_kit.operators.partition import dots, spread
 from influence_kit.operators.wording import OF_CURVATURE, Wording
+from influence_kit.scaling import balanced, times_powers
 
 Damping = float | Tensor | Sequence[float]
 Solve = Callable[[Tensor], Tensor]
@@ -26,6 +28,8 @@ DIVERGED = 1e6
 
 def damping_by_block(damping: Damping, blocks: int, positive: bool = False) -> Tensor:
     """Damping by block, float64 ``[B]``, checked."""
+    if isinstance(damping, bool):
+        raise InvalidArgumentError(f"damping must be a number; got {damping}")
     values = torch.as_tensor(damping, dtype=torch.float64)
     values = values.expand(blocks) if values.dim() == 0 else values
     if values.shape != (blocks,):
@@ -40,6 +44,21 @@ def damping_by_block(damping: Damping, blocks: int, positive: bool = False) -> T
             f"got {values.tolist()}"
         )
     return values
+
+
+def refuse_non_finite_rows(vectors: Tensor) -> Tensor:
+    """The vectors ``[k, P]`` to solve for, where all are finite.
+
+    Raises:
+        NonFiniteError: with the number of the first that is not: an iteration may take it for
+            solved.
+    """
+    bad = torch.nonzero(~torch.isfinite(vectors).all(dim=1))[:, 0]
+    if len(bad):
+        raise NonFiniteError(
+            f"vector {int(bad[0])} of {len(vectors)} to solve for is NaN or infinite"
+        )
+    return vectors
 
 
 class Cholesky:
@@ -74,6 +93,7 @@ class Cholesky:
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """(C + damping)^-1 v for each row v of ``[k, P]``."""
+        refuse_non_finite_rows(vectors)
         parts = zip(self.inverses, vectors.double().split(self.sizes, dim=1), strict=True)
         return torch.cat([inverse(part) for inverse, part in parts], dim=1).to(vectors)
 
@@ -101,20 +121,26 @@ def conjugate_gradients(
 
     Raises:
         CurvatureError: where C + damping has a direction of negative curvature.
+        NonFiniteError: for a row that is NaN or infinite.
+        InvalidArgumentError: for a number of iterations or a residual that is none.
     """
+    check_count(max_iter, "max_iter")
+    check_number(tol, "tol", least=0)
     by_block = damping_by_block(damping, len(operator.sizes))
+    vectors, powers = balanced(refuse_non_finite_rows(vectors))
     solution = torch.zeros_like(vectors)
     # a residual below rounding says nothing, and its directions vanish
     tol = max(tol, torch.finfo(vectors.dtype).eps)
     state = _Descent(operator, vectors, by_block, preconditioner)
     for _ in range(max_iter):
-        going = state.relative() > tol
+        # a residual that is NaN is not done
+        going = ~(state.relative() <= tol)
         keep = going.any(dim=1)
         if not bool(keep.all()):
             solution[state.rows] = state.x
             state.leave(keep)
         if not len(state.rows):
-            return solution
+            return times_powers(solution, powers)
         # a block that is done stays as it is while another of its row goes on
         state.step(going[keep])
     solution[state.rows] = state.x
@@ -126,7 +152,7 @@ def conjugate_gradients(
             f"{len(vectors)} rows: raise `max_iter` or the damping, or use a preconditioner",
             stacklevel=2,
         )
-    return solution
+    return times_powers(solution, powers)
 
 
 class _Descent:
@@ -216,13 +242,18 @@ def lissa(
 
     Raises:
         CurvatureError: where the series diverges.
+        NonFiniteError: for a row that is NaN or infinite.
+        InvalidArgumentError: for a scale or a number of iterations that is none.
     """
+    check_count(depth, "depth")
+    check_count(repeats, "repeats")
+    check_number(tol, "tol", least=0)
+    vectors, powers = balanced(refuse_non_finite_rows(vectors))
     by_block = damping_by_block(damping, len(operator.sizes))
     lift = spread(by_block, operator.sizes).to(vectors)
     if scale == "auto":
         scale = 1.1 * (largest_eigenvalue(operator) + float(lift.max()))
-    if not isinstance(scale, int | float) or not scale > 0:
-        raise InvalidArgumentError(f'`scale` must be a positive number or "auto"; got {scale!r}')
+    scale = check_number(scale, "scale", above=0, instead='"auto"')
     total = torch.zeros_like(vectors)
     limit = DIVERGED * vectors.norm(dim=1).clamp(min=torch.finfo(vectors.dtype).tiny)
     for repeat in range(repeats):
@@ -244,7 +275,7 @@ def lissa(
             if tol and bool((move.norm(dim=1) <= tol * norms).all()):
                 break
         total += h / scale
-    return total / repeats
+    return times_powers(total / repeats, powers)
 
 
 def largest_eigenvalue(operator: Operator, iterations: int = 20, seed: int = 0) -> float:
@@ -254,8 +285,10 @@ def largest_eigenvalue(operator: Operator, iterations: int = 20, seed: int = 0) 
     value = 0.0
     for _ in range(iterations):
         image = operator.product(vector)
-        value = float(image.norm())
-        if value == 0:
+        image, power = balanced(image)
+        norm = float(image.norm())
+        if norm == 0:
             return 0.0
-        vector = image / value
+        value = norm * 2.0 ** float(power)
+        vector = image / norm
     return value

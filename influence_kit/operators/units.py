@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from influence_kit.dtypes import has_complex, real_shape
 from influence_kit.gradients.rules import convolution, linear, rule_for, transposed_linear
 
 
@@ -55,9 +56,12 @@ def units_of(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[U
 def _unit_of(name: str, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Unit:
     """A parameter with what is projected together with it."""
     owner, _, attribute = name.rpartition(".")
-    rule, shape = rule_for(model.get_submodule(owner)), parameters[name].shape
+    layer, shape = model.get_submodule(owner), real_shape(parameters[name])
+    rule = rule_for(layer)
     bias = f"{owner}.bias".removeprefix(".")
     has_matrix = rule in (linear, convolution, transposed_linear) and attribute == "weight"
+    # of complex layers each parameter is pairs of real numbers
+    has_matrix = has_matrix and not has_complex(layer)
     names = (name, bias) if has_matrix and bias in parameters else (name,)
     rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (0, 0)
     transposed = has_matrix and rule is transposed_linear

@@ -7,6 +7,7 @@ a slab, however many batches there are, and holds one slab of data, one block of
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -85,7 +86,7 @@ class Stream:
         """Add a term's scores for one slab to the block."""
         weight = term.weight_at(self.loader.load(term.train.checkpoint))
         for (start, batch), rows in zip(slab, columns, strict=True):
-            train = self._side(term.train, batch)
+            train = self._side(term.train, batch, start, "training")
             if self.groups is None:
                 part = train.inner(test, self.total)
             else:
@@ -95,15 +96,23 @@ class Stream:
             block[..., rows].add_(part, alpha=weight)
             self.tick()
 
-    def _side(self, side: Side, batch: Batch) -> Gradients:
-        return side(to_device(batch, self.sample.device))
+    def _side(self, side: Side, batch: Batch, start: int, kind: str) -> Gradients:
+        """A side of a batch whose first example has the index ``start``."""
+        batch = to_device(batch, self.sample.device)
+        with _named(side, batch, start, kind):
+            return side(batch)
 
     def test_side(self, side: Side, inputs: Iterable[Batch], aggregate: bool = False) -> Gradients:
         """A side of all inputs, or of their sum."""
         self.loader.load(side.checkpoint)
         parts: list[Gradients] = []
+        start = 0
         for batch in inputs:
-            part = self._side(side, batch)
+            part = self._side(side, batch, start, "test")
+            # a sum does not tell whose gradient it was, and a solver may take NaN for solved
+            if (aggregate or side.solve is not None) and not part.has_finite_factors:
+                refuse_non_finite_examples(part, start, "test", side.checkpoint)
+            start += part.n
             if aggregate:
                 part = part.summed()
                 parts = [parts[0].plus(part).compact() if parts else part]
@@ -113,12 +122,24 @@ class Stream:
             raise InvalidArgumentError("`inputs` holds no examples")
         return side.solved(join_examples(parts))
 
-    def vectors(self, side: Side, inputs: Iterable[Batch], aggregate: bool = False) -> Tensor:
-        """A side of all inputs written out, ``[n, P]``, or of their sum, ``[1, P]``."""
+    def vectors(
+        self, side: Side, inputs: Iterable[Batch], aggregate: bool = False, kind: str = "test"
+    ) -> Tensor:
+        """A side of all inputs written out, ``[n, P]``, or of their sum, ``[1, P]``.
+
+        ``kind`` is what errors call the examples.
+        """
         if aggregate or side.solve is not None:
             return self.test_side(side, inputs, aggregate).flat()
         self.loader.load(side.checkpoint)
-        parts = [self._side(side, batch).flat() for batch in inputs]
+        parts: list[Tensor] = []
+        start = 0
+        for batch in inputs:
+            part = self._side(side, batch, start, kind)
+            parts.append(part.flat())
+            if not part.has_finite_factors:
+                refuse_non_finite_examples(part, start, kind, side.checkpoint)
+            start += part.n
         if not parts:
             raise InvalidArgumentError("`inputs` holds no examples")
         return torch.cat(parts)
@@ -132,7 +153,9 @@ class Stream:
             for term in self.terms:
                 weight = term.weight_at(self.loader.load(term.train.checkpoint))
                 for (start, batch), rows in zip(slab, columns, strict=True):
-                    train, part = term.self_products(to_device(batch, self.sample.device))
+                    batch = to_device(batch, self.sample.device)
+                    with _named(term.train, batch, start, "training"):
+                        train, part = term.self_products(batch)
                     if not torch.isfinite(part.sum()):
                         _refuse_non_finite(part, train, train, start, term.train.checkpoint)
                     scores[rows].add_(part, alpha=weight)
@@ -186,6 +209,36 @@ def _block_rows(test: Gradients) -> int:
     return max(FEWEST_SLAB_ROWS, rows_within(budget, test.n))
 
 
+@contextmanager
+def _named(side: Side, batch: Batch, start: int, kind: str) -> Iterator[None]:
+    """A solver tells rows that are not finite: the error here names the example, and the layer."""
+    try:
+        yield
+    except NonFiniteError:
+        refuse_non_finite_examples(side.features(batch), start, kind, side.checkpoint)
+        raise
+
+
+def refuse_non_finite_examples(side: Gradients, start: int, kind: str, checkpoint: int) -> None:
+    """An error that names the first example, and the layer, whose gradient is NaN or infinite.
+
+    Args:
+        side: the gradients.
+        start: the index of the first of their examples.
+        kind: of the examples: "training" or "test".
+        checkpoint: in the model.
+    """
+    found = side.non_finite()
+    if found is not None:
+        example, parameter = found
+        layer = parameter.rpartition(".")[0] or parameter
+        raise NonFiniteError(
+            f"the gradient of {kind} example {start + example} at '{parameter}' (layer '{layer}') "
+            f"is NaN or infinite at checkpoint {checkpoint}; look at that example and at the "
+            "loss there"
+        )
+
+
 def _refuse_non_finite(
     part: Tensor, test: Gradients, train: Gradients, start: int, checkpoint: int
 ) -> None:
@@ -194,16 +247,8 @@ def _refuse_non_finite(
     if not len(bad):  # finite scores whose sum overflows
         return
     *_, row, column = (0, *bad[0].tolist())
-    for side, at, kind in ((train, start, "training"), (test, 0, "test")):
-        found = side.non_finite()
-        if found is not None:
-            example, parameter = found
-            layer = parameter.rpartition(".")[0] or parameter
-            raise NonFiniteError(
-                f"the gradient of {kind} example {at + example} at '{parameter}' (layer '{layer}') "
-                f"is NaN or infinite at checkpoint {checkpoint}; look at that example and at the "
-                "loss there"
-            )
+    refuse_non_finite_examples(train, start, "training", checkpoint)
+    refuse_non_finite_examples(test, 0, "test", checkpoint)
     raise NonFiniteError(
         f"the score of test example {row} with training example {start + column} overflows at "
         f"checkpoint {checkpoint}, though all gradients are finite; use float64"

@@ -1,27 +1,49 @@
 """What a side may do to gradients: each takes Gradients and gives Gradients."""
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from influence_kit.errors import NonFiniteError
 from influence_kit.gradients.per_example import Gradients
+from influence_kit.scaling import scaled_by_powers
 
 
 def unit_norm(gradients: Gradients) -> Gradients:
-    """Each example's gradient divided by its norm; a zero gradient stays zero."""
-    return _divided(gradients, gradients.squared_norms().sqrt())
+    """Each example's gradient over its norm, however small or large; a zero one stays zero."""
+    gradients, squares, _ = gradients.balanced()
+    return _divided(gradients, squares.sqrt())
 
 
 def unit_influence(
     inverse: Callable[[Gradients], Gradients], form: Literal["theta", "l"], gradients: Gradients
 ) -> Gradients:
-    """RelatIF: over the root of g^T M g ("l") or the norm of M g ("theta"), M an inverse."""
-    solved = inverse(gradients)
-    squares = solved.squared_norms() if form == "theta" else solved.paired(gradients)
-    return _divided(gradients, squares.sqrt())
+    """RelatIF: over the root of g^T M g ("l") or the norm of M g ("theta"), M an inverse.
+
+    A zero gradient stays zero.
+
+    Raises:
+        NonFiniteError: where the result is too small a number for the gradients' precision.
+    """
+    solved, squares, of_solved = inverse(gradients).balanced()
+    gradients, _, powers = gradients.balanced()
+    if form == "theta":
+        shifts = powers - of_solved
+    else:
+        squares = solved.paired(gradients)
+        shifts = (powers - of_solved) / 2
+    if bool((shifts < math.log2(torch.finfo(shifts.dtype).tiny)).any()):
+        raise NonFiniteError(
+            f'relative="{form}": the gradient of an example is so small against its norm under the '
+            f"inverse that {shifts.dtype} has 0 for it; use float64 or a larger damping"
+        )
+    return scaled_by_powers(_divided(gradients, squares.sqrt()), shifts)
 
 
 def _divided(gradients: Gradients, norms: Tensor) -> Gradients:
-    return gradients.scaled(torch.where(norms > 0, norms.reciprocal(), norms))
+    # a norm that is not finite leaves a score that is refused, not a zero
+    factors = torch.where(torch.isfinite(norms), norms.reciprocal(), torch.nan)
+    return gradients.scaled(torch.where(norms == 0, 0.0, factors))

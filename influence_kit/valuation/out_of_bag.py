@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence_kit.arguments import check_count
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.valuation.refits import Marks, Moments, Places, Valuation, Values, check_count
+from influence_kit.valuation.refits import Marks, Moments, Places, Valuation, Values
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -3,7 +3,6 @@
 Letters: m test and n training examples, P permutations, k examples before another in one of them.
 """
 
-import math
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence_kit.arguments import check_count, check_number
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.valuation.refits import Moments, Places, Values, check_count
+from influence_kit.valuation.refits import Moments, Places, Values
 from influence_kit.valuation.semivalue import Semivalue
 
 
@@ -35,10 +35,7 @@ class PermutationValue(Semivalue):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.tolerance < math.inf:
-            raise InvalidArgumentError(
-                f"`tolerance` must be at least 0 and finite; got {self.tolerance!r}"
-            )
+        check_number(self.tolerance, "tolerance", least=0)
         self._orders()  # a wrong one is told at once
 
     @abstractmethod
@@ -149,11 +146,8 @@ class BetaShapley(PermutationValue):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (0 < self.alpha < math.inf and 0 < self.beta < math.inf):
-            raise InvalidArgumentError(
-                "`alpha` and `beta` must be positive and finite; got "
-                f"{self.alpha!r} and {self.beta!r}"
-            )
+        check_number(self.alpha, "alpha", above=0)
+        check_number(self.beta, "beta", above=0)
 
     def _size_weights(self) -> Tensor:
         k = torch.arange(self.train_count - 1, dtype=torch.float64)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from influence_kit.arguments import check_count
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.processes import process_count, results
 
@@ -146,12 +147,6 @@ def as_scores(given: Any, name: str) -> Tensor:
     if bad:
         raise NonFiniteError(f"{name} is {scores[bad[0]].item()} at place {bad[0]}")
     return scores
-
-
-def check_count(value: object, name: str) -> None:
-    """Refuse what is no count of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InvalidArgumentError(f"`{name}` must be an int of at least 1; got {value!r}")
 
 
 # stands by itself, so that another process can be asked for it

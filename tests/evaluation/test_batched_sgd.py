@@ -225,12 +225,12 @@ def test_dropout_of_nothing_is_none():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epochs": 0}, "`epochs` is 0; it must be at least 1"),
-        ({"learning_rate": 0.0}, r"`learning_rate` is 0.0; it must be positive"),
-        ({"batch_size": 0}, "`batch_size` is 0; it must be at least 1"),
-        ({"momentum": 1.0}, r"`momentum` is 1.0; it must be at least 0 and below 1"),
-        ({"weight_decay": -1.0}, r"`weight_decay` is -1.0; it must be not negative"),
-        ({"at_once": 0}, '`at_once` is 0; it must be at least 1, or "auto"'),
+        ({"epochs": 0}, "`epochs` must be a positive int; got 0"),
+        ({"learning_rate": 0.0}, "`learning_rate` must be a positive number; got 0.0"),
+        ({"batch_size": 0}, "`batch_size` must be a positive int; got 0"),
+        ({"momentum": 1.0}, "`momentum` must be .* not negative and below 1; got 1.0"),
+        ({"weight_decay": -1.0}, "`weight_decay` must be a number that is not negative; got -1"),
+        ({"at_once": 0}, '`at_once` must be a positive int or "auto"; got 0'),
         ({"targets": Y[:3]}, "got 17 inputs and 3 targets; there must be one target an input"),
         (
             {"loss_fn": nn.CrossEntropyLoss(reduction="none")},

@@ -136,7 +136,7 @@ def test_constant_scores_count_as_zero():
         ),
         (
             lambda: ridge_leave_one_out(X, Y, TESTS, -1.0),
-            "`ridge` is -1.0; it must not be negative",
+            "`ridge` must be a number that is not negative; got -1",
         ),
         (
             lambda: ridge_leave_one_out(X[:2], Y[:2], TESTS, 0.0),

@@ -5,7 +5,8 @@ import functools
 import torch
 from torch import nn
 
-from influence_kit.evaluation.recipe import describe_function, seeded
+from influence_kit.evaluation.recipe import seeded
+from influence_kit.evaluation.settings import describe_function
 
 RATE = 0.1
 
@@ -39,7 +40,8 @@ def test_numbers_that_a_function_uses_are_seen(monkeypatch):
         "rate": 0.5,
         "epochs": 4,
     }
-    assert describe_function(Recipe(0.3))["uses"] == {"rate": 0.3}
+    assert describe_function(Recipe(0.3))["uses"]["rate"] == 0.3
+    assert describe_function(Recipe(0.3)) == describe_function(Recipe(0.3))
 
 
 def test_the_code_of_a_function_is_seen():

@@ -284,7 +284,7 @@ def test_vectors_of_another_length_are_refused(unchanged: Any) -> None:
         (
             "naive",
             {"hessian_reg": -1.0},
-            r"`damping` must be a number that is not negative; got -1",
+            r"`hessian_reg` must be a number that is not negative; got -1",
         ),
     ],
 )

@@ -311,7 +311,7 @@ def test_the_models_precision_and_frozen_or_empty_models() -> None:
     half = (train[0].bfloat16(), train[1]), (test[0].bfloat16(), test[1])
     rounded = over_coalitions((half[0][0].float(), train[1]), (half[1][0].float(), test[1]), 5)
     knn = built(half[0], nn.Linear(D, 2).bfloat16())
-    assert torch.equal(knn.influence(half[1]), rounded.bfloat16())
+    assert torch.equal(knn.influence(half[1]), rounded.float())
     assert torch.equal(knn.influence(half[1], k=2).influence_scores.max(), rounded.float().max())
 
 
@@ -515,7 +515,30 @@ def test_features_that_are_not_finite_are_refused() -> None:
     with pytest.raises(NonFiniteError, match="the label of training example 6 is NaN or inf"):
         built((x, labels), utility="squared_error", batch_size=4).influence(test)
     bad[5] = 0
-    with pytest.raises(NonFiniteError, match=r"test example 5 have the norm 0.0, and so no cosine"):
+    with pytest.raises(NonFiniteError, match=r"test example 5 have the norm 0, and so no cosine"):
         built((x, y), metric="cosine").influence((bad, y))
     with pytest.raises(NonFiniteError, match="a distance between features overflows in"):
-        built((x * 1e200, y)).influence(test)
+        built((x.sign() * 1.7e308, y)).influence((-x.sign() * 1.7e308, y))
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        (torch.float32, 1e-30),
+        (torch.float32, 1e30),
+        (torch.float64, 1e-200),
+        (torch.float64, 1e200),
+    ],
+)
+def test_features_whose_squares_vanish_or_overflow(
+    metric: str, dtype: torch.dtype, scale: float
+) -> None:
+    (x, y), (asked, labels) = examples(N, 0), examples(M, 1)
+
+    def scores(factor: float) -> Tensor:
+        train = ((x * factor).to(dtype), y)
+        knn = built(train, nn.Identity(), metric=metric)
+        return knn.influence(((asked * factor).to(dtype), labels))
+
+    assert torch.equal(scores(scale), scores(1.0))

@@ -171,10 +171,10 @@ def test_the_loss_keeps_no_images() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"l2": 0.0}, "`l2` must be a number above 0 and below inf; got 0.0"),
-        ({"l2": float("nan")}, "`l2` must be a number above 0 and below inf; got nan"),
-        ({"l2": True}, "`l2` must be a number above 0 and below inf; got True"),
-        ({"tol": 1}, "`tol` must be a number above 0 and below 1; got 1"),
+        ({"l2": 0.0}, "`l2` must be a positive number; got 0.0"),
+        ({"l2": float("nan")}, "`l2` must be a positive number; got nan"),
+        ({"l2": True}, "`l2` must be a positive number; got True"),
+        ({"tol": 1}, "`tol` must be a positive number and below 1; got 1"),
         ({"max_iter": 0}, "`max_iter` must be a positive int; got 0"),
         ({"max_iter": 2.0}, "`max_iter` must be a positive int; got 2.0"),
     ],

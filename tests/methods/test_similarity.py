@@ -614,3 +614,20 @@ def test_a_metric_that_returns_something_else_is_refused(tmp_path: Path) -> None
         pytest.raises(NonFiniteError, match="test example 0 and source example 4 at layer 'conv'"),
     ):
         similarity.influence(TEST)
+
+
+def test_complex_vectors_have_no_distance() -> None:
+    x = torch.ones(2, 3, dtype=torch.cfloat)
+    for metric in (euclidean_distance, cosine_similarity):
+        with pytest.raises(InvalidArgumentError, match=r"activations of torch.complex64 have no"):
+            metric(x, x)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-42, 1e30])
+def test_distances_of_very_small_and_very_large_vectors(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 5, generator=generator) * scale for n in (3, 4))
+    exact = euclidean_distance(x.double(), y.double())
+    assert torch.allclose(euclidean_distance(x, y).double(), exact, 1e-3)
+    cosines = cosine_similarity(x.double(), y.double())
+    assert torch.allclose(cosine_similarity(x, y).double(), cosines, 1e-4, 1e-5)

@@ -710,12 +710,12 @@ def test_a_projection_that_there_is_not(value: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "match"),
     [
-        (2.0, "must be an int; got 2.0"),
-        (True, "must be an int; got True"),
-        ((2, 3), r"must be an int; got \(2, 3\)"),
-        (None, "must be an int; got None"),
-        (0, "must be at least 1; got 0"),
-        (-4, "must be at least 1; got -4"),
+        (2.0, "must be a positive int; got 2.0"),
+        (True, "must be a positive int; got True"),
+        ((2, 3), r"must be a positive int; got \(2, 3\)"),
+        (None, "must be a positive int; got None"),
+        (0, "must be a positive int; got 0"),
+        (-4, "must be a positive int; got -4"),
     ],
 )
 def test_a_projection_dim_that_cannot_be_meant(value: Any, match: str) -> None:

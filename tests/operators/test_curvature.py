@@ -391,7 +391,7 @@ def test_models_in_half_precision(curvature: str, dtype: torch.dtype, unchanged:
             explainer.influence(test)
         return
     found = explainer.influence(test)
-    assert found.dtype == dtype
+    assert found.dtype == torch.float32
     double = nn.Linear(4, 3).double()
     double.load_state_dict(model.state_dict())
     train, test = ((x.double(), y) for x, y in (train, test))

@@ -1,0 +1,62 @@
+"""Checks of numbers that a user gives: counts, and real numbers within a range."""
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+from influence_kit.errors import InvalidArgumentError
+
+
+def check_count(value: Any, name: str, least: int = 1, instead: str = "") -> int:
+    """The argument of that name as an int of at least ``least``.
+
+    Args:
+        value: what was given.
+        name: of the argument.
+        least: the smallest number.
+        instead: what it may be in place of a number, for the error: '"auto"'.
+
+    Raises:
+        InvalidArgumentError: for anything else: a bool, a fraction, a number below.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        wanted = "a positive int" if least == 1 else f"an int of at least {least}"
+        wanted += f" or {instead}" if instead else ""
+        raise InvalidArgumentError(f"`{name}` must be {wanted}; got {value!r}")
+    return int(value)
+
+
+def check_number(
+    value: Any,
+    name: str,
+    *,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    below: float = math.inf,
+    most: float = math.inf,
+    instead: str = "",
+) -> float:
+    """The argument of that name as a finite number within its range.
+
+    Args:
+        value: what was given.
+        name: of the argument.
+        above: the number must be larger than this.
+        least: at least this.
+        below: smaller than this.
+        most: at most this.
+        instead: what it may be in place of a number, for the error: '"auto"'.
+
+    Raises:
+        InvalidArgumentError: for anything else: a bool, NaN, infinity, a number out of the range.
+    """
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if number and above < value < below and least <= value <= most:
+        return value if isinstance(value, int) else float(value)
+    start = {above: "a positive number", least: "a number that is not negative"}
+    limits = {"above": above or math.inf, "of at least": least or math.inf, "below": below}
+    limits["of at most"] = most
+    known = [f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit)]
+    wanted = " and ".join([start.get(0, "a finite number"), *known])
+    wanted += f" or {instead}" if instead else ""
+    raise InvalidArgumentError(f"`{name}` must be {wanted}; got {value!r}")
