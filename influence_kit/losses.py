@@ -24,6 +24,7 @@ from influence_kit.own_losses import (
     compare_own,
     example_means,
     next_token_losses,
+    same_slopes,
 )
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -325,8 +326,10 @@ class Loss:
             # each example alone, and the batch: classes may have weights, which alone do not show
             whole = found[0].sum() / found[1].sum()
             expected = torch.cat([example_means(formula, outputs, batch), whole.reshape(1)])
-            own = torch.cat([singles, self.values(*together).reshape(1)])
-            if torch.allclose(expected, own.to(expected), closeness, 1e-12):
+            value = self.values(*together)
+            own = torch.cat([singles, value.detach().reshape(1)])
+            is_same = torch.allclose(expected, own.to(expected), closeness, 1e-12)
+            if is_same and same_slopes(formula, outputs, labels, value):
                 self._formula = partial(example_means, formula)
                 self._own_formula = formula
                 self.reduction, self.settled = "none", True

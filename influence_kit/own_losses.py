@@ -13,6 +13,9 @@ from torch.nn import functional as F
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.labels import IGNORED_LABEL
 
+# of the largest slope
+SLOPES_CLOSE = 1e-2
+
 # the sum of each example's losses and how many there are, ``[n]``; None where the shapes do not fit
 OwnFormula = Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None]
 
@@ -59,6 +62,26 @@ def _exact(logits: Tensor) -> Tensor:
     """Half precision as float32, in which such models compute their losses, too."""
     half = logits.dtype in (torch.float16, torch.bfloat16)
     return logits.float() if half else logits
+
+
+def same_slopes(formula: OwnFormula, outputs: Any, labels: Tensor, own: Tensor) -> bool:
+    """Whether a formula has the slopes of a model's own loss in its logits, if these have a graph.
+
+    Values alone do not tell formulas apart where a model's head is zero: all losses are equal.
+    """
+    logits = outputs.logits
+    if not (logits.requires_grad and own.requires_grad):
+        return True
+    (expected,) = torch.autograd.grad(own, logits, retain_graph=True, allow_unused=True)
+    if expected is None:  # the loss was computed from a copy
+        return True
+    leaf = logits.detach().requires_grad_()
+    with torch.enable_grad():
+        found = formula(leaf, labels)
+        assert found is not None
+        (slopes,) = torch.autograd.grad(found[0].sum() / found[1].sum(), leaf)
+    close = SLOPES_CLOSE * expected.abs().max()
+    return bool(((slopes - expected).abs() <= close).all())
 
 
 def compare_own(formula: OwnFormula, outputs: Any, labels: Tensor, where: str) -> None:

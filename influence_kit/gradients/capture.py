@@ -38,13 +38,15 @@ class Layer:
     """A module with a rule that owns chosen parameters.
 
     ``names`` maps its attribute to the parameter's name in the model (a tied parameter has one
-    name and several layers); ``layout`` tells where examples stand in its tensors.
+    name and several layers); ``layout`` tells where examples stand in its tensors, and ``leads``
+    whether those that all examples share begin with a dimension of length 1.
     """
 
     module: nn.Module
     rule: Rule
     names: dict[str, str]
     layout: str = ROWS
+    leads: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class Capture:
             inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
             replaced = None
             if layer.layout == SHARED and self._examples > 1:
-                output = replaced = shared(output, self._examples)
+                output = replaced = shared(output, self._examples, layer.leads)
             if output.requires_grad and output._is_view():
                 # changed in place, a view would get another place in the graph
                 output = replaced = _NotAView.apply(output)
@@ -230,7 +232,7 @@ class Capture:
 
 def use_forms(use: Use, layout: str, n: int) -> dict[str, Form]:
     """The forms of one use of a layer, by parameter name."""
-    inputs = [exact(arrange(x, layout, n)) for x in use.inputs]
+    inputs = [exact(arrange(x, layout, n, use.layer.leads)) for x in use.inputs]
     # the output of a layer with shared inputs was expanded in the hook: examples come first
     delta = arrange(use.delta, ROWS if layout == SHARED else layout, n)
     found = use.layer.rule(use.layer.module, inputs, exact(delta), n)

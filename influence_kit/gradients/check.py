@@ -83,7 +83,9 @@ def _settle_loss(model: nn.Module, batch: Batch, loss: Loss, is_wide: bool) -> N
     """Let a reduced loss be compared with the losses of single examples, in evaluation mode."""
     n = example_count(batch)
     with evaluating(model), torch.no_grad():
-        together = call_model(model, batch)
+        # the slopes of a model's own loss in its logits tell what it is
+        with torch.set_grad_enabled(not loss.is_of_outputs):
+            together = call_model(model, batch)
         if loss.values(together, batch).dim() > 0:
             loss.settled = True
             return
@@ -175,6 +177,7 @@ class _LayoutSearch:
     def _set(self, layer: Layer, layout: str) -> None:
         layer.layout = layout
         if layout == SHARED:
+            layer.leads = all(shape[:1] == (1,) for shape in self.shapes[id(layer)])
             self.shared.append(layer)
 
     def _run(self) -> list[Use]:

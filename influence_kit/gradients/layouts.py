@@ -12,12 +12,15 @@ from torch import Tensor
 ROWS, SECOND, FOLDED, STACKED, SHARED = "rows", "second", "folded", "stacked", "shared"
 
 
-def arrange(tensor: Tensor, layout: str, n: int) -> Tensor:
-    """The tensor with a first dimension of n times some number, an example's items together."""
+def arrange(tensor: Tensor, layout: str, n: int, leads: bool = False) -> Tensor:
+    """The tensor with a first dimension of n times some number, an example's items together.
+
+    ``leads``: of what the batch shares, whether its first dimension is one of length 1 for it.
+    """
     if n == 1:
         return tensor
     if layout == SHARED:
-        return shared(tensor, n)
+        return shared(tensor, n, leads)
     if layout == SECOND and tensor.dim() > 1 and tensor.shape[1] == n:
         return tensor.transpose(0, 1)
     whole = tensor.shape[0] % n == 0
@@ -31,9 +34,9 @@ def arrange(tensor: Tensor, layout: str, n: int) -> Tensor:
     )
 
 
-def shared(tensor: Tensor, n: int) -> Tensor:
-    """One copy an example (without memory) of a tensor that belongs to the whole batch."""
-    one = tensor if tensor.shape[0] == 1 else tensor.unsqueeze(0)
+def shared(tensor: Tensor, n: int, leads: bool) -> Tensor:
+    """One copy per example (without memory) of a tensor that belongs to the whole batch."""
+    one = tensor if leads and tensor.shape[0] == 1 else tensor.unsqueeze(0)
     return one.expand(n, *one.shape[1:])
 
 

@@ -28,26 +28,33 @@ class Schedule:
         self.seen = 1
 
     def due(
-        self, checkpoint: int | None, loss: Loss, path: Hashable, shapes: Sequence[Sequence[int]]
+        self,
+        checkpoint: int | None,
+        loss: Loss,
+        several: bool,
+        path: Hashable,
+        shapes: Sequence[Sequence[int]],
     ) -> bool:
         """Count a batch; whether it is to be compared.
 
         Args:
             checkpoint: the number of the checkpoint in the model.
             loss: the loss of the batch (its training or test loss).
+            several: whether it has more than one example: one alone shows nothing of others.
             path: how the layers were called.
             shapes: the lengths of the batch's tensors, without the number of examples.
         """
         key = checkpoint, id(loss)
         count = self._counts[key] = self._counts.get(key, 0) + 1
         self.seen = count
-        is_new = (id(loss), path) not in self._paths
-        self._paths.add((id(loss), path))
-        return self._is_beyond(shapes) or is_new or count & (count - 1) == 0
+        way = (id(loss), several, path)
+        is_new = way not in self._paths
+        self._paths.add(way)
+        return self._is_beyond(shapes, several) or is_new or count & (count - 1) == 0
 
-    def _is_beyond(self, shapes: Sequence[Sequence[int]]) -> bool:
+    def _is_beyond(self, shapes: Sequence[Sequence[int]], several: bool) -> bool:
         lengths = [length for shape in shapes for length in shape]
-        known = self._shapes.setdefault(tuple(len(shape) for shape in shapes), [])
+        known = self._shapes.setdefault((several, *(len(shape) for shape in shapes)), [])
         if lengths in known:
             return False
         beyond = len(known) < FIRST_SHAPES or any(

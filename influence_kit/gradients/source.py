@@ -126,7 +126,7 @@ class GradientSource:
         if loss.compares:
             with torch.no_grad(), self._named():
                 loss.checked_total(call_model(self.capture.model, batch), batch, n)
-        if n > 1 and self._schedule.due(self._checkpoint, loss, (), ()):
+        if n > 1 and self._schedule.due(self._checkpoint, loss, True, (), ()):
             added_up(self.capture, take(batch, drawn(n, 6, self._generator)), loss)
 
     @property
@@ -196,7 +196,8 @@ class GradientSource:
         """Compare a batch's gradients with those of some of its examples by themselves."""
         capture, n = self.capture, gradients.n
         moving = self._checked[id(loss)][2]
-        due = self._schedule.due(self._checkpoint, loss, capture.path, capture.shapes)
+        seen = (self._checkpoint, loss, n > 1, capture.path, capture.shapes)
+        due = self._schedule.due(*seen)
         unproven = set(capture.parameters) - moving
         awake = not_yet_moving(gradients, unproven) if unproven else None
         if awake is not None and self._schedule.may_look(awake.names):
