@@ -82,6 +82,16 @@ def map_tensors(item: Any, change: Callable[[Tensor], Any]) -> Any:
     return item
 
 
+def map_outputs(outputs: Any, change: Callable[[Tensor], Any]) -> Any:
+    """The same for what a model returns: also an object of another class with tensors in it."""
+    if isinstance(outputs, Tensor | Mapping | tuple | list) or not hasattr(outputs, "__dict__"):
+        return map_tensors(outputs, change)
+    same = copy.copy(outputs)
+    for name, value in vars(outputs).items():
+        object.__setattr__(same, name, map_tensors(value, change))
+    return same
+
+
 def _rebuilt(item: Any, change: Callable[[Any], Any]) -> Any:
     """A tuple, list or dict of the same type (a ``BatchEncoding``, say), its items changed."""
     if isinstance(item, Mapping):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influence_kit.data import Batch, map_tensors, take
+from influence_kit.data import Batch, map_outputs, take
 from influence_kit.errors import InvalidArgumentError
 
 Values = Callable[[Any, Batch], Tensor]
@@ -66,7 +66,7 @@ def _of_part(
             return tensor.reshape(n, -1, *tensor.shape[1:])[rows].flatten(0, 1)
         return tensor
 
-    some = map_tensors(outputs, part)
+    some = map_outputs(outputs, part)
     if not cut:
         return None
     try:

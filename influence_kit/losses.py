@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from influence_kit.data import Batch, map_tensors, targets_of
+from influence_kit.data import Batch, map_outputs, targets_of
 from influence_kit.errors import InvalidArgumentError, LabelError
 from influence_kit.labels import IGNORED_LABEL, check_labels, label_in
 from influence_kit.loss_parts import compare_parts
@@ -154,7 +154,7 @@ class Loss:
         """
         value = self.values(outputs, batch)
         if n > 1 and self.compares:
-            shown = map_tensors(outputs, lambda tensor: tensor.detach())
+            shown = map_outputs(outputs, lambda tensor: tensor.detach())
             with torch.no_grad():
                 self._compare(shown, batch, value.detach(), n, where)
         return self.summed(value, batch, n)

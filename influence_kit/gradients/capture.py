@@ -8,7 +8,7 @@ weights' own gradients are never computed. Parameters without a rule go to ``fun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -108,6 +108,14 @@ class Capture:
         self.where = "the batch"
         self._calls: list[Call] | None = None
         self._examples = 0
+
+    def go_without(self, names: Collection[str]) -> None:
+        """Compute these parameters, and those that go without already, in the slower way."""
+        without = {*self.without_rule, *names}
+        self.without_rule = [name for name in self.parameters if name in without]
+        for layer in self.layers:
+            if without.issuperset(layer.names.values()):
+                layer.layout = ROWS  # its outputs are left alone
 
     @property
     def settings(self) -> Hashable:

@@ -60,9 +60,8 @@ def check(capture: Capture, batch: Batch, loss: Loss) -> set[str]:
         comparison = Comparison(
             capture.model, capture.parameters, few, loss, tolerance, capture.scaled_by_frequency
         )
-        failed = _LayoutSearch(capture, comparison).run() | set(capture.without_rule)
-        capture.without_rule = [name for name in capture.parameters if name in failed]
-        if failed:
+        capture.go_without(_LayoutSearch(capture, comparison).run())
+        if capture.without_rule:
             settle_functional(capture, comparison)
     return comparison.moving
 
@@ -159,8 +158,10 @@ class _LayoutSearch:
         True as soon as one is SHARED: its output will have the examples in front, and the layers
         behind it will see other shapes.
         """
-        n = self.comparison.n
+        n, without = self.comparison.n, set(self.capture.without_rule)
         for use in uses if n > 1 else ():  # all that one example's layers see belongs to it
+            if without.issuperset(use.layer.names.values()):
+                continue
             layer, mine = use.layer, [u for u in uses if u.layer is use.layer]
             shapes = [x.shape for u in mine for x in u.inputs]
             if self.shapes.get(id(layer)) != shapes:

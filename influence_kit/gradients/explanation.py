@@ -13,7 +13,7 @@ from influence_kit.data import (
     call_model,
     example_axis,
     example_count,
-    map_tensors,
+    map_outputs,
     take,
     targets_of,
 )
@@ -165,7 +165,7 @@ def _outputs_of_modules(model: nn.Module) -> Iterator[list[tuple[str, str, Tenso
 
 def _floating(outputs: Any) -> list[Tensor]:
     found: list[Tensor] = []
-    map_tensors(outputs, lambda t: found.append(t) if t.is_floating_point() else None)
+    map_outputs(outputs, lambda t: found.append(t) if t.is_floating_point() else None)
     return found
 
 

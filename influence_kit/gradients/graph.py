@@ -8,7 +8,7 @@ parameters of the model want gradients.
 import torch
 from torch import Tensor, nn
 
-from influence_kit.data import Batch, call_model, map_tensors
+from influence_kit.data import Batch, call_model, map_outputs
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.losses import Loss
 
@@ -27,7 +27,7 @@ def refuse_without_graph(model: nn.Module, batch: Batch, loss: Loss, n: int) -> 
         for parameter, value in wanted.items():
             parameter.requires_grad_(value)
     found: list[Tensor] = []
-    map_tensors(outputs, found.append)
+    map_outputs(outputs, found.append)
     if loss.is_of_outputs and any(tensor.requires_grad for tensor in found):
         raise InvalidArgumentError(
             f"`{loss.name}` returned a value without a graph, though the model's output has one: "

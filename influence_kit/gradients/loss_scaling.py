@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from influence_kit.data import Batch, map_tensors, with_item
+from influence_kit.data import Batch, map_outputs, map_tensors, with_item
 from influence_kit.dtypes import HALF, exact
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.losses import Loss
@@ -127,7 +127,7 @@ def summed_loss(
             heads.append(tensor)
         return tensor
 
-    shown, is_half = map_tensors(outputs, single), torch.float16 in dtypes
+    shown, is_half = map_outputs(outputs, single), torch.float16 in dtypes
     if dtypes.isdisjoint(HALF):
         value = total(outputs, batch, n)
         if value.is_complex():

@@ -231,9 +231,7 @@ class GradientSource:
                 self._start_again(())
         ruled = wrong - set(capture.without_rule)
         if ruled:
-            capture.without_rule = [
-                name for name in capture.parameters if name in {*capture.without_rule, *ruled}
-            ]
+            capture.go_without(ruled)
             self._check(batch, loss, few)  # refuses a model that mixes examples
         elif capture.functional is functional.vmapped:
             capture.functional = functional.one_by_one

@@ -19,7 +19,7 @@ from influence_kit.data import (
     Batch,
     call_arguments,
     example_count,
-    map_tensors,
+    map_outputs,
     split,
 )
 from influence_kit.dtypes import real, restored
@@ -182,7 +182,7 @@ class GaussNewton(LossCurvature):
 
         def total(values: Any) -> Tensor:
             supply = iter(values)
-            rebuilt = map_tensors(
+            rebuilt = map_outputs(
                 shown, lambda t: restored(next(supply), t) if _is_number(t) else t
             )
             return self.loss.total(rebuilt, batch, n)
@@ -193,7 +193,7 @@ class GaussNewton(LossCurvature):
 def _floating(outputs: Any) -> list[Tensor]:
     """The floating-point tensors of a model's outputs, in their order; complex ones as pairs."""
     found: list[Tensor] = []
-    map_tensors(outputs, lambda t: found.append(real(t)) if _is_number(t) else None)
+    map_outputs(outputs, lambda t: found.append(real(t)) if _is_number(t) else None)
     return found
 
 
