@@ -176,9 +176,15 @@ class BatchAxes:
                 f"at once; it holds {describe(batch)}"
             )
         if n < 1:
+            tensors = [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor)]
+            remedy = "Name the dimension of each tensor's examples in `batch_axes`"
+            if not tensors:
+                remedy = "Make tensors of its arrays and lists (`torch.as_tensor`)"
+            elif not any(tensor.numel() for tensor in tensors):
+                remedy = "It is empty"
             raise InvalidArgumentError(
-                f"a batch must hold a tensor with one row per example; got {describe(batch)}. Name "
-                "the dimension of each tensor's examples in `batch_axes`"
+                f"a batch must hold a tensor with one row per example; got {describe(batch)}. "
+                f"{remedy}"
             )
         return known(batch, n, axes)
 

@@ -157,7 +157,10 @@ def _of_labels(outputs: Any, logits: Tensor, batch: Batch) -> Iterator[tuple[str
     yield "the margin of the label's class", margins
     if logits.dim() == 2:
         column = labels.long().clamp(min=0)[:, None]
-        yield "the label's logit", logits.gather(1, column)[:, 0]
+        right = logits.gather(1, column)[:, 0]
+        yield "the label's logit", right
+        others = logits.scatter(1, column, float("-inf")).max(1).values
+        yield "the label's logit less the largest other", right - others
         yield "the label's log-probability", F.log_softmax(logits, 1).gather(1, column)[:, 0]
         yield "the label's probability", F.softmax(logits, 1).gather(1, column)[:, 0]
 

@@ -159,6 +159,20 @@ def test_a_batch_without_examples_is_refused_with_what_it_holds(batch, shown):
 
 
 @pytest.mark.parametrize(
+    ("batch", "remedy"),
+    [
+        ((X.numpy(), Y.numpy()), r"Make tensors of its arrays and lists \(`torch.as_tensor`\)"),
+        ((X[:0], Y[:0]), "It is empty"),
+        ((torch.tensor(1.0),), "in `batch_axes`"),
+    ],
+    ids=["arrays", "empty", "numbers"],
+)
+def test_what_to_do_about_a_batch_without_examples_is_told(batch, remedy):
+    with pytest.raises(InvalidArgumentError, match=remedy):
+        example_count(batch)
+
+
+@pytest.mark.parametrize(
     ("shape", "axis"), [((5, 2), 0), ((2, 5), 1), ((5, 5), 0), ((2, 3, 5), None), ((), None)]
 )
 def test_the_axis_of_the_examples_is_the_first_or_second_of_that_length(shape, axis):

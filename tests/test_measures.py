@@ -1,5 +1,6 @@
 """What is measured of test examples: the sign of an output that should rise, and refusals."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -203,6 +204,13 @@ RISING: dict[str, tuple[Measure, str]] = {
     "margins": (own_margin, "the margin of the label's class"),
     "their sum": (lambda o, t: own_margin(o, t).sum(), "the margin of the label's class"),
     "our margin, wrapped": (lambda o, t: classification_margin(o, t).mean(), "the margin of the"),
+    "a margin of logits": (
+        lambda o, t: (
+            o.gather(1, t[:, None])
+            - o.scatter(1, t[:, None], -math.inf).max(1, keepdim=True).values
+        ),
+        "the label's logit less the largest other",
+    ),
     "a logit": (lambda o, t: o.gather(1, t[:, None]), "the label's logit"),
     "a log-probability": (lambda o, t: -F.cross_entropy(o, t), "the label's log-probability"),
     "a probability": (
