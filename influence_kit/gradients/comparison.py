@@ -18,6 +18,8 @@ from influence_kit.memory import MIB
 # of a batch: how many go through the model together (few lengths of tensors are a multiple of it),
 # and how many of these alone, too
 EXAMPLES, ALONE = 5, 2
+# norms between these come from squares that float32 holds
+SQUARES = 1e-15, 1e15
 # of autograd's gradients that are kept from one layout that is tried to the next
 KEPT_BYTES = 256 * MIB
 
@@ -153,7 +155,8 @@ def differences(
     """
     wrong: set[str] = set()
     moving: set[str] = set()
-    whole = torch.stack([_norm(g) for g in expected.values()]).norm()
+    norms = {name: _norm(gradient) for name, gradient in expected.items()}
+    whole = torch.stack(list(norms.values())).norm()
     if not torch.isfinite(whole):
         return wrong, moving  # the scores will say which example it was
     for name, gradient in expected.items():
@@ -165,7 +168,7 @@ def differences(
                 difference = difference - form.summed().dense()[0]
             except RuntimeError:  # of a layout that does not fit
                 wrong.add(name)
-        norm, noise = _norm(gradient), close.whole * whole
+        norm, noise = norms[name], close.whole * whole
         relative = close.sums if same_batch else close.alone
         if not _norm(difference) <= relative * norm + noise:
             wrong.add(name)
@@ -183,6 +186,9 @@ def same_random_state(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 
 def _norm(values: Tensor) -> Tensor:
-    """In float64, where the squares of all numbers of float32 exist."""
-    norm: Tensor = values.double().norm()
-    return norm
+    """In float64 where the squares of these numbers do not exist in their own precision."""
+    norm = values.norm()
+    if not SQUARES[0] < float(norm) < SQUARES[1]:
+        norm = values.double().norm()
+    found: Tensor = norm.double()
+    return found

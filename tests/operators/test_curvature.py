@@ -1,6 +1,7 @@
 """Curvature of the mean loss over a data set: models and data that are awkward, against dense."""
 
 import gc
+from itertools import pairwise
 from typing import Any
 
 import influence_oracles as dense
@@ -117,7 +118,7 @@ def test_an_iteration_reads_the_data_once_whatever_the_queries(
         for _ in range(2):
             cg.influence(inputs)
             found.append(data.reads)
-        return [after - before for before, after in zip(found, found[1:], strict=False)]
+        return [after - before for before, after in pairwise(found)]
 
     # all questions see a few examples beforehand
     few, more = reads(10), reads(14)
