@@ -109,11 +109,17 @@ class _Seen:
 
     shapes: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)
     counts: list[int | None] = field(default_factory=list)
-    axes: Axes | None = None
-    # other ways to read the same shapes, where they leave a choice
-    others: list[Axes] = field(default_factory=list)
-    # the same with one leaf more that belongs to the whole batch, if only by chance as long as it
+    # the ways to read these shapes, where they leave a choice, the likeliest first; then those with
+    # one leaf more that belongs to the whole batch, if only by chance as long as it
+    ways: list[Axes] = field(default_factory=list)
     last_resorts: list[Axes] = field(default_factory=list)
+    taken: int = 0
+
+    @property
+    def axes(self) -> Axes | None:
+        """The way that is taken."""
+        ways = [*self.ways, *self.last_resorts]
+        return ways[self.taken] if ways else None
 
 
 class BatchAxes:
@@ -187,15 +193,19 @@ class BatchAxes:
         if not isinstance(batch, tuple | list | Mapping):
             return True
         seen = self._seen.get(_structure(batch))
-        return seen is not None and not seen.others
+        return seen is not None and len(seen.ways) == 1
 
     def try_another(self) -> bool:
-        """Read batches whose shapes leave a choice in the next way; False where all were tried."""
+        """Read batches whose shapes leave a choice in the next way; False where all were tried.
+
+        Then they are read in the likeliest way again.
+        """
         for seen in self._seen.values():
-            for choices in (seen.others, seen.last_resorts):
-                if choices:
-                    seen.axes = choices.pop(0)
-                    return True
+            if seen.taken + 1 < len(seen.ways) + len(seen.last_resorts):
+                seen.taken += 1
+                return True
+        for seen in self._seen.values():
+            seen.taken = 0
         return False
 
     def learn(self, loader: Any) -> None:
@@ -227,7 +237,8 @@ class BatchAxes:
         for n in (3, 2):
             seen.shapes.insert(0, tuple((n, *shape[1:]) if shape else () for shape in shapes))
             seen.counts.insert(0, n)
-        seen.axes, seen.others = tuple(0 if shape else None for shape in shapes), []
+        seen.ways, seen.last_resorts = [tuple(0 if shape else None for shape in shapes)], []
+        seen.taken = 0
 
     def _add(
         self, seen: _Seen, batch: Any, shapes: tuple[tuple[int, ...], ...], count: int | None
@@ -236,11 +247,11 @@ class BatchAxes:
         seen.counts.append(count)
         found = _axes(seen.shapes, seen.counts, _label_leaf(batch))
         said = _said(self._given, batch)
-        seen.axes, *seen.others = [
+        ways = (
             tuple(a if own is ... else own for a, own in zip(axes, said, strict=True))
             for axes in found
-        ]
-        seen.others = [axes for axes in dict.fromkeys(seen.others) if axes != seen.axes]
+        )
+        seen.ways, seen.taken = list(dict.fromkeys(ways)), 0
         seen.last_resorts = list(_with_one_less(seen, _label_leaf(batch), said))
 
 
