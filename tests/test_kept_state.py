@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from influence_kit import CGInfluenceFunction, GradDot, KNNShapley, LoGra, SimilarityInfluence
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.checkpoints import load_checkpoint
+from influence_kit.errors import InvalidArgumentError
 from influence_kit.restore import borrowed
 
 torch.manual_seed(0)
