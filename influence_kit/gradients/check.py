@@ -60,7 +60,12 @@ def check(capture: Capture, batch: Batch, loss: Loss) -> set[str]:
         comparison = Comparison(
             capture.model, capture.parameters, few, loss, tolerance, capture.scaled_by_frequency
         )
-        failed = _LayoutSearch(capture, comparison).run() | set(capture.without_rule)
+        capture.looks_outside = True
+        try:
+            failed = _LayoutSearch(capture, comparison).run()
+        finally:
+            capture.looks_outside = False
+        failed |= {*capture.without_rule, *capture.used_outside}
         capture.without_rule = [name for name in capture.parameters if name in failed]
         if failed:
             settle_functional(capture, comparison)

@@ -109,7 +109,8 @@ class GradientSource:
         Args:
             batch: on the model's device.
             loss: the loss.
-            index: of the batch's first example, where the batch comes more than once.
+            index: of the batch's first example; None where the caller compares the loss itself
+                (``Loss.checked_total``).
         """
         scaled = sorted(self.capture.scaled_by_frequency)
         if scaled:
@@ -123,9 +124,10 @@ class GradientSource:
         if self.verify == "once" or not self._schedule.is_new(key):
             return
         n = example_count(batch)
-        if loss.compares:
+        if loss.compares and index is not None:
+            where = f"the batch that begins with example {index}"
             with torch.no_grad(), self._named():
-                loss.checked_total(call_model(self.capture.model, batch), batch, n)
+                loss.checked_total(call_model(self.capture.model, batch), batch, n, where)
         if n > 1 and self._schedule.due(self._checkpoint, loss, (), ()):
             added_up(self.capture, take(batch, drawn(n, 6, self._generator)), loss)
 
@@ -203,7 +205,7 @@ class GradientSource:
             self._look_closely(batch, loss, awake.examples)
         if not due or is_checked:
             return
-        rows = drawn(n, min(MOST_COMPARED, max(min(n - 1, 2), n // 8, 1)), self._generator)
+        rows = drawn(n, min(MOST_COMPARED, max(min(n, 2), n // 8)), self._generator)
         wrong, moved = compare(capture, gradients, batch, loss, rows)
         if wrong:
             wrong, moved = compare_widely(capture, batch, loss, rows) or (wrong, moved)
