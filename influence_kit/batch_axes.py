@@ -153,6 +153,7 @@ class BatchAxes:
         """
         if isinstance(batch, Known):
             return batch
+        count = _in_lists(batch) if count is None and self.nothing_said else count
         seen = self._seen.setdefault(_structure(batch), _Seen())
         shapes: tuple[tuple[int, ...], ...] = tuple(shape_of(leaf) for leaf in leaves(batch))
         before = seen.axes
@@ -253,6 +254,29 @@ class BatchAxes:
         )
         seen.ways, seen.taken = list(dict.fromkeys(ways)), 0
         seen.last_resorts = list(_with_one_less(seen, _label_leaf(batch), said))
+
+
+def _in_lists(batch: Any) -> int | None:
+    """1 for a batch whose targets are a list of one dict (boxes and their labels, say).
+
+    Raises:
+        InvalidArgumentError: where they are a list of several: no dimension counts them.
+    """
+    if isinstance(batch, Mapping):
+        targets = next((batch[key] for key in LABEL_KEYS if key in batch), None)
+    else:
+        targets = batch[-1] if batch else None
+    if not isinstance(targets, tuple | list) or not targets:
+        return None
+    if not all(isinstance(target, Mapping) and holds_tensor(target) for target in targets):
+        return None
+    if len(targets) > 1:
+        raise InvalidArgumentError(
+            f"the targets of a batch are a list of {len(targets)} dicts, one per example, and "
+            f"such a batch, {describe(batch)}, cannot be cut into examples: use batches of one "
+            "example (batch_size=1, or a loader of them)"
+        )
+    return 1
 
 
 def _lengths_hold(batch: Any, n: int) -> bool:

@@ -315,7 +315,8 @@ class Loss:
     def _take_formula(self, together: tuple[Any, Batch], singles: Tensor, closeness: float) -> bool:
         """Replace a model's own mean by a per-example formula that gives each example's loss."""
         outputs, batch = together
-        logits = getattr(outputs, "logits", None)
+        held = outputs.get("logits") if isinstance(outputs, Mapping) else None
+        logits = getattr(outputs, "logits", None) if held is None else held
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
             return False

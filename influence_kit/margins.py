@@ -115,7 +115,7 @@ def slope_along(
     shown = with_logits(outputs, logits)
     with torch.enable_grad():
         along = _gradient(output_fn(shown, targets_of(batch)).sum(), logits, "output_fn")
-        down = _gradient(loss.total(shown, batch, n), logits, loss.name)
+        down = _gradient(loss.checked_total(shown, batch, n), logits, loss.name)
     along, powers = balanced(along.reshape(n, -1))
     down, of_down = balanced(down.reshape(n, -1))
     product, square = (along * down).sum(1), along.square().sum(1)

@@ -125,7 +125,8 @@ class Comparison:
         yield slice(0, self.n), self.together, self.n
         # with dropout on, the same example alone meets another mask
         if not self.random and self.n > 1:
-            for i in range(min(ALONE, self.n)):
+            # the first and the last: what looks at the examples before one leaves the first alone
+            for i in sorted({0, self.n - 1}):
                 yield slice(i, i + 1), take(self.together, slice(i, i + 1)), 1
 
 

@@ -5,12 +5,31 @@ was skipped) do have gradient zero. The two are told apart by whether the loss h
 parameters of the model want gradients.
 """
 
+from collections import Counter
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from influence_kit.data import Batch, call_model, map_outputs
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.losses import Loss
+
+
+def uses_in_graph(total: Tensor) -> Counter[Tensor]:
+    """How often a sum depends on each parameter, by the edges of its graph that end there."""
+    uses: Counter[Tensor] = Counter()
+    waiting: list[Any] = [total.grad_fn]
+    seen = set(waiting)
+    while waiting:
+        for node, _ in waiting.pop().next_functions:
+            variable = getattr(node, "variable", None)
+            if variable is not None:
+                uses[variable] += 1
+            elif node is not None and node not in seen:
+                seen.add(node)
+                waiting.append(node)
+    return uses
 
 
 def refuse_without_graph(model: nn.Module, batch: Batch, loss: Loss, n: int) -> None:

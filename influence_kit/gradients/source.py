@@ -14,7 +14,7 @@ from influence_kit.errors import InvalidArgumentError, LabelError, PassAgain
 from influence_kit.gradients import functional
 from influence_kit.gradients.capture import Capture
 from influence_kit.gradients.check import check, drawn
-from influence_kit.gradients.comparison import EXAMPLES
+from influence_kit.gradients.comparison import EXAMPLES, is_random
 from influence_kit.gradients.explanation import explanation
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.schedule import Schedule
@@ -72,6 +72,7 @@ class GradientSource:
         self._said: set[str] = set()
         # the parameters whose examples were looked for again
         self._searched: set[str] = set()
+        self._is_turn_of_one = False
         self._loader: Any = None
 
     def begin(self, loader: Any) -> None:
@@ -109,7 +110,8 @@ class GradientSource:
         Args:
             batch: on the model's device.
             loss: the loss.
-            index: of the batch's first example, where the batch comes more than once.
+            index: of the batch's first example; None where the caller compares the loss itself
+                (``Loss.checked_total``).
         """
         scaled = sorted(self.capture.scaled_by_frequency)
         if scaled:
@@ -123,9 +125,10 @@ class GradientSource:
         if self.verify == "once" or not self._schedule.is_new(key):
             return
         n = example_count(batch)
-        if loss.compares:
+        if loss.compares and index is not None:
+            where = f"the batch that begins with example {index}"
             with torch.no_grad(), self._named():
-                loss.checked_total(call_model(self.capture.model, batch), batch, n)
+                loss.checked_total(call_model(self.capture.model, batch), batch, n, where)
         if n > 1 and self._schedule.due(self._checkpoint, loss, True, (), ()):
             added_up(self.capture, take(batch, drawn(n, 6, self._generator)), loss)
 
@@ -204,7 +207,12 @@ class GradientSource:
             self._look_closely(batch, loss, awake.examples)
         if not due or is_checked:
             return
-        rows = drawn(n, min(MOST_COMPARED, max(min(n - 1, 2), n // 8, 1)), self._generator)
+        rows = drawn(n, min(MOST_COMPARED, max(min(n, 2), n // 8)), self._generator)
+        # in turns one of them alone, and all together: together they may be changed as they were
+        # in the batch, and alone few are seen
+        self._is_turn_of_one = not self._is_turn_of_one
+        if self._is_turn_of_one and not is_random(capture.model):
+            rows = rows[-1:]
         wrong, moved = compare(capture, gradients, batch, loss, rows)
         if wrong:
             wrong, moved = compare_widely(capture, batch, loss, rows) or (wrong, moved)

@@ -256,6 +256,8 @@ class InfluenceBase(KeptOf, DataInfluence):
 
     def _marked_batch(self, batch: Batch) -> Batch:
         """A batch marked with where its examples stand: as in the training set, if it looks so."""
+        if getattr(self.train_dataloader, "batch_size", None) == 1:
+            self.train_dataloader.look_at()  # which shows what has no dimension of examples
         marked = self._axes.mark(batch)
         if not self._axes.is_clear(batch):
             self.train_dataloader.look_at()
