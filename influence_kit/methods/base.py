@@ -212,7 +212,8 @@ class InfluenceBase(KeptOf, DataInfluence):
                     yield loader
                 finally:
                     self._note(loader.fingerprints)
-                    self._note_given(loader.current)
+                    if loader.current in loader.fingerprints:  # not of one that was refused
+                        self._note_given(loader.current)
 
     def _check_kept(self) -> None:
         """Refuse to hand out what is kept of something else than there is now."""
@@ -231,10 +232,10 @@ class InfluenceBase(KeptOf, DataInfluence):
         few = take(batch, slice(0, count)) if example_count(batch) > count else batch
         return to_device(few, self._device)
 
-    def _note_given(self, number: int | None) -> None:
+    def _note_given(self, number: int) -> None:
         """Note what model and loss give at a checkpoint that is loaded, if something is kept."""
         is_new = number in self._origin.weights and number not in self._origin.given
-        if number is None or self._kept_since is None or not is_new:
+        if self._kept_since is None or not is_new:
             return
         with suppress(Exception):  # of data that cannot be read again, say
             batch = self._few(FEW)
