@@ -193,7 +193,7 @@ class Capture:
         self.misplaced = []
         self._note(calls, batch, n)
         if not total.value.requires_grad:
-            refuse_without_graph(self.model, batch, loss, n)
+            refuse_without_graph(self.model, self.parameters.values(), batch, loss, n)
         if not calls or not total.value.requires_grad:
             return []
         if self.looks_outside:
@@ -201,6 +201,8 @@ class Capture:
         edges = [call.edge for call in calls]
         with clear_errors(self.model, batch):
             deltas, powers = total.gradients_by_example(edges, self.parameters.values(), n)
+        if all(delta is None for delta in deltas):
+            refuse_without_graph(self.model, self.parameters.values(), batch, loss, n)
         return [
             Use(call.layer, call.inputs, delta, powers)
             for call, delta in zip(calls, deltas, strict=True)

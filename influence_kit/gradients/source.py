@@ -208,18 +208,30 @@ class GradientSource:
         if not due or is_checked:
             return
         rows = drawn(n, min(MOST_COMPARED, max(min(n, 2), n // 8)), self._generator)
-        # in turns one of them alone, and all together: together they may be changed as they were
-        # in the batch, and alone few are seen
-        self._is_turn_of_one = not self._is_turn_of_one
-        if self._is_turn_of_one and not is_random(capture.model):
-            rows = rows[-1:]
-        wrong, moved = compare(capture, gradients, batch, loss, rows)
-        if wrong:
-            wrong, moved = compare_widely(capture, batch, loss, rows) or (wrong, moved)
+        wrong: set[str] = set()
+        moved: set[str] = set()
+        for some in self._turns(rows):
+            found = compare(capture, gradients, batch, loss, some)
+            if found[0]:
+                found = compare_widely(capture, batch, loss, some) or found
+            wrong, moved = wrong | found[0], moved | found[1]
         if wrong:
             self._give_up(wrong, batch, loss)
         if moved - moving:
             self._look_closely(batch, loss, rows)
+
+    def _turns(self, rows: Tensor) -> list[Tensor]:
+        """Which examples to compare at once.
+
+        Together they may be changed as they were in the batch; alone few are seen. So it is in
+        turns one of them alone, and all together; both where a batch is unlike those before.
+        """
+        if len(rows) == 1 or is_random(self.capture.model):
+            return [rows]
+        if self._schedule.is_surprised:
+            return [rows, rows[:1], rows[-1:]]
+        self._is_turn_of_one = not self._is_turn_of_one
+        return [rows[-1:] if self._is_turn_of_one else rows]
 
     def _look_closely(self, batch: Batch, loss: Loss, rows: Tensor) -> None:
         """Check some examples as the first were: rules are seen at work there that were not yet."""
