@@ -57,14 +57,18 @@ def compare(
         if is_random(capture.model):  # another batch meets other masks
             gradients, rows = capture(few, loss), torch.arange(len(rows))
     count = len(rows)
-    wrong, moving = _differing(capture, gradients, few, loss, rows, tolerance)
-    if count > 1:
-        wrong -= capture.scaled_by_frequency
-        for i in () if is_random(capture.model) else (0, count - 1):
-            # together they may have been changed as they were in the batch
-            one = take(few, slice(i, i + 1))
-            found = _differing(capture, gradients, one, loss, rows[i : i + 1], tolerance)
-            wrong, moving = wrong | found[0], moving | found[1]
+    # two are compared alone, of more the last as well as all together, where its being changed as
+    # it was in the batch may not show
+    alone = [] if count == 1 or is_random(capture.model) else [0, 1] if count == 2 else [count - 1]
+    wrong: set[str] = set()
+    moving: set[str] = set()
+    if len(alone) < count:
+        wrong, moving = _differing(capture, gradients, few, loss, rows, tolerance)
+        wrong -= capture.scaled_by_frequency if count > 1 else set()
+    for i in alone:
+        one = take(few, slice(i, i + 1))
+        found = _differing(capture, gradients, one, loss, rows[i : i + 1], tolerance)
+        wrong, moving = wrong | found[0], moving | found[1]
     return wrong, moving
 
 
