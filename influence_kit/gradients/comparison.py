@@ -16,7 +16,7 @@ from influence_kit.losses import Loss
 from influence_kit.memory import MIB
 
 # of a batch: how many go through the model together (few lengths of tensors are a multiple of it),
-# and how many of these alone, too
+# and how many of these alone, with the last
 EXAMPLES, ALONE = 5, 2
 # norms between these come from squares that float32 holds
 SQUARES = 1e-15, 1e15
@@ -116,7 +116,7 @@ class Comparison:
                     self.model, values, batch, self.loss, example_count(batch)
                 )
             kept = dict(zip(names, found, strict=True))
-            if (1 + ALONE) * sum(g.numel() * g.element_size() for g in found) <= KEPT_BYTES:
+            if (2 + ALONE) * sum(g.numel() * g.element_size() for g in found) <= KEPT_BYTES:
                 self._kept[key] = kept
         return {name: kept[name] for name in names}
 
@@ -125,8 +125,8 @@ class Comparison:
         yield slice(0, self.n), self.together, self.n
         # with dropout on, the same example alone meets another mask
         if not self.random and self.n > 1:
-            # the first and the last: what looks at the examples before one leaves the first alone
-            for i in sorted({0, self.n - 1}):
+            # the last, too: what looks at the examples before one leaves the first alone
+            for i in sorted({*range(min(ALONE, self.n)), self.n - 1}):
                 yield slice(i, i + 1), take(self.together, slice(i, i + 1)), 1
 
 
