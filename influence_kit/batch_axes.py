@@ -134,6 +134,8 @@ class BatchAxes:
     def __init__(self, given: Any = None) -> None:
         self._given = given
         self._seen: dict[Any, _Seen] = {}
+        # whether some batches were marked in another way than they would be now
+        self._has_learnt_better = False
 
     @property
     def nothing_said(self) -> bool:
@@ -171,6 +173,7 @@ class BatchAxes:
             self._add(seen, batch, shapes, count)
             axes = seen.axes or axes
         if before is not None and before != axes:
+            self._has_learnt_better = True
             raise PassAgain(
                 f"a batch of shapes {_listed(shapes)} shows that the examples of the batches "
                 "before stood elsewhere than it seemed"
@@ -201,6 +204,9 @@ class BatchAxes:
 
         Then they are read in the likeliest way again.
         """
+        if self._has_learnt_better:
+            self._has_learnt_better = False
+            return True
         for seen in self._seen.values():
             if seen.taken + 1 < len(seen.ways) + len(seen.last_resorts):
                 seen.taken += 1
