@@ -26,6 +26,8 @@ UNSTACKABLE = (
     "each element in list of batch should be",
     "stack expects each tensor to be equal",
 )
+# so many times what is promised, or a data set whose sampler tells no length: a pass without end
+SURELY_MORE, ENDLESS = 2, 10
 
 
 def no_reason() -> str | None:
@@ -91,6 +93,7 @@ class CheckedBatches:
                 self._compare(number, batch)
             rows += self._rows(batch)
             number += 1
+            self._check_end(number, rows)
             yield batch
         self._check_counts(number, rows)
 
@@ -255,6 +258,21 @@ class CheckedBatches:
                 "once: pass a DataLoader, a Dataset, or an object whose `__iter__` begins again"
             )
         self._counts = batches, rows
+
+    def _check_end(self, batches: int, rows: int) -> None:
+        """Refuse a pass that goes on and on, long after it should have ended."""
+        length, promised = loader_length(self.batches), promised_rows(self.batches)
+        often = SURELY_MORE
+        if length is None and promised is None and reads_by_index(self.batches):
+            promised, often = loader_length(self.dataset), ENDLESS
+        more = promised is not None and rows > often * promised
+        if more or (length is not None and batches > often * length):
+            told = f"{promised} examples" if more else f"{length} batches"
+            raise InvalidArgumentError(
+                f"`{self.name}` has {told} and gave more than {often} times as many: it seems to "
+                "begin again without end, as loaders for a number of steps do. A pass must give "
+                "each example once and stop"
+            )
 
     def _refuse_once(self) -> NoReturn:
         raise InvalidArgumentError(

@@ -103,6 +103,11 @@ def check_order(loader: Any, name: str, of_results: bool = False) -> None:
                 f"`{name}` is a DataLoader whose sampler is a {type(sampler).__name__}, which can "
                 "be read only once; pass a list of its indices as `sampler`"
             )
+    if not getattr(loader, "in_order", True) and getattr(loader, "num_workers", 0) > 1:
+        raise InvalidArgumentError(
+            f"`{name}` is a DataLoader with in_order=False and {loader.num_workers} workers: "
+            "batches come as they are ready, and indices would mean nothing; leave `in_order` out"
+        )
     sampler = index_sampler(loader)
     if sampler is None:
         return

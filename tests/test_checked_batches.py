@@ -6,7 +6,14 @@ import pytest
 import torch
 from global_states import NUMPY, random_states
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    TensorDataset,
+    default_collate,
+)
 
 from influence_kit import (
     EKFACInfluenceFunction,
@@ -305,6 +312,48 @@ def test_more_or_fewer_examples_than_promised_are_refused(model, unchanged, kind
     explainer = tracin(model, make(), batch_size=8)
     with unchanged(model), pytest.raises(InvalidArgumentError, match=match):
         explainer.influence(TEST)
+
+
+class Endless(Batches):
+    """Begins again and again, as loaders for a number of steps do."""
+
+    def __iter__(self):
+        while True:
+            yield from super().__iter__()
+
+    def __len__(self):
+        return 5
+
+
+class EndlessIndices(Sampler):
+    def __iter__(self):
+        while True:
+            yield from range(N)
+
+
+class CountedIndices(EndlessIndices):
+    def __len__(self):
+        return N
+
+
+ENDLESS = {
+    "batches": (lambda: Endless(in_order), "has 5 batches and gave more than 2 times"),
+    "a sampler": (
+        lambda: DataLoader(DATA, 8, sampler=CountedIndices()),
+        f"has {N} examples and gave more than 2 times",
+    ),
+    "a sampler without a length": (
+        lambda: DataLoader(DATA, 8, sampler=EndlessIndices()),
+        f"has {N} examples and gave more than 10 times",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_a_pass_without_end_is_refused(model, unchanged, kind):
+    make, match = ENDLESS[kind]
+    with unchanged(model), pytest.raises(InvalidArgumentError, match=match):
+        tracin(model, make()).influence(TEST)
 
 
 class Shrinking:

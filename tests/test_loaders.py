@@ -72,6 +72,12 @@ def test_a_loader_that_shuffles_is_refused(kind):
         as_loader(make(), None, "train_dataset")
 
 
+def test_workers_that_may_overtake_each_other_are_refused():
+    with pytest.raises(InvalidArgumentError, match="in_order=False and 2 workers: batches come as"):
+        as_loader(DataLoader(DATA, 2, num_workers=2, in_order=False), None, "train_dataset")
+    as_loader(DataLoader(DATA, 2, num_workers=1, in_order=False), None, "train_dataset")
+
+
 class Shuffled(Sampler):
     """A sampler of a user's, whose draw is of any kind."""
 

@@ -33,6 +33,9 @@ from influence_kit.gradients.precision import in_float64
 from influence_kit.losses import Loss
 from influence_kit.training_flags import evaluating
 
+# a batch of fewer is compared without its first and last example, which would leave few others
+FEW_IN_BATCH = 12
+
 
 def check(capture: Capture, batch: Batch, loss: Loss) -> set[str]:
     """Settle the layouts of a capture, which parameters go without a rule, and the loss.
@@ -261,4 +264,17 @@ def drawn(n: int, count: int, generator: torch.Generator) -> Tensor:
     if n > 1 and bool((order.diff() > 0).all()):
         order = order.flip(0)
     # there and back, so that it is not the same when it is read from its end
-    return torch.cat([order, order.flip(0)]).repeat(count)[:count]
+    found = torch.cat([order, order.flip(0)]).repeat(count)[:count]
+    if count > 3:  # a model that sorts its examples has equal ones side by side
+        found[-1] = found[0]
+    return found
+
+
+def drawn_of_batch(n: int, most: int, generator: torch.Generator) -> Tensor:
+    """At most ``most`` of n indices, in random order, to be compared with the whole batch."""
+    rows = torch.randperm(n, generator=generator)[: min(most, max(min(n, 2), n // 8))]
+    if n < FEW_IN_BATCH:
+        return rows
+    # a model that sorts by lengths, most of which are equal, moves the first or the last example
+    found: Tensor = torch.cat([rows, torch.tensor([0, n - 1])]).unique()
+    return found.flip(0)

@@ -13,7 +13,7 @@ from influence_kit.data import Batch, call_model, example_count, example_lengths
 from influence_kit.errors import InvalidArgumentError, LabelError, PassAgain
 from influence_kit.gradients import functional
 from influence_kit.gradients.capture import Capture
-from influence_kit.gradients.check import check, drawn
+from influence_kit.gradients.check import check, drawn, drawn_of_batch
 from influence_kit.gradients.comparison import EXAMPLES, is_random
 from influence_kit.gradients.explanation import explanation
 from influence_kit.gradients.per_example import Gradients
@@ -205,9 +205,10 @@ class GradientSource:
         awake = not_yet_moving(gradients, unproven) if unproven else None
         if awake is not None and self._schedule.may_look(awake.names):
             self._look_closely(batch, loss, awake.examples)
-        if not due or is_checked:
+        # the first check had examples of this batch, in another order
+        if not due or (is_checked and n == 1):
             return
-        rows = drawn(n, min(MOST_COMPARED, max(min(n, 2), n // 8)), self._generator)
+        rows = drawn_of_batch(n, MOST_COMPARED, self._generator)
         wrong: set[str] = set()
         moved: set[str] = set()
         for some in self._turns(rows):

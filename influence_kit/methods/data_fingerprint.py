@@ -27,6 +27,7 @@ from torch.utils.data import (
 )
 
 from influence_kit.dtypes import as_bytes
+from influence_kit.index_order import first_indices
 from influence_kit.loaders import loader_length
 
 WHOLE_BYTES = 2**24
@@ -160,7 +161,9 @@ def _examples(data: Any, source: Any) -> Iterator[tuple[Any, Any]]:
         if isinstance(sampler, list | tuple):
             keys = sampler
         elif not isinstance(sampler, SequentialSampler):
-            keys = next(iter(data.batch_sampler or ()), ())  # the first batch: others may be costly
+            # those of the first batch: others may be costly
+            batches = data.batch_sampler
+            keys = () if batches is None else first_indices(batches, batch=True)
     last = len(keys) - 1
     for number in sorted(
         {round(i * last / (EXAMPLES - 1)) for i in range(EXAMPLES)} if keys else ()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from influence_kit.data import Batch, example_count, take
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.gradients.check import drawn
+from influence_kit.gradients.check import drawn_of_batch
 from influence_kit.gradients.comparison import is_random
 
 # of the largest entry of a tensor; another batch size changes the order of summation
@@ -72,7 +72,7 @@ class RowCheck:
             return True
         half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self._model.parameters())
         close = CLOSE_OF_HALF if half else CLOSE
-        some = drawn(n, min(MOST_COMPARED, max(min(n - 1, 2), n // 8)), self._generator)
+        some = drawn_of_batch(n, MOST_COMPARED, self._generator)
         again = rows(take(batch, some))
         pairs = zip(found, again, strict=True)
         return all(_near(a[some.to(a.device)], b, close) for a, b in pairs)

@@ -4,6 +4,7 @@ Gradients are compared with autograd on one example at a time; the other familie
 give for batches of one example, where nothing can be mixed or reordered.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from contract import assert_close
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from influence_kit import (
     TRAK,
@@ -141,6 +142,39 @@ def alone(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """The gradient of a batch of one example."""
     total = LOSS(model(x), y)
     return torch.cat([g.flatten() for g in torch.autograd.grad(total, list(model.parameters()))])
+
+
+class SortingByLength(nn.Module):
+    """Runs the longest examples first, and puts its outputs back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids, self.body, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = (x > 0).sum(1).argsort(descending=True, stable=True)
+        hidden = torch.tanh(self.body(self.ids(x[order]))) * (x > 0)[order][..., None]
+        return self.head(hidden.sum(1)[order.argsort()])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_one_batch_of_which_few_examples_are_shorter(seed: int) -> None:
+    # the few that are checked first are of one length, most likely, and stay in their order
+    torch.manual_seed(seed)
+    model, x, y = SortingByLength().double(), torch.randint(1, 9, (64, 6)), torch.arange(64) % 3
+    x[torch.randint(0, 60, (3,)), 3:] = 0
+    g = torch.stack([alone(model, x[i : i + 1], y[i : i + 1]) for i in range(64)])
+    influence = TracInCP(model, TensorDataset(x, y), [model.state_dict()], loss_fn=LOSS)
+    assert_close(influence.influence((x[:4], y[:4])), g[:4] @ g.T, 1e-9)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_three_examples_in_any_order(order: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, x, y = Sorting().double(), _vectors()[list(order)], torch.arange(3)
+    g = torch.stack([alone(model, x[i : i + 1], y[i : i + 1]) for i in range(3)])
+    influence = TracInCP(model, TensorDataset(x, y), [model.state_dict()], loss_fn=LOSS)
+    assert_close(influence.self_influence(), g.square().sum(1), 1e-9)
 
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
