@@ -349,6 +349,7 @@ ENDLESS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*does not give each of the")
 @pytest.mark.parametrize("kind", ENDLESS)
 def test_a_pass_without_end_is_refused(model, unchanged, kind):
     make, match = ENDLESS[kind]
