@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from influence_kit.batch_axes import KnownTuple
 from influence_kit.data import example_count, take
 from influence_kit.dtypes import as_bytes
+from influence_kit.marked_batch import KnownTuple
 
 # entries of a tensor that are looked at, from all over it
 ENTRIES = 1 << 16

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from influence_kit.batch_axes import describe
 from influence_kit.data import (
     Batch,
     call_model,
@@ -18,6 +17,7 @@ from influence_kit.data import (
     targets_of,
 )
 from influence_kit.losses import Loss
+from influence_kit.marked_batch import describe
 
 # of the largest entry: below it lies what another order of summation changes
 CLOSE = 0.02

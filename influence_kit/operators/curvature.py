@@ -135,7 +135,9 @@ class LossCurvature(Curvature):
             parameters = {name: real(self.model.get_parameter(name).detach()) for name in names}
             block = {name: trees[name].to(parameters[name].dtype) for name in names}
             found.update(self.either_mode(partial(self.block_product, batch, parameters, block)))
-        columns = [_written_out(found[name]).reshape(len(vectors), -1) for name in self.partition.names]
+        columns = [
+            _written_out(found[name]).reshape(len(vectors), -1) for name in self.partition.names
+        ]
         return torch.cat(columns, dim=1).to(vectors)
 
     def _outputs(self, batch: Batch, values: Tree) -> Any:
