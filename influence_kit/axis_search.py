@@ -17,9 +17,10 @@ LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 MOST_CHOICES = 16
 
 
-def has_length(batch: Any, n: int) -> bool:
-    """Whether some leaf of a batch of n examples has that length."""
-    return any(n in shape_of(leaf) for leaf in leaves(batch))
+def grows(two: Sequence[tuple[int, ...]], three: Sequence[tuple[int, ...]]) -> bool:
+    """Whether some leaf is 2 long in a batch of two examples, and 3 in one of three."""
+    pairs = zip(two, three, strict=True)
+    return any((2, 3) in zip(a, b, strict=False) for a, b in pairs)
 
 
 def structure_of(item: Any) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from influence_kit.axis_search import (
-    has_length,
+    grows,
     in_lists,
     label_leaf,
     likely_axes,
@@ -161,12 +161,15 @@ class BatchAxes:
             batches = [collate([copy.copy(item) for _ in range(n)]) for n in (2, 3)]
         except Exception:  # a data set or function that takes no such list: real batches will tell
             return
-        for n, batch in zip((2, 3), batches, strict=True):
-            if isinstance(batch, tuple | list | Mapping) and has_length(batch, n):
-                shapes = tuple(shape_of(leaf) for leaf in leaves(batch))
-                seen = self._seen.setdefault(structure_of(batch), _Seen())
-                if shapes not in seen.shapes:
-                    seen.shapes.append(shapes)
+        if not all(isinstance(batch, tuple | list | Mapping) for batch in batches):
+            return
+        shapes = [tuple(shape_of(leaf) for leaf in leaves(batch)) for batch in batches]
+        # a function that takes one example of its list tells nothing
+        if structure_of(batches[0]) == structure_of(batches[1]) and grows(*shapes):
+            seen = self._seen.setdefault(structure_of(batches[0]), _Seen())
+            for n, some in zip((2, 3), shapes, strict=True):
+                if some not in seen.shapes:
+                    seen.shapes.append(some)
                     seen.counts.append(n)
 
     def note_stacked(self, batch: Any) -> None:

@@ -74,6 +74,16 @@ def check(capture: Capture, batch: Batch, loss: Loss) -> set[str]:
     return comparison.moving
 
 
+def refuse_meta(model: nn.Module) -> None:
+    """An error where parameters have no values (an empty or offloaded model)."""
+    meta = [name for name, p in model.named_parameters() if p.device.type == "meta"]
+    if meta:
+        raise InvalidArgumentError(
+            f"the parameters {meta[:3]} of the model are on the device 'meta', without values "
+            "(an empty or offloaded model): load the weights onto one device first"
+        )
+
+
 def refuse_mixing_layers(model: nn.Module) -> None:
     """An error where a BatchNorm layer uses the statistics of the batch."""
     for name, module in model.named_modules():

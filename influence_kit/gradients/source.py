@@ -81,12 +81,6 @@ class GradientSource:
         Args:
             loader: its ``current`` is the number of the checkpoint that is in the model.
         """
-        meta = [n for n, p in self.capture.model.named_parameters() if p.device.type == "meta"]
-        if meta:
-            raise InvalidArgumentError(
-                f"the parameters {meta[:3]} of the model are on the device 'meta', without values "
-                "(an empty or offloaded model): load the weights onto one device first"
-            )
         self._loader = loader
         self._schedule.begin()
 

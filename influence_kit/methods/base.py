@@ -30,7 +30,7 @@ from influence_kit.data import (
 from influence_kit.dtypes import exact_dtype
 from influence_kit.errors import InvalidArgumentError, PassAgain
 from influence_kit.example_draws import first_example
-from influence_kit.gradients.check import refuse_mixing_layers
+from influence_kit.gradients.check import refuse_meta, refuse_mixing_layers
 from influence_kit.gradients.source import GradientSource, Verify, check_verify, comfortable_rows
 from influence_kit.inputs import (
     as_examples,
@@ -196,6 +196,7 @@ class InfluenceBase(KeptOf, DataInfluence):
     @contextmanager
     def _session(self) -> Iterator[CheckpointLoader]:
         """The model with hooks on, borrowed from the user; a loader for its checkpoints."""
+        refuse_meta(self.model)
         with alone_with(self.model):  # also while the model is looked at
             self._see_model()
             for name, checked in self._checked.items():
