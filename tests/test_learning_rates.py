@@ -230,6 +230,40 @@ def test_a_schedule_without_a_formula_alone_is_of_the_next_step(tmp_path):
     assert row.rate_source.endswith("the rate of the next step")
 
 
+def never_silently_wrong(paths, applied):
+    """Rates that are called applied are."""
+    rows = {step: checkpoint_table([path])[0] for step, path in paths.items()}
+    wrong = [
+        step for step, row in rows.items() if row.learning_rate != pytest.approx(applied[step])
+    ]
+    assert [rows[step].rate_kind for step in wrong] == ["estimated"] * len(wrong)
+    return wrong
+
+
+def test_a_scale_function_of_the_users_does_not_show_at_the_lowest_rate(tmp_path):
+    save, paths = plain(tmp_path, step=lambda step: step)
+    options = {"scale_fn": lambda cycle: 0.5**cycle, "cycle_momentum": False}
+    applied = run(lambda o: s.CyclicLR(o, 0.01, 0.1, 2, **options), save)
+    assert never_silently_wrong(paths, applied)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_an_epoch_of_two_updates_and_the_second_step_look_alike(tmp_path, before):
+    save, paths = plain(tmp_path)
+    chosen, applied = Adam([nn.Parameter(torch.ones(2))], lr=0.1), {}
+    scheduler = s.ExponentialLR(chosen, 0.5)
+    for step in (1, 2):
+        chosen.param_groups[0]["params"][0].grad = torch.ones(2)
+        applied[step] = chosen.param_groups[0]["lr"]
+        chosen.step()
+        if before and step == 1:
+            scheduler.step()
+    if not before:
+        scheduler.step()
+    save(2, chosen, scheduler)
+    never_silently_wrong(paths, applied)
+
+
 def plateau(**options):
     """ReduceLROnPlateau that never sees a better metric."""
 
@@ -303,6 +337,26 @@ def lightning(folder: Path, each_epoch: bool, loops: bool = True):
 def test_the_applied_rate_of_lightning_is_not_that_of_the_next_step(tmp_path, name, each_epoch):
     save, paths = lightning(tmp_path, each_epoch)
     check(paths, run(CLOSED[name], save, each_epoch=each_epoch))
+
+
+def test_lightning_in_the_middle_of_an_epoch_whose_frequency_is_open(tmp_path):
+    # after batch 3 one step of the scheduler was taken: every 2 batches, or every 3
+    write, paths = lightning(tmp_path, each_epoch=False)
+    chosen, applied = Adam([nn.Parameter(torch.ones(2))], lr=0.1), {}
+    scheduler = s.CosineAnnealingLR(chosen, 20)
+    for step in (1, 2, 3):
+        chosen.param_groups[0]["params"][0].grad = torch.ones(2)
+        applied[step] = chosen.param_groups[0]["lr"]
+        chosen.step()
+        if step == 2:
+            scheduler.step()
+    write(3, chosen, scheduler)
+    saved = torch.load(paths[3])
+    progress = saved["loops"]["fit_loop"]
+    progress["epoch_loop.scheduler_progress"]["current"]["completed"] = 1
+    progress["epoch_loop.batch_progress"]["is_last_batch"] = False
+    torch.save(saved, paths[3])
+    never_silently_wrong(paths, applied)
 
 
 def test_lightning_in_the_middle_of_an_epoch(tmp_path):
@@ -543,6 +597,14 @@ def test_the_logs_of_another_run_do_not_count(tmp_path):
 def test_old_logs_hold_the_rate_of_the_next_step(tmp_path, name, version, logs):
     applied, states = lambda_run(factor_of(name))
     check(trainer(tmp_path, applied, states, logs=logs, late=True, version=version), applied)
+
+
+@pytest.mark.parametrize("only", [True, False])
+def test_a_log_of_the_step_before_is_not_taken_for_one_of_this_step(tmp_path, only):
+    # without a version nothing tells which rate a log holds
+    applied, states = lambda_run(lambda step: 1 / math.sqrt(1 + step))
+    paths = trainer(tmp_path, applied, states, every=6, logs=5, only=only, version="")
+    assert 6 in never_silently_wrong(paths, applied)
 
 
 def test_a_schedule_that_is_not_recognised_is_interpolated_with_one_warning(tmp_path):

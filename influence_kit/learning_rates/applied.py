@@ -99,9 +99,26 @@ def _before(
     ]
     rates = [rate for rate, _ in found if rate is not None]
     if rates and len(rates) == len(found):
-        kind = APPLIED if all(verified for _, verified in found) else ESTIMATED
-        return Rate(one_rate(rates), source, kind)
+        verified = all(verified for _, verified in found) and _scale_is_known(state, current)
+        return Rate(one_rate(rates), source, APPLIED if verified else ESTIMATED)
     return _from_others(state, current[0], back)
+
+
+def _scale_is_known(state: TrainingState, current: Sequence[float]) -> bool:
+    """Whether a ``CyclicLR`` has shown how it scales: at its lowest rate any function does nothing.
+
+    A function of the user's is not in the state.
+    """
+    scheduler = state.schedulers[0]
+    if len(state.schedulers) > 1 or scheduler_name(scheduler) != "CyclicLR":
+        return True
+    lowest = float(scheduler["base_lrs"][0])
+    if not _equal(current[0], lowest):
+        return True
+    told = {s: rate for s, rate in state.others().items() if not _equal(rate, lowest)}
+    return bool(told) and all(
+        _equal(closed_form(scheduler, steps, 0, {}), rate) for steps, rate in told.items()
+    )
 
 
 def _from_others(state: TrainingState, current: float, back: int) -> Rate | None:
@@ -196,6 +213,8 @@ def _calls_back(taken: int, updates: int | None, epochs: Sequence[int]) -> tuple
     if updates is not None:
         if updates == taken:
             return 1, True
+        if updates == taken + 1 == 2:
+            return 1, False  # before the scheduler's second step, or after an epoch of two updates
         if updates == taken + 1:
             return 0, True
         if updates < taken:

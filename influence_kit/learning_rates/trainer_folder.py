@@ -137,15 +137,20 @@ def _between(
     if scheduler.get("_last_lr"):
         held[taken] = float(scheduler["_last_lr"][0])
     bases = scheduler.get("base_lrs")
+    base = one_rate(bases) if bases else None
     found = []
-    for late in _conventions(path, logs, step, held.get(taken)):
+    conventions = _conventions(path, logs, step, held.get(taken))
+    for late in conventions:
         # updates that were skipped are steps that the scheduler did not take
         shift = taken - step - (0 if late else 1)
         known = {s + shift: rate for s, rate in logs.items()} | held
-        base = one_rate(bases) if bases else None
-        found.append(rate_at(taken - 1, known, base, state.get("max_steps")))
-    certain = [rate for rate in found if rate is not None and rate.kind == APPLIED]
-    return (certain or found)[0]
+        if len(conventions) > 1 and taken - 1 not in held:
+            # the log before counts only where the other rates agree that it is late
+            known.pop(taken - 1, None)
+        rate = rate_at(taken - 1, known, base, state.get("max_steps"))
+        found += [] if rate is None else [rate]
+    certain = [rate for rate in found if rate.kind == APPLIED]
+    return next(iter(certain or found), None)
 
 
 def _conventions(path: Path, logs: Logs, step: int, following: float | None) -> list[bool]:

@@ -47,14 +47,16 @@ def wrapped_rate(saved: State, path: Path | None) -> Rate:
     where = f"optimizer state '{key}'"
     if scheduler_key:
         where += f", scheduler state '{scheduler_key}'"
-    loops = saved.get("loops")
+    loops, epoch = saved.get("loops"), saved.get("epoch")
+    # Lightning saves in the middle of an epoch, too: where its loops do not tell, nothing does
+    counts = type(epoch) is int and not (lightning and loops)
     state = TrainingState(
         optimizers,
         schedulers,
         where,
-        epochs=[saved["epoch"]] if type(saved.get("epoch")) is int else [],
+        epochs=[int(epoch)] if counts and epoch is not None else [],
         updates=next((saved[k] for k in UPDATE_KEYS if type(saved.get(k)) is int), None),
-        back=_lightning_back(loops, schedulers, saved.get("epoch")) if lightning else None,
+        back=_lightning_back(loops, schedulers, epoch) if lightning else None,
         others=lambda: _others(path, schedulers),
     )
     return applied_rate(state) or Rate(expected=lightning)
