@@ -57,6 +57,7 @@ bench: $(VENV)/.test  ## time the floor, influence_kit and its peers; writes ben
 	$(BIN)/python -m benchmarks.projections --write
 	$(BIN)/python -m benchmarks.store --write
 	$(BIN)/python -m benchmarks.costs --write
+	$(BIN)/python -m benchmarks.checks --long --write
 
 quality: $(VENV)/.test  ## judge every method where no download is needed; writes benchmarks/QUALITY.md
 	$(BIN)/python -m benchmarks.quality

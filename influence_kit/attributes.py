@@ -1,9 +1,11 @@
 """What modules hold beside parameters, buffers and hooks: their attributes, as they were.
 
 Attributes are compared and put back by identity; lists, dicts, sets and objects among them also by
-content, five levels deep; tensors and arrays that were changed in place by value.
+content, five levels deep; tensors and arrays that were changed in place by value; generators of
+random numbers by their state.
 """
 
+import random
 import sys
 import types
 from collections import OrderedDict, defaultdict, deque
@@ -20,6 +22,7 @@ from influence_kit.functorch import outside_transforms
 
 DEPTH = 5
 CONTAINERS = (dict, list, set, deque, OrderedDict, defaultdict)
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 # what ``nn.Module`` keeps there itself
 OF_MODULES = frozenset(vars(nn.Module()))
 _FOREIGN = {"torch", "numpy"} | (set(sys.stdlib_module_names) - {"types", "functools"})
@@ -40,6 +43,8 @@ class Attributes:
         self._owners: list[Any] = []
         self._known: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
         self._values: list[tuple[Any, int, Any]] = []
+        # generators of random numbers, and their states
+        self._generators: list[tuple[Any, Any]] = []
         for module in modules:
             self._owners.append(module)
             self._known[id(vars(module))] = module
@@ -56,6 +61,10 @@ class Attributes:
             self._known[id(value)] = value
             self._values.append((value, _version(value), _copy(value)))
             return
+        if isinstance(value, GENERATORS):
+            self._known[id(value)] = value
+            self._generators.append((value, _state(value)))
+            return
         holds = type(value) in CONTAINERS or _has_attributes(value)
         if not depth or not (holds or type(value) is tuple):
             return
@@ -68,7 +77,7 @@ class Attributes:
 
     def contents(self) -> list[Contents]:
         """What all of them hold now."""
-        return [_contents(owner) for owner in self._owners]
+        return [held_by(owner) for owner in self._owners]
 
     def changed_since(self, before: Sequence[Contents]) -> dict[int, Contents]:
         """The numbers of those that hold something else now, with what they held."""
@@ -81,7 +90,7 @@ class Attributes:
     def put_back(self, changed: dict[int, Contents]) -> None:
         """Have some of them hold what they held."""
         for number, held in changed.items():
-            _fill(self._owners[number], held)
+            fill(self._owners[number], held)
 
     def put_back_values(self) -> None:
         """Undo what was done in place to tensors and arrays that were there at the start."""
@@ -97,6 +106,8 @@ class Attributes:
         """Have all of them hold what they held at the start."""
         self.put_back(self.changed_since(self._start))
         self.put_back_values()
+        for generator, state in self._generators:
+            _set_state(generator, state)
 
     def notes(self, changed: dict[int, Contents]) -> list[tuple[int, str]]:
         """Attributes of modules that say that something has been done: now true, or a handle."""
@@ -142,7 +153,8 @@ def _held(owner: Any) -> Any:
     return owner if type(owner) in CONTAINERS else vars(owner)
 
 
-def _contents(owner: Any) -> Contents:
+def held_by(owner: Any) -> Contents:
+    """A copy of what an owner holds."""
     held = _held(owner)
     return dict(held) if isinstance(held, dict) else list(held)
 
@@ -163,7 +175,8 @@ def _same(before: Contents, owner: Any) -> bool:
     return own.keys() == now.keys() and all(own[name] is now[name] for name in own)
 
 
-def _fill(owner: Any, before: Contents) -> None:
+def fill(owner: Any, before: Contents) -> None:
+    """Have an owner hold what it held."""
     held = _held(owner)
     if isinstance(owner, nn.Module):
         kept = {name: value for name, value in held.items() if name in OF_MODULES}
@@ -173,6 +186,24 @@ def _fill(owner: Any, before: Contents) -> None:
         held.extend(before)
     else:
         held.update(before)
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    is_numpys = isinstance(generator, np.random.RandomState)
+    return generator.get_state() if is_numpys else generator.getstate()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
 
 
 def _is_note(value: Any) -> bool:

@@ -11,96 +11,30 @@ Shapes: n examples of a batch.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain, islice, product
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
+from influence_kit.axis_search import (
+    grows,
+    in_lists,
+    label_leaf,
+    likely_axes,
+    said_of_leaves,
+    structure_of,
+    with_one_less,
+)
 from influence_kit.errors import InvalidArgumentError, PassAgain
+from influence_kit.marked_batch import Axes, Known, describe, known, leaves, shape_of
 
-Axes = tuple[int | None, ...]
-# of a dict batch, in this order
-LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 # different shapes of batches that are compared; later ones are only checked
 MOST_SHAPES = 32
-MOST_CHOICES = 16
 # batches that are read ahead, until one shows where examples stand
 READ_AHEAD = 8
-
-
-def leaves(item: Any) -> Iterator[Any]:
-    """The tensors of nested tuples, lists and dicts, and the lists without tensors, in order."""
-    if isinstance(item, PackedSequence):  # its rows are no examples, and it cannot be cut
-        return
-    if isinstance(item, Tensor):
-        yield item
-    elif isinstance(item, Mapping):
-        for value in item.values():
-            yield from leaves(value)
-    elif isinstance(item, tuple | list):
-        if not item or holds_tensor(item):
-            for value in item:
-                yield from leaves(value)
-        else:
-            yield item
-
-
-def holds_tensor(item: Any) -> bool:
-    """Whether there is a tensor in nested tuples, lists and dicts."""
-    if isinstance(item, Mapping):
-        return any(holds_tensor(value) for value in item.values())
-    if isinstance(item, tuple | list):
-        return any(holds_tensor(value) for value in item)
-    return isinstance(item, Tensor)
-
-
-def shape_of(leaf: Any) -> tuple[int, ...]:
-    """The lengths that may count examples: a tensor's shape, or a list's length."""
-    return tuple(leaf.shape) if isinstance(leaf, Tensor) else (len(leaf),)
-
-
-class KnownTuple(tuple[Any, ...]):
-    """A tuple batch ``(*model_inputs, targets)`` whose axes of examples are known."""
-
-    n: int
-    axes: Axes
-
-    @property
-    def given(self) -> tuple[Any, ...]:
-        """The items."""
-        return tuple(self)
-
-
-class KnownDict(Mapping[str, Any]):
-    """A dict batch whose axes of examples are known; ``given`` is the user's own mapping."""
-
-    def __init__(self, given: Mapping[str, Any]) -> None:
-        self.given = given
-        self.n: int
-        self.axes: Axes
-
-    def __getitem__(self, key: str) -> Any:
-        return self.given[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.given)
-
-    def __len__(self) -> int:
-        return len(self.given)
-
-
-Known = KnownTuple | KnownDict
-
-
-def known(items: Any, n: int, axes: Axes) -> Known:
-    """A batch of n examples, marked with where they stand in each leaf."""
-    batch: Known = KnownDict(items) if isinstance(items, Mapping) else KnownTuple(items)
-    batch.n, batch.axes = n, axes
-    return batch
 
 
 @dataclass
@@ -109,11 +43,17 @@ class _Seen:
 
     shapes: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)
     counts: list[int | None] = field(default_factory=list)
-    axes: Axes | None = None
-    # other ways to read the same shapes, where they leave a choice
-    others: list[Axes] = field(default_factory=list)
-    # the same with one leaf more that belongs to the whole batch, if only by chance as long as it
+    # the ways to read these shapes, where they leave a choice, the likeliest first; then those with
+    # one leaf more that belongs to the whole batch, if only by chance as long as it
+    ways: list[Axes] = field(default_factory=list)
     last_resorts: list[Axes] = field(default_factory=list)
+    taken: int = 0
+
+    @property
+    def axes(self) -> Axes | None:
+        """The way that is taken."""
+        ways = [*self.ways, *self.last_resorts]
+        return ways[self.taken] if ways else None
 
 
 class BatchAxes:
@@ -128,6 +68,8 @@ class BatchAxes:
     def __init__(self, given: Any = None) -> None:
         self._given = given
         self._seen: dict[Any, _Seen] = {}
+        # whether some batches were marked in another way than they would be now
+        self._has_learnt_better = False
 
     @property
     def nothing_said(self) -> bool:
@@ -147,7 +89,8 @@ class BatchAxes:
         """
         if isinstance(batch, Known):
             return batch
-        seen = self._seen.setdefault(_structure(batch), _Seen())
+        count = in_lists(batch) if count is None and self.nothing_said else count
+        seen = self._seen.setdefault(structure_of(batch), _Seen())
         shapes: tuple[tuple[int, ...], ...] = tuple(shape_of(leaf) for leaf in leaves(batch))
         before = seen.axes
         is_new = shapes not in seen.shapes and len(seen.shapes) < MOST_SHAPES
@@ -164,6 +107,7 @@ class BatchAxes:
             self._add(seen, batch, shapes, count)
             axes = seen.axes or axes
         if before is not None and before != axes:
+            self._has_learnt_better = True
             raise PassAgain(
                 f"a batch of shapes {_listed(shapes)} shows that the examples of the batches "
                 "before stood elsewhere than it seemed"
@@ -192,16 +136,23 @@ class BatchAxes:
         """Whether the shapes of such batches so far leave no choice."""
         if not isinstance(batch, tuple | list | Mapping):
             return True
-        seen = self._seen.get(_structure(batch))
-        return seen is not None and not seen.others
+        seen = self._seen.get(structure_of(batch))
+        return seen is not None and len(seen.ways) == 1
 
     def try_another(self) -> bool:
-        """Read batches whose shapes leave a choice in the next way; False where all were tried."""
+        """Read batches whose shapes leave a choice in the next way; False where all were tried.
+
+        Then they are read in the likeliest way again.
+        """
+        if self._has_learnt_better:
+            self._has_learnt_better = False
+            return True
         for seen in self._seen.values():
-            for choices in (seen.others, seen.last_resorts):
-                if choices:
-                    seen.axes = choices.pop(0)
-                    return True
+            if seen.taken + 1 < len(seen.ways) + len(seen.last_resorts):
+                seen.taken += 1
+                return True
+        for seen in self._seen.values():
+            seen.taken = 0
         return False
 
     def learn(self, loader: Any) -> None:
@@ -216,177 +167,46 @@ class BatchAxes:
             batches = [collate([copy.copy(item) for _ in range(n)]) for n in (2, 3)]
         except Exception:  # a data set or function that takes no such list: real batches will tell
             return
-        for n, batch in zip((2, 3), batches, strict=True):
-            if isinstance(batch, tuple | list | Mapping) and _lengths_hold(batch, n):
-                shapes = tuple(shape_of(leaf) for leaf in leaves(batch))
-                seen = self._seen.setdefault(_structure(batch), _Seen())
-                if shapes not in seen.shapes:
-                    seen.shapes.append(shapes)
+        if not all(isinstance(batch, tuple | list | Mapping) for batch in batches):
+            return
+        shapes = [tuple(shape_of(leaf) for leaf in leaves(batch)) for batch in batches]
+        # a function that takes one example of its list tells nothing
+        if structure_of(batches[0]) == structure_of(batches[1]) and grows(*shapes):
+            seen = self._seen.setdefault(structure_of(batches[0]), _Seen())
+            for n, some in zip((2, 3), shapes, strict=True):
+                if some not in seen.shapes:
+                    seen.shapes.append(some)
                     seen.counts.append(n)
 
     def note_stacked(self, batch: Any) -> None:
         """Batches of this structure have their examples in front of every leaf."""
-        seen = self._seen.setdefault(_structure(batch), _Seen())
+        seen = self._seen.setdefault(structure_of(batch), _Seen())
         if seen.counts[:2] == [2, 3]:
             return
         shapes = [shape_of(leaf) for leaf in leaves(batch)]
         for n in (3, 2):
             seen.shapes.insert(0, tuple((n, *shape[1:]) if shape else () for shape in shapes))
             seen.counts.insert(0, n)
-        seen.axes, seen.others = tuple(0 if shape else None for shape in shapes), []
+        seen.ways, seen.last_resorts = [tuple(0 if shape else None for shape in shapes)], []
+        seen.taken = 0
 
     def _add(
         self, seen: _Seen, batch: Any, shapes: tuple[tuple[int, ...], ...], count: int | None
     ) -> None:
         seen.shapes.append(shapes)
         seen.counts.append(count)
-        found = _axes(seen.shapes, seen.counts, _label_leaf(batch))
-        said = _said(self._given, batch)
-        seen.axes, *seen.others = [
+        found = likely_axes(seen.shapes, seen.counts, label_leaf(batch))
+        said = said_of_leaves(self._given, batch)
+        ways = (
             tuple(a if own is ... else own for a, own in zip(axes, said, strict=True))
             for axes in found
-        ]
-        seen.others = [axes for axes in dict.fromkeys(seen.others) if axes != seen.axes]
-        seen.last_resorts = list(_with_one_less(seen, _label_leaf(batch), said))
-
-
-def _lengths_hold(batch: Any, n: int) -> bool:
-    """Whether some leaf of a batch of n examples has that length."""
-    return any(n in shape_of(leaf) for leaf in leaves(batch))
-
-
-def _structure(item: Any) -> Any:
-    """What batches of one kind share: nesting, keys, and the number of dimensions of tensors."""
-    if isinstance(item, Mapping):
-        return ("dict", *((key, _structure(value)) for key, value in item.items()))
-    if isinstance(item, tuple | list) and not isinstance(item, PackedSequence):
-        return tuple(_structure(value) for value in item) if holds_tensor(item) else "list"
-    return item.dim() if isinstance(item, Tensor) else type(item).__name__
-
-
-def _label_leaf(batch: Any) -> int | None:
-    """The leaf that most likely has one row per example: the first of the targets."""
-    if isinstance(batch, Mapping):
-        before = 0
-        for key, value in batch.items():
-            found = [leaf for leaf in leaves(value) if shape_of(leaf)]
-            if key in LABEL_KEYS and found:
-                return before
-            before += len(list(leaves(value)))
-        return None
-    items, first = list(batch), len(list(leaves(batch)))
-    for item in items[::-1]:
-        own = list(leaves(item))
-        first -= len(own)
-        for place, leaf in enumerate(own):
-            if isinstance(leaf, Tensor) and shape_of(leaf):
-                return first + place
-    return None
-
-
-def _axes(
-    shapes: Sequence[tuple[tuple[int, ...], ...]], counts: Sequence[int | None], label: int | None
-) -> list[Axes]:
-    """The axis of each leaf whose lengths are, in all batches, those that count the examples.
-
-    The likeliest choice first, where several axes have these lengths.
-    """
-    lengths: dict[tuple[int, int], tuple[int, ...]] = {}
-    for leaf, first in enumerate(shapes[0]):
-        for axis in range(len(first)):
-            lengths[leaf, axis] = tuple(some[leaf][axis] for some in shapes)
-    fitting = {
-        vector
-        for vector in lengths.values()
-        if all(count in (None, length) for count, length in zip(counts, vector, strict=True))
-    }
-    if not fitting:
-        return [(None,) * len(shapes[0])]
-
-    def likelihood(vector: tuple[int, ...]) -> tuple[float, int]:
-        having = {leaf for (leaf, _), other in lengths.items() if other == vector}
-        in_front = {leaf for leaf in having if lengths.get((leaf, 0)) == vector}
-        votes = len(having) + len(in_front) + 0.5 * (len(set(vector)) > 1)
-        # targets almost always have their examples in front
-        votes += (100 if _is_only_clue(counts) else 1.5) * (label in in_front)
-        return votes, max(len(shapes[0][leaf]) for leaf in having)
-
-    best = max(fitting, key=likelihood)
-    choices: list[list[int | None]] = [
-        [a for a in range(len(shape)) if lengths[leaf, a] == best] or [None]
-        for leaf, shape in enumerate(shapes[0])
-    ]
-    if best == (1,) * len(shapes):  # one example is not cut
-        choices = [choice[:1] for choice in choices]
-    return list(islice(product(*choices), MOST_CHOICES))
-
-
-def _with_one_less(seen: _Seen, label: int | None, said: Sequence[Any]) -> Iterator[Axes]:
-    """The axes with one leaf as long as the batch has examples taken for the whole batch's."""
-    assert seen.axes is not None
-    counted = [axis for axis in seen.axes if axis is not None]
-    lengths = {
-        s[a]
-        for shapes in seen.shapes
-        for s, a in zip(shapes, seen.axes, strict=True)
-        if a is not None
-    }
-    if len(counted) < 2 or len(lengths) > 1:
-        return
-    for leaf, axis in enumerate(seen.axes):
-        if axis is not None and leaf != label and said[leaf] is ...:
-            yield (*seen.axes[:leaf], None, *seen.axes[leaf + 1 :])
-
-
-def _is_only_clue(counts: Sequence[int | None]) -> bool:
-    """Whether no batch has a count that is sure."""
-    return all(count is None for count in counts)
-
-
-def _said(given: Any, batch: Any) -> list[Any]:
-    """What the user says of each leaf; ``...`` where nothing."""
-    if given is None:
-        return [...] * len(list(leaves(batch)))
-    return list(_said_of(given, batch, "batch_axes"))
-
-
-def _said_of(given: Any, item: Any, where: str) -> Iterator[Any]:
-    if given is ... or given is None or (isinstance(given, int) and not isinstance(given, bool)):
-        for leaf in leaves(item):
-            if isinstance(given, int) and not -1 < given < max(1, len(shape_of(leaf))):
-                raise InvalidArgumentError(
-                    f"`{where}` names dimension {given} of a tensor of shape "
-                    f"{list(shape_of(leaf))}; name one of its dimensions, or None for a tensor "
-                    "that belongs to the whole batch"
-                )
-            yield given
-        return
-    if isinstance(given, Mapping) and isinstance(item, Mapping) and set(given) <= set(item):
-        for key, value in item.items():
-            yield from _said_of(given.get(key, ...), value, f"{where}[{key!r}]")
-        return
-    fits = isinstance(given, tuple | list) and isinstance(item, tuple | list)
-    if not fits or len(given) != len(item):
-        raise InvalidArgumentError(
-            f"`{where}` is {given!r}, and a batch has another structure: {describe(item)}"
         )
-    for place, value in enumerate(item):
-        yield from _said_of(given[place], value, f"{where}[{place}]")
+        seen.ways, seen.taken = list(dict.fromkeys(ways)), 0
+        seen.last_resorts = list(with_one_less(seen.shapes, seen.ways[0], label_leaf(batch), said))
 
 
 def _listed(shapes: Iterable[tuple[int, ...]]) -> str:
     return ", ".join(str(list(shape)) for shape in shapes)
-
-
-def describe(item: Any) -> str:
-    """A batch in words: what it holds, with shapes."""
-    if isinstance(item, Tensor):
-        return f"a tensor of shape {list(item.shape)}"
-    if isinstance(item, Mapping):
-        return "a dict of " + ", ".join(f"{k}: {describe(v)}" for k, v in item.items())
-    if isinstance(item, tuple | list):
-        return f"a {type(item).__name__} of " + ", ".join(map(describe, item))
-    return f"a {type(item).__name__}"
 
 
 class Marker:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from influence_kit.attributes import CONTAINERS, MISSING, own_attributes
+from influence_kit.attributes import CONTAINERS, MISSING, fill, held_by, own_attributes
 from influence_kit.module_state import ModuleState
 from influence_kit.training_flags import Probe, close
 
@@ -53,7 +53,10 @@ def _filled_again(
 ) -> list[Place]:
     """The places that a forward pass fills with what they held, all of them being empty before."""
     before, found = state.attributes.contents(), []
-    held = {place: list(_tensors(vars(place[0])[place[1]])) for place in places}
+    values = {place: vars(place[0])[place[1]] for place in places}
+    held = {place: list(_tensors(value)) for place, value in values.items()}
+    # a container may be younger than what the state knows of: one that ``eval()`` has made
+    contents = [(value, held_by(value)) for value in values.values() if type(value) in CONTAINERS]
     try:
         for place in places:
             _empty(place, nothing)
@@ -66,6 +69,8 @@ def _filled_again(
             ]
     finally:
         state.attributes.put_back(state.attributes.changed_since(before))
+        for value, inside in contents:
+            fill(value, inside)
     return found
 
 

@@ -20,6 +20,7 @@ from influence_kit.fingerprints import Fingerprint, fingerprint, same_rows, targ
 from influence_kit.inputs import dimensions
 from influence_kit.loaders import Slices, loader_length, promised_rows
 from influence_kit.random_state import kept_random_state
+from influence_kit.random_states import same_random_states
 
 UNSTACKABLE = (
     "each element in list of batch should be",
@@ -102,7 +103,8 @@ class CheckedBatches:
 
     def look_at(self) -> None:
         """Read the first batches, until they show where examples stand."""
-        next(self._marker.read(self._read(iter(self.batches))), None)
+        with same_random_states():
+            next(self._marker.read(self._read(iter(self.batches))), None)
 
     def forget(self) -> None:
         """Compare no later pass with those until now: data may change between two calls."""

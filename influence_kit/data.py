@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset
 
-from influence_kit.batch_axes import (
-    BatchAxes,
+from influence_kit.batch_axes import BatchAxes
+from influence_kit.marked_batch import (
     Known,
     KnownDict,
     KnownTuple,

@@ -1,4 +1,4 @@
-"""In which precision numbers are added up, and complex numbers as pairs of real ones."""
+"""In which precision numbers are added up, complex numbers as pairs of real ones, and bytes."""
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,13 @@ def has_complex(layer: nn.Module) -> bool:
 def real_shape(tensor: Tensor) -> torch.Size:
     """The shape of ``real(tensor)``."""
     return torch.Size([*tensor.shape, 2]) if tensor.is_complex() else tensor.shape
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a dense tensor on the CPU, one after the other, ``[bytes]``."""
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().flatten()
+    # a single entry of a column counts as contiguous and keeps the column's stride
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)
 
 
 def restored(pairs: Tensor, tensor: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from influence_kit.data import example_count, take
+from influence_kit.dtypes import as_bytes
+from influence_kit.marked_batch import KnownTuple
 
 # entries of a tensor that are looked at, from all over it
 ENTRIES = 1 << 16
@@ -57,6 +59,8 @@ def _examples(batch: Any) -> list[Any]:
 
 
 def _inputs_and_targets(batch: Any) -> tuple[Any, Any]:
+    if isinstance(batch, KnownTuple):  # the same as before it was marked
+        batch = batch.given
     if isinstance(batch, Mapping):
         targets = {key: v for key, v in batch.items() if _is_target(str(key))}
         return {key: v for key, v in batch.items() if key not in targets}, targets
@@ -100,5 +104,4 @@ def _add(found: Any, item: Any) -> None:
 def _some_bytes(tensor: Tensor) -> Any:
     # an odd step, so that it is not one column of an even width that is looked at
     step = tensor.numel() // ENTRIES + 1 | 1 if tensor.numel() > ENTRIES else 1
-    entries = tensor.flatten()[::step].cpu().resolve_conj().resolve_neg().contiguous()
-    return entries.view(torch.uint8).numpy()
+    return as_bytes(tensor.flatten()[::step].cpu()).numpy()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influence_kit.batch_axes import LABEL_KEYS
+from influence_kit.axis_search import LABEL_KEYS
 from influence_kit.data import Batch, map_tensors
 from influence_kit.errors import InvalidArgumentError, LabelError
 

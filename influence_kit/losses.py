@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from influence_kit.data import Batch, map_outputs, targets_of
+from influence_kit.data import Batch, map_outputs, map_tensors, targets_of
 from influence_kit.errors import InvalidArgumentError, LabelError
 from influence_kit.labels import IGNORED_LABEL, check_labels, label_in
 from influence_kit.loss_parts import compare_parts
@@ -109,6 +109,23 @@ class Loss:
         """What the loss returns, checked to be a tensor."""
         targets = targets_of(batch)
         self._check_labels(outputs, targets)
+        if not self._is_known_to_read:
+            # it may write into what it gets: the user's data, what the next call is given, a leaf
+            outputs, targets = map_tensors((outputs, targets), Tensor.clone)
+        return self.returned(outputs, targets)
+
+    @property
+    def _is_known_to_read(self) -> bool:
+        """Whether the loss is torch's or ours, and changes nothing that it is given."""
+        formula = self._formula
+        while isinstance(formula, partial):
+            formula = formula.func
+        named = formula if hasattr(formula, "__qualname__") else type(formula)
+        home = str(named.__module__)
+        return self._is_models_own or home.startswith(("torch.nn.", "influence_kit."))
+
+    def returned(self, outputs: Any, targets: Any) -> Tensor:
+        """What the loss returns for these very tensors."""
         try:
             value = self._formula(outputs, targets)
         except IndexError as error:
@@ -315,7 +332,8 @@ class Loss:
     def _take_formula(self, together: tuple[Any, Batch], singles: Tensor, closeness: float) -> bool:
         """Replace a model's own mean by a per-example formula that gives each example's loss."""
         outputs, batch = together
-        logits = getattr(outputs, "logits", None)
+        held = outputs.get("logits") if isinstance(outputs, Mapping) else None
+        logits = getattr(outputs, "logits", None) if held is None else held
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
             return False

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influence_kit.data import Batch, targets_of
+from influence_kit.data import Batch, map_tensors, targets_of
 from influence_kit.dtypes import exact
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.labels import check_labels, labels_of, logits_of, with_logits
@@ -114,8 +114,10 @@ def slope_along(
     logits = exact(logits_of(outputs)).detach().requires_grad_()
     shown = with_logits(outputs, logits)
     with torch.enable_grad():
-        along = _gradient(output_fn(shown, targets_of(batch)).sum(), logits, "output_fn")
-        down = _gradient(loss.total(shown, batch, n), logits, loss.name)
+        # it may write into what it gets
+        copies = map_tensors((shown, targets_of(batch)), Tensor.clone)
+        along = _gradient(output_fn(*copies).sum(), logits, "output_fn")
+        down = _gradient(loss.checked_total(shown, batch, n), logits, loss.name)
     along, powers = balanced(along.reshape(n, -1))
     down, of_down = balanced(down.reshape(n, -1))
     product, square = (along * down).sum(1), along.square().sum(1)

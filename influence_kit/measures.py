@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from influence_kit.data import Batch, targets_of
+from influence_kit.data import Batch
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.labels import labels_of, logits_of
 from influence_kit.losses import Loss, LossFunction
@@ -55,24 +55,24 @@ class LossOfTests(Loss):
         self._train = train
         self._is_known = False
 
-    def values(self, outputs: Any, batch: Batch) -> Tensor:
+    def returned(self, outputs: Any, targets: Any) -> Tensor:
         """What the loss returns, checked to be a tensor, and once to be none that should rise."""
         before = _version(outputs)
-        value = super().values(outputs, batch)
+        value = super().returned(outputs, targets)
         if not self._is_known and before == _version(outputs):
             try:
-                self._refuse_what_rises(value, outputs, batch)
+                self._refuse_what_rises(value, outputs, targets)
                 self._is_known = True
             except RuntimeError:  # under vmap, which shows no values
                 pass
         return value
 
-    def _refuse_what_rises(self, value: Tensor, outputs: Any, batch: Batch) -> None:
-        found = known_to_rise(value, outputs, batch)
+    def _refuse_what_rises(self, value: Tensor, outputs: Any, targets: Any) -> None:
+        found = known_to_rise(value, outputs, targets)
         if found is None:
             return
         try:
-            trained_on = known_to_rise(self._train.values(outputs, batch), outputs, batch)
+            trained_on = known_to_rise(self._train.returned(outputs, targets), outputs, targets)
         except Exception:  # whatever the training loss does with test examples
             trained_on = None
         if trained_on is None:
@@ -116,13 +116,13 @@ def refuse_both(loss_fn: object, output_fn: object) -> None:
         )
 
 
-def known_to_rise(value: Tensor, outputs: Any, batch: Batch) -> str | None:
+def known_to_rise(value: Tensor, outputs: Any, targets: Any) -> str | None:
     """Which known measure that is better when higher a loss has returned, in words, if any.
 
     Args:
         value: one value per example ``[n]``, more of each ``[n, ...]``, or their sum or mean.
         outputs: what the model returned.
-        batch: the examples.
+        targets: what the loss got beside it; of a dict batch, the dict.
     """
     try:
         logits = logits_of(outputs)
@@ -133,7 +133,7 @@ def known_to_rise(value: Tensor, outputs: Any, batch: Batch) -> str | None:
     if value.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr():
         return "the model's output, or a part of it"
     with torch.no_grad():
-        measures = [*_of_outputs(logits.detach()), *_of_labels(outputs, logits.detach(), batch)]
+        measures = [*_of_outputs(logits.detach()), *_of_labels(logits.detach(), targets)]
         for name, measure in measures:
             if _is_the_same(value.detach(), measure):
                 return name
@@ -146,9 +146,8 @@ def _of_outputs(outputs: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield "the mean of the model's outputs", rows.mean(1)
 
 
-def _of_labels(outputs: Any, logits: Tensor, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+def _of_labels(logits: Tensor, targets: Any) -> Iterator[tuple[str, Tensor]]:
     """What a classifier ``[n, c]`` says of its labels ``[n]``, each measure ``[n]``."""
-    targets = targets_of(batch)
     try:
         labels = targets if isinstance(targets, Tensor) else labels_of(targets)
         margins = classification_margin(logits, labels)

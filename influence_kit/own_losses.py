@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from influence_kit.dtypes import HALF
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.labels import IGNORED_LABEL
+from influence_kit.labels import IGNORED_LABEL, logits_of
 
 # of the largest slope
 SLOPES_CLOSE = 1e-2
@@ -22,7 +23,7 @@ OwnFormula = Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None]
 
 def example_means(formula: OwnFormula, outputs: Any, batch: Any) -> Tensor:
     """The formula's loss of each example, ``[n]``; 0 where nothing is labelled."""
-    found = formula(outputs.logits, batch["labels"])
+    found = formula(logits_of(outputs), batch["labels"])
     assert found is not None
     sums, counts = found
     return sums / counts.clamp(min=1)
@@ -69,7 +70,7 @@ def same_slopes(formula: OwnFormula, outputs: Any, labels: Tensor, own: Tensor) 
 
     Values alone do not tell formulas apart where a model's head is zero: all losses are equal.
     """
-    logits = outputs.logits
+    logits = logits_of(outputs)
     if not (logits.requires_grad and own.requires_grad):
         return True
     (expected,) = torch.autograd.grad(own, logits, retain_graph=True, allow_unused=True)
@@ -92,7 +93,7 @@ def compare_own(formula: OwnFormula, outputs: Any, labels: Tensor, where: str) -
     """
     own = outputs.get("loss") if isinstance(outputs, Mapping) else None
     own = getattr(outputs, "loss", None) if own is None else own
-    found = formula(outputs.logits, labels)
+    found = formula(logits_of(outputs), labels)
     if not isinstance(own, Tensor) or found is None:
         return
     sums, counts = found
@@ -100,13 +101,18 @@ def compare_own(formula: OwnFormula, outputs: Any, labels: Tensor, where: str) -
     # over the labelled positions of all examples, or over examples
     expected = sums.sum() / counts.sum()
     either = torch.stack([expected, means.mean(), means[counts > 0].mean()]).to(own)
-    close = 1e-4 if own.dtype in (torch.float32, torch.float64) else 3e-2
+    close = 3e-2 if _is_half(own) else 1e-4
     if torch.isfinite(own) and not bool(torch.isclose(either, own, close, 1e-6).any()):
         raise InvalidArgumentError(
             f"{where}: the model's own loss is {own.item():.6g}, and the mean of its labelled "
             f"positions, which it was in the batches before, is {expected.item():.6g}: what it is "
             "per example is not known. Pass a `loss_fn` with one value per example"
         )
+
+
+def _is_half(value: Tensor) -> bool:
+    """Whether a number was computed in half precision, in whatever precision it is now."""
+    return any(bool(value == value.to(half).to(value)) for half in HALF)
 
 
 # the likeliest first

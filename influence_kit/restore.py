@@ -72,7 +72,8 @@ def borrowed(
     Raises:
         InvalidArgumentError: for a model that was made in inference mode.
     """
-    with alone_with(model), same_random_states(), torch.inference_mode(mode=False):
+    leave = torch.inference_mode(mode=False)
+    with alone_with(model), same_random_states(), leave, _no_autocast_cache():
         outer = _IN_USE.get(model)
         if outer is not None:
             outer.hooks.undo()
@@ -94,6 +95,21 @@ def borrowed(
             inside.hooks.undo()
             inside.flags.give_back()
             inside.state.restore()
+
+
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """No weight is kept in half precision by an autocast around the call.
+
+    It would stay that of an earlier checkpoint, or without a graph.
+    """
+    was = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(was)
 
 
 def load_into(model: nn.Module, load: Callable[[], Loaded]) -> Loaded:

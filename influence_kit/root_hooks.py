@@ -2,8 +2,8 @@
 
 What a forward pass leaves on modules (a cache filled from the weights, a kept output) is taken away
 before the next one: a cache would serve the next checkpoint, and has no gradient. What it leaves is
-there in between, for a loss that reads it. Inputs are handed over as copies where a forward pass
-changes them in place.
+there in between, for a loss that reads it. Inputs are handed over as copies, which forward may
+change in place: at which of them it will do so cannot be known before.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from influence_kit.data import map_tensors
-from influence_kit.errors import InvalidArgumentError
-from influence_kit.functorch import is_transformed
 from influence_kit.module_state import ModuleState
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -34,11 +32,6 @@ class RootHooks:
         self._depth = 0
         self._before: list[Any] = []
         self._left: dict[int, Any] = {}
-        self._handed: list[tuple[Tensor, int]] = []
-        # kinds of calls that change no input, and whether the last one got copies
-        self._harmless: set[Any] = set()
-        self._kind: Any = None
-        self._copied = self._transformed = False
         self._hook_counts: list[int] = []
 
     @contextmanager
@@ -77,7 +70,8 @@ class RootHooks:
         self.undo()
         self._before = self._state.attributes.contents()
         self._hook_counts = self._state.hooks.counts()
-        return self._handed_over(args, kwargs)
+        inputs: Inputs = map_tensors((args, kwargs), Tensor.clone)
+        return inputs
 
     def _leave(self, model: nn.Module, args: Any, output: Any) -> None:
         self._depth -= 1
@@ -88,16 +82,6 @@ class RootHooks:
         notes = attributes.notes(self._left)
         if notes:
             self._keep(notes)
-        changed = any(tensor._version != version for tensor, version in self._handed)
-        self._handed = []
-        if not changed and not self._transformed:
-            self._harmless.add(self._kind)
-        if changed and not self._copied:
-            raise InvalidArgumentError(
-                "the model changes its input in place, and did not do so in an earlier call with "
-                "inputs of this kind: the data that it was given are changed now. Have its forward "
-                "work on a copy (x = x.clone()), and load the data again"
-            )
 
     def _keep(self, notes: list[tuple[int, str]]) -> None:
         """Let the model's notes of hooks stay where it has installed them, as the hooks do."""
@@ -106,25 +90,3 @@ class RootHooks:
             attributes = self._state.attributes
             mine = [n for n in notes if hooked & set(attributes.module_of(n).modules())]
             attributes.keep(mine, self._left)
-
-    def _handed_over(self, args: Any, kwargs: Any) -> Inputs | None:
-        """Copies of the inputs, unless calls of this kind have been seen to leave them alone."""
-        given: list[Tensor] = []
-        map_tensors((args, kwargs), given.append)
-        # inside vmap and grad there are wrappers, whose versions tell nothing
-        self._transformed = is_transformed()
-        self._kind = (
-            tuple((t.shape[1:], t.dtype, t.is_inference()) for t in given),
-            tuple(kwargs),
-            self._model.training,
-            torch.is_grad_enabled(),
-        )
-        self._copied = self._transformed or self._kind not in self._harmless
-        if not self._copied:
-            self._handed = [(tensor, tensor._version) for tensor in given]
-            return None
-        copies = {id(tensor): tensor.clone() for tensor in given}
-        kept = () if self._transformed else copies.values()
-        self._handed = [(tensor, tensor._version) for tensor in kept]
-        inputs: Inputs = map_tensors((args, kwargs), lambda tensor: copies[id(tensor)])
-        return inputs

@@ -86,8 +86,9 @@ class SameObjects:
                     )
             elif new is not old:
                 found.append(f"replaced the {what}")
-        table.clear()
-        table.update(after)
+        if found or any(loaded.get(name) is not item for name, item in after.items()):
+            table.clear()
+            table.update(after)
         return found
 
     def _buffer(self, own: Tensor | None, loaded: Tensor | None) -> Tensor | None:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from influence_kit.data import Batch, map_tensors
+from influence_kit.dtypes import as_bytes
 from influence_kit.errors import InvalidArgumentError
 
 TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"
@@ -173,5 +173,5 @@ def hash_of(batches: Iterable[Batch]) -> str:
         map_tensors(batch, tensors.append)
         for place, tensor in enumerate(tensors):
             own = hashes.setdefault(place, hashlib.sha256(str(tensor.dtype).encode()))
-            own.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            own.update(as_bytes(tensor.cpu()).numpy())
     return hashlib.sha256(b"".join(h.digest() for h in hashes.values())).hexdigest()

@@ -90,12 +90,12 @@ class TrainingFlags:
         """
         if not self._matter:
             return set()
-        by_flags = _outputs(probe)
+        by_flags = outputs_of(probe)
         self._before = Values(self._state.modules), self._state.attributes.contents()
         self._call_own(self._wanted)
         set_flags(self._wanted)
         changed = self._before[0].changed()
-        if by_flags is not None and close(by_flags, _outputs(probe)):
+        if by_flags is not None and close(by_flags, outputs_of(probe)):
             self._train()
             set_flags(self._wanted)
         return changed
@@ -200,7 +200,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         state.restore()
 
 
-def _outputs(probe: Probe | None) -> list[Tensor] | None:
+def outputs_of(probe: Probe | None) -> list[Tensor] | None:
     """The floating-point tensors of the outputs; None where the model fails, or is not called."""
     if probe is None:
         return None

@@ -65,6 +65,27 @@ class Prepared(nn.Linear):
         return super().forward(x) if self.training else super().forward(x) * self.gain
 
 
+class Averaged(nn.Linear):
+    """Puts averages in the place of its parameters in ``eval()``, and the parameters aside."""
+
+    def __init__(self, size: int, out: int) -> None:
+        super().__init__(size, out)
+        self.shadow = {name: 0.5 * p.detach().double() for name, p in self.named_parameters()}
+        self.backup: dict[str, Tensor] | None = None
+
+    def train(self, mode: bool = True) -> "Averaged":
+        super().train(mode)
+        if mode and self.backup is not None:
+            for name, parameter in self.named_parameters():
+                parameter.data = self.backup[name]
+            self.backup = None
+        elif not mode and self.backup is None:
+            self.backup = {name: p.data for name, p in self.named_parameters()}
+            for name, parameter in self.named_parameters():
+                parameter.data = self.shadow[name].clone()
+        return self
+
+
 class FrozenNorm(nn.Sequential):
     """A backbone that keeps its BatchNorm layers in evaluation mode, and counts the calls."""
 

@@ -21,6 +21,7 @@ WITH_CODE = [
     "index",
     "start",
     "concepts",
+    "checks",
     "choosing",
     "influence_functions",
     "projections",

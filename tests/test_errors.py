@@ -127,7 +127,7 @@ def test_the_last_layers_methods_need_a_loss(model, refused, method):
 
 @pytest.mark.parametrize("dim", [0, -3])
 def test_a_projection_to_nothing_is_refused(model, refused, dim):
-    match = f"`projection_dim` must be at least 1; got {dim}"
+    match = f"`projection_dim` must be a positive int or None; got {dim}"
     with refused(model, InvalidArgumentError, match):
         make(TracInCPFastRandProj, model, projection_dim=dim)
 
@@ -216,11 +216,11 @@ def test_vectors_of_a_negative_learning_rate_are_refused(model, refused, method)
     ("size", "match"),
     [
         (None, "since the `train_dataset` argument was a `Dataset`, `batch_size` must be an int"),
-        (0, "`batch_size` must be at least 1; got 0"),
-        (-4, "`batch_size` must be at least 1; got -4"),
-        ("x", "`batch_size` must be an int or \"auto\"; got 'x'"),
-        (2.5, '`batch_size` must be an int or "auto"; got 2.5'),
-        (True, '`batch_size` must be an int or "auto"; got True'),
+        (0, '`batch_size` must be a positive int or "auto"; got 0'),
+        (-4, '`batch_size` must be a positive int or "auto"; got -4'),
+        ("x", "`batch_size` must be a positive int or \"auto\"; got 'x'"),
+        (2.5, '`batch_size` must be a positive int or "auto"; got 2.5'),
+        (True, '`batch_size` must be a positive int or "auto"; got True'),
     ],
 )
 def test_a_batch_size_that_is_no_count_is_refused(model, refused, method, size, match):
@@ -596,9 +596,7 @@ def spoiled(place: int) -> torch.Tensor:
 
 def named(kind: str, place: int, method) -> str:
     """What the error of a gradient that is not finite must name."""
-    if method is TracInCPFastRandProj:
-        return rf"gradients of layer '2' are NaN or infinite for the {kind} examples \[{place}\]"
-    layer = "2" if method is TracInCPFast else "0"
+    layer = "2" if method in OF_ONE_LAYER else "0"
     return (
         rf"the gradient of {kind} example {place} at '{layer}\.weight' \(layer '{layer}'\) is NaN"
     )

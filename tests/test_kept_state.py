@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import random
 import types
 from collections import deque
 from typing import ClassVar
@@ -15,9 +16,17 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from influence_kit import CGInfluenceFunction, GradDot, KNNShapley, LoGra, SimilarityInfluence
+from influence_kit import (
+    CGInfluenceFunction,
+    GradDot,
+    KNNShapley,
+    LoGra,
+    RepresenterPointSelection,
+    SimilarityInfluence,
+)
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.checkpoints import load_checkpoint
+from influence_kit.errors import InvalidArgumentError
 from influence_kit.restore import borrowed
 
 torch.manual_seed(0)
@@ -319,8 +328,10 @@ def test_a_module_that_a_load_function_swaps_comes_back(unchanged):
     model = made(Net)
     head = model.head
     with unchanged(model), borrowed(model):
-        CheckpointLoader(model, [0], lambda m, c: setattr(m, "head", nn.Tanh()) or 1.0).load(0)
-        assert model.head is not head
+        loader = CheckpointLoader(model, [0], lambda m, c: setattr(m, "head", nn.Tanh()) or 1.0)
+        with pytest.raises(InvalidArgumentError, match="it replaced the module 'head'"):
+            loader.load(0)
+        assert model.head is head
         model.extra = nn.Linear(1, 1)
     assert model.head is head
     assert not hasattr(model, "extra")
@@ -403,13 +414,101 @@ class SometimesInPlace(Net):
         return super().forward(x)
 
 
-def test_a_model_that_changes_some_inputs_alone_is_refused_when_it_does():
+def test_a_model_that_changes_some_inputs_alone_leaves_them_too():
     x = torch.cat([TRAIN[0], torch.full((1, 3), 1e4, dtype=torch.float64)])
+    train = x.clone(), torch.arange(10) % 2
     model = made(SometimesInPlace)
-    data = TensorDataset(x, torch.arange(10) % 2)
-    method = GradDot(model, data, [model.state_dict()], loss_fn=loss, batch_size=1)
-    with pytest.raises(ValueError, match="changes its input in place, and did not do so"):
-        method.influence(TEST)
+    method = GradDot(model, TensorDataset(*train), [model.state_dict()], loss_fn=loss, batch_size=1)
+    scores = method.influence(TEST)
+    assert torch.equal(train[0], x)
+    rows = oracles.gradients(model.eval(), (x.clone(), train[1]), loss)
+    tests = oracles.gradients(model, TEST, loss)
+    torch.testing.assert_close(scores, tests @ rows.T)
+
+
+class WithGenerators(Net):
+    """Draws from generators of its own, and uses nothing of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.kinds = {
+            "torch": torch.Generator().manual_seed(3),
+            "numpy": np.random.default_rng(0),
+            "old numpy": np.random.RandomState(0),
+            "python": random.Random(0),
+        }
+
+    def forward(self, x):
+        torch.rand(1, generator=self.kinds["torch"])
+        self.kinds["numpy"].random(), self.kinds["old numpy"].rand(), self.kinds["python"].random()
+        return super().forward(x)
+
+
+def test_generators_of_the_models_own_come_back():
+    def next_numbers(model):
+        own = copy.deepcopy(model.kinds)
+        drawn = [own["numpy"].random(), own["old numpy"].rand(), own["python"].random()]
+        return [*drawn, float(torch.rand(1, generator=own["torch"]))]
+
+    model = made(WithGenerators)
+    expected = next_numbers(model)
+    GradDot(model, TensorDataset(*TRAIN), states(model), loss_fn=loss).influence(TEST)
+    assert next_numbers(model) == expected
+
+
+# losses that write into what they are given
+
+
+def cooled(outputs, targets):
+    outputs.div_(2.0)
+    return loss(outputs, targets)
+
+
+def from_one(outputs, targets):
+    targets -= 1
+    return loss(outputs, targets)
+
+
+IN_PLACE = {
+    "outputs": (cooled, lambda o, t: loss(o / 2, t), 0),
+    "their mean": (lambda o, t: cooled(o, t).mean(), lambda o, t: loss(o / 2, t), 0),
+    "targets": (from_one, lambda o, t: loss(o, t - 1), 1),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        (GradDot, {}),
+        (CGInfluenceFunction, {"damping": 0.1, "tol": 1e-13}),
+        (LoGra, {"damping": 0.1, "projection_dim": 16}),
+    ],
+)
+def test_a_loss_may_write_into_what_it_gets(unchanged, method, arguments, name):
+    writing, plain, more = IN_PLACE[name]
+    train, test = (TRAIN[0], TRAIN[1] + more), (TEST[0], TEST[1] + more)
+    scores = []
+    for formula in (plain, writing):
+        model, data = made(Net), TensorDataset(train[0], train[1].clone())
+        given = test[0], test[1].clone()
+        found = method(model, data, states(model), loss_fn=formula, batch_size=4, **arguments)
+        with unchanged(model):
+            scores.append(found.influence(given))
+        assert torch.equal(data.tensors[1], train[1])
+        assert torch.equal(given[1], test[1])
+    torch.testing.assert_close(scores[1], scores[0], rtol=1e-9, atol=1e-12)
+
+
+def test_the_last_layer_is_refitted_to_a_loss_that_writes():
+    model, data = made(Net), TensorDataset(*TRAIN)
+    scores = [
+        RepresenterPointSelection(
+            model, "head", data, [model.state_dict()], loss_fn=formula
+        ).influence(TEST)
+        for formula in (cooled, lambda o, t: loss(o / 2, t))
+    ]
+    torch.testing.assert_close(scores[0], scores[1])
 
 
 # transformers, which installs hooks when a model is first called.

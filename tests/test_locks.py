@@ -76,6 +76,22 @@ def test_threads_get_the_scores_of_a_thread_alone(unchanged, copies):
     assert list(warnings.filters) == filters
 
 
+def test_objects_are_made_while_others_have_the_model(unchanged):
+    model, states = net(), checkpoints(0)
+    data = TensorDataset(*TRAIN)
+
+    def asked(layers):
+        method = GradDot(model, data, states, layers=layers, loss_fn=loss, batch_size=1)
+        return method.influence(TEST)
+
+    chosen = [None, ["0"], ["3"]]
+    expected = [asked(layers) for layers in chosen]
+    with unchanged(model), ThreadPoolExecutor(6) as threads:
+        found = list(threads.map(asked, chosen * 12))
+    for number, scores in enumerate(found):
+        torch.testing.assert_close(scores, expected[number % 3])
+
+
 def test_perturbations_in_threads():
     def perturbed(model, states):
         method = CGInfluenceFunction(

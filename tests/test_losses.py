@@ -362,7 +362,8 @@ def shifted(x, labels):
 def own_gradients(model, x, labels) -> torch.Tensor:
     """The gradients of the loss of each example alone."""
     x = x.clone().requires_grad_()
-    sum(model(x[i : i + 1], labels[i : i + 1]).loss for i in range(len(x))).backward()
+    alone = [model(x[i : i + 1], labels[i : i + 1]) for i in range(len(x))]
+    sum(one["loss"] if isinstance(one, dict) else one.loss for one in alone).backward()
     return x.grad
 
 
@@ -394,7 +395,7 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("kind", [SimpleNamespace, Output])
+@pytest.mark.parametrize("kind", [SimpleNamespace, Output, dict])
 @pytest.mark.parametrize("name", OWN)
 def test_the_models_own_loss_has_the_gradients_of_single_examples(name, kind):
     formula, x, labels, reduction = OWN[name]
@@ -406,6 +407,25 @@ def test_the_models_own_loss_has_the_gradients_of_single_examples(name, kind):
     batch = {"x": mine, "labels": labels}
     loss.total(model(**batch), batch, len(x)).backward()
     torch.testing.assert_close(mine.grad, own_gradients(model, x, labels))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_models_own_loss_in_half_precision_is_compared_as_such(dtype):
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x, labels):
+            logits = self.head(x)
+            return Output(loss=F.cross_entropy(logits, labels), logits=logits)
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model, x, y = Half().to(dtype), torch.randn(9, 4).to(dtype), torch.randint(3, (9,))
+        train = [{"x": x[i : i + 3], "labels": y[i : i + 3]} for i in (0, 3, 6)]
+        influence = TracInCP(model, DataLoader(train, None), [model.state_dict()])
+        assert influence.influence(train[0]).shape == (3, 9)
 
 
 def test_a_models_own_mean_over_something_else_is_refused():

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
+from influence_kit import TracInCP
 from influence_kit.restore import borrowed
 
 
@@ -136,3 +138,31 @@ def test_a_model_without_parameters_is_borrowed_too(unchanged):
     model = nn.Sequential(nn.Flatten(), nn.Dropout())
     with unchanged(model), borrowed(model):
         assert not model[1].training
+
+
+def test_an_autocast_around_keeps_no_weight_of_another_checkpoint(model):
+    model, x = nn.Linear(4, 3), torch.randn(6, 4)
+    states = [{name: (c + 1) * v.clone() for name, v in model.state_dict().items()} for c in (0, 1)]
+    data = TensorDataset(x, torch.arange(6) % 3)
+
+    def scores(checkpoints):
+        influence = TracInCP(model, data, checkpoints, loss_fn=nn.CrossEntropyLoss(), batch_size=3)
+        return influence.influence((x[:2], data.tensors[1][:2]))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+        both, alone = scores(states), [scores([state]) for state in states]
+        torch.testing.assert_close(both, sum(alone))
+        with torch.no_grad():
+            model(x)
+        scores(states)
+        model(x).float().sum().backward()
+    assert model.weight.grad is not None
+    apart = sum(scores_outside(scores, [state]) for state in states)
+    torch.testing.assert_close(both, apart)
+
+
+def scores_outside(scores, checkpoints):
+    """The same in an autocast of its own."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return scores(checkpoints)

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import oracles
 import pytest
 import torch
-from acting_layers import FrozenNorm, Merging, Prepared, Rounding, flagged, in_training
+from acting_layers import Averaged, FrozenNorm, Merging, Prepared, Rounding, flagged, in_training
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -209,6 +209,42 @@ def test_a_backbone_that_keeps_batch_norm_in_evaluation_mode(unchanged, mode):
     with unchanged(model):
         scores = method.influence(TEST)
     torch.testing.assert_close(scores, grad_dot(frozen_norm(), checkpoints, flagged))
+
+
+def test_averages_that_take_the_place_of_parameters_in_eval(unchanged):
+    model = net(Averaged)
+    checkpoints = states(model)
+    method = GradDot(model, TensorDataset(*TRAIN), checkpoints, loss_fn=loss)
+    with unchanged(model):
+        scores = method.influence(TEST)
+    assert model[0].backup is None
+    torch.testing.assert_close(scores, grad_dot(net(Averaged), checkpoints, lambda own: own.eval()))
+
+
+class AverageBeside(nn.Module):
+    """Works with an average of its weights, which is not trained, in evaluation mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net(nn.Linear)
+        self.average = copy.deepcopy(self.net).requires_grad_(False)
+
+    def forward(self, x):
+        return (self.net if self.training else self.average)(x)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("method", [GradDot, ExplicitInfluenceFunction, DataInf])
+def test_weights_that_count_in_training_mode_alone_are_no_zeros(unchanged, method, batch_size):
+    model = AverageBeside()
+    model.net[2].p = 0
+    given = model, TensorDataset(*TRAIN), [model.state_dict()]
+    with unchanged(model), pytest.raises(ValueError, match="other weights then"):
+        method(*given, loss_fn=loss, batch_size=batch_size).influence(TEST)
+    scores = GradDot(*given, loss_fn=loss, eval_mode=False).influence(TEST)
+    plain = model.net
+    alone = GradDot(plain, given[1], [plain.state_dict()], loss_fn=loss).influence(TEST)
+    torch.testing.assert_close(scores, alone)
 
 
 def test_nothing_is_called_where_flags_are_all():

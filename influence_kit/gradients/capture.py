@@ -8,6 +8,7 @@ weights' own gradients are never computed. Parameters without a rule go to ``fun
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from influence_kit.dtypes import exact, exact_dtype, has_complex, real_shape
 from influence_kit.gradients import functional
 from influence_kit.gradients.clear_errors import clear_errors
 from influence_kit.gradients.forms import Dense, Form
-from influence_kit.gradients.graph import refuse_without_graph
+from influence_kit.gradients.graph import refuse_without_graph, uses_in_graph
 from influence_kit.gradients.layouts import ROWS, SHARED, arrange, shared
 from influence_kit.gradients.loss_scaling import summed_loss
 from influence_kit.gradients.per_example import Gradients
@@ -104,6 +105,10 @@ class Capture:
         self.path: Hashable = ()
         self.shapes: list[list[int]] = []
         self.misplaced: list[str] = []
+        # the parameters with a rule that the last batch used outside their layers, too, though with
+        # gradient zero maybe; looked for where that is wanted
+        self.looks_outside = False
+        self.used_outside: set[str] = set()
         # what errors call the batch
         self.where = "the batch"
         self._calls: list[Call] | None = None
@@ -188,17 +193,26 @@ class Capture:
         self.misplaced = []
         self._note(calls, batch, n)
         if not total.value.requires_grad:
-            refuse_without_graph(self.model, batch, loss, n)
+            refuse_without_graph(self.model, self.parameters.values(), batch, loss, n)
         if not calls or not total.value.requires_grad:
             return []
+        if self.looks_outside:
+            self._look_outside(calls, total.value)
         edges = [call.edge for call in calls]
         with clear_errors(self.model, batch):
             deltas, powers = total.gradients_by_example(edges, self.parameters.values(), n)
+        if all(delta is None for delta in deltas):
+            refuse_without_graph(self.model, self.parameters.values(), batch, loss, n)
         return [
             Use(call.layer, call.inputs, delta, powers)
             for call, delta in zip(calls, deltas, strict=True)
             if delta is not None
         ]
+
+    def _look_outside(self, calls: Sequence[Call], total: Tensor) -> None:
+        mine = Counter(name for call in calls for name in call.layer.names.values())
+        uses = uses_in_graph(total)
+        self.used_outside = {name for name in mine if uses[self.parameters[name]] > mine[name]}
 
     def _note(self, calls: Sequence[Call], batch: Batch, n: int) -> None:
         """Note what tells this batch from others."""

@@ -63,10 +63,25 @@ def check(capture: Capture, batch: Batch, loss: Loss) -> set[str]:
         comparison = Comparison(
             capture.model, capture.parameters, few, loss, tolerance, capture.scaled_by_frequency
         )
-        capture.go_without(_LayoutSearch(capture, comparison).run())
+        capture.looks_outside = True
+        try:
+            failed = _LayoutSearch(capture, comparison).run()
+        finally:
+            capture.looks_outside = False
+        capture.go_without(failed | set(capture.used_outside))
         if capture.without_rule:
             settle_functional(capture, comparison)
     return comparison.moving
+
+
+def refuse_meta(model: nn.Module) -> None:
+    """An error where parameters have no values (an empty or offloaded model)."""
+    meta = [name for name, p in model.named_parameters() if p.device.type == "meta"]
+    if meta:
+        raise InvalidArgumentError(
+            f"the parameters {meta[:3]} of the model are on the device 'meta', without values "
+            "(an empty or offloaded model): load the weights onto one device first"
+        )
 
 
 def refuse_mixing_layers(model: nn.Module) -> None:
@@ -266,8 +281,8 @@ def drawn(n: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 def drawn_of_batch(n: int, most: int, generator: torch.Generator) -> Tensor:
-    """At most ``most`` of n indices, some and never all, to be compared with the whole batch."""
-    rows = torch.randperm(n, generator=generator)[: min(most, max(min(n - 1, 2), n // 8, 1))]
+    """At most ``most`` of n indices, in random order, to be compared with the whole batch."""
+    rows = torch.randperm(n, generator=generator)[: min(most, max(min(n, 2), n // 8))]
     if n < FEW_IN_BATCH:
         return rows
     # a model that sorts by lengths, most of which are equal, moves the first or the last example

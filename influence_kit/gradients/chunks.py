@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from influence_kit.dtypes import as_bytes
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.gradients.store_manifest import DTYPES, Layout
 from influence_kit.saved import replace_file
@@ -171,7 +172,7 @@ def check_bytes(path: Path, values: Tensor, checksum: str) -> None:
 
 
 def _bytes(values: Tensor) -> memoryview:
-    array: Any = values.contiguous().view(torch.uint8).numpy()
+    array: Any = as_bytes(values).numpy()
     return memoryview(array).cast("B")
 
 

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from influence_kit.batch_axes import leaves
 from influence_kit.data import Batch
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.marked_batch import leaves
 
 
 @contextmanager

@@ -16,8 +16,10 @@ from influence_kit.losses import Loss
 from influence_kit.memory import MIB
 
 # of a batch: how many go through the model together (few lengths of tensors are a multiple of it),
-# and how many of these alone, too
+# and how many of these alone, with the last
 EXAMPLES, ALONE = 5, 2
+# norms between these come from squares that float32 holds
+SQUARES = 1e-15, 1e15
 # of autograd's gradients that are kept from one layout that is tried to the next
 KEPT_BYTES = 256 * MIB
 
@@ -114,7 +116,7 @@ class Comparison:
                     self.model, values, batch, self.loss, example_count(batch)
                 )
             kept = dict(zip(names, found, strict=True))
-            if (1 + ALONE) * sum(g.numel() * g.element_size() for g in found) <= KEPT_BYTES:
+            if (2 + ALONE) * sum(g.numel() * g.element_size() for g in found) <= KEPT_BYTES:
                 self._kept[key] = kept
         return {name: kept[name] for name in names}
 
@@ -123,7 +125,8 @@ class Comparison:
         yield slice(0, self.n), self.together, self.n
         # with dropout on, the same example alone meets another mask
         if not self.random and self.n > 1:
-            for i in range(min(ALONE, self.n)):
+            # the last, too: what looks at the examples before one leaves the first alone
+            for i in sorted({*range(min(ALONE, self.n)), self.n - 1}):
                 yield slice(i, i + 1), take(self.together, slice(i, i + 1)), 1
 
 
@@ -153,7 +156,8 @@ def differences(
     """
     wrong: set[str] = set()
     moving: set[str] = set()
-    whole = torch.stack([_norm(g) for g in expected.values()]).norm()
+    norms = {name: _norm(gradient) for name, gradient in expected.items()}
+    whole = torch.stack(list(norms.values())).norm()
     if not torch.isfinite(whole):
         return wrong, moving  # the scores will say which example it was
     for name, gradient in expected.items():
@@ -165,7 +169,7 @@ def differences(
                 difference = difference - form.summed().dense()[0]
             except RuntimeError:  # of a layout that does not fit
                 wrong.add(name)
-        norm, noise = _norm(gradient), close.whole * whole
+        norm, noise = norms[name], close.whole * whole
         relative = close.sums if same_batch else close.alone
         if not _norm(difference) <= relative * norm + noise:
             wrong.add(name)
@@ -183,6 +187,9 @@ def same_random_state(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 
 def _norm(values: Tensor) -> Tensor:
-    """In float64, where the squares of all numbers of float32 exist."""
-    norm: Tensor = values.double().norm()
-    return norm
+    """In float64 where the squares of these numbers do not exist in their own precision."""
+    norm = values.norm()
+    if not SQUARES[0] < float(norm) < SQUARES[1]:
+        norm = values.double().norm()
+    found: Tensor = norm.double()
+    return found

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from influence_kit.batch_axes import describe
 from influence_kit.data import (
     Batch,
     call_model,
@@ -18,6 +17,7 @@ from influence_kit.data import (
     targets_of,
 )
 from influence_kit.losses import Loss
+from influence_kit.marked_batch import describe
 
 # of the largest entry: below it lies what another order of summation changes
 CLOSE = 0.02
@@ -102,21 +102,28 @@ def _broadcast(model: nn.Module, batch: Batch, loss: Loss) -> str | None:
 
 def _mixing_layer(model: nn.Module, batch: Batch, loss: Loss) -> str | None:
     """The first module whose output for an example depends on the others."""
-    n, one = example_count(batch), take(batch, slice(0, 1))
+    n = example_count(batch)
+    told = (_mixed(model, batch, n, index) for index in sorted({0, n - 1}))
+    return next((words for words in told if words is not None), None)
+
+
+def _mixed(model: nn.Module, batch: Batch, n: int, index: int) -> str | None:
+    """The same of one of the n examples."""
+    one = take(batch, slice(index, index + 1))
     with _outputs_of_modules(model) as together:
         outputs = call_model(model, batch)
     with _outputs_of_modules(model) as alone:
         single = call_model(model, one)
     ours, theirs = _floating(outputs), _floating(single)
     if len(ours) == len(theirs) and all(
-        _same_first(a, b, n) for a, b in zip(ours, theirs, strict=True)
+        _same(a, b, n, index) for a, b in zip(ours, theirs, strict=True)
     ):
         return None
     found = "the model's forward"
     for (name, kind, a), (other, _, b) in zip(together, alone, strict=False):
         if name != other:
             break
-        if not _same_first(a, b, n):
+        if not _same(a, b, n, index):
             found = f"layer '{name}' ({kind})" if name else f"the model's forward ({kind})"
             break
     return (
@@ -169,14 +176,13 @@ def _floating(outputs: Any) -> list[Tensor]:
     return found
 
 
-def _same_first(together: Tensor, alone: Tensor, n: int) -> bool:
-    """Whether the first of n examples has the values that it has alone; True where unclear."""
+def _same(together: Tensor, alone: Tensor, n: int, index: int) -> bool:
+    """Whether one of n examples has the values that it has alone; True where unclear."""
     axis = example_axis(together, n)
     if axis is None or alone.dim() != together.dim() or alone.shape[axis] != 1:
         return True
-    first = together.select(axis, 0)
-    single = alone.select(axis, 0)
-    return first.shape != single.shape or _near(first, single, CLOSE)
+    mine, single = together.select(axis, index), alone.select(axis, 0)
+    return mine.shape != single.shape or _near(mine, single, CLOSE)
 
 
 def _near(a: Tensor, b: Tensor, close: float) -> bool:

@@ -83,7 +83,7 @@ def vmapped(
                 loss.values(call_model(model, batch), batch)
             raise
     if any(without_graph):
-        refuse_without_graph(model, batch, loss, n)
+        refuse_without_graph(model, parameters.values(), batch, loss, n)
     return {name: as_dense(gradients[name], real_shape(v)) for name, v in values.items()}
 
 
@@ -113,11 +113,11 @@ def single_gradients(
     """
     with torch.enable_grad():
         total = summed_loss(call_model(model, batch), batch, loss, n)
-    if not total.value.requires_grad:
-        refuse_without_graph(model, batch, loss, n)
     found: Sequence[Tensor | None] = [None] * len(parameters)
     if total.value.requires_grad:
         found = total.gradients(parameters, parameters)
+    if all(gradient is None for gradient in found):
+        refuse_without_graph(model, parameters, batch, loss, n)
     return [
         real(torch.zeros_like(p) if g is None else (g.to_dense() if g.is_sparse else g))
         for p, g in zip(parameters, found, strict=True)

@@ -20,6 +20,8 @@ class Schedule:
         self._paths: set[Hashable] = set()
         self._shapes: dict[Hashable, list[Sequence[int]]] = {}
         self._waits: dict[str, int] = {}
+        # whether the last batch was unlike those before
+        self.is_surprised = False
 
     def begin(self) -> None:
         """A new question: batches are counted from 1 at each checkpoint."""
@@ -50,7 +52,8 @@ class Schedule:
         way = (id(loss), several, path)
         is_new = way not in self._paths
         self._paths.add(way)
-        return self._is_beyond(shapes, several) or is_new or count & (count - 1) == 0
+        self.is_surprised = self._is_beyond(shapes, several) or is_new
+        return self.is_surprised or count & (count - 1) == 0
 
     def _is_beyond(self, shapes: Sequence[Sequence[int]], several: bool) -> bool:
         lengths = [length for shape in shapes for length in shape]

@@ -14,7 +14,7 @@ from influence_kit.errors import InvalidArgumentError, LabelError, PassAgain
 from influence_kit.gradients import functional
 from influence_kit.gradients.capture import Capture
 from influence_kit.gradients.check import check, drawn, drawn_of_batch
-from influence_kit.gradients.comparison import EXAMPLES
+from influence_kit.gradients.comparison import EXAMPLES, is_random
 from influence_kit.gradients.explanation import explanation
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.schedule import Schedule
@@ -72,6 +72,7 @@ class GradientSource:
         self._said: set[str] = set()
         # the parameters whose examples were looked for again
         self._searched: set[str] = set()
+        self._is_turn_of_one = False
         self._loader: Any = None
 
     def begin(self, loader: Any) -> None:
@@ -80,12 +81,6 @@ class GradientSource:
         Args:
             loader: its ``current`` is the number of the checkpoint that is in the model.
         """
-        meta = [n for n, p in self.capture.model.named_parameters() if p.device.type == "meta"]
-        if meta:
-            raise InvalidArgumentError(
-                f"the parameters {meta[:3]} of the model are on the device 'meta', without values "
-                "(an empty or offloaded model): load the weights onto one device first"
-            )
         self._loader = loader
         self._schedule.begin()
 
@@ -109,7 +104,8 @@ class GradientSource:
         Args:
             batch: on the model's device.
             loss: the loss.
-            index: of the batch's first example, where the batch comes more than once.
+            index: of the batch's first example; None where the caller compares the loss itself
+                (``Loss.checked_total``).
         """
         scaled = sorted(self.capture.scaled_by_frequency)
         if scaled:
@@ -123,9 +119,10 @@ class GradientSource:
         if self.verify == "once" or not self._schedule.is_new(key):
             return
         n = example_count(batch)
-        if loss.compares:
+        if loss.compares and index is not None:
+            where = f"the batch that begins with example {index}"
             with torch.no_grad(), self._named():
-                loss.checked_total(call_model(self.capture.model, batch), batch, n)
+                loss.checked_total(call_model(self.capture.model, batch), batch, n, where)
         if n > 1 and self._schedule.due(self._checkpoint, loss, True, (), ()):
             added_up(self.capture, take(batch, drawn(n, 6, self._generator)), loss)
 
@@ -206,13 +203,30 @@ class GradientSource:
         if not due or (is_checked and n == 1):
             return
         rows = drawn_of_batch(n, MOST_COMPARED, self._generator)
-        wrong, moved = compare(capture, gradients, batch, loss, rows)
-        if wrong:
-            wrong, moved = compare_widely(capture, batch, loss, rows) or (wrong, moved)
+        wrong: set[str] = set()
+        moved: set[str] = set()
+        for some in self._turns(rows):
+            found = compare(capture, gradients, batch, loss, some)
+            if found[0]:
+                found = compare_widely(capture, batch, loss, some) or found
+            wrong, moved = wrong | found[0], moved | found[1]
         if wrong:
             self._give_up(wrong, batch, loss)
         if moved - moving:
             self._look_closely(batch, loss, rows)
+
+    def _turns(self, rows: Tensor) -> list[Tensor]:
+        """Which examples to compare at once.
+
+        Together they may be changed as they were in the batch; alone few are seen. So it is in
+        turns one of them alone, and all together; both where a batch is unlike those before.
+        """
+        if len(rows) == 1 or is_random(self.capture.model):
+            return [rows]
+        if self._schedule.is_surprised:
+            return [rows, rows[:1], rows[-1:]]
+        self._is_turn_of_one = not self._is_turn_of_one
+        return [rows[-1:] if self._is_turn_of_one else rows]
 
     def _look_closely(self, batch: Batch, loss: Loss, rows: Tensor) -> None:
         """Check some examples as the first were: rules are seen at work there that were not yet."""

@@ -56,13 +56,25 @@ def compare(
     with same_random_state(list(capture.parameters.values())):
         if is_random(capture.model):  # another batch meets other masks
             gradients, rows = capture(few, loss), torch.arange(len(rows))
+    wrong, moving = _differing(capture, gradients, few, loss, rows, tolerance)
+    return wrong - (capture.scaled_by_frequency if len(rows) > 1 else set()), moving
+
+
+def _differing(
+    capture: Capture,
+    gradients: Gradients,
+    few: Batch,
+    loss: Loss,
+    rows: Tensor,
+    tolerance: Tolerance | None,
+) -> Found:
+    """The same for some rows, of which ``few`` is the batch."""
     forms = {name: chosen(form, rows) for name, form in gradients.forms.items()}
-    with same_random_state(list(capture.parameters.values())):
-        values = list(capture.parameters.values())
+    values = list(capture.parameters.values())
+    with same_random_state(values):
         expected = functional.single_gradients(capture.model, values, few, loss, len(rows))
     named = dict(zip(capture.parameters, expected, strict=True))
-    wrong, moving = differences(forms, named, False, capture.parameters, tolerance)
-    return wrong - (capture.scaled_by_frequency if len(rows) > 1 else set()), moving
+    return differences(forms, named, False, capture.parameters, tolerance)
 
 
 def compare_widely(capture: Capture, batch: Batch, loss: Loss, rows: Tensor) -> Found | None:

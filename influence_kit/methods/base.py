@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from influence_kit.arguments import check_count
 from influence_kit.batch_axes import BatchAxes
 from influence_kit.checked_batches import CheckedBatches
-from influence_kit.checkpoint_loader import CheckpointLoader
+from influence_kit.checkpoint_loader import CheckpointLoader, Fingerprint
 from influence_kit.checkpoints import LoadFunction, find_checkpoints, load_checkpoint
 from influence_kit.data import (
     Batch,
@@ -30,7 +30,7 @@ from influence_kit.data import (
 from influence_kit.dtypes import exact_dtype
 from influence_kit.errors import InvalidArgumentError, PassAgain
 from influence_kit.example_draws import first_example
-from influence_kit.gradients.check import refuse_mixing_layers
+from influence_kit.gradients.check import refuse_meta, refuse_mixing_layers
 from influence_kit.gradients.source import GradientSource, Verify, check_verify, comfortable_rows
 from influence_kit.inputs import (
     as_examples,
@@ -40,18 +40,23 @@ from influence_kit.inputs import (
     refuse_uncollatable,
 )
 from influence_kit.loaders import as_loader, check_order, loader_length
+from influence_kit.locks import alone_with
 from influence_kit.losses import Loss, LossFunction, declared_reduction
 from influence_kit.margins import OutputFunction
 from influence_kit.measures import measure_of_tests, refuse_both
 from influence_kit.methods.chosen import check_layers, choose_parameters
 from influence_kit.methods.kept_of import KeptOf
+from influence_kit.methods.origin import Given
 from influence_kit.methods.structure import Structure
 from influence_kit.restore import borrowed
+from influence_kit.training_flags import close, outputs_of
 
 BatchSize = int | Literal["auto"] | None
 TRAIN = "train_dataset"
 # where the examples of a data set cannot be looked at beforehand
 ROWS_OF_ITERABLE = 64
+# examples whose outputs and losses tell that a model or loss has changed
+FEW = 8
 
 
 class InfluenceBase(KeptOf, DataInfluence):
@@ -106,8 +111,9 @@ class InfluenceBase(KeptOf, DataInfluence):
                 test_loss_fn, test_output_fn, declared, self._train_loss
             )
         self._eval_mode = eval_mode
-        self._look_at(layers)
-        self._structure = Structure(model)
+        with alone_with(model):  # another thread may have its flags and weights in the model
+            self._look_at(layers)
+            self._structure = Structure(model)
         self._train_data: Any = train_dataset
         if not is_dataset(train_dataset):
             self._check(as_loader(train_dataset, None, TRAIN), TRAIN)
@@ -190,21 +196,25 @@ class InfluenceBase(KeptOf, DataInfluence):
     @contextmanager
     def _session(self) -> Iterator[CheckpointLoader]:
         """The model with hooks on, borrowed from the user; a loader for its checkpoints."""
-        self._see_model()
-        for name, checked in self._checked.items():
-            if self._why_fixed(name) is None:  # a user may change data between two calls
-                checked.forget()
-        with borrowed(self.model, self._eval_mode, self._probe), self._source.attached():
-            refuse_mixing_layers(self.model)
-            self._check_sources()
-            loader = CheckpointLoader(
-                self.model, self.checkpoints, self.checkpoints_load_func, self._check_weights
-            )
-            self._source.begin(loader)
-            try:
-                yield loader
-            finally:
-                self._note(loader.fingerprints)
+        refuse_meta(self.model)
+        with alone_with(self.model):  # also while the model is looked at
+            self._see_model()
+            for name, checked in self._checked.items():
+                if self._why_fixed(name) is None:  # a user may change data between two calls
+                    checked.forget()
+            with borrowed(self.model, self._eval_mode, self._probe), self._source.attached():
+                refuse_mixing_layers(self.model)
+                self._check_sources()
+                loader = CheckpointLoader(
+                    self.model, self.checkpoints, self.checkpoints_load_func, self._check_weights
+                )
+                self._source.begin(loader)
+                try:
+                    yield loader
+                finally:
+                    self._note(loader.fingerprints)
+                    if loader.current in loader.fingerprints:  # not of one that was refused
+                        self._note_given(loader.current)
 
     def _check_kept(self) -> None:
         """Refuse to hand out what is kept of something else than there is now."""
@@ -215,9 +225,48 @@ class InfluenceBase(KeptOf, DataInfluence):
 
     def _probe(self) -> Any:
         """The model's outputs on a few examples, which show what ``eval()`` and caches do."""
+        return call_model(self.model, self._few(2))
+
+    def _few(self, count: int) -> Batch:
+        """The first examples of the training set."""
         batch = next(iter(self.train_dataloader))
-        few = take(batch, slice(0, 2)) if example_count(batch) > 2 else batch
-        return call_model(self.model, to_device(few, self._device))
+        few = take(batch, slice(0, count)) if example_count(batch) > count else batch
+        return to_device(few, self._device)
+
+    def _note_given(self, number: int) -> None:
+        """Note what model and loss give at a checkpoint that is loaded, if something is kept."""
+        is_new = number in self._origin.weights and number not in self._origin.given
+        if self._kept_since is None or not is_new:
+            return
+        with suppress(Exception):  # of data that cannot be read again, say
+            batch = self._few(FEW)
+            given, again = self._given(batch), self._given(batch)
+            if _agree(given.outputs, again.outputs) and _agree(given.losses, again.losses):
+                self._origin.given[number] = given
+
+    def _given(self, batch: Batch) -> Given:
+        outputs = outputs_of(partial(call_model, self.model, batch))
+        losses = outputs_of(lambda: self._train_loss.values(call_model(self.model, batch), batch))
+        return Given(batch, outputs or [], losses or [])
+
+    def _check_weights(self, number: int, fingerprint: Fingerprint) -> None:
+        """Refuse other weights than what is kept was made of, and a model or loss that differs."""
+        super()._check_weights(number, fingerprint)
+        known = self._origin.given.get(number)
+        if known is None or self._kept_since is None:
+            return
+        now = self._given(known.batch)
+        with_same = "for the same weights and examples"
+        if not _agree(now.outputs, known.outputs):
+            self._refuse_kept(
+                f"the model gives other outputs {with_same} (a hook, a setting or a method of it "
+                "has changed) than"
+            )
+        if not _agree(now.losses, known.losses):
+            self._refuse_kept(
+                f"`loss_fn` gives other losses {with_same} (something that it uses has changed) "
+                "than"
+            )
 
     @property
     def _device(self) -> torch.device:
@@ -256,6 +305,8 @@ class InfluenceBase(KeptOf, DataInfluence):
 
     def _marked_batch(self, batch: Batch) -> Batch:
         """A batch marked with where its examples stand: as in the training set, if it looks so."""
+        if getattr(self.train_dataloader, "batch_size", None) == 1:
+            self.train_dataloader.look_at()  # which shows what has no dimension of examples
         marked = self._axes.mark(batch)
         if not self._axes.is_clear(batch):
             self.train_dataloader.look_at()
@@ -307,6 +358,12 @@ class InfluenceBase(KeptOf, DataInfluence):
     def _bar(self, doing: str, total: int | None, show: bool) -> "tqdm[Any]":
         text = f"Using {self.get_name()} to {doing}"
         return tqdm(desc=text, total=total, disable=not show)
+
+
+def _agree(ones: list[Tensor], others: list[Tensor]) -> bool:
+    """Whether two lists of outputs are the same but for rounding; what is not finite tells none."""
+    finite = all(bool(one.isfinite().all()) for one in (*ones, *others))
+    return not (ones and others and finite) or close(ones, others)
 
 
 def _check_batch_size(batch_size: BatchSize, train_dataset: Any) -> BatchSize:

@@ -69,7 +69,7 @@ class CGInfluenceFunction(CurvatureInfluence):
             )
         self.max_iter, self.tol = (
             check_count(max_iter, "max_iter"),
-            check_number(tol, "tol", least=0),
+            check_number(tol, "tol", least=0, below=1),
         )
         self.preconditioner = preconditioner
 

@@ -26,6 +26,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+from influence_kit.dtypes import as_bytes
 from influence_kit.index_order import first_indices
 from influence_kit.loaders import loader_length
 
@@ -141,8 +142,7 @@ def tensor_fingerprint(tensor: Tensor, whole: bool = True) -> Any:
     if not whole and tensor.dim() and len(tensor) > ROWS:
         changes = None if tensor.is_inference() else tensor._version
         tensor = tensor[torch.linspace(0, len(tensor) - 1, ROWS).long().to(tensor.device)]
-    values = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    return kind, changes, zlib.crc32(values.flatten().view(torch.uint8).numpy().data)
+    return kind, changes, zlib.crc32(as_bytes(tensor.detach().cpu()).numpy().data)
 
 
 def _of_array(array: np.ndarray, whole: bool) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from influence_kit.batch_axes import LABEL_KEYS
+from influence_kit.axis_search import LABEL_KEYS
 from influence_kit.data import (
     Batch,
     call_arguments,

@@ -3,20 +3,35 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from influence_kit.checkpoint_loader import Fingerprint
+from influence_kit.data import Batch
 from influence_kit.methods.data_fingerprint import what_changed
 
 Source = Callable[[], dict[str, Any]]
 
 
+class Given(NamedTuple):
+    """A few examples, the outputs of the model for them, and their losses."""
+
+    batch: Batch
+    outputs: list[Tensor]
+    losses: list[Tensor]
+
+
 @dataclass
 class Origin:
-    """Fingerprints: of the weights of checkpoints by number, of data and losses by argument."""
+    """Fingerprints: of the weights of checkpoints by number, of data and losses by argument.
+
+    And what the model and the loss gave for a few examples, by number of the checkpoint.
+    """
 
     weights: dict[int, Fingerprint] = field(default_factory=dict)
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    given: dict[int, Given] = field(default_factory=dict)
 
     def record(self, weights: Mapping[int, Fingerprint], sources: Mapping[str, Source]) -> None:
         """Note what has been used; what is known already stays.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -125,12 +126,12 @@ def check_dim(dim: Any) -> Any:
     """The argument ``projection_dim``, an int or a pair of them."""
     pair = isinstance(dim, tuple | list) and len(dim) == 2
     for value in dim if pair else (dim,):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise InvalidArgumentError(
                 "`projection_dim` must be a positive int, or a pair of them (output side, input "
                 f"side); got {dim!r}"
             )
-    return tuple(dim) if pair else dim
+    return tuple(map(int, dim)) if pair else int(dim)
 
 
 def check_kind(projection: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from influence_kit.arguments import check_count, check_number
-from influence_kit.data import Batch, take, to_device
+from influence_kit.data import Batch, example_count, take, to_device
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.gradients.source import GradientSource
 from influence_kit.labels import logits_of
@@ -76,7 +76,7 @@ class Refit:
 
     def head(self, batches: Iterable[Batch], device: torch.device) -> Head:
         """The layer refitted on a training set."""
-        parts = joined(self._training_examples(batches, device))
+        parts = self._joined(self._training_examples(batches, device))
         shapes = [part.features.shape[:2] for part in parts]
         loss = self._precise_loss()
 
@@ -89,8 +89,13 @@ class Refit:
         objective = Objective(features, losses, n, how.l2)
         return Head(minimum(objective, parts[0].width, how.tol, how.max_iter), n)
 
-    def seen(self, batch: Batch) -> LastLayer:
-        """A batch at the last layer, its features as they are multiplied with."""
+    def seen(self, batch: Batch, where: str = "the batch") -> LastLayer:
+        """A batch at the last layer, its features as they are multiplied with.
+
+        Args:
+            batch: the batch.
+            where: what to call it in an error.
+        """
         self.source.prepare(batch, self.loss)
         if not self.loss.is_of_outputs:
             raise InvalidArgumentError(
@@ -104,7 +109,9 @@ class Refit:
             return [read[-1].features, logits_of(read[-1].outputs)]
 
         self.row_check(batch, rows)
-        seen = read[0]
+        seen, n = read[0], example_count(batch)
+        with torch.no_grad():
+            self.loss.checked_total(seen.outputs, batch, n, where)
         features = seen.features
         if self.settings.normalize:
             features = unit_rows(features.flatten(0, 1)).view_as(features)
@@ -125,7 +132,7 @@ class Refit:
         start = 0
         for batch in batches:
             batch = to_device(batch, device)
-            part = self.seen(batch)
+            part = self.seen(batch, f"the batch that begins with example {start}")
             if not parts:
                 # one alone shows where examples stand, were there as many positions as examples
                 self.seen(take(batch, slice(0, 1)))
@@ -140,6 +147,18 @@ class Refit:
         if not parts:
             raise InvalidArgumentError("there are no examples: the data set or loader is empty")
         return parts
+
+    def _joined(self, parts: list[LastLayer]) -> list[LastLayer]:
+        """All examples at once, where their loss is a sum or mean over examples."""
+        whole = joined(parts)
+        if len(whole) < len(parts):
+            (one,) = whole
+            try:
+                with torch.no_grad():
+                    self.loss.checked_total(one.outputs, one.batch, len(one.features))
+            except InvalidArgumentError:  # of batches of one example it need not be
+                return parts
+        return whole
 
     def _precise_loss(self) -> Loss:
         """The loss with what it holds (weights of classes, say) in float64."""

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 from influence_kit.checkpoints import LoadFunction, load_checkpoint
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.source import GradientSource, Verify
+from influence_kit.locks import alone_with
 from influence_kit.losses import LossFunction
 from influence_kit.margins import OutputFunction
 from influence_kit.methods.base import BatchSize
@@ -92,7 +93,8 @@ class TracInCPFast(TracInCPBase):
 
     @final_fc_layer.setter
     def final_fc_layer(self, layer: str | nn.Module) -> None:
-        self._look_whole([self._name_of(layer)])
+        with alone_with(self.model):
+            self._look_whole([self._name_of(layer)])
         self._forget()
 
     def _name_of(self, layer: str | nn.Module) -> str:

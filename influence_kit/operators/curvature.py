@@ -135,7 +135,9 @@ class LossCurvature(Curvature):
             parameters = {name: real(self.model.get_parameter(name).detach()) for name in names}
             block = {name: trees[name].to(parameters[name].dtype) for name in names}
             found.update(self.either_mode(partial(self.block_product, batch, parameters, block)))
-        columns = [found[name].reshape(len(vectors), -1) for name in self.partition.names]
+        columns = [
+            _written_out(found[name]).reshape(len(vectors), -1) for name in self.partition.names
+        ]
         return torch.cat(columns, dim=1).to(vectors)
 
     def _outputs(self, batch: Batch, values: Tree) -> Any:
@@ -188,6 +190,11 @@ class GaussNewton(LossCurvature):
             return self.loss.total(rebuilt, batch, n)
 
         return gauss_newton_product(outputs, total, parameters, vectors, mode)
+
+
+def _written_out(tensor: Tensor) -> Tensor:
+    """The tensor, or a sparse one (of ``Embedding(sparse=True)``) with its zeros."""
+    return tensor.to_dense() if tensor.is_sparse else tensor
 
 
 def _floating(outputs: Any) -> list[Tensor]:

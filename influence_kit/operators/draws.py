@@ -6,6 +6,7 @@ number, and two streams are alike only if 128 bits of SHA-256 are.
 """
 
 import hashlib
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -21,14 +22,14 @@ def key_of(*parts: object) -> int:
 
 
 def check_seed(seed: int) -> int:
-    """The seed as given.
+    """The seed as given, as an int of Python (numpy has others).
 
     Raises:
         InvalidArgumentError: for anything but an int from 0 to 2^63 - 1.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63:
         raise InvalidArgumentError(f"`seed` must be an int that is not negative; got {seed!r}")
-    return seed
+    return int(seed)
 
 
 class Draws:

@@ -125,7 +125,7 @@ def conjugate_gradients(
         InvalidArgumentError: for a number of iterations or a residual that is none.
     """
     check_count(max_iter, "max_iter")
-    check_number(tol, "tol", least=0)
+    check_number(tol, "tol", least=0, below=1)
     by_block = damping_by_block(damping, len(operator.sizes))
     vectors, powers = balanced(refuse_non_finite_rows(vectors))
     solution = torch.zeros_like(vectors)
@@ -247,7 +247,7 @@ def lissa(
     """
     check_count(depth, "depth")
     check_count(repeats, "repeats")
-    check_number(tol, "tol", least=0)
+    check_number(tol, "tol", least=0, below=1)
     vectors, powers = balanced(refuse_non_finite_rows(vectors))
     by_block = damping_by_block(damping, len(operator.sizes))
     lift = spread(by_block, operator.sizes).to(vectors)

@@ -40,6 +40,8 @@ WITHOUT_GRAPH = {
     "errors in all": lambda o, t: (o.argmax(1) != t).sum(),
     "items": lambda o, t: torch.tensor([value.item() for value in right(o, t)]),
     "numpy": lambda o, t: torch.from_numpy(right(o, t).detach().numpy()),
+    "made anew": lambda o, t: torch.tensor(right(o, t).tolist(), requires_grad=True),
+    "a constant": lambda o, t: torch.zeros(len(o), dtype=o.dtype, requires_grad=True),
     "no_grad": under_no_grad,
     "inference mode": under_inference_mode,
     "rounded": lambda o, t: o.round().long().sum(1),

@@ -24,7 +24,9 @@ from torch.utils.data import (
 
 from influence_kit import (
     DVEmb,
+    EKFACInfluenceFunction,
     ExactNearestNeighbors,
+    ExplicitInfluenceFunction,
     GradCos,
     GradDot,
     KMostInfluentialResults,
@@ -710,3 +712,46 @@ def test_logra_keeps_its_rows_while_nothing_changes(monkeypatch: pytest.MonkeyPa
     reads = data.reads
     assert torch.equal(kept.influence(test), first)
     assert data.reads - reads <= 8  # what the fingerprint looks at
+
+
+SETTINGS = {"factor": 1.0}
+
+
+def scaled(outputs: Any, targets: Any) -> torch.Tensor:
+    """A loss with a number that is nowhere to be seen in it."""
+    return SETTINGS["factor"] * nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+
+KEEPING: dict[str, Callable[..., Any]] = {
+    "RandProj": partial(TracInCPRandProj, projection="identity"),
+    "Explicit": partial(ExplicitInfluenceFunction, damping=0.1),
+    "LoGra": partial(LoGra, projection_dim=16, damping=0.1),
+    "EKFAC": partial(EKFACInfluenceFunction, damping=0.1),
+}
+
+
+@pytest.mark.parametrize("name", KEEPING)
+@pytest.mark.parametrize("what", ["outputs", "losses"])
+def test_a_model_or_loss_that_computes_something_else(
+    name: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(9, 3).double(), torch.arange(9) % 2
+    model = nn.Sequential(nn.Linear(3, 4), nn.LeakyReLU(0.1), nn.Linear(4, 2)).double()
+    checkpoints = [copy.deepcopy(model.state_dict())]
+
+    def make() -> Any:
+        return KEEPING[name](model, TensorDataset(x, y), checkpoints, loss_fn=scaled)
+
+    method = make()
+    first = method.influence((x[:4], y[:4]))
+    assert_close(method.influence((x[:4], y[:4])), first)
+    if what == "outputs":
+        monkeypatch.setattr(model[1], "negative_slope", 0.7)
+    else:
+        monkeypatch.setitem(SETTINGS, "factor", 2.0)
+    if not (what == "losses" and name == "EKFAC"):  # labels of a weighted loss are not drawn
+        with pytest.raises(ChangedError, match=f"gives other {what} for the same weights"):
+            method.influence((x[:4], y[:4]))
+        method.forget()
+        assert_close(method.influence((x[:4], y[:4])), make().influence((x[:4], y[:4])))

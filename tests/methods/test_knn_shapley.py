@@ -443,8 +443,8 @@ def test_labels_of_tokens_are_refused_before_the_model_runs(kind: str, layer: st
     match = rf"labels of {kind} examples are torch.int64 of shape .*\. Give a sequence one label"
     with pytest.raises(InvalidArgumentError, match=match):
         knn.influence((ids, own["test"]))
-    # one example to see what it takes in memory
-    assert sum(passes) <= 1
+    # one example to see what it takes in memory, for each way in which the batch may be read
+    assert len(passes) <= 2
 
 
 def test_inputs_without_a_distance_are_refused() -> None:

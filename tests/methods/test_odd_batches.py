@@ -13,7 +13,7 @@ import torch
 from contract import assert_close
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from influence_kit import (
     TRAK,
@@ -231,3 +231,134 @@ def test_activations(kind: str) -> None:
         return influence.influence(cut(slice(0, 5)))
 
     assert_close(scores(KINDS[kind][2]), scores((1,) * N))
+
+
+class ByTheLargest(nn.Module):
+    """Takes one step more for a batch in which some example is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.mid, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.body(x))
+        for _ in range(2 if bool(x.max() > 9) else 1):
+            h = torch.tanh(self.mid(h))
+        return self.head(h)
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_a_batch_in_which_one_example_changes_the_others_is_refused(n: int) -> None:
+    torch.manual_seed(0)
+    model, x, y = ByTheLargest().double(), torch.randn(12, 5).double(), torch.arange(12) % 3
+    for large in range(n):  # whichever it is, together with it the others look right
+        late = x.clone()
+        late[large + n, 0] = 10.0
+        train = Batches(lambda rows, late=late: (late[rows], y[rows]), (n, n, 12 - 2 * n))
+        influence = TracInCP(model, train, [model.state_dict()], loss_fn=nn.CrossEntropyLoss())
+        with pytest.raises(InvalidArgumentError, match="mixes the examples"):
+            influence.influence((x[:4], y[:4]))
+
+
+class UsedOutsideLate(nn.Module):
+    """Uses a weight outside its layer, too, though for few examples with a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        more = torch.relu(x[:, :1] - 9) * self.body.weight[:3].sum(1)
+        return self.head(torch.tanh(self.body(x))) + more
+
+
+def test_a_weight_used_outside_its_layer_is_seen_while_that_has_no_gradient() -> None:
+    torch.manual_seed(0)
+    model, x, y = UsedOutsideLate().double(), torch.randn(12, 5).double(), torch.arange(12) % 3
+    x[8, 0] = 10.0
+
+    def scores(size: int) -> Tensor:
+        train = Batches(lambda rows: (x[rows], y[rows]), (size,) * (12 // size))
+        influence = TracInCP(model, train, [model.state_dict()], loss_fn=nn.CrossEntropyLoss())
+        return influence.influence((x[:4], y[:4]))
+
+    assert_close(scores(4), scores(1))
+
+
+class Boxes(nn.Module):
+    """A box for each image of a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4, 4)
+
+    def forward(self, images: list[Tensor]) -> list[Tensor]:
+        return [self.head(torch.tanh(self.conv(image[None])).mean((2, 3))) for image in images]
+
+
+def boxes_loss(outputs: list[Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
+    pairs = zip(outputs, targets, strict=True)
+    return torch.stack([(o - t["boxes"]).square().mean() for o, t in pairs]).sum()
+
+
+def boxes_example(boxes: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    target = {"boxes": torch.randn(boxes, 4).double(), "labels": torch.zeros(boxes).long()}
+    return [torch.randn(1, 6 + boxes, 7).double()], [target]
+
+
+def test_one_example_is_one_however_many_boxes_it_has() -> None:
+    torch.manual_seed(0)
+    model = Boxes().double()
+    examples = [boxes_example(boxes) for boxes in (2, 3, 4, 3)]
+    rows = []
+    for example in examples:
+        loss = boxes_loss(model(example[0]), example[1])
+        found = torch.autograd.grad(loss, list(model.parameters()))
+        rows.append(torch.cat([gradient.flatten() for gradient in found]))
+    right = torch.stack(rows)
+    influence = TracInCP(model, examples_of(examples), [model.state_dict()], loss_fn=boxes_loss)
+    assert_close(influence.influence(examples[1]), right[1:2] @ right.T)
+    assert_close(influence.influence(examples_of(examples[:2])), right[:2] @ right.T)
+    two = tuple([*a, *b] for a, b in zip(*examples[:2], strict=True))
+    with pytest.raises(InvalidArgumentError, match=r"a list of 2 dicts.*batch_size=1"):
+        influence.influence(two)
+
+
+def examples_of(examples: list[Any]) -> Any:
+    return Batches(lambda rows: examples[rows.start], (1,) * len(examples))
+
+
+def test_one_test_example_is_read_as_the_single_ones_of_the_loader() -> None:
+    torch.manual_seed(0)
+    model = Bag().double()
+    data = [(torch.randn(k, 5).double(), torch.tensor(k % 3)) for k in (2, 3, 4, 3)]
+    train: Any = DataLoader(data, 1, collate_fn=lambda items: items[0])
+    influence = TracInCP(model, train, [model.state_dict()], loss_fn=nn.CrossEntropyLoss())
+    assert_close(influence.influence(data[1]), influence.influence(train)[1:2])
+
+
+class Bag(nn.Module):
+    """One output for a bag of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.head(x).tanh().mean(0)
+        return outputs
+
+
+@pytest.mark.parametrize("method", [LoGra, EKFACInfluenceFunction])
+def test_a_column_of_numbers_is_a_target_at_batch_size_1(method: Any) -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(5, 1).double(), torch.randn(6, 5).double(), torch.randn(6, 3).double()
+    train = Batches(lambda rows: (x[rows], y[:, 0][rows]), (1,) * 6)
+
+    def squares(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs[:, 0] - targets).square()
+
+    influence = method(
+        model, train, [model.state_dict()], loss_fn=squares, curvature="empirical_fisher"
+    )
+    assert influence.influence((x[:2], y[:2, 0])).shape == (2, 6)

@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor, nn
 from torch.autograd.functional import hessian, jacobian
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from influence_kit import RepresenterPointSelection
 from influence_kit.errors import InvalidArgumentError
@@ -484,3 +485,18 @@ def test_the_users_model_and_loss_are_unchanged(
         representer.representer_values()
         representer.refitted_outputs(test)
         representer.self_influence()
+
+
+def test_a_mean_that_turns_uneven_in_a_later_batch_is_refused_there() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3)), torch.randn(12, 3)
+    y = torch.arange(12) % 2
+    y[9] = 2
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets, ignore_index=2)
+
+    train = DataLoader(TensorDataset(x, y), 4)
+    representer = RepresenterPointSelection(model, "2", train, [model.state_dict()], loss_fn=loss)
+    with pytest.raises(InvalidArgumentError, match=r"begins with example 8: .*not a mean"):
+        representer.influence((x[:2], y[:2]))

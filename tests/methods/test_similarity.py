@@ -631,3 +631,16 @@ def test_distances_of_very_small_and_very_large_vectors(scale: float) -> None:
     assert torch.allclose(euclidean_distance(x, y).double(), exact, 1e-3)
     cosines = cosine_similarity(x.double(), y.double())
     assert torch.allclose(cosine_similarity(x, y).double(), cosines, 1e-4, 1e-5)
+
+
+def test_batches_without_targets_of_an_iterable_of_ones_own(tmp_path: Any) -> None:
+    class Batches:
+        def __init__(self, x: Tensor) -> None:
+            self.x = x
+
+        def __iter__(self) -> Any:
+            return iter([(part,) for part in self.x.split(2)])
+
+    model, x = nn.Sequential(nn.Linear(3, 4)), torch.randn(6, 3)
+    given = SimilarityInfluence(model, "0", Batches(x), tmp_path)
+    assert given.influence(x, top_k=6)["0"][0][:, 0].tolist() == list(range(6))

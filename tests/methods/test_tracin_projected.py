@@ -83,7 +83,7 @@ def test_scores_are_those_of_tracin_on_average() -> None:
 
 def test_training_gradients_are_computed_once() -> None:
     case = CASES["mlp"]
-    influence = make("mlp")
+    influence = make("mlp", verify="once")
     first = influence.influence(case.test)
     passes: list[int] = []
     influence.model.register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
