@@ -195,9 +195,9 @@ def test_is_the_slope_of_the_scores_in_a_layers_output() -> None:
         step = torch.zeros(found.shape[2:], dtype=torch.float64)
         step[position, column] = STEP
         with shifted(model, "tokens", step):
-            up = method.influence(test_side)
+            up = make("gpt", model=model).influence(test_side)
         with shifted(model, "tokens", -step):
-            down = method.influence(test_side)
+            down = make("gpt", model=model).influence(test_side)
         assert_close(found[:, :, position, column], (up - down) / (2 * STEP), CLOSE)
 
 

@@ -88,8 +88,9 @@ def test_training_gradients_are_computed_once() -> None:
     passes: list[int] = []
     influence.model.register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
     assert torch.equal(influence.influence(case.test), first)
-    # one to see what it takes, then the test examples at each checkpoint
-    assert passes == [1, *[case.m] * 3]
+    # one to see what it takes, the test examples at each checkpoint, and examples that show that
+    # the model is the same
+    assert sorted(passes) == sorted([4, 4, 1, *[case.m] * 3])
 
 
 @pytest.mark.parametrize(
