@@ -19,8 +19,7 @@ from influence_kit.example_draws import (
 from influence_kit.fingerprints import Fingerprint, fingerprint, same_rows, targets_repeat
 from influence_kit.inputs import dimensions
 from influence_kit.loaders import Slices, loader_length, promised_rows
-from influence_kit.random_state import kept_random_state
-from influence_kit.random_states import same_random_states
+from influence_kit.random_states import kept_random_state, same_random_states
 
 UNSTACKABLE = (
     "each element in list of batch should be",

@@ -16,7 +16,7 @@ from torch.utils.data import (
 from influence_kit.data import Batch
 from influence_kit.index_order import LISTED, first_indices
 from influence_kit.loaders import loader_length
-from influence_kit.random_state import kept_random_state
+from influence_kit.random_states import kept_random_state
 
 # examples, and how often each is drawn: of 4 images that are flipped or not, all stay as they are
 # in one of 4096 cases

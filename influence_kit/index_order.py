@@ -20,7 +20,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from influence_kit.random_state import kept_random_state
+from influence_kit.random_states import kept_random_state
 
 # indices that are read of each listing
 LISTED = 4096

@@ -62,3 +62,18 @@ def _write(states: tuple[Any, ...]) -> None:
         torch.mps.set_rng_state(mps)
     np.random.set_state(of_numpy)  # noqa: NPY002
     random.setstate(of_python)
+
+
+@contextmanager
+def kept_random_state(seed: int | None = None) -> Iterator[None]:
+    """``same_random_states``, in which numbers are drawn from a seed.
+
+    Args:
+        seed: start inside from the states of this seed; from those that there are where None.
+    """
+    with same_random_states():
+        if seed is not None:
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002 - users' code draws from it
+        yield

@@ -41,7 +41,6 @@ FLOORS = [
         "own_losses",
         "loss_parts",
         "processes",
-        "random_state",
         "distributed",
         "dropout_ensemble",
         "dropout_masks",
