@@ -6,6 +6,7 @@ give for batches of one example, where nothing can be mixed or reordered.
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +25,8 @@ from influence_kit import (
     LoGra,
     TracInCP,
 )
-from influence_kit.errors import InvalidArgumentError
+from influence_kit.errors import InvalidArgumentError, PassAgain
+from influence_kit.methods.starting_again import starts_again
 
 N = 12
 SLOW = pytest.mark.filterwarnings("ignore:.*(slower|one example at a time).*:UserWarning")
@@ -362,3 +364,26 @@ def test_a_column_of_numbers_is_a_target_at_batch_size_1(method: Any) -> None:
         model, train, [model.state_dict()], loss_fn=squares, curvature="empirical_fisher"
     )
     assert influence.influence((x[:2], y[:2, 0])).shape == (2, 6)
+
+
+@pytest.mark.parametrize("kind", ["halves", "a late use", "sorted within"])
+def test_what_a_store_had_written_is_taken_away(kind: str, tmp_path: Path) -> None:
+    """Where the pass that builds it starts again."""
+    model, cut, sizes, states = setting(kind)
+    stored = TracInCP(model, Batches(cut, sizes), states, loss_fn=LOSS, store=tmp_path)
+    live = TracInCP(model, Batches(cut, sizes), states, loss_fn=LOSS)
+    test = cut(slice(0, 5))
+    assert_close(stored.influence(test), live.influence(test), 1e-12)
+    assert_close(stored.self_influence(), live.self_influence(), 1e-12)
+
+
+def test_batches_that_always_contradict_one_another_are_refused() -> None:
+    class Fickle(TracInCP):
+        @starts_again
+        def influence(self, *args: Any, **kwargs: Any) -> Any:
+            raise PassAgain("as ever")
+
+    model, cut, sizes, states = setting("halves")
+    fickle = Fickle(model, Batches(cut, sizes), states, loss_fn=LOSS)
+    with pytest.raises(InvalidArgumentError, match=r"contradict one another .* \(as ever\)"):
+        fickle.influence(cut(slice(0, 5)))
