@@ -140,7 +140,14 @@ class GradientSource:
             # a layer that sees its examples elsewhere than in the batches before; or the model's
             # own error, of an output that was given a batch dimension or of no doing of ours
             if not self.capture.misplaced:
-                raise
+                if (
+                    not self.capture.without_rule
+                    or self.capture.functional is functional.one_by_one
+                ):
+                    raise
+                # what ``vmap`` did for the first batch it may not do for one of another size
+                self.capture.functional = functional.one_by_one
+                self._start_again(())
             self._give_up(set(self.capture.misplaced), batch, loss)
 
     def _first_check(self, batch: Batch, loss: Loss) -> bool:
