@@ -106,8 +106,7 @@ class Capture:
         self.shapes: list[list[int]] = []
         self.misplaced: list[str] = []
         # the parameters with a rule that the last batch used outside their layers, too, though with
-        # gradient zero maybe; looked for where that is wanted
-        self.looks_outside = False
+        # gradient zero maybe
         self.used_outside: set[str] = set()
         # what errors call the batch
         self.where = "the batch"
@@ -196,8 +195,7 @@ class Capture:
             refuse_without_graph(self.model, self.parameters.values(), batch, loss, n)
         if not calls or not total.value.requires_grad:
             return []
-        if self.looks_outside:
-            self._look_outside(calls, total.value)
+        self._look_outside(calls, total.value)
         edges = [call.edge for call in calls]
         with clear_errors(self.model, batch):
             deltas, powers = total.gradients_by_example(edges, self.parameters.values(), n)

@@ -63,12 +63,8 @@ def check(capture: Capture, batch: Batch, loss: Loss) -> set[str]:
         comparison = Comparison(
             capture.model, capture.parameters, few, loss, tolerance, capture.scaled_by_frequency
         )
-        capture.looks_outside = True
-        try:
-            failed = _LayoutSearch(capture, comparison).run()
-        finally:
-            capture.looks_outside = False
-        capture.go_without(failed | set(capture.used_outside))
+        failed = _LayoutSearch(capture, comparison).run()
+        capture.go_without(failed | capture.used_outside)
         if capture.without_rule:
             settle_functional(capture, comparison)
     return comparison.moving

@@ -25,7 +25,7 @@ class Schedule:
 
     def begin(self) -> None:
         """A new question: batches are counted from 1 at each checkpoint."""
-        self._counts: dict[tuple[int | None, int], int] = {}
+        self._counts: dict[tuple[int | None, int, bool], int] = {}
         self._keys: set[Hashable] = set()
         self.seen = 1
 
@@ -46,7 +46,7 @@ class Schedule:
             path: how the layers were called.
             shapes: the lengths of the batch's tensors, without the number of examples.
         """
-        key = checkpoint, id(loss)
+        key = checkpoint, id(loss), several
         count = self._counts[key] = self._counts.get(key, 0) + 1
         self.seen = count
         way = (id(loss), several, path)

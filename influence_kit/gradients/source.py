@@ -64,9 +64,10 @@ class GradientSource:
     ) -> None:
         self.capture = Capture(model, parameters)
         self.verify = verify
-        # by loss: the loss, the examples of the fullest batch that was checked, and the parameters
-        # whose gradient was not zero there
-        self._checked: dict[int, tuple[Loss, int, set[str]]] = {}
+        # by loss, and whether batches have several examples, of which one alone proves nothing: the
+        # loss, the examples of the fullest batch that was checked, and the parameters whose
+        # gradient was not zero there
+        self._checked: dict[tuple[int, bool], tuple[Loss, int, set[str]]] = {}
         self._schedule = Schedule()
         self._generator = torch.Generator().manual_seed(0)
         self._said: set[str] = set()
@@ -154,7 +155,7 @@ class GradientSource:
         """Check capture and loss, where that has not been done; whether it was done now."""
         n = example_count(batch)
         distinct = min(n, EXAMPLES)
-        _, seen, _ = self._checked.get(id(loss), (loss, 0, set()))
+        _, seen, _ = self._checked.get((id(loss), n > 1), (loss, 0, set()))
         is_due = seen < distinct or (n > 1 and not loss.settled)
         if is_due:
             before = self.capture.settings if self._checked else None
@@ -164,7 +165,8 @@ class GradientSource:
         return is_due
 
     def _check(self, batch: Batch, loss: Loss, few: Batch) -> None:
-        _, seen, moving = self._checked.get(id(loss), (loss, 0, set()))
+        key = id(loss), example_count(few) > 1
+        _, seen, moving = self._checked.get(key, (loss, 0, set()))
         try:
             with self._named():
                 moving = moving | check(self.capture, few, loss)
@@ -181,7 +183,7 @@ class GradientSource:
                 raise
             raise InvalidArgumentError(told) from error
         seen = max(seen, min(example_count(batch), EXAMPLES))
-        self._checked[id(loss)] = (loss, seen, moving)
+        self._checked[key] = (loss, seen, moving)
         self._say_slow()
 
     def _few(self, batch: Batch) -> Batch:
@@ -199,7 +201,10 @@ class GradientSource:
     ) -> None:
         """Compare a batch's gradients with those of some of its examples by themselves."""
         capture, n = self.capture, gradients.n
-        moving = self._checked[id(loss)][2]
+        outside = capture.used_outside - set(capture.without_rule)
+        if outside:  # in a way that no batch before has shown
+            self._give_up(outside, batch, loss)
+        moving = self._checked[id(loss), n > 1][2]
         seen = (self._checkpoint, loss, n > 1, capture.path, capture.shapes)
         due = self._schedule.due(*seen)
         unproven = set(capture.parameters) - moving

@@ -150,6 +150,8 @@ class Refit:
 
     def _joined(self, parts: list[LastLayer]) -> list[LastLayer]:
         """All examples at once, where their loss is a sum or mean over examples."""
+        if self.loss.reduction is None and not self.loss.settled:
+            return parts  # single examples did not show whether it is a sum or a mean
         whole = joined(parts)
         if len(whole) < len(parts):
             (one,) = whole

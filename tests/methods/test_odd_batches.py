@@ -387,3 +387,39 @@ def test_batches_that_always_contradict_one_another_are_refused() -> None:
     fickle = Fickle(model, Batches(cut, sizes), states, loss_fn=LOSS)
     with pytest.raises(InvalidArgumentError, match=r"contradict one another .* \(as ever\)"):
         fickle.influence(cut(slice(0, 5)))
+
+
+class UsedOutsideInOneBatch(nn.Module):
+    """Uses a weight outside its layer for one batch alone, which is not one that is compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.head(torch.tanh(self.body(x)))
+        return out + x @ self.body.weight[:3].T if bool((x[:, 0] > 8).all()) else out
+
+
+@pytest.mark.parametrize("late", range(6))
+def test_a_weight_used_outside_its_layer_in_one_batch(late: int) -> None:
+    torch.manual_seed(0)
+    model, x, y = UsedOutsideInOneBatch().double(), _vectors(), Y.clone()
+    x[2 * late : 2 * late + 2, 0] = 9.0
+    train = TensorDataset(x, y)
+    influence = TracInCP(model, train, [model.state_dict()], loss_fn=LOSS, batch_size=2)
+    g = torch.stack([alone(model, x[i : i + 1], y[i : i + 1]) for i in range(N)])
+    assert_close(influence.self_influence(), g.square().sum(1), 1e-9)
+
+
+def test_single_examples_prove_nothing_of_batches() -> None:
+    """Whose layers see two views, stacked: behind a head that is zero at first, and one by one."""
+    model, cut, _, states = setting("halves")
+    train = Batches(cut, (1, 1, 1, 1, 8))
+    influence = TracInCP(model, train, states, loss_fn=LOSS)
+    expected = torch.zeros(N, dtype=torch.float64)
+    for state in states:
+        model.load_state_dict(state)
+        g = torch.stack([alone(model, *cut(slice(i, i + 1))) for i in range(N)])
+        expected += g.square().sum(1)
+    assert_close(influence.self_influence(), expected, 1e-9)
