@@ -117,14 +117,15 @@ class GradientSource:
             )
         self._first_check(batch, loss)
         key = (self._checkpoint, id(loss), index)
-        if self.verify == "once" or not self._schedule.is_new(key):
+        if not self._schedule.is_new(key):
             return
         n = example_count(batch)
         if loss.compares and index is not None:
             where = f"the batch that begins with example {index}"
             with torch.no_grad(), self._named():
                 loss.checked_total(call_model(self.capture.model, batch), batch, n, where)
-        if n > 1 and self._schedule.due(self._checkpoint, loss, True, (), ()):
+        repeats = self.verify == "repeated" and n > 1
+        if repeats and self._schedule.due(self._checkpoint, loss, True, (), ()):
             added_up(self.capture, take(batch, drawn(n, 6, self._generator)), loss)
 
     @property

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from influence_kit import EKFACInfluenceFunction, KFACInfluenceFunction, TracInCP
+from influence_kit import (
+    EKFACInfluenceFunction,
+    ExplicitInfluenceFunction,
+    KFACInfluenceFunction,
+    TracInCP,
+)
 from influence_kit.errors import InvalidArgumentError
 
 N = 12
@@ -256,3 +261,23 @@ def test_a_view_that_is_changed_in_place_has_its_gradient() -> None:
     )
     found = torch.autograd.grad(loss(model(x), Y[1:2]), list(model.parameters()))
     assert_close(tracin.self_influence(), sum(g.square().sum() for g in found)[None], 1e-10)
+
+
+@pytest.mark.parametrize("verify", ["repeated", "once"])
+def test_a_mean_by_weights_is_refused_by_products_of_the_curvature(verify: Any) -> None:
+    """On the batch that shows it, also where only the first gradients are checked."""
+    model, weights = Body().double(), torch.tensor([1.0, 2.0, 5.0]).double()
+    data, y = TensorDataset(X, Y.sort().values), Y.sort().values
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets, weight=weights)
+
+    exact = ExplicitInfluenceFunction(
+        model, data, [model.state_dict()], loss_fn=loss, batch_size=4, damping=0.1, verify=verify
+    )
+    exact.influence((X[:3], y[:3]))  # batches of one class each
+    mixed = ExplicitInfluenceFunction(
+        model, data, [model.state_dict()], loss_fn=loss, batch_size=3, damping=0.1, verify=verify
+    )
+    with pytest.raises(InvalidArgumentError, match=r"begins with example 3: .* is not a mean over"):
+        mixed.influence((X[:3], y[:3]))
