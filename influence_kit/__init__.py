@@ -1,5 +1,6 @@
 """Training-data attribution for PyTorch: which training examples made my model do this?"""
 
+from influence_kit.checkpoint_selection import select_checkpoints
 from influence_kit.checkpoints import checkpoint_table, load_checkpoint
 from influence_kit.dropout_ensemble import dropout_ensemble
 from influence_kit.errors import CurvatureError
@@ -77,4 +78,5 @@ __all__ = [
     "dropout_ensemble",
     "euclidean_distance",
     "load_checkpoint",
+    "select_checkpoints",
 ]

@@ -35,14 +35,19 @@ def damaged(path: Path, error: Exception) -> InvalidArgumentError:
     return InvalidArgumentError(f"'{path}' cannot be read as a checkpoint: is it whole? ({reason})")
 
 
-def values_of(path: Path) -> dict[str, Any]:
-    """The dict in a file, its tensors left on disk; empty for a file that cannot be read."""
+def values_of(path: Path, mapped: bool = False) -> dict[str, Any]:
+    """The dict in a file, its tensors left on disk; empty for a file that cannot be read.
+
+    Files of old versions of torch cannot be left on disk: they are read whole, unless ``mapped``.
+    """
     if not path.is_file():
         return {}
     try:
         try:
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files of old versions cannot be mapped
+        except RuntimeError:
+            if mapped:
+                return {}
             held = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # whatever is wrong with a file beside the weights, they can be read
         return {}

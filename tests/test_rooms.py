@@ -30,6 +30,7 @@ FLOORS = [
         "checkpoints",
         "checkpoint_files",
         "checkpoint_loader",
+        "checkpoint_selection",
         "learning_rates",
         "torch_files",
         "example_draws",

@@ -143,7 +143,7 @@ class EmbeddingInfluence(InfluenceFunction):
         """
         chosen = given(inputs_dataset if inputs is None else inputs)
         with self._session() as loader:
-            _, batches = self._plan(loader, chosen, ordered=not aggregate)
+            _, batches = self._plan(loader, chosen, not aggregate, show_progress)
             features = (self.test_at if test else self.train_at)(0).features
             side = Side(0, features, (self._embed,))
             with self._bar("embed examples. Processing checkpoint", 1, show_progress) as bar:

@@ -54,7 +54,8 @@ class Question(DataInfluence):
                 handed on as it is.
             k: how many proponents or opponents to return; None for all scores.
             proponents: the highest scores; False for the lowest.
-            show_progress: a bar over the training set (of a valuation: over the models fitted).
+            show_progress: a bar over the training set; before it one over the checkpoints, where
+                something is fitted or kept at each (of a valuation: over the models fitted).
             aggregate: the influence on the sum of the test examples' losses (or outputs; of a
                 valuation: of their scores): one row.
 

@@ -120,7 +120,7 @@ class GraSS(MaskedInfluence):
     def _kept_since(self) -> str | None:
         return super()._kept_since or ("the mask was learnt" if self._learnt else None)
 
-    def _made_rows(self, loader: CheckpointLoader) -> KeptRows | None:
+    def _made_rows(self, loader: CheckpointLoader, show_progress: bool) -> KeptRows | None:
         if self.mask == "learnt" and not self._learnt:
             loader.load(0)
             sample = self._sample_gradients()
@@ -131,7 +131,7 @@ class GraSS(MaskedInfluence):
                     for name, (unit, mask) in self._masked.items()
                 }
             )
-        return super()._made_rows(loader)
+        return super()._made_rows(loader, show_progress)
 
     @cached_property
     def _masked(self) -> dict[str, tuple[WrittenOut, Coordinates]]:

@@ -80,7 +80,7 @@ class InfluenceFunction(SolvedInfluence):
             k: how many features to return for each test example; None for the whole tensor.
             layer: the layer whose output x_j is; None for the model's only floating-point input
                 (the targets stay as they are).
-            show_progress: a bar over the training set.
+            show_progress: a bar over the training set, and over checkpoints that are fitted.
 
         Returns:
             ``[m, n, *shape]``: shape of one example's x_j, examples in the order of
@@ -119,7 +119,7 @@ class InfluenceFunction(SolvedInfluence):
         with self._session() as loader:
             # what cannot be perturbed is refused before the curvature is measured
             perturbed.value(DataSet(self.train_dataloader, self._device).first())
-            terms, batches = self._plan(loader, given(inputs))
+            terms, batches = self._plan(loader, given(inputs), show_progress=show_progress)
             stream = Stream(terms, loader, self._sample)
             sides = [(stream.test_side(term.test, batches), term.weight_at(1.0)) for term in terms]
             vectors = [self._lifted(side).flat() * weight for side, weight in sides]

@@ -5,6 +5,7 @@ Letters: m test and n training examples, P chosen parameters, C checkpoints.
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ class InnerProductInfluence(ExampleInfluence):
         """
         doing = "compute self influence. Processing"
         with self._session() as loader:
-            terms, batches = self._plan(loader, inputs)
+            terms, batches = self._plan(loader, inputs, show_progress=show_progress)
             rounds = [[term] for term in terms] if outer_loop_by_checkpoints else [terms]
             outer = self._bar(f"{doing} checkpoint", len(rounds), show_progress and len(rounds) > 1)
             total = torch.zeros(())
@@ -212,23 +213,29 @@ class InnerProductInfluence(ExampleInfluence):
         return terms, self._train_batches
 
     def _plan(
-        self, loader: CheckpointLoader, inputs: Any, ordered: bool = True
+        self,
+        loader: CheckpointLoader,
+        inputs: Any,
+        ordered: bool = True,
+        show_progress: bool = False,
     ) -> tuple[list[Term], Iterable[Batch]]:
         """The terms, and the inputs in batches."""
-        self._keep_rows(loader)
+        self._keep_rows(loader, show_progress)
         return self.terms(), self._batches(inputs, ordered)
 
-    def _keep_rows(self, loader: CheckpointLoader) -> None:
+    def _keep_rows(self, loader: CheckpointLoader, show_progress: bool = False) -> None:
         """Have the training side of all examples, where it is to be kept."""
         if self._kept is None:
-            self._kept = self._made_rows(loader)
+            self._kept = self._made_rows(loader, show_progress)
 
-    def _made_rows(self, loader: CheckpointLoader) -> KeptRows | None:
+    def _made_rows(self, loader: CheckpointLoader, show_progress: bool) -> KeptRows | None:
         """The training side of all examples; None where it is made anew for every question."""
         if self.store is None and not (self._keeps_rows and self._fits()):
             return None
         sides = [self.train_at(place) for place in range(len(self.checkpoints))]
-        build = Build(sides, self.train_dataloader, loader, self._sample)
+        doing = "compute the gradients of the training set. Processing checkpoint"
+        bar = partial(self._bar, doing, len(sides), show_progress)
+        build = Build(sides, self.train_dataloader, loader, self._sample, bar)
         if self.store is None:
             return build.in_memory()
         description = {
@@ -283,7 +290,7 @@ class InnerProductInfluence(ExampleInfluence):
         groups: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         with self._session() as loader:
-            terms, test = self._plan(loader, given(inputs), ordered=not aggregate)
+            terms, test = self._plan(loader, given(inputs), not aggregate, show_progress)
             train = self._train_batches
             if groups is not None:
                 terms, train = self._by_parameter(terms)

@@ -52,6 +52,10 @@ class KeptFit(InnerProductInfluence):
     def _is_fitted(self) -> bool:
         """Whether something is, at any checkpoint."""
 
+    @abstractmethod
+    def _is_fitted_at(self, place: int) -> bool:
+        """Whether something is at this checkpoint."""
+
     @property
     def _fit_data(self) -> Iterable[Batch]:
         """What it is fitted on."""
@@ -67,14 +71,8 @@ class KeptFit(InnerProductInfluence):
             show_progress: a bar over the checkpoints.
         """
         self._forget()
-        doing = f"fit {self._what_is_fitted}. Processing checkpoint"
-        with (
-            self._session() as loader,
-            self._bar(doing, len(self.checkpoints), show_progress) as bar,
-        ):
-            for place in range(len(self.checkpoints)):
-                self._fit_at(place, loader)
-                bar.update()
+        with self._session() as loader:
+            self._fit_everywhere(loader, show_progress)
         return self
 
     @starts_again
@@ -85,8 +83,8 @@ class KeptFit(InnerProductInfluence):
         """
         tensors = {}
         with self._session() as loader:
+            self._fit_everywhere(loader)
             for place in range(len(self.checkpoints)):
-                self._fit_at(place, loader)
                 for name, value in self._found_at(place).items():
                     tensors[f"{place}/{name}"] = value
             write_folder(folder, tensors, self._description(loader))
@@ -112,6 +110,17 @@ class KeptFit(InnerProductInfluence):
         return self
 
     # How it is done.
+
+    def _fit_everywhere(self, loader: CheckpointLoader, show_progress: bool = False) -> None:
+        """Have what is fitted at all checkpoints, with a bar over them where something is not."""
+        self._keep_rows(loader, show_progress)
+        places = range(len(self.checkpoints))
+        show = show_progress and not all(self._is_fitted_at(place) for place in places)
+        doing = f"fit {self._what_is_fitted}. Processing checkpoint"
+        with self._bar(doing, len(places), show) as bar:
+            for place in places:
+                self._fit_at(place, loader)
+                bar.update()
 
     @property
     def _kept_since(self) -> str | None:

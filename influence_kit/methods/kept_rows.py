@@ -1,13 +1,14 @@
 """The training side of a method, kept: in memory while the object lives, or in a folder."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from influence_kit.checkpoint_loader import CheckpointLoader
 from influence_kit.data import Batch, example_count, to_device
@@ -85,20 +86,24 @@ class Build:
         batches: the training set.
         loader: puts the checkpoints into the model.
         sample: a tensor with the dtype and device of scores.
+        bar: makes a bar over the checkpoints.
     """
 
     sides: Sequence[Side]
     batches: Iterable[Batch]
     loader: CheckpointLoader
     sample: Tensor
+    bar: Callable[[], "tqdm[Any]"]
 
     def in_memory(self) -> RowsInMemory:
         """Keep them in memory."""
         parts = []
-        for side in self.sides:
-            self.loader.load(side.checkpoint)
-            on_device = (to_device(batch, self.sample.device) for batch in self.batches)
-            parts.append([side(batch) for batch in on_device])
+        with self.bar() as bar:
+            for side in self.sides:
+                self.loader.load(side.checkpoint)
+                on_device = (to_device(batch, self.sample.device) for batch in self.batches)
+                parts.append([side(batch) for batch in on_device])
+                bar.update()
         return RowsInMemory(parts)
 
     def on_disk(
@@ -123,6 +128,16 @@ class Build:
             default_chunk_rows(rows, width * dtype.itemsize, batch_size),
         )
         if not store.is_complete:
+            self._fill(store, rows)
+            wait_for_all()
+            if is_first_rank():
+                store.finish()
+            wait_for_all()
+        return RowsOnDisk(store, self.sample)
+
+    def _fill(self, store: GradientStore, rows: int) -> None:
+        """Write what the store lacks of so many rows a checkpoint."""
+        with self.bar() as bar:
             for side in self.sides:
                 if store.wanted(side.checkpoint, 0, rows):
                     self.loader.load(side.checkpoint)
@@ -131,11 +146,7 @@ class Build:
                     except PassAgain:  # what was written is in doubt, too
                         store.empty()
                         raise
-            wait_for_all()
-            if is_first_rank():
-                store.finish()
-            wait_for_all()
-        return RowsOnDisk(store, self.sample)
+                bar.update()
 
     def _wanted(self, store: GradientStore, side: Side) -> Iterator[tuple[int, Tensor]]:
         """The rows of the batches that the store lacks, each with the place of its first."""

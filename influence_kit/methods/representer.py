@@ -243,12 +243,18 @@ class RepresenterPointSelection(KeptFit):
     def _is_fitted(self) -> bool:
         return bool(self._heads)
 
+    def _is_fitted_at(self, place: int) -> bool:
+        return place in self._heads
+
     def _plan(
-        self, loader: CheckpointLoader, inputs: Any, ordered: bool = True
+        self,
+        loader: CheckpointLoader,
+        inputs: Any,
+        ordered: bool = True,
+        show_progress: bool = False,
     ) -> tuple[list[Term], Iterable[Batch]]:
         # before the data is shared out: every rank needs the whole of it
-        for place in range(len(self.checkpoints)):
-            self._fit_at(place, loader)
+        self._fit_everywhere(loader, show_progress)
         return super()._plan(loader, inputs, ordered)
 
     def _fit_at(self, place: int, loader: CheckpointLoader) -> None:

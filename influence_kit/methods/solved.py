@@ -59,15 +59,21 @@ class SolvedInfluence(FittedInfluence):
 
     # How it is done.
 
+    def _is_fitted_at(self, place: int) -> bool:
+        return place in self._facts
+
     def _plan(
-        self, loader: CheckpointLoader, inputs: Any, ordered: bool = True
+        self,
+        loader: CheckpointLoader,
+        inputs: Any,
+        ordered: bool = True,
+        show_progress: bool = False,
     ) -> tuple[list[Term], Iterable[Batch]]:
         ready = isinstance(inputs, Tensor)
         if not ready or self._needs_fit_for_quantities:
             # before the data is shared out: every rank takes part in measuring
-            for place in range(len(self.checkpoints)):
-                self._fit_at(place, loader)
-        self._keep_rows(loader)
+            self._fit_everywhere(loader, show_progress)
+        self._keep_rows(loader, show_progress)
         if ready:
             # the "batch" that the features of these terms take
             quantities: Any = self._checked_quantities(inputs)
