@@ -23,9 +23,9 @@ class CGInfluenceFunction(CurvatureInfluence):
 
     All test examples are solved for at once: one pass over the Hessian data an iteration, whatever
     their number (arXiv 1703.04730). Rows are test examples; positive is a proponent, and leaving
-    the training example out raises the test loss by about score / n. The mean over checkpoints
-    where there are several. ``self_influence`` and ``relative`` solve for every training example,
-    a batch at a time.
+    the training example out raises the test loss by about score / n. The mean over checkpoints:
+    about five of one run, evenly over its steps, are recommended (``select_checkpoints``).
+    ``self_influence`` and ``relative`` solve for every training example, a batch at a time.
 
     Args:
         damping, curvature, blocks, hessian_dataset, relative, seed: as in

@@ -22,8 +22,8 @@ class DataInf(InfluenceFunction):
     for the adapters of a fine-tune. One pass over the data for all test examples, in closed form;
     ``self_influence`` and ``relative`` take a pass for each batch, of which gradients that fit into
     memory are kept. Rows are test examples; positive is a proponent, and leaving the training
-    example out raises the test loss by about score / n. The mean over checkpoints where there are
-    several.
+    example out raises the test loss by about score / n. The mean over checkpoints: about five of
+    one run, evenly over its steps, are recommended (``select_checkpoints``).
 
     Args:
         damping: the letter lambda: a positive number, a dict by layer, or "auto", the paper's

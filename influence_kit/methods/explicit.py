@@ -26,7 +26,8 @@ class ExplicitInfluenceFunction(CurvatureInfluence):
     take n * P numbers, their gradients, and n^2 * P operations: C is inverted through their inner
     products (Woodbury) and never written out. Rows are test examples; positive is a proponent, and
     leaving the training example out raises the test loss by about score / n. The mean over
-    checkpoints where there are several.
+    checkpoints: about five of one run, evenly over its steps, are recommended
+    (``select_checkpoints``).
 
     For a model that was trained with weight decay (l2 / 2 times the squared norm added to the mean
     loss) ``damping=l2`` makes C + damping the Hessian of what was minimised.

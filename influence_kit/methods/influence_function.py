@@ -34,7 +34,8 @@ class InfluenceFunction(SolvedInfluence):
     """score = mean over checkpoints of grad loss(test)^T (C + damping I)^-1 grad loss(train).
 
     What is measured of the curvature at a checkpoint (``fit``) does not depend on the damping, is
-    kept for later calls, and can be saved.
+    kept for later calls, and can be saved. About five checkpoints of one run, evenly over its
+    steps, are recommended (``select_checkpoints``); each has its own damping where that is "auto".
 
     Args:
         damping: what is added to the eigenvalues of the curvature C of the mean loss: a number, one

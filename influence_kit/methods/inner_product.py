@@ -39,7 +39,8 @@ class InnerProductInfluence(ExampleInfluence):
         model: the model. It comes back from every call as it went in.
         train_dataset: a ``Dataset`` or sequence of examples, or a ``DataLoader`` (or other
             re-iterable of batches) that does not shuffle; ``(*model_inputs, targets)`` or dicts.
-        checkpoints: a folder, a glob, a list of paths, or any iterable of paths or state dicts.
+        checkpoints: a folder, a glob, a list of paths, or any iterable of paths or state dicts;
+            ``select_checkpoints`` chooses a few of many.
         checkpoints_load_func: ``load(model, checkpoint) -> learning rate``, in place.
         layers: names of modules whose parameters count; None for all that require a gradient.
         loss_fn: ``loss_fn(outputs, targets)`` (of a dict batch: ``loss_fn(outputs, batch)``), one

@@ -140,7 +140,8 @@ class KFACInfluenceFunction(KroneckerInfluence):
     averaged over examples) and that of its inputs A (a, Q_A; averaged over positions), weight and
     bias together; of an embedding, positions with equal ids count as one. Rows are test examples;
     positive is a proponent, and leaving the training example
-    out raises the test loss by about score / n. The mean over checkpoints where there are several.
+    out raises the test loss by about score / n. The mean over checkpoints: about five of one run,
+    evenly over its steps, are recommended (``select_checkpoints``).
 
     Linear layers, convolutions and embeddings have this form; others are an error that names them.
 
@@ -184,7 +185,8 @@ class EKFACInfluenceFunction(KroneckerInfluence):
     the per-example gradients G_j best; where labels are drawn, at others than the eigenvectors saw.
     Two passes over the Hessian data fit it, one over the training set scores all test examples.
     Rows are test examples; positive is a proponent, and leaving the training example out raises the
-    test loss by about score / n. The mean over checkpoints where there are several.
+    test loss by about score / n. The mean over checkpoints: about five of one run, evenly over its
+    steps, are recommended (``select_checkpoints``).
 
     Linear layers, convolutions and embeddings have this form; others are an error that names them.
 

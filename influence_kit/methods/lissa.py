@@ -28,7 +28,8 @@ class LiSSAInfluenceFunction(CurvatureInfluence):
     scale s; it is reached where s is above the largest eigenvalue of C + damping, at the rate
     1 - damping / s an iteration, so that a small damping wants a large depth. Rows are test
     examples; positive is a proponent, and leaving the training example out raises the test loss by
-    about score / n. The mean over checkpoints where there are several.
+    about score / n. The mean over checkpoints: about five of one run, evenly over its steps, are
+    recommended (``select_checkpoints``).
 
     Args:
         damping, curvature, blocks, hessian_dataset, relative: as in ``ExplicitInfluenceFunction``.

@@ -16,8 +16,8 @@ class LoGra(ProjectedInfluence):
     inputs a and output gradients d, so that it is never formed (arXiv 2405.13954). Convolutions
     and embeddings are matrices, too; what is no matrix (a norm's weights) is projected as a vector.
     Rows are test examples; positive is a proponent, and leaving the training example out raises the
-    test loss by about score / n, as far as the projection keeps it. The mean over checkpoints where
-    there are several.
+    test loss by about score / n, as far as the projection keeps it. The mean over checkpoints:
+    about five of one run, evenly over its steps, are recommended (``select_checkpoints``).
 
     The projected gradients of the training set are computed once and kept in memory where they
     fit; otherwise they are computed anew for every question. F is inverted through the inner

@@ -23,7 +23,8 @@ class NystromInfluenceFunction(CurvatureInfluence):
     where the rank of C is at most ``rank``. Wants a curvature that is not negative: "ggn", "fisher"
     or "empirical_fisher", or a Hessian at a minimum. Rows are test examples; positive is a
     proponent, and leaving the training example out raises the test loss by about score / n. The
-    mean over checkpoints where there are several.
+    mean over checkpoints: about five of one run, evenly over its steps, are recommended
+    (``select_checkpoints``).
 
     Args:
         damping, curvature, blocks, hessian_dataset, relative: as in ``ExplicitInfluenceFunction``;

@@ -57,10 +57,12 @@ class TRAK(SolvedInfluence):
 
     f is the margin log p - log(1 - p) of the label's probability p, P a random projection of all
     parameters together, Phi the features of all n training examples, and the means are over C
-    checkpoints: best of independently trained models, of which each may have seen another half of
-    the training set (arXiv 2303.14186). Rows are test examples; positive is a proponent: leaving
-    the training example out lowers the test example's margin by about the score. A layer's part of
-    it (``influence_by_layer``) is what the training example's gradient there adds to its features.
+    checkpoints: about five of one run, evenly over its steps, are recommended
+    (``select_checkpoints``), or independently trained models, of which each may have seen another
+    half of the training set (arXiv 2303.14186). Rows are test examples; positive is a proponent:
+    leaving the training example out lowers the test example's margin by about the score. A layer's
+    part of it (``influence_by_layer``) is what the training example's gradient there adds to its
+    features.
 
     The features of the training set are computed once and kept in memory where they fit; otherwise
     they are computed anew for every question.
