@@ -30,6 +30,8 @@ SAYS = {name: says for names, says in ROW.findall(SECTION) for name in re.findal
 # methods whose checkpoints share something that depends on the first, or that look at none
 OTHERS = {"GraSS, learnt", "KNNShapley", "TRAK"}
 
+of_all_features = pytest.mark.filterwarnings("ignore:11 training examples have features of 83")
+
 
 def three():
     run = CASE.checkpoints()
@@ -40,9 +42,8 @@ def three():
 def alone_and_together(method: str, **arguments):
     """The scores at each of three checkpoints, by objects of their own, and over all of them."""
     alone = [scores(build(method, CASE, checkpoints=[c], **arguments), CASE.test) for c in three()]
-    return torch.stack(alone), scores(
-        build(method, CASE, checkpoints=three(), **arguments), CASE.test
-    )
+    together = build(method, CASE, checkpoints=three(), **arguments)
+    return torch.stack(alone), scores(together, CASE.test)
 
 
 def test_the_page_has_every_class():
@@ -72,6 +73,7 @@ def test_tracin_weighs_by_learning_rate_and_graddot_does_not():
     assert_close(summed, dots.sum(0))
 
 
+@of_all_features
 def test_trak_multiplies_the_means_of_its_two_parts():
     assert SAYS["TRAK"].startswith("two means, multiplied")
     # nothing is projected, since a projection is drawn for each number of a checkpoint
@@ -101,12 +103,12 @@ def test_a_learnt_mask_is_that_of_the_first_checkpoint():
     assert not torch.allclose(together, alone.mean(0), rtol=1e-3)
 
 
-CURVED = [m for m in METHODS if isinstance(build(m, CASE), FittedInfluence)]
+OF_SEVERAL = [m for m, method in METHODS.items() if method.over_checkpoints in ("mean", "other")]
+FITTED = [m for m in OF_SEVERAL if isinstance(build(m, CASE), FittedInfluence)]
 
 
-@pytest.mark.parametrize(
-    "method", [m for m in CURVED if SAYS[m.partition(",")[0]] != SAYS["DVEmb"]]
-)
+@of_all_features
+@pytest.mark.parametrize("method", FITTED)
 def test_every_checkpoint_has_its_own_damping(method):
     # of drawn projections of TRAK, too, the second checkpoint has another
     arguments = {"projection": "identity", "projection_dim": 10**4} if method == "TRAK" else {}
