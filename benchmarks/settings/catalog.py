@@ -5,6 +5,7 @@ from functools import partial
 from torch import nn
 
 from benchmarks.settings import images, sequences, tables
+from benchmarks.settings.catalog_wide import WIDE
 from benchmarks.settings.data import Data, Sizes
 from benchmarks.settings.losses import (
     class_losses,
@@ -238,4 +239,4 @@ OFFLINE = [
     ),
 ]
 
-SETTINGS: dict[str, Setting] = {setting.name: setting for setting in (*FIELD, *OFFLINE)}
+SETTINGS: dict[str, Setting] = {setting.name: setting for setting in (*FIELD, *WIDE, *OFFLINE)}

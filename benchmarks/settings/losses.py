@@ -29,9 +29,19 @@ def log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
 
 def squared_losses(predictions: Tensor, targets: Tensor) -> Tensor:
     """Half the squared error of each example, ``[n]``, from predictions ``[n, 1]``."""
-    return 0.5 * (predictions - targets).square().flatten(1).sum(1)
+    return 0.5 * squared_errors(predictions, targets)
 
 
 def closeness(predictions: Tensor, targets: Tensor) -> Tensor:
     """Minus half the squared error of each example, ``[n]``."""
     return -squared_losses(predictions, targets)
+
+
+def squared_errors(predictions: Tensor, targets: Tensor) -> Tensor:
+    """The squared error of each example, ``[n]``, from predictions ``[n, 1]``."""
+    return (predictions - targets).square().flatten(1).sum(1)
+
+
+def minus_squared_errors(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Minus the squared error of each example, ``[n]``."""
+    return -squared_errors(predictions, targets)

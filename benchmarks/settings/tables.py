@@ -1,4 +1,4 @@
-"""The data of the settings that need no download: data sets that come with scikit-learn."""
+"""Tables: data sets that come with scikit-learn, drawn ones, and the UCI's of concrete."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -8,9 +8,12 @@ from torch import Tensor
 
 from benchmarks.settings.data import Data, Sizes, first
 from benchmarks.settings.optional import optional
+from benchmarks.settings.readers.concrete import read_concrete
+from benchmarks.settings.readers.files import check_folder
 
 SPLIT_SEED = 0
 TRAIN_SHARE = 0.8
+SPARSE_FEATURES, SPARSE_SIZES, SPARSE_SHARE, SPARSE_WRONG = 800, (400, 60), 0.06, 0.05
 BRIGHTEST = 16  # of a pixel of the digits
 
 
@@ -48,6 +51,28 @@ def diabetes(folder: Path | None, sizes: Sizes) -> Data:
     rows, values = _standardised(_shuffled("diabetes"))
     values = (values - values.mean()) / values.std()
     return _split(Table(rows, values[:, None]), sizes, classes=1)
+
+
+def concrete(folder: Path | None, sizes: Sizes) -> Data:
+    """1030 mixes of concrete with 8 measures each; their strength; all standardised."""
+    rows = _standardised(Table(read_concrete(check_folder(folder)), torch.empty(0))).rows.float()
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    table = Table(rows[order, :-1], rows[order, -1:])
+    return _split(table, sizes, classes=1)
+
+
+def sparse(folder: Path | None, sizes: Sizes) -> Data:
+    """400 + 60 rows of 800 features that are 0 or 1, drawn; 5 % of the training labels are wrong.
+
+    Each of 2 classes has its own probability of each feature, .06 times a uniform number.
+    """
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    probabilities = SPARSE_SHARE * torch.rand(2, SPARSE_FEATURES, generator=generator)
+    labels = torch.randint(0, 2, (sum(SPARSE_SIZES),), generator=generator)
+    rows = torch.bernoulli(probabilities[labels], generator=generator)
+    train, test = zip(rows.split(SPARSE_SIZES), labels.split(SPARSE_SIZES), strict=True)
+    data = Data(first(train, sizes.train, "training"), first(test, sizes.test, "test"), outputs=2)
+    return data.with_wrong_labels(SPARSE_WRONG, seed=SPLIT_SEED)[0]
 
 
 def _shuffled(name: str) -> Table:

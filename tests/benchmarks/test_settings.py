@@ -12,6 +12,7 @@ from small_files import write_cifar_binary, write_maestro, write_mnist, write_to
 import influence_kit
 from benchmarks.settings import SETTINGS, Data, Setting, Sizes, sequences
 from benchmarks.settings.catalog import FIELD, OFFLINE
+from benchmarks.settings.catalog_wide import WIDE
 from benchmarks.settings.models.gpt2 import new_gpt2
 from benchmarks.settings.models.resnet9 import resnet9
 from benchmarks.settings.models.transformer import GPT, MusicTransformer
@@ -34,6 +35,24 @@ def write_wikitext(folder):
     new_gpt2(tokens, **GPT2_SIZES, **ends).network.save_pretrained(folder)
 
 
+def write_texts(folder):
+    lines = [f"thou art the {number} th of all my lines, good sir" for number in range(1500)]
+    (folder / "shakespeare").mkdir()
+    (folder / "shakespeare/input.txt").write_text("\n".join(lines))
+    (folder / "wikitext-2").mkdir()
+    sentence = " the lobster lives in the sea of the north and is a crustacean . "
+    for part in ("valid", "test"):
+        text = " = Lobster = \n" + sentence * 1000
+        (folder / f"wikitext-2/wiki.{part}.tokens").write_text(text)
+
+
+def write_concrete(folder):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.rand(12, 9, generator=generator).tolist()
+    text = "\n".join("\t".join(f"{value:.3f}" for value in row) for row in rows)
+    (folder / "concrete.data").write_text(text)
+
+
 WRITERS = {
     "mnist-lr": write_mnist,
     "mnist-mlp": write_mnist,
@@ -42,6 +61,12 @@ WRITERS = {
     "maestro-music-transformer": write_maestro,
     "shakespeare-nanogpt": write_shakespeare,
     "wikitext2-gpt2": write_wikitext,
+    "texts": write_texts,
+    "mnist-pixels": write_mnist,
+    "mnist-normalised": write_mnist,
+    "mnist-lr-1000": write_mnist,
+    "cifar2-cnn": partial(write_cifar_binary, count=10),
+    "concrete": write_concrete,
 }
 # models of the same kind that a test can train
 SMALL = {
@@ -76,8 +101,8 @@ def test_the_examples_in_docstrings_run(module):
 
 
 def test_names_are_those_of_the_registry():
-    assert list(SETTINGS) == [setting.name for setting in (*FIELD, *OFFLINE)]
-    assert [setting.name for setting in FIELD] == list(WRITERS)
+    assert list(SETTINGS) == [setting.name for setting in (*FIELD, *WIDE, *OFFLINE)]
+    assert [name for name, setting in SETTINGS.items() if setting.needs] == list(WRITERS)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -128,7 +153,7 @@ def test_published_figures_are_of_the_metrics(name):
     setting = SETTINGS[name]
     assert {figure.metric for figure in setting.published} <= set(setting.metrics)
     assert all(-1 <= figure.value <= 1 and figure.source for figure in setting.published)
-    assert bool(setting.needs) == (setting in FIELD)
+    assert bool(setting.needs) == (name in WRITERS)
     assert not setting.published or setting in FIELD or name == "digits-mlp"
 
 
@@ -138,6 +163,56 @@ def test_a_setting_of_files_asks_for_a_folder(name, tmp_path):
         SETTINGS[name].load()
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         SETTINGS[name].load(tmp_path)
+
+
+def test_wide_settings_are_what_they_say(tmp_path):
+    for name in ("texts", "mnist-pixels", "mnist-normalised", "cifar2-cnn", "concrete"):
+        (tmp_path / name).mkdir()
+        WRITERS[name](tmp_path / name)
+    texts = SETTINGS["texts"].load(tmp_path / "texts", Sizes(520, 60)).train.tensors
+    assert texts[0].shape == (520, 800)
+    assert set(texts[0].unique().tolist()) == {0.0, 1.0}
+    # "the" is in texts of both kinds, "thou" and "lobster" in those of one
+    assert sorted({tuple(row.tolist()) for row in torch.stack([texts[0][:, 0], texts[1]], 1)}) == [
+        (1.0, 0.0),
+        (1.0, 1.0),
+    ]
+    pixels = SETTINGS["mnist-pixels"].load(tmp_path / "mnist-pixels", Sizes(4, 2))
+    normal = SETTINGS["mnist-normalised"].load(tmp_path / "mnist-normalised", Sizes(4, 2))
+    bytes_of = pixels.train.tensors[0] * 255
+    torch.testing.assert_close(bytes_of.round(), bytes_of, atol=1e-3, rtol=0)
+    assert bytes_of.max() > 200
+    torch.testing.assert_close((pixels.train.tensors[0] - 0.1307) / 0.3081, normal.train.tensors[0])
+    images = SETTINGS["cifar2-cnn"].load(tmp_path / "cifar2-cnn", Sizes(4, 2)).train.tensors[0]
+    whole = SETTINGS["cifar2-resnet9"].load(tmp_path / "cifar2-cnn", Sizes(4, 2)).train.tensors[0]
+    blocks = ((whole + 1) / 2).view(4, 3, 16, 2, 16, 2).mean((3, 5))
+    torch.testing.assert_close(images, (blocks - 0.47) / 0.25)
+    rows = SETTINGS["concrete"].load(tmp_path / "concrete", Sizes(9, 3))
+    values = torch.cat([rows.train.tensors[1], rows.test.tensors[1]])
+    torch.testing.assert_close(values.std(), torch.tensor(1.0))
+    torch.testing.assert_close(values.mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
+
+
+def test_sparse_features_are_rare_and_some_labels_wrong():
+    data = SETTINGS["sparse"].load()
+    rows, labels = data.train.tensors
+    assert rows.shape == (400, 800)
+    assert abs(rows.mean() - 0.03) < 0.002
+    # the classes differ in their features: the nearer mean of the test rows is the label
+    means = torch.stack([rows[labels == label].mean(0) for label in (0, 1)])
+    near = torch.cdist(data.test.tensors[0], means).argmin(1)
+    assert (near == data.test.tensors[1]).float().mean() > 0.85
+    own = torch.cdist(rows, means).argmin(1)
+    assert 0.005 < (own != labels).float().mean() < 0.06
+
+
+def test_a_table_that_is_not_of_concrete_is_refused(tmp_path):
+    (tmp_path / "concrete.data").write_text("1 2 3\n4 5 6\n")
+    with pytest.raises(InvalidArgumentError, match=r"rows of 3 numbers; .* have 9"):
+        SETTINGS["concrete"].load(tmp_path)
+    (tmp_path / "concrete.data").write_text("a table\n")
+    with pytest.raises(InvalidArgumentError, match="is not a table of numbers"):
+        SETTINGS["concrete"].load(tmp_path)
 
 
 def test_recipes_are_the_published_ones():

@@ -17,7 +17,7 @@ from influence_kit.errors import InvalidArgumentError
 SIDE, PIXELS = 32, 3 * 32 * 32
 CLASSES = 10
 CAT, DOG = 3, 5
-SUBFOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin")
+SUBFOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin", "cifar2")
 TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
 TEST = ("test_batch",)
 
@@ -26,7 +26,7 @@ def read_cifar10(folder: Path) -> tuple[Images, Images]:
     """The 50,000 training and 10,000 test images ``[n, 3, 32, 32]``, scaled to -1 .. 1.
 
     Read are ``data_batch_1`` .. ``data_batch_5`` and ``test_batch``, or the same with ``.bin``, in
-    the folder or in ``cifar-10-batches-py`` or ``cifar-10-batches-bin`` below it.
+    the folder or in ``cifar-10-batches-py``, ``cifar-10-batches-bin`` or ``cifar2`` below it.
 
     Raises:
         FileNotFoundError: where a file is missing.

@@ -13,6 +13,7 @@ from influence_kit.errors import InvalidArgumentError
 
 # mean and standard deviation of a training pixel between 0 and 1
 MEAN, DEVIATION = 0.1307, 0.3081
+SUBFOLDERS = ("MNIST/raw", "raw", "mnist")
 
 
 class Images(NamedTuple):
@@ -27,7 +28,7 @@ def read_mnist(folder: Path) -> tuple[Images, Images]:
 
     Read are ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-images-idx3-ubyte``
     and ``t10k-labels-idx1-ubyte``, also with a dot for the last hyphen, each plain or as ``.gz``,
-    in the folder or in ``MNIST/raw`` or ``raw`` below it.
+    in the folder or in ``MNIST/raw``, ``raw`` or ``mnist`` below it.
 
     Raises:
         FileNotFoundError: where a file is missing.
@@ -51,4 +52,4 @@ def _read_part(folder: Path, part: str) -> Images:
 def _find(folder: Path, stem: str, kind: str) -> Path:
     plain = [f"{stem}-{kind}-ubyte", f"{stem}.{kind}-ubyte"]
     names = [*plain, *(f"{name}.gz" for name in plain)]
-    return find_file(folder, names, f"MNIST {stem}", inside=("MNIST/raw", "raw"))
+    return find_file(folder, names, f"MNIST {stem}", inside=SUBFOLDERS)

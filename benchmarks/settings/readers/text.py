@@ -10,6 +10,7 @@ from benchmarks.settings.readers.files import find_file
 from influence_kit.errors import InvalidArgumentError
 
 SHAKESPEARE = ("input.txt", "tinyshakespeare.txt", "shakespeare.txt")
+SHAKESPEARE_FOLDERS = ("shakespeare",)
 WIKITEXT_FOLDERS = ("wikitext-2-raw", "wikitext-2")
 GPT2_FOLDERS = ("gpt2",)
 WORD = re.compile(r"\w+|[^\w\s]")
@@ -21,11 +22,13 @@ FEWEST_WORDS, FEWEST_LETTERS = 8, 0.7
 def read_shakespeare(folder: Path) -> str:
     """The text of ``input.txt``, of 1,115,394 characters where it is the one that nanoGPT uses.
 
+    Read in the folder or in ``shakespeare`` below it.
+
     Raises:
         FileNotFoundError: where there is no such file.
         InvalidArgumentError: where it is empty.
     """
-    path = find_file(folder, SHAKESPEARE, "Shakespeare's text")
+    path = find_file(folder, SHAKESPEARE, "Shakespeare's text", SHAKESPEARE_FOLDERS)
     text = path.read_text(encoding="utf-8")
     if not text:
         raise InvalidArgumentError(f"{path} is empty")
