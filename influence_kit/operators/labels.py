@@ -1,17 +1,14 @@
 """Labels drawn from the model, for the Fisher matrix: a label depends on its example's place alone.
 
-Known likelihoods: softmax (integer labels), independent sigmoids (``BCEWithLogitsLoss``), and the
-normal distribution with fixed variance (squared error). A loss is compared with what it is taken
-for; any other is refused.
+A loss is compared with the negative log-likelihood that it is taken for; any other is refused.
 
-Letters: n examples, c classes.
+Shapes: n examples.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,10 +18,16 @@ from influence_kit.data import Batch, call_model, with_item
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.labels import label_key, labels_of, logits_of, with_logits
 from influence_kit.losses import Loss
+from influence_kit.operators.likelihoods import (
+    Likelihood,
+    Normal,
+    Sigmoid,
+    Softmax,
+    factors_of,
+    rounding_of,
+)
+from influence_kit.operators.observations import LabelFacts
 from influence_kit.operators.passes import refuse_non_finite
-
-# classes that a loss is compared at: of few logits and of many
-MANY_PROBES, FEW_PROBES, MANY_LOGITS = 64, 8, 10**6
 
 
 def uniform(seed: int, places: Tensor, each: int) -> Tensor:
@@ -62,6 +65,26 @@ class ModelLabels:
 
     def __call__(self, places: Tensor, batch: Batch) -> Batch:
         """The batch of the examples at some places ``[n]``, with other labels."""
+        return self.drawn(places, batch)[0]
+
+    def drawn(self, places: Tensor, batch: Batch) -> tuple[Batch, LabelFacts]:
+        """The same, and what the labels say of the number of observations."""
+        outputs, logits, labels, likelihood = self._known(places, batch)
+        u = self._uniform(labels, places, self.seed)
+        drawn = likelihood.draw(logits, labels, u)
+        facts = self._facts(likelihood, outputs, self._with_labels(batch, drawn), labels)
+        return self._with_labels(batch, drawn), facts
+
+    def given(self, places: Tensor, batch: Batch) -> LabelFacts:
+        """What the labels of the data say, whose gradients stand for no others."""
+        outputs, _, labels, likelihood = self._known(places, batch)
+        facts = self._facts(likelihood, outputs, batch, labels)
+        return replace(facts, weights=torch.ones_like(facts.weights))
+
+    def _known(
+        self, places: Tensor, batch: Batch
+    ) -> tuple[Any, Tensor, Tensor, Likelihood]:
+        """The model's outputs, the logits in them, the labels of the data, the likelihood."""
         with torch.no_grad():
             outputs = call_model(self.model, batch)
             logits, labels = self._found(logits_of, outputs), self._found(labels_of, batch)
@@ -71,8 +94,41 @@ class ModelLabels:
             likelihood = self._likelihood(logits, labels)
             self._check(likelihood, outputs, batch, len(places))
             self.likelihood = likelihood
-        u = self._uniform(labels, places, self.seed)
-        return self._with_labels(batch, self.likelihood.draw(logits, labels, u))
+        return outputs, logits, labels, self.likelihood
+
+    def _facts(
+        self, likelihood: Likelihood, outputs: Any, batch: Batch, of_data: Tensor
+    ) -> LabelFacts:
+        """Of the labels in the batch; ``of_data`` are those of the data."""
+        logits, labels = logits_of(outputs), labels_of(batch)
+        n = len(labels)
+        found = self._slopes(outputs, batch, n)
+        factors = factors_of(found, likelihood.slope(logits, labels), likelihood.axis)
+        factors = factors if likelihood.axis is None else factors.squeeze(likelihood.axis)
+        squares = factors.double().square()
+        expected = (squares * likelihood.mean_squares(logits, labels)).reshape(n, -1).sum(1)
+        seen = torch.linalg.vector_norm(found.reshape(n, -1), dim=1).double().square()
+        residuals = None
+        if isinstance(likelihood, Normal):
+            residuals = likelihood.precision * (logits - of_data).double().square().sum()
+        return LabelFacts(
+            examples=n,
+            labels=(factors > 0).sum(),
+            squares=squares.sum(),
+            residuals=residuals,
+            # an example without any slope has no gradient that could stand for others
+            weights=torch.where(seen > 0, expected / seen, torch.zeros_like(seen)),
+        )
+
+    def _slopes(self, outputs: Any, batch: Batch, n: int) -> Tensor:
+        """The gradient of the loss in the logits."""
+        logits = logits_of(outputs).detach().requires_grad_()
+        with torch.enable_grad():
+            total = self.loss.total(with_logits(outputs, logits), batch, n)
+        found = torch.zeros_like(logits)
+        if total.requires_grad:
+            found = torch.autograd.grad(total, logits, materialize_grads=True)[0]
+        return found
 
     def _uniform(self, labels: Tensor, places: Tensor, seed: int) -> Tensor:
         return uniform(seed, places, labels.numel() // len(places)).view(labels.shape)
@@ -107,19 +163,13 @@ class ModelLabels:
 
     def _check(self, likelihood: Likelihood, outputs: Any, batch: Batch, n: int) -> None:
         """Compare the loss's slope at some labels with that of the likelihood it is taken for."""
-        known = logits_of(outputs)
-        logits = known.detach().requires_grad_()
-        shown = with_logits(outputs, logits)
+        logits = logits_of(outputs)
         factors: list[Tensor] = []
-        for labels in likelihood.probes(known, labels_of(batch)):
-            with torch.enable_grad():
-                total = self.loss.total(shown, self._with_labels(batch, labels), n)
-            found = torch.zeros_like(logits)
-            if total.requires_grad:
-                found = torch.autograd.grad(total, logits, materialize_grads=True)[0]
-            expected = likelihood.slope(known, labels)
-            factors.append(_factors(found, expected, likelihood.axis))
-            rest, close = (found - factors[-1] * expected).abs().max(), _close(found)
+        for labels in likelihood.probes(logits, labels_of(batch)):
+            found = self._slopes(outputs, self._with_labels(batch, labels), n)
+            expected = likelihood.slope(logits, labels)
+            factors.append(factors_of(found, expected, likelihood.axis))
+            rest, close = (found - factors[-1] * expected).abs().max(), rounding_of(found)
             if not bool((factors[-1] >= 0).all()) or rest > close * found.abs().max():
                 raise self._refusal("its slope is another")
             if not torch.allclose(
@@ -138,22 +188,6 @@ class ModelLabels:
         )
 
 
-def _factors(found: Tensor, expected: Tensor, axis: int | None) -> Tensor:
-    """By what the expected slopes are multiplied, a number for each label."""
-    if axis is None:
-        return torch.where(expected == 0, 0.0, found / expected)
-    # the slopes of labels that are all but certain are so small that their squares would be 0
-    largest = expected.abs().amax(axis, keepdim=True)
-    found, expected = (torch.where(largest > 0, x / largest, 0.0) for x in (found, expected))
-    square = expected.square().sum(axis, keepdim=True)
-    return (found * expected).sum(axis, keepdim=True) / square.clamp(min=1)
-
-
-def _close(slopes: Tensor) -> float:
-    """The relative difference of slopes that rounding explains."""
-    return max(1e-3, 10 * torch.finfo(slopes.dtype).eps)
-
-
 def _class_axis(logits: Tensor, labels: Tensor, shift: int) -> int | None:
     """The dimension of the logits that counts classes; None where the shapes do not fit."""
     if logits.dim() != labels.dim() + 1:
@@ -162,100 +196,3 @@ def _class_axis(logits: Tensor, labels: Tensor, shift: int) -> int | None:
         return -1
     without = (*logits.shape[:1], *logits.shape[2:])
     return 1 if without == tuple(labels.shape) and not shift else None
-
-
-class Likelihood(ABC):
-    """A distribution of the labels, given the logits."""
-
-    # the dimension of the logits over which one label is drawn; None where each has its own
-    axis: int | None = None
-
-    @abstractmethod
-    def draw(self, logits: Tensor, labels: Tensor, u: Tensor) -> Tensor:
-        """Labels like ``labels``, from uniform numbers of their shape."""
-
-    @abstractmethod
-    def probes(self, logits: Tensor, labels: Tensor) -> Iterable[Tensor]:
-        """Labels like ``labels`` that show what a loss makes of each possible one."""
-
-    @abstractmethod
-    def slope(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The gradient of -log likelihood in the logits, up to a factor a position."""
-
-    def settles(self, factors: Tensor) -> bool:
-        """Take note of the loss's slope divided by ``slope``; whether it can be taken."""
-        return True
-
-
-class Softmax(Likelihood):
-    """Softmax over a dimension; with ``shift`` the logits at t are those of label t + 1."""
-
-    def __init__(self, axis: int, shift: int) -> None:
-        self.axis: int = axis
-        self.shift = shift
-
-    def _log_probabilities(self, logits: Tensor) -> Tensor:
-        return logits.movedim(self.axis, -1).log_softmax(-1)
-
-    def draw(self, logits: Tensor, labels: Tensor, u: Tensor) -> Tensor:
-        """By the inverse of the cumulative distribution; labels below 0 stay (they are ignored)."""
-        cumulative = self._log_probabilities(logits).double().exp().cumsum(-1)
-        if self.shift:
-            cumulative, u = cumulative[:, : -self.shift], u[:, self.shift :]
-        levels = u.unsqueeze(-1) * cumulative[..., -1:]
-        drawn = torch.searchsorted(cumulative.contiguous(), levels.contiguous()).squeeze(-1)
-        drawn = drawn.clamp(max=logits.shape[self.axis] - 1).to(labels.dtype)
-        if self.shift:
-            drawn = torch.cat([labels[:, : self.shift], drawn], dim=1)
-        return torch.where(labels < 0, labels, drawn)
-
-    def probes(self, logits: Tensor, labels: Tensor) -> Iterable[Tensor]:
-        classes = logits.shape[self.axis]
-        count = MANY_PROBES if logits.numel() <= MANY_LOGITS else FEW_PROBES
-        for label in torch.linspace(0, classes - 1, min(count, classes)).round().long().tolist():
-            yield torch.where(labels < 0, labels, torch.full_like(labels, label))
-
-    def slope(self, logits: Tensor, labels: Tensor) -> Tensor:
-        probabilities = self._log_probabilities(logits).exp()
-        targets = labels.long()
-        if self.shift:
-            targets = torch.full_like(targets, -1)
-            targets[:, : -self.shift] = labels[:, self.shift :]
-        chosen = torch.zeros_like(probabilities)
-        chosen.scatter_(-1, targets.clamp(min=0).unsqueeze(-1), 1.0)
-        slope = (probabilities - chosen) * (targets >= 0).unsqueeze(-1)
-        return slope.movedim(-1, self.axis)
-
-
-class Sigmoid(Likelihood):
-    """Independent labels 0 and 1."""
-
-    def draw(self, logits: Tensor, labels: Tensor, u: Tensor) -> Tensor:
-        return (u < logits.double().sigmoid()).to(labels.dtype)
-
-    def probes(self, logits: Tensor, labels: Tensor) -> Iterable[Tensor]:
-        return torch.zeros_like(labels), torch.ones_like(labels)
-
-    def slope(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return logits.sigmoid() - labels
-
-
-@dataclass
-class Normal(Likelihood):
-    """A normal distribution about the outputs, of the precision at which the loss is -log of it."""
-
-    precision: float = 1.0
-
-    def draw(self, logits: Tensor, labels: Tensor, u: Tensor) -> Tensor:
-        noise: Tensor = torch.special.ndtri(u).to(logits) / self.precision**0.5
-        return (logits + noise).to(labels.dtype)
-
-    def probes(self, logits: Tensor, labels: Tensor) -> Iterable[Tensor]:
-        return ((logits + step).to(labels.dtype) for step in (1.0, -1.0, 2.0))
-
-    def slope(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return logits - labels
-
-    def settles(self, factors: Tensor) -> bool:
-        self.precision = float(factors.median())
-        return self.precision > 0 and torch.allclose(factors, factors.median(), _close(factors))
