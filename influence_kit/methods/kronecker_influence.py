@@ -160,8 +160,7 @@ class KroneckerInfluence(InfluenceFunction):
         module = dict(self.model.named_modules()).get(block)
         every_position = isinstance(module or self.model, TRANSPOSED)
         return {
-            p.key: measured_piece(p, self._shapes, self._sample, every_position)
-            for p in pieces
+            p.key: measured_piece(p, self._shapes, self._sample, every_position) for p in pieces
         }
 
     def _add_factors(

@@ -67,7 +67,7 @@ class Eigenbasis:
     rtol: float
 
     def factors(self, deltas: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """d ``[..., o]`` and a ``[..., i]`` of a layer with one group, in the eigenbasis."""
+        """D ``[..., o]`` and a ``[..., i]`` of a layer with one group, in the eigenbasis."""
         left, right = (None if side is None else side[0] for side in (self.left, self.right))
         return turned(deltas, left), turned(inputs, right)
 
