@@ -174,6 +174,44 @@ class Bare(nn.Module):
         return self.head(self.norm(x.tanh()))
 
 
+class Routed(nn.Module):
+    """Takes another layer for examples whose first number is positive; one layer is never used.
+
+    The bias of ``one`` is used once more in the batches that have such examples.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.spare = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(2, 2)
+        self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        late = x[:, :1] > 0
+        out = self.one(x).tanh()
+        if bool(late.any()):
+            out = torch.where(late, self.norm(self.other(x)) * 2, out)
+        return self.head(out)
+
+
+class Lent(nn.Module):
+    """A bias and a table that some batches use in another layer, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.first, self.second = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.out = nn.Linear(4, 9, bias=False)
+        self.second.bias, self.out.weight = self.first.bias, self.words.weight
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out = self.first(self.words(ids).mean(1)).tanh()
+        late = ids[:, :1] > 4
+        if bool(late.any()):
+            other = self.second(self.out(out)[:, :4].tanh())
+            out = torch.where(late, other, out)
+        return self.head(out)
+
+
 def tokens(n: int) -> Any:
     ids = torch.randint(0, VOCABULARY, (n, T + 1))
     return ids[:, :-1], ids[:, 1:]
@@ -195,6 +233,19 @@ def images(n: int) -> Any:
 
 def small_images(n: int) -> Any:
     return torch.randn(n, 2, 6, 6).double(), torch.arange(n) % CLASSES
+
+
+def routed(n: int, first: int = 6) -> Any:
+    """The first so many examples, half of few, take the first layer alone."""
+    x, y = vectors(n)
+    x[:, 0] = x[:, 0].abs() * torch.where(torch.arange(n) < min(first, n // 2), -1, 1)
+    return x, y
+
+
+def lent(n: int) -> Any:
+    ids, y = words(n)
+    ids[:, 0] = torch.where(torch.arange(n) < min(6, n // 2), 2, 7)
+    return ids, y
 
 
 def vectors(n: int) -> Any:
@@ -282,5 +333,20 @@ WHOLE = {
             "normed": "diagonal",
             "first": "weight: Kronecker; bias: diagonal",
         },
+    ),
+}
+# whose layers do not all take part in every batch of six
+ROUTED = {
+    "routed": Whole(
+        Routed,
+        routed,
+        {"one": True, "other": True, "head": True},
+        {"norm": "diagonal", "spare": "diagonal (zero)"},
+    ),
+    "lent": Whole(
+        Lent,
+        lent,
+        {"first": False, "second": False, "head": True},
+        {"words": "diagonal", "first": "weight: Kronecker; bias: diagonal"},
     ),
 }
