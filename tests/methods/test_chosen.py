@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from influence_kit import TracInCP
-from influence_kit.methods.chosen import check_layers, choose_parameters, group_by_layer
+from influence_kit.methods.chosen import choose_parameters, group_by_layer
+from influence_kit.methods.layer_names import check_layers
 
 
 class Tied(nn.Module):
