@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.methods.chosen import choose_blocks
-from influence_kit.methods.damping import DampingArgument
+from influence_kit.methods.damping import TRACE, DampingArgument
 from influence_kit.methods.fitted import Facts
 from influence_kit.methods.influence_function import InfluenceFunction
 from influence_kit.operators.curvature import (
@@ -38,7 +37,7 @@ class CurvatureInfluence(InfluenceFunction):
     """
 
     # found to serve convex models and networks alike
-    _auto_share = 1.0
+    _auto_rule, _auto_share = TRACE, 1.0
 
     def __init__(
         self,
@@ -78,13 +77,8 @@ class CurvatureInfluence(InfluenceFunction):
             self._curvature_features(self.curvature, data), data, self._partition, self._sample
         )
 
-    def _means(self, facts: Facts, data: DataSet) -> Tensor:
-        return self._means_of(self._curvature(data).traces(self.seed), data)
-
-    def _means_of(self, traces: Tensor, data: DataSet) -> Tensor:
-        """The traces of blocks over the number of directions in which n examples may curve."""
-        sizes = torch.tensor(self._partition.sizes, device=traces.device)
-        return traces / sizes.clamp(max=data.count)
+    def _traces(self, facts: Facts, data: DataSet) -> Tensor:
+        return self._curvature(data).traces(self.seed)
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "curvature": self.curvature}

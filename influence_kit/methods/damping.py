@@ -1,23 +1,40 @@
-"""The damping argument: a number, one a block, or "auto"."""
+"""The damping argument: a number, one for each block, or a rule by name.
+
+Shapes: B blocks.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from influence_kit.arguments import check_number
 from influence_kit.errors import InvalidArgumentError
 
-DampingArgument = float | Literal["auto"] | Mapping[str, float]
-# of "auto": the damping as a part of the mean eigenvalue of a block
-AUTO_SHARE = 0.1
+# rules that a class may know: a share of the mean eigenvalue of each block, a share of its trace
+# over the directions in which n examples may curve, and the Laplace evidence of all blocks together
+MEAN, TRACE, EVIDENCE = "mean", "trace", "evidence"
+Rule = Literal["mean", "trace", "evidence"]
+DampingArgument = float | Literal["auto"] | Rule | Mapping[str, float]
+AUTO = "auto"
+# of the rules "mean" and "trace", unless a class has its own
+SHARE = 0.1
 
 
 def check_damping(
-    damping: DampingArgument, blocks: Sequence[str], name: str = "damping"
+    damping: DampingArgument,
+    blocks: Sequence[str],
+    name: str = "damping",
+    rules: Sequence[str] = (MEAN, TRACE),
 ) -> DampingArgument:
     """The argument of that name, refused where it is no damping of these blocks."""
     if isinstance(damping, str):
-        if damping != "auto":
-            raise InvalidArgumentError(f'`{name}` must be a number or "auto"; got {damping!r}')
+        if damping not in (AUTO, *rules):
+            known = ", ".join(f'"{rule}"' for rule in (AUTO, *rules))
+            raise InvalidArgumentError(
+                f"`{name}` must be a number, a dict by block or one of {known}; got {damping!r}"
+            )
         return damping
     if isinstance(damping, Mapping):
         if set(damping) != set(blocks):
@@ -33,18 +50,34 @@ def check_damping(
 
 
 def share_of(
-    means: Sequence[float],
-    blocks: Sequence[str],
-    share: float = AUTO_SHARE,
-    argument: str = "damping",
-) -> list[float]:
-    """The automatic damping of each block, of which the mean eigenvalues are known."""
-    for value, name in zip(means, blocks, strict=True):
+    traces: Tensor,
+    blocks: Mapping[str, int],
+    n: int,
+    rule: str,
+    share: float,
+    argument: str,
+) -> Tensor:
+    """The rules "mean" and "trace", ``[B]``.
+
+    Args:
+        traces: of the blocks, ``[B]``.
+        blocks: how many eigenvalues each has, by name.
+        n: the number of examples.
+        rule: "mean" (the trace over all eigenvalues) or "trace" (over n of them at most).
+        share: of that, which is the damping.
+        argument: what was given, for the error.
+
+    Raises:
+        InvalidArgumentError: where a trace is not positive.
+    """
+    counts = torch.tensor(list(blocks.values()), device=traces.device)
+    means = traces / (counts if rule == MEAN else counts.clamp(max=n))
+    for value, block in zip(means.tolist(), blocks, strict=True):
         if not value > 0:
             raise InvalidArgumentError(
-                f'{argument}="auto" is a share of the mean eigenvalue of the curvature, which is '
-                f"{value:.4g} in block '{name}': the gradients there are zero or the "
+                f"{argument} is a share of the mean eigenvalue of the curvature, which is "
+                f"{value:.4g} in block '{block}': the gradients there are zero or the "
                 "curvature is negative. Give a number, leave that block out by `layers`, or use "
                 'another curvature ("ggn" is never negative)'
             )
-    return [share * value for value in means]
+    return share * means

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from influence_kit.methods.fitted import Facts
 from influence_kit.methods.influence_function import InfluenceFunction
-from influence_kit.operators.mean_inverse import MeanInverse, mean_eigenvalues
+from influence_kit.operators.mean_inverse import MeanInverse, mean_squared_norms
 from influence_kit.operators.passes import DataSet
 from influence_kit.scoring.term import Transform
 
@@ -44,9 +44,9 @@ class DataInf(InfluenceFunction):
         torch.Size([8, 8])
     """
 
-    def _means(self, facts: Facts, data: DataSet) -> Tensor:
+    def _traces(self, facts: Facts, data: DataSet) -> Tensor:
         features = self._curvature_features("empirical_fisher", data)
-        return mean_eigenvalues(features, data, self._partition)
+        return mean_squared_norms(features, data, self._partition)
 
     def _make_inverse(self, facts: Facts, damping: Tensor, data: DataSet) -> Transform:
         features = self._curvature_features("empirical_fisher", data)

@@ -165,8 +165,8 @@ class EmbeddingInfluence(InfluenceFunction):
             name: value.cpu() if self.projection_on_cpu else value for name, value in facts.items()
         }
 
-    def _means(self, facts: Facts, data: DataSet) -> Tensor:
-        return facts["values.0"].mean()[None]
+    def _traces(self, facts: Facts, data: DataSet) -> Tensor:
+        return facts["values.0"].sum()[None]
 
     def _chosen(self, facts: Facts) -> EigenPairs:
         """The eigenpairs that count, the reg added, the largest first."""

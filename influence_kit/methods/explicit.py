@@ -91,9 +91,8 @@ class ExplicitInfluenceFunction(CurvatureInfluence):
         numbers = range(len(self.block_names))
         return [Block(facts[f"curvature.{i}"], facts.get(f"rows.{i}")) for i in numbers]
 
-    def _means(self, facts: Facts, data: DataSet) -> Tensor:
-        traces = torch.stack([block.core.diagonal().sum() for block in self._blocks(facts)])
-        return self._means_of(traces, data)
+    def _traces(self, facts: Facts, data: DataSet) -> Tensor:
+        return torch.stack([block.core.diagonal().sum() for block in self._blocks(facts)])
 
     def _make_inverse(self, facts: Facts, damping: Tensor, data: DataSet) -> Transform:
         return self._through(Cholesky(self._blocks(facts), damping, self.block_names))

@@ -4,7 +4,7 @@ Letters: B blocks.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -20,19 +20,28 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.loaders import HESSIAN_DATA, as_loader
 from influence_kit.methods.chosen import group_by_layer
-from influence_kit.methods.damping import AUTO_SHARE, DampingArgument, check_damping, share_of
+from influence_kit.methods.damping import (
+    AUTO,
+    MEAN,
+    SHARE,
+    TRACE,
+    DampingArgument,
+    check_damping,
+    share_of,
+)
 from influence_kit.methods.data_fingerprint import data_fingerprint
 from influence_kit.methods.kept_fit import KeptFit
 from influence_kit.methods.origin import Source
 from influence_kit.operators.draws import check_seed
 from influence_kit.operators.labels import ModelLabels
+from influence_kit.operators.observations import Tally
 from influence_kit.operators.partition import Partition
 from influence_kit.operators.passes import DataSet, Features, Memory, Remembered
 from influence_kit.operators.wording import OF_CURVATURE
 from influence_kit.scoring.term import Transform
 
 Facts = dict[str, Tensor]
-MEANS = "mean_eigenvalues"
+TRACES = "traces"
 # what seeds of a user's are unlikely to differ by
 OTHER_DRAW = 0x5851F42D4C957F2D
 
@@ -44,8 +53,10 @@ class FittedInfluence(KeptFit):
     saved. See ``InfluenceFunction`` for the arguments.
     """
 
-    # of damping="auto": a part of the mean eigenvalue of a block
-    _auto_share = AUTO_SHARE
+    # rules that ``damping`` may name, the one that "auto" is, and the share of those of traces
+    _rules: Sequence[str] = (MEAN, TRACE)
+    _auto_rule = MEAN
+    _auto_share = SHARE
     # what errors call the curvature and the damping
     _wording = OF_CURVATURE
 
@@ -79,8 +90,8 @@ class FittedInfluence(KeptFit):
         return {}
 
     @abstractmethod
-    def _means(self, facts: Facts, data: DataSet) -> Tensor:
-        """What damping="auto" is a share of: the mean eigenvalue of each block ``[B]``."""
+    def _traces(self, facts: Facts, data: DataSet) -> Tensor:
+        """The trace of each block of the curvature ``[B]``, float64."""
 
     @abstractmethod
     def _make_inverse(self, facts: Facts, damping: Tensor, data: DataSet) -> Transform:
@@ -101,7 +112,7 @@ class FittedInfluence(KeptFit):
 
     @damping.setter
     def damping(self, damping: DampingArgument) -> None:
-        self._damping = check_damping(damping, self.block_names, self._wording.damping)
+        self._damping = check_damping(damping, self.block_names, self._wording.damping, self._rules)
         self._inverses.clear()
 
     @property
@@ -110,7 +121,7 @@ class FittedInfluence(KeptFit):
         return [
             dict(zip(self.block_names, self._damping_at(c).tolist(), strict=True))
             for c in sorted(self._facts)
-            if self._damping != "auto" or MEANS in self._facts[c]
+            if self._rule is None or f"{self._rule}_damping" in self._facts[c]
         ]
 
     # How it is done.
@@ -175,8 +186,9 @@ class FittedInfluence(KeptFit):
         if place not in self._facts:
             self._facts[place] = self._measure(data)
         if place not in self._inverses:
-            if self.damping == "auto" and MEANS not in self._facts[place]:
-                self._facts[place][MEANS] = self._means(self._facts[place], data)
+            if self._rule is not None and f"{self._rule}_damping" not in self._facts[place]:
+                found = self._damping_by(self._rule, self._facts[place], data)
+                self._facts[place][f"{self._rule}_damping"] = found
             damping = self._damping_at(place)
             self._inverses[place] = self._make_inverse(self._facts[place], damping, data)
 
@@ -195,25 +207,41 @@ class FittedInfluence(KeptFit):
         """The Hessian data, or what is kept of it."""
         return self._hessian_loader
 
+    @property
+    def _rule(self) -> str | None:
+        """The rule of the damping; None of numbers."""
+        if not isinstance(self._damping, str):
+            return None
+        return self._auto_rule if self._damping == AUTO else self._damping
+
+    def _damping_by(self, rule: str, facts: Facts, data: DataSet) -> Tensor:
+        """The damping of each block ``[B]`` by a rule, for the checkpoint that is in the model."""
+        if TRACES not in facts:
+            facts[TRACES] = self._traces(facts, data)
+        blocks = dict(zip(self.block_names, self._partition.sizes, strict=True))
+        argument = f'{self._wording.damping}="{self._damping}"'
+        return share_of(facts[TRACES], blocks, data.count, rule, self._auto_share, argument)
+
     def _damping_at(self, place: int) -> Tensor:
         """The damping of each block ``[B]``, float64."""
-        if self._damping == "auto":
-            means = self._facts[place][MEANS].tolist()
-            name = self._wording.damping
-            values = share_of(means, self.block_names, self._auto_share, name)
+        if self._rule is not None:
+            values = self._facts[place][f"{self._rule}_damping"].tolist()
         elif isinstance(self._damping, Mapping):
             values = [self._damping[name] for name in self.block_names]
         else:
             values = [self._damping] * len(self.block_names)
         return torch.tensor(values, dtype=torch.float64, device=self._device)
 
-    def _curvature_features(self, curvature: str, data: DataSet, draw: int = 0) -> Features:
+    def _curvature_features(
+        self, curvature: str, data: DataSet, draw: int = 0, tally: Tally | None = None
+    ) -> Features:
         """The gradients whose outer products are the empirical Fisher, or the Fisher.
 
         Args:
             curvature: which of the two.
             data: over which it is a mean.
             draw: which labels are drawn for the Fisher: those of another draw are independent.
+            tally: counts the labels of the batches that are asked for.
         """
         seed = (self.seed + draw * OTHER_DRAW) % 2**63
         labels = ModelLabels(self.model, self._train_loss, seed)
@@ -221,9 +249,16 @@ class FittedInfluence(KeptFit):
 
         def features(places: Tensor, batch: Batch) -> Gradients:
             if curvature == "empirical_fisher":
-                return of_data(batch)
+                gradients = of_data(batch)
+                if tally is not None:
+                    tally.add(int(places[0]), labels.given(places, batch), gradients)
+                return gradients
             self._source.prepare(batch, self._train_loss, int(places[0]))
-            return self._features(data.checkpoint, labels(places, batch), self._train_loss)
+            drawn, facts = labels.drawn(places, batch)
+            gradients = self._features(data.checkpoint, drawn, self._train_loss)
+            if tally is not None:
+                tally.add(int(places[0]), facts, gradients)
+            return gradients
 
         return Remembered(features, self._memory)
 

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from influence_kit.arguments import check_number
 from influence_kit.distributed import is_first_rank
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.methods.damping import EVIDENCE, MEAN, TRACE
 from influence_kit.methods.fitted import Facts
 from influence_kit.methods.influence_function import InfluenceFunction
+from influence_kit.operators.evidence import evidence_damping
 from influence_kit.operators.fitted_pieces import (
     LEFT_OUT,
     FittedPiece,
@@ -26,12 +28,14 @@ from influence_kit.operators.fitted_pieces import (
 from influence_kit.operators.kronecker import Measured, MeasuredDiagonal, measured_piece
 from influence_kit.operators.kronecker_inverse import KroneckerInverse
 from influence_kit.operators.layer_forms import ObservedForms, Piece, named, refuse_parameters
+from influence_kit.operators.observations import Observations, Tally
 from influence_kit.operators.passes import DataSet, Features
 from influence_kit.operators.solvers import damping_by_block
 from influence_kit.scoring.term import Transform
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WITHOUT = ("diagonal", "leave_out", "error")
+OBSERVATIONS = "observations"
 
 Pieces = dict[str, list[Piece]]
 
@@ -48,6 +52,8 @@ class KroneckerInfluence(InfluenceFunction):
             "leave_out" or "error".
     """
 
+    _rules = (EVIDENCE, MEAN, TRACE)
+    _auto_rule = EVIDENCE
     corrected: bool
 
     def __init__(
@@ -112,7 +118,8 @@ class KroneckerInfluence(InfluenceFunction):
         return settings
 
     def _measure(self, data: DataSet) -> Facts:
-        features = self._curvature_features(self.curvature, data)
+        tally = Tally(of_data=self.curvature != "fisher")
+        features = self._curvature_features(self.curvature, data, tally=tally)
         observed = ObservedForms(self._partition.blocks)
         observed.add(features(*next(iter(data))))
         pieces: Pieces = {}
@@ -132,16 +139,18 @@ class KroneckerInfluence(InfluenceFunction):
         if self.corrected:
             if self.curvature == "fisher":
                 # of labels drawn anew: of the same ones the eigenvectors know too much
-                features = self._curvature_features(self.curvature, data, draw=1)
+                tally = Tally(of_data=False)
+                features = self._curvature_features(self.curvature, data, draw=1, tally=tally)
             for places, batch in data.of_this_rank():
                 gradients = features(places, batch)
                 for one in every:
                     one.add_squares(gradients)
-        facts = {}
+        facts = {OBSERVATIONS: tally.result(self._sample)}
         for block, names in self._partition.blocks.items():
             for piece in pieces[block]:
                 found = measured[block][piece.key].facts(data.count, self.corrected)
                 found["members"] = torch.tensor([names.index(name) for name in piece.names])
+                found["squared_weights"] = self._squared_weights(piece.names)
                 facts.update({f"{piece.key}.{field}": value for field, value in found.items()})
         return facts
 
@@ -183,6 +192,10 @@ class KroneckerInfluence(InfluenceFunction):
         for one in every:
             one.decompose(data.count)
 
+    def _squared_weights(self, names: Sequence[str]) -> Tensor:
+        squares = [self._parameters[name].detach().double().square().sum() for name in names]
+        return torch.stack(squares).sum()
+
     def _leave_out(self, without: Mapping[str, str], count: int) -> None:
         if len(without) == count:
             raise InvalidArgumentError(
@@ -211,7 +224,7 @@ class KroneckerInfluence(InfluenceFunction):
             if pieces
         }
 
-    def _means(self, facts: Facts, data: DataSet) -> Tensor:
+    def _traces(self, facts: Facts, data: DataSet) -> Tensor:
         values = self._eigenvalues(facts)
         means = {block: mean_of(own) for block, own in values.items()}
         # no training example has a gradient there: any damping serves
@@ -221,7 +234,37 @@ class KroneckerInfluence(InfluenceFunction):
         others = [mean for block, mean in means.items() if block not in idle]
         if others:
             means |= dict.fromkeys(idle, torch.stack(others).mean())
-        return torch.stack([means[block] for block in self.block_names])
+        means_of_blocks = torch.stack([means[block] for block in self.block_names])
+        return means_of_blocks * means_of_blocks.new_tensor(self._partition.sizes)
+
+    def _damping_by(self, rule: str, facts: Facts, data: DataSet) -> Tensor:
+        if rule != EVIDENCE:
+            return super()._damping_by(rule, facts, data)
+        self._refuse_old(facts)
+        pieces = [piece for own in self._fitted(facts).values() for piece in own]
+        # weights of norms lie about 1 and rows of tables are drawn large: a prior about 0 is none
+        # of theirs
+        chosen = [piece for piece in pieces if piece.is_matrix] or pieces
+        found = evidence_damping(
+            [piece.grid for piece in chosen],
+            sum(piece.squared_weights for piece in chosen),
+            Observations.of(facts[OBSERVATIONS], self._examples(data)),
+        )
+        return torch.full((len(self.block_names),), found, dtype=torch.float64)
+
+    def _refuse_old(self, facts: Facts) -> None:
+        if OBSERVATIONS not in facts:
+            raise InvalidArgumentError(
+                f'damping="{self._damping}" takes the evidence of the fit, and this fit was saved '
+                "by a version that had no part of it: call `fit()` again, give a number, or "
+                'damping="mean", which "auto" was'
+            )
+
+    def _examples(self, data: DataSet) -> int:
+        """The number of training examples."""
+        if self._hessian_data is None:
+            return data.count
+        return DataSet(self.train_dataloader, self._device).count
 
     def _make_inverse(self, facts: Facts, damping: Tensor, data: DataSet) -> Transform:
         values = damping_by_block(damping, len(self.block_names), positive=True).tolist()

@@ -65,20 +65,20 @@ def normal_equations(
     return {GRAM: gram, SLOPE: of_all}
 
 
-def mean_eigenvalue(gram: Tensor, n: int) -> Tensor:
-    """The mean of the eigenvalues that n examples can make other than zero, ``[1]``.
+def trace_of_features(gram: Tensor, n: int, argument: str) -> Tensor:
+    """The trace of Phi^T Phi, ``[1]``, of which a ridge is a share.
 
     Raises:
-        InvalidArgumentError: where all of them are zero.
+        InvalidArgumentError: where it is zero.
     """
-    mean = gram.trace()[None] / min(len(gram), n)
-    if not mean > 0:
+    trace = gram.trace()[None]
+    if not trace > 0:
         raise InvalidArgumentError(
-            f'ridge="auto" is a share of the mean eigenvalue of Phi^T Phi, which is {mean.item():g}'
+            f"{argument} is a share of the mean eigenvalue of Phi^T Phi, which is {trace.item():g}"
             f": the features of all {n} training examples are zero. Give a number, or look at the "
             "output function, which no parameter moves"
         )
-    return mean
+    return trace
 
 
 def _refuse_non_finite(features: Callable[[Batch], Gradients], data: DataSet) -> NoReturn:

@@ -19,7 +19,7 @@ from influence_kit.gradients.source import Verify
 from influence_kit.losses import Loss, LossFunction
 from influence_kit.margins import OutputFunction
 from influence_kit.methods.base import BatchSize
-from influence_kit.methods.damping import DampingArgument
+from influence_kit.methods.damping import TRACE, DampingArgument
 from influence_kit.methods.fitted import Facts
 from influence_kit.methods.function_fingerprint import function_fingerprint
 from influence_kit.methods.identity import first_losses
@@ -27,8 +27,8 @@ from influence_kit.methods.layer_names import Layers
 from influence_kit.methods.normal_equations import (
     GRAM,
     OF_FEATURES,
-    mean_eigenvalue,
     normal_equations,
+    trace_of_features,
 )
 from influence_kit.methods.origin import Source
 from influence_kit.methods.output_features import (
@@ -110,7 +110,7 @@ class TRAK(SolvedInfluence):
         torch.Size([4, 3])
     """
 
-    _auto_share = 0.5
+    _auto_rule, _auto_share = TRACE, 0.5
     _wording = OF_FEATURES
     _keeps_rows = True
 
@@ -261,8 +261,8 @@ class TRAK(SolvedInfluence):
         features = self.train_at(data.checkpoint).features
         return normal_equations(features, data, *self._partition.sizes)
 
-    def _means(self, facts: Facts, data: DataSet) -> Tensor:
-        return mean_eigenvalue(facts[GRAM], data.count)
+    def _traces(self, facts: Facts, data: DataSet) -> Tensor:
+        return trace_of_features(facts[GRAM], data.count, f'ridge="{self._damping}"')
 
     def _make_inverse(self, facts: Facts, damping: Tensor, data: DataSet) -> Transform:
         return self._through(Cholesky([facts[GRAM]], damping, [FEATURES], OF_FEATURES))

@@ -49,8 +49,10 @@ def evidence_damping(
     """
     own = [values.detach().double().clamp(min=0) for values in eigenvalues]
     trace = math.fsum(float(values.sum()) for values in own)
-    for value, what in ((trace, "no eigenvalue of the curvature is positive"),
-                        (squared_norm, "all weights are zero")):
+    for value, what in (
+        (trace, "no eigenvalue of the curvature is positive"),
+        (squared_norm, "all weights are zero"),
+    ):
         if not value > 0:
             raise InvalidArgumentError(f"the evidence decides no damping: {what}. Give a number")
     if not math.isfinite(observations.count) or not observations.count > 0:
@@ -75,7 +77,7 @@ def evidence_damping(
 def _excess(
     eigenvalues: Sequence[Tensor], log_damping: float, scale: float, values: float
 ) -> tuple[float, float]:
-    """log gamma - log(N lambda |theta|^2) and its slope in log lambda, of which it falls.
+    """Log gamma - log(N lambda |theta|^2) and its slope in log lambda, of which it falls.
 
     Infinite, with slope 0, where more parameters would be determined than there are values.
     """

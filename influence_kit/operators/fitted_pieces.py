@@ -40,6 +40,16 @@ class FittedPiece:
         """The eigenvalues."""
         return self.own["grid"]
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is the weight of a linear layer or convolution, with its bias."""
+        return self.grid.dim() == 3
+
+    @property
+    def squared_weights(self) -> float:
+        """The sum of the squares of its parameters, where it was fitted."""
+        return float(self.own["squared_weights"])
+
     def basis(self, damping: float, sample: Tensor, rtol: float) -> Eigenbasis | Table | Diagonal:
         """The eigenvectors with 1 / (eigenvalues + damping)."""
         weights = (1 / (self.grid + damping)).to(sample)

@@ -75,15 +75,17 @@ class ModelLabels:
         facts = self._facts(likelihood, outputs, self._with_labels(batch, drawn), labels)
         return self._with_labels(batch, drawn), facts
 
-    def given(self, places: Tensor, batch: Batch) -> LabelFacts:
-        """What the labels of the data say, whose gradients stand for no others."""
-        outputs, _, labels, likelihood = self._known(places, batch)
+    def given(self, places: Tensor, batch: Batch) -> LabelFacts | None:
+        """What the labels of the data say; None where the loss is no known likelihood."""
+        try:
+            outputs, _, labels, likelihood = self._known(places, batch)
+        except InvalidArgumentError:
+            return None
         facts = self._facts(likelihood, outputs, batch, labels)
+        # their gradients stand for no others
         return replace(facts, weights=torch.ones_like(facts.weights))
 
-    def _known(
-        self, places: Tensor, batch: Batch
-    ) -> tuple[Any, Tensor, Tensor, Likelihood]:
+    def _known(self, places: Tensor, batch: Batch) -> tuple[Any, Tensor, Tensor, Likelihood]:
         """The model's outputs, the logits in them, the labels of the data, the likelihood."""
         with torch.no_grad():
             outputs = call_model(self.model, batch)
@@ -112,7 +114,6 @@ class ModelLabels:
         if isinstance(likelihood, Normal):
             residuals = likelihood.precision * (logits - of_data).double().square().sum()
         return LabelFacts(
-            examples=n,
             labels=(factors > 0).sum(),
             squares=squares.sum(),
             residuals=residuals,

@@ -149,4 +149,6 @@ class Normal(Likelihood):
 
     def settles(self, factors: Tensor) -> bool:
         self.precision = float(factors.median())
-        return self.precision > 0 and torch.allclose(factors, factors.median(), rounding_of(factors))
+        return self.precision > 0 and torch.allclose(
+            factors, factors.median(), rounding_of(factors)
+        )

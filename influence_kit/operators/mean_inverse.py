@@ -57,8 +57,8 @@ class MeanInverse:
         return torch.cat(columns, dim=1)
 
 
-def mean_eigenvalues(features: Features, data: DataSet, partition: Partition) -> Tensor:
-    """The mean over examples of |g|^2 / p for each block, ``[B]``: of g g^T's mean eigenvalue."""
+def mean_squared_norms(features: Features, data: DataSet, partition: Partition) -> Tensor:
+    """The mean over examples of |g|^2 for each block, ``[B]``."""
     blocks: Sequence[Sequence[str]] = list(partition.blocks.values())
     total = torch.zeros(len(blocks), dtype=torch.float64)
     for places, batch in data:
@@ -66,4 +66,4 @@ def mean_eigenvalues(features: Features, data: DataSet, partition: Partition) ->
         for number, names in enumerate(blocks):
             _, squares, powers = gradients.of(names).balanced()
             total[number] += (squares.double() * torch.exp2(2 * powers.double())).sum().cpu()
-    return refuse_non_finite(total) / data.count / torch.tensor(partition.sizes)
+    return refuse_non_finite(total) / data.count

@@ -10,13 +10,12 @@ Shapes: n examples of a batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from influence_kit.distributed import sum_over_ranks
+from influence_kit.distributed import is_first_rank, sum_over_ranks
 from influence_kit.gradients.per_example import Gradients
 
 
@@ -25,17 +24,15 @@ class LabelFacts:
     """What the labels of a batch say.
 
     Args:
-        examples: the number n.
         labels: how many labels count.
         squares: the sum over labels of the squared factor between the loss and the negative
             log-likelihood (1 / T for a mean over T tokens).
-        residuals: the sum over labels of the squared error, in units of the variance at which the
-            loss is a negative log-likelihood; None where the likelihood has no variance.
+        residuals: the sum over labels of the squared error over the variance at which the loss is a
+            negative log-likelihood; None where the likelihood has no variance.
         weights: of each example ``[n]``: the squared slope that its labels have on average, over
             that of the labels it has.
     """
 
-    examples: int
     labels: Tensor
     squares: Tensor
     residuals: Tensor | None
@@ -63,45 +60,76 @@ class Observations:
         return Observations(n * count, n * values)
 
 
-# where the loss is no known likelihood: each example is one observation
-ONE_EACH = torch.tensor([1.0, math.inf], dtype=torch.float64)
+SUMS = (
+    "examples",
+    "labels",
+    "squares",
+    "residuals",
+    "with_variance",
+    "seen",
+    "expected",
+    "unknown",
+)
 
 
 class Tally:
-    """Sums over the batches of a pass; a batch that comes twice counts once."""
+    """Sums over the batches of a pass; a batch that comes twice counts once.
 
-    def __init__(self) -> None:
+    Args:
+        of_data: whether gradients are taken at the labels of the data, not at drawn ones.
+    """
+
+    def __init__(self, of_data: bool) -> None:
+        self.of_data = of_data
         self._parts: dict[int, Tensor] = {}
-        self._has_variance = False
 
-    def add(self, place: int, facts: LabelFacts, gradients: Gradients) -> None:
+    def add(self, place: int, facts: LabelFacts | None, gradients: Gradients) -> None:
         """Take the batch whose first example stands at ``place``.
 
         A label that the model thinks unlikely is drawn rarely, and its gradient is large: of a
         confident model a few draws have nearly all of the curvature, or none came. Each example's
         squared gradient times its weight is what it would be on average over labels.
-        """
-        squares = gradients.squared_norms().double()
-        self._has_variance = facts.residuals is not None
-        sums = (facts.examples, facts.labels, facts.squares, facts.residuals or 0.0)
-        own = [torch.as_tensor(value, dtype=torch.float64, device=squares.device) for value in sums]
-        self._parts[place] = torch.stack([*own, squares.sum(), squares @ facts.weights])
-
-    def result(self, places: Iterable[int], sample: Tensor) -> Tensor:
-        """N and the number of values with a variance, both for each example: ``[2]``, float64.
 
         Args:
-            places: of the first examples of the batches that this rank counts.
-            sample: a tensor on the device.
+            place: index of the first example.
+            facts: of the labels; None where the loss is no known likelihood.
+            gradients: of the examples.
         """
-        total = sample.new_zeros(6, dtype=torch.float64)
-        for place in places:
-            total += self._parts[place]
-        examples, labels, squares, residuals, seen, expected = sum_over_ranks(total)
-        # of the gradients at the drawn labels, in units of those expected
-        excess = expected / seen if seen > 0 else torch.ones_like(seen)
-        if self._has_variance:
-            found = torch.stack([excess * labels / residuals, labels / examples])
+        squares = gradients.squared_norms().double()
+        own: dict[str, Tensor | float] = dict.fromkeys(SUMS, 0.0)
+        own["examples"] = gradients.n
+        if facts is None:
+            own["unknown"] = 1.0
         else:
-            found = torch.stack([excess * labels / squares, torch.full_like(labels, math.inf)])
-        return found.cpu()
+            own |= {"labels": facts.labels, "squares": facts.squares}
+            own |= {"seen": squares.sum(), "expected": squares @ facts.weights}
+            if facts.residuals is not None:
+                own |= {"residuals": facts.residuals, "with_variance": 1.0}
+        self._parts[place] = torch.stack(
+            [
+                torch.as_tensor(own[name], dtype=torch.float64, device=squares.device)
+                for name in SUMS
+            ]
+        )
+
+    def result(self, sample: Tensor) -> Tensor:
+        """N, and the values with a variance, both for each example: ``[2]`` in float64.
+
+        One each where the loss is no known likelihood: the example is an observation.
+        """
+        total = sample.new_zeros(len(SUMS), dtype=torch.float64)
+        for place, own in self._parts.items():
+            if place or is_first_rank():  # all ranks look at the first batch
+                total += own
+        of = dict(zip(SUMS, sum_over_ranks(total).tolist(), strict=True))
+        if of["unknown"]:
+            return torch.tensor([1.0, math.inf], dtype=torch.float64)
+        # of the gradients at the drawn labels, in units of those expected
+        excess = of["expected"] / of["seen"] if of["seen"] else 1.0
+        values = of["labels"] / of["examples"] if of["with_variance"] else math.inf
+        scale = of["residuals"] if of["with_variance"] else of["squares"]
+        count = of["labels"] / scale if scale else math.inf
+        if self.of_data and of["with_variance"]:
+            count *= count  # the labels have the variance of the errors, not the loss's own
+        count *= excess
+        return torch.tensor([count, values], dtype=torch.float64)
