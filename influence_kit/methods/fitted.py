@@ -34,7 +34,6 @@ from influence_kit.methods.kept_fit import KeptFit
 from influence_kit.methods.origin import Source
 from influence_kit.operators.draws import check_seed
 from influence_kit.operators.labels import ModelLabels
-from influence_kit.operators.observations import Tally
 from influence_kit.operators.partition import Partition
 from influence_kit.operators.passes import DataSet, Features, Memory, Remembered
 from influence_kit.operators.wording import OF_CURVATURE
@@ -232,35 +231,28 @@ class FittedInfluence(KeptFit):
             values = [self._damping] * len(self.block_names)
         return torch.tensor(values, dtype=torch.float64, device=self._device)
 
-    def _curvature_features(
-        self, curvature: str, data: DataSet, draw: int = 0, tally: Tally | None = None
-    ) -> Features:
+    def _curvature_features(self, curvature: str, data: DataSet, draw: int = 0) -> Features:
         """The gradients whose outer products are the empirical Fisher, or the Fisher.
 
         Args:
             curvature: which of the two.
             data: over which it is a mean.
             draw: which labels are drawn for the Fisher: those of another draw are independent.
-            tally: counts the labels of the batches that are asked for.
         """
-        seed = (self.seed + draw * OTHER_DRAW) % 2**63
-        labels = ModelLabels(self.model, self._train_loss, seed)
-        of_data = self.train_at(data.checkpoint).features
+        labels, of_data = self._labels(draw), self.train_at(data.checkpoint).features
 
         def features(places: Tensor, batch: Batch) -> Gradients:
             if curvature == "empirical_fisher":
-                gradients = of_data(batch)
-                if tally is not None:
-                    tally.add(int(places[0]), labels.given(places, batch), gradients)
-                return gradients
+                return of_data(batch)
             self._source.prepare(batch, self._train_loss, int(places[0]))
-            drawn, facts = labels.drawn(places, batch)
-            gradients = self._features(data.checkpoint, drawn, self._train_loss)
-            if tally is not None:
-                tally.add(int(places[0]), facts, gradients)
-            return gradients
+            return self._features(data.checkpoint, labels(places, batch), self._train_loss)
 
         return Remembered(features, self._memory)
+
+    def _labels(self, draw: int) -> ModelLabels:
+        """Draws labels from the model."""
+        seed = (self.seed + draw * OTHER_DRAW) % 2**63
+        return ModelLabels(self.model, self._train_loss, seed)
 
     @contextmanager
     def _session(self) -> Iterator[CheckpointLoader]:

@@ -4,18 +4,22 @@ A piece is a weight with its bias (a Kronecker product) or one other parameter (
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from influence_kit.arguments import check_number
+from influence_kit.data import Batch, take
 from influence_kit.distributed import is_first_rank
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.gradients.per_example import Gradients
+from influence_kit.memory import resident_bytes, rows_within, workspace_bytes
 from influence_kit.methods.damping import EVIDENCE, MEAN, TRACE
 from influence_kit.methods.fitted import Facts
 from influence_kit.methods.influence_function import InfluenceFunction
+from influence_kit.operators.alignment import misfit
 from influence_kit.operators.evidence import evidence_damping
 from influence_kit.operators.fitted_pieces import (
     LEFT_OUT,
@@ -28,16 +32,19 @@ from influence_kit.operators.fitted_pieces import (
 from influence_kit.operators.kronecker import Measured, MeasuredDiagonal, measured_piece
 from influence_kit.operators.kronecker_inverse import KroneckerInverse
 from influence_kit.operators.layer_forms import ObservedForms, Piece, named, refuse_parameters
-from influence_kit.operators.observations import Observations, Tally
-from influence_kit.operators.passes import DataSet, Features
+from influence_kit.operators.observations import LabelFacts, Observations, Tally
+from influence_kit.operators.passes import DataSet, Features, Remembered, Spread
 from influence_kit.operators.solvers import damping_by_block
 from influence_kit.scoring.term import Transform
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WITHOUT = ("diagonal", "leave_out", "error")
 OBSERVATIONS = "observations"
+# examples whose gradients show how well the factors fit
+SAMPLE = 128
 
 Pieces = dict[str, list[Piece]]
+Observed = Callable[[Tensor, Batch], tuple[Gradients, LabelFacts | None]]
 
 
 class KroneckerInfluence(InfluenceFunction):
@@ -119,7 +126,7 @@ class KroneckerInfluence(InfluenceFunction):
 
     def _measure(self, data: DataSet) -> Facts:
         tally = Tally(of_data=self.curvature != "fisher")
-        features = self._curvature_features(self.curvature, data, tally=tally)
+        features = self._tallied(data, 0, tally)
         observed = ObservedForms(self._partition.blocks)
         observed.add(features(*next(iter(data))))
         pieces: Pieces = {}
@@ -140,7 +147,7 @@ class KroneckerInfluence(InfluenceFunction):
             if self.curvature == "fisher":
                 # of labels drawn anew: of the same ones the eigenvectors know too much
                 tally = Tally(of_data=False)
-                features = self._curvature_features(self.curvature, data, draw=1, tally=tally)
+                features = self._tallied(data, 1, tally)
             for places, batch in data.of_this_rank():
                 gradients = features(places, batch)
                 for one in every:
@@ -181,7 +188,9 @@ class KroneckerInfluence(InfluenceFunction):
     ) -> None:
         """A pass over the data, for these blocks."""
         every = [one for own in measured.values() for one in own.values()]
+        spread = self._spread[data.checkpoint] = Spread(SAMPLE)
         for places, batch in data.of_this_rank():
+            spread.add(places, batch)
             gradients = features(places, batch)
             observed.add(gradients)
             for one in every:
@@ -209,6 +218,10 @@ class KroneckerInfluence(InfluenceFunction):
                 f"as if they were frozen: {named(without)}",
                 stacklevel=2,
             )
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._spread: dict[int, Spread] = {}
 
     # How it is used.
 
@@ -250,7 +263,61 @@ class KroneckerInfluence(InfluenceFunction):
             sum(piece.squared_weights for piece in chosen),
             Observations.of(facts[OBSERVATIONS], self._examples(data)),
         )
-        return torch.full((len(self.block_names),), found, dtype=torch.float64)
+        every = torch.full((len(self.block_names),), found, dtype=torch.float64)
+        left_out = misfit(
+            self._sample_of(data),
+            self._make_inverse(facts, every, data),
+            [piece.grid for piece in pieces],
+            found,
+            float(facts[OBSERVATIONS][2]),
+        )
+        return every / left_out
+
+    def _sample_of(self, data: DataSet) -> list[Gradients]:
+        """Gradients of a few examples from all over the data, at labels of their own."""
+        spread = self._spread.pop(data.checkpoint, None)
+        if spread is None:  # the fit was loaded
+            spread = Spread(SAMPLE)
+            for places, batch in data.of_this_rank():
+                spread.add(places, batch)
+        observed, memory = self._observed(data, draw=2), resident_bytes(self._device)
+        size = sum(self._partition.sizes) * self._sample.element_size()
+        rows = rows_within(4 * workspace_bytes(self._device), 2 * size)
+        found: list[Gradients] = []
+        for places, batch in spread.examples():
+            for some in torch.arange(len(places)).split(rows):
+                gradients, facts = observed(places[some], take(batch, some))
+                if facts is not None:
+                    gradients = gradients.scaled(facts.weights.sqrt().to(self._sample))
+                memory -= gradients.nbytes
+                if memory < 0 and len(found) > 1:
+                    return found
+                found.append(gradients)
+        return found
+
+    def _observed(self, data: DataSet, draw: int) -> Observed:
+        """Gradients at labels of a draw (or of the data), with what the labels say."""
+        labels, of_data = self._labels(draw), self.train_at(data.checkpoint).features
+
+        def observed(places: Tensor, batch: Batch) -> tuple[Gradients, LabelFacts | None]:
+            if self.curvature == "empirical_fisher":
+                return of_data(batch), labels.given(places, batch)
+            self._source.prepare(batch, self._train_loss, int(places[0]))
+            drawn, facts = labels.drawn(places, batch)
+            return self._features(data.checkpoint, drawn, self._train_loss), facts
+
+        return observed
+
+    def _tallied(self, data: DataSet, draw: int, tally: Tally) -> Features:
+        """The gradients alone; ``tally`` takes note of the labels."""
+        observed = self._observed(data, draw)
+
+        def features(places: Tensor, batch: Batch) -> Gradients:
+            gradients, facts = observed(places, batch)
+            tally.add(int(places[0]), facts, gradients)
+            return gradients
+
+        return Remembered(features, self._memory)
 
     def _refuse_old(self, facts: Facts) -> None:
         if OBSERVATIONS not in facts:

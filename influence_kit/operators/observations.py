@@ -56,8 +56,8 @@ class Observations:
     @staticmethod
     def of(facts: Tensor, n: int) -> Observations:
         """Of ``n`` training examples, given what ``Tally.result`` found."""
-        count, values = facts.tolist()
-        return Observations(n * count, n * values)
+        count, values, excess = facts.tolist()
+        return Observations(n * count * excess, n * values)
 
 
 SUMS = (
@@ -113,9 +113,10 @@ class Tally:
         )
 
     def result(self, sample: Tensor) -> Tensor:
-        """N, and the values with a variance, both for each example: ``[2]`` in float64.
+        """N and the values with a variance, for each example, and the curvature's excess: ``[3]``.
 
-        One each where the loss is no known likelihood: the example is an observation.
+        The excess is the curvature on average over labels, in units of that at the drawn ones.
+        Where the loss is no known likelihood, an example is an observation.
         """
         total = sample.new_zeros(len(SUMS), dtype=torch.float64)
         for place, own in self._parts.items():
@@ -123,13 +124,11 @@ class Tally:
                 total += own
         of = dict(zip(SUMS, sum_over_ranks(total).tolist(), strict=True))
         if of["unknown"]:
-            return torch.tensor([1.0, math.inf], dtype=torch.float64)
-        # of the gradients at the drawn labels, in units of those expected
+            return torch.tensor([1.0, math.inf, 1.0], dtype=torch.float64)
         excess = of["expected"] / of["seen"] if of["seen"] else 1.0
         values = of["labels"] / of["examples"] if of["with_variance"] else math.inf
         scale = of["residuals"] if of["with_variance"] else of["squares"]
         count = of["labels"] / scale if scale else math.inf
         if self.of_data and of["with_variance"]:
             count *= count  # the labels have the variance of the errors, not the loss's own
-        count *= excess
-        return torch.tensor([count, values], dtype=torch.float64)
+        return torch.tensor([count, values, excess], dtype=torch.float64)

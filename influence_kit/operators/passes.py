@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from influence_kit.data import Batch, example_count, to_device
+from influence_kit.data import Batch, example_count, take, to_device
 from influence_kit.distributed import is_mine
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.gradients.per_example import Gradients
@@ -60,6 +60,37 @@ class DataSet:
                 pass
         assert self._count is not None
         return self._count
+
+
+class Spread:
+    """Some examples from all over a data set, taken as its batches go by.
+
+    Args:
+        most: how many.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._taken: list[tuple[Tensor, Batch]] = []
+        self._every, self._seen = 1, 0
+
+    def add(self, places: Tensor, batch: Batch) -> None:
+        """Take some examples of a batch, unless there are enough batches already."""
+        if self._seen % self._every == 0:
+            self._taken.append(self._some(places, batch, self.most))
+        self._seen += 1
+        if len(self._taken) > self.most // 2:
+            self._taken, self._every = self._taken[::2], 2 * self._every
+
+    def examples(self) -> Iterator[tuple[Tensor, Batch]]:
+        """Their indices and batches, as many of each."""
+        each = self.most // max(1, len(self._taken))
+        return (self._some(places, batch, each) for places, batch in self._taken)
+
+    @staticmethod
+    def _some(places: Tensor, batch: Batch, count: int) -> tuple[Tensor, Batch]:
+        rows = torch.linspace(0, len(places) - 1, min(count, len(places))).round().long()
+        return places[rows.to(places.device)], take(batch, rows)
 
 
 def refuse_non_finite(measured: Tensor) -> Tensor:
