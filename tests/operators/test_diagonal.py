@@ -105,9 +105,8 @@ def test_a_scaled_form_is_linear_in_its_source() -> None:
 
 @pytest.mark.parametrize("size", [1e-150, 1.0, 1e150])
 def test_scaled_gradients_whose_squares_do_not_exist(size: float) -> None:
-    form = Diagonal("w", draw(24, seed=3).exp())(
-        factored(3).scaled(torch.full((N,), size).double())
-    )
+    source = factored(3).scaled(torch.full((N,), size, dtype=torch.float64))
+    form = Diagonal("w", draw(24, seed=3).exp())(source)
     found, powers = form.balanced()
     assert torch.isfinite(found.squared_norms()).all()
     assert (found.squared_norms() > 0).all()
