@@ -4,7 +4,7 @@ A piece is a weight with its bias (a Kronecker product) or one other parameter (
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,9 +23,10 @@ from influence_kit.operators.fitted_pieces import (
     is_idle,
     mean_of,
 )
-from influence_kit.operators.kronecker import Measured, MeasuredDiagonal, measured_piece
+from influence_kit.operators.kronecker import Measured
 from influence_kit.operators.kronecker_inverse import KroneckerInverse
 from influence_kit.operators.layer_forms import ObservedForms, Piece, named, refuse_parameters
+from influence_kit.operators.measured_pieces import MeasuredDiagonal, measured_piece
 from influence_kit.operators.passes import DataSet, Features
 from influence_kit.operators.solvers import damping_by_block
 from influence_kit.scoring.term import Transform
@@ -33,7 +34,13 @@ from influence_kit.scoring.term import Transform
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WITHOUT = ("diagonal", "leave_out", "error")
 
+# by block; what measures its pieces by their keys
 Pieces = dict[str, list[Piece]]
+MeasuredBlocks = dict[str, dict[str, Measured]]
+
+
+def _all(measured: MeasuredBlocks) -> list[Measured]:
+    return [one for own in measured.values() for one in own.values()]
 
 
 class KroneckerInfluence(InfluenceFunction):
@@ -114,28 +121,15 @@ class KroneckerInfluence(InfluenceFunction):
     def _measure(self, data: DataSet) -> Facts:
         features = self._curvature_features(self.curvature, data)
         observed = ObservedForms(self._partition.blocks)
-        observed.add(features(*next(iter(data))))
-        pieces: Pieces = {}
-        measured: dict[str, dict[str, Measured]] = {}
-        # again, for some blocks, where a later batch shows another form than the first
-        while changed := self._changed(observed, pieces):
-            pieces |= changed
-            fresh = {block: self._measured(block, some) for block, some in changed.items()}
-            self._add_factors(features, data, observed, fresh)
-            measured |= fresh
-        without = observed.without()
-        if without and self.layers_without_kronecker == "error":
-            refuse_parameters(without, observed.count)
-        if without and self.layers_without_kronecker == "leave_out":
-            self._leave_out(without, observed.count)
-        every = [one for own in measured.values() for one in own.values()]
+        pieces, measured = self._factors(features, data, observed)
+        self._settle(observed)
         if self.corrected:
             if self.curvature == "fisher":
                 # of labels drawn anew: of the same ones the eigenvectors know too much
                 features = self._curvature_features(self.curvature, data, draw=1)
             for places, batch in data.of_this_rank():
                 gradients = features(places, batch)
-                for one in every:
+                for one in _all(measured):
                     one.add_squares(gradients)
         facts = {}
         for block, names in self._partition.blocks.items():
@@ -144,6 +138,23 @@ class KroneckerInfluence(InfluenceFunction):
                 found["members"] = torch.tensor([names.index(name) for name in piece.names])
                 facts.update({f"{piece.key}.{field}": value for field, value in found.items()})
         return facts
+
+    def _factors(
+        self, features: Features, data: DataSet, observed: ObservedForms
+    ) -> tuple[Pieces, MeasuredBlocks]:
+        """The pieces of all blocks and what was measured of them in one pass over the data.
+
+        In one more, of some blocks, where a later batch shows another form than the first.
+        """
+        observed.add(features(*next(iter(data))))
+        pieces: Pieces = {}
+        measured: MeasuredBlocks = {}
+        while changed := self._changed(observed, pieces):
+            fresh = {block: self._measured(block, some) for block, some in changed.items()}
+            self._add_factors(features, data, observed, fresh)
+            pieces |= changed
+            measured |= fresh
+        return pieces, measured
 
     def _changed(self, observed: ObservedForms, known: Pieces) -> Pieces:
         """The pieces of blocks that are others than is known."""
@@ -168,10 +179,10 @@ class KroneckerInfluence(InfluenceFunction):
         features: Features,
         data: DataSet,
         observed: ObservedForms,
-        measured: Mapping[str, Mapping[str, Measured]],
+        measured: MeasuredBlocks,
     ) -> None:
         """A pass over the data, for these blocks."""
-        every = [one for own in measured.values() for one in own.values()]
+        every = _all(measured)
         for places, batch in data.of_this_rank():
             gradients = features(places, batch)
             observed.add(gradients)
@@ -183,7 +194,13 @@ class KroneckerInfluence(InfluenceFunction):
         for one in every:
             one.decompose(data.count)
 
-    def _leave_out(self, without: Mapping[str, str], count: int) -> None:
+    def _settle(self, observed: ObservedForms) -> None:
+        """Refuse the parameters without a Kronecker form, or leave them out, as is asked."""
+        without, count = observed.without(), observed.count
+        if not without or self.layers_without_kronecker == "diagonal":
+            return
+        if self.layers_without_kronecker == "error":
+            refuse_parameters(without, count)
         if len(without) == count:
             raise InvalidArgumentError(
                 f"no parameter has a Kronecker form: {named(without)}; "

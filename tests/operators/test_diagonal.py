@@ -13,6 +13,7 @@ from influence_kit.gradients.factored import Factored
 from influence_kit.gradients.forms import Dense, Form, Sum
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rows import Rows
+from influence_kit.operators import factor_sums
 from influence_kit.operators.diagonal import Diagonal, Scaled, square_sums
 from influence_kit.operators.factor_sums import FactorSum
 from influence_kit.operators.layer_forms import (
@@ -127,8 +128,9 @@ def test_squares_under_a_kernel(bias: bool, groups: int, some: bool) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_the_diagonal_of_a_factor(groups: int) -> None:
-    whole, diagonal = (FactorSum(groups, 3, draw(1), is_diagonal=d) for d in (False, True))
+def test_the_diagonal_of_a_factor(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factor_sums, "LARGEST_SIDE", 2)
+    whole, diagonal = (FactorSum(groups, 3, draw(1), extra) for extra in (1, 0))
     for seed in range(3):
         columns = draw(groups, 3, 7, seed=seed) if groups > 1 else draw(3, 7, seed=seed)
         whole.add(columns)
