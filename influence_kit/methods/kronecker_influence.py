@@ -92,12 +92,10 @@ class KroneckerInfluence(InfluenceFunction):
         checkpoints differ, their forms with "or" between.
         """
         found: dict[str, list[str]] = {}
-        modules = dict(self.model.named_modules())
         for _, facts in sorted(self._facts.items()):
             fitted = self._fitted(facts)
             for block, names in self._partition.blocks.items():
-                swapped = isinstance(modules.get(block, self.model), TRANSPOSED)
-                text = form_of_block(names, fitted[block], swapped)
+                text = form_of_block(names, fitted[block], self._is_swapped(block))
                 found.setdefault(block, []).append(text)
         return {block: " or ".join(dict.fromkeys(texts)) for block, texts in found.items()}
 
@@ -168,11 +166,13 @@ class KroneckerInfluence(InfluenceFunction):
 
     def _measured(self, block: str, pieces: Sequence[Piece]) -> dict[str, Measured]:
         # a transposed convolution's gradients arrive at the windows, not at its positions
-        module = dict(self.model.named_modules()).get(block)
-        every_position = isinstance(module or self.model, TRANSPOSED)
-        return {
-            p.key: measured_piece(p, self._shapes, self._sample, every_position) for p in pieces
-        }
+        every = self._is_swapped(block)
+        return {p.key: measured_piece(p, self._shapes, self._sample, every) for p in pieces}
+
+    def _is_swapped(self, block: str) -> bool:
+        """Whether it is a transposed convolution, the rows of whose matrix are inputs."""
+        module = dict(self.model.named_modules()).get(block, self.model)
+        return isinstance(module, TRANSPOSED)
 
     def _add_factors(
         self,
