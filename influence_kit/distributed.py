@@ -58,3 +58,11 @@ def wait_for_all() -> None:
     """Go on when every rank has come here."""
     if not is_alone():
         dist.barrier()
+
+
+def texts_of_ranks(text: str, device: torch.device) -> list[str]:
+    """The text of each rank, none of which holds a line break; every rank must call it."""
+    if is_alone():
+        return [text]
+    codes = torch.tensor(list(f"{text}\n".encode()), dtype=torch.uint8, device=device)
+    return bytes(gather_columns(codes).tolist()).decode().splitlines()

@@ -102,16 +102,6 @@ def _at_one(cls: type, **own: Any) -> Callable[..., Any]:
     return make
 
 
-def _kronecker(cls: type) -> Callable[..., Any]:
-    make = _curved(cls, curvature="empirical_fisher")
-
-    def make_of_layers(case: Case, *given: Any, **arguments: Any) -> Any:
-        layers = {"layers": ["positions", "qkv", "out"]} if case.build is TinyGPT else {}
-        return make(case, *given, **layers | arguments)
-
-    return make_of_layers
-
-
 def _with_trace(case: Case, model: Any, data: Any, checkpoints: Any, **arguments: Any) -> Any:
     arguments = {"trace": training_steps(case, data)} | arguments
     return DVEmb(model, data, checkpoints[-1:], **arguments)
@@ -263,8 +253,8 @@ METHODS = {
     ),
     "NystromInfluenceFunction": _inverted(_curved(NystromInfluenceFunction, rank=20)),
     "DataInf": _inverted(_curved(DataInf)),
-    "KFACInfluenceFunction": _inverted(_kronecker(KFACInfluenceFunction)),
-    "EKFACInfluenceFunction": _inverted(_kronecker(EKFACInfluenceFunction)),
+    "KFACInfluenceFunction": _inverted(_curved(KFACInfluenceFunction, **FEW_PASSES)),
+    "EKFACInfluenceFunction": _inverted(_curved(EKFACInfluenceFunction, **FEW_PASSES)),
     "LoGra": _inverted(_curved(LoGra, projection_dim=(2, 3), relative="theta")),
     # with more than twice as many entries in the block as examples
     "LoGra, kept": replace(

@@ -74,7 +74,22 @@ LAYERS = {
         r"the model has no layers \['9'\]; it has \['0', '1', '2'\]",
     ),
     "a parameter": (["0.weight"], UnknownLayerError, r"the model has no layers \['0.weight'\]"),
-    "no list": ("0", InvalidArgumentError, r"`layers` should be a list! got a str: '0'"),
+    "no list": (
+        {"0"},
+        InvalidArgumentError,
+        r"`layers` should be a list! \(of names, .*\) got a set: \{'0'\}",
+    ),
+    "one name": (
+        "9",
+        UnknownLayerError,
+        r"the model has no layers \['9'\]; it has \['0', '1', '2'\]",
+    ),
+    "a pattern": (["*.9"], UnknownLayerError, r"the model has no layers \['\*.9'\]; it has \['0'"),
+    "a module": (
+        nn.Linear(2, 2),
+        UnknownLayerError,
+        r"modules that are not in the model: \['Linear'\]; it has 3 modules, such as \['0'",
+    ),
     "empty": ([], InvalidArgumentError, r"`layers` cannot be empty! Leave it out"),
     "numbers": ([0, 2], InvalidArgumentError, r"`layers` should contain str layer names. got \[0"),
     "without parameters": (["1"], InvalidArgumentError, r"the layers \['1'\] have no parameters"),
@@ -90,7 +105,7 @@ def test_layers_that_cannot_be_meant_are_refused(model, refused, method, name):
 
 
 @pytest.mark.parametrize(
-    ("layers", "error"), [(["9"], AttributeError), (["9"], ValueError), ("0", AssertionError)]
+    ("layers", "error"), [(["9"], AttributeError), (["9"], ValueError), ({"0"}, AssertionError)]
 )
 def test_errors_about_layers_are_those_that_captums_users_catch(model, refused, layers, error):
     with refused(model, error, match="layers"):

@@ -12,6 +12,7 @@ from influence_kit.losses import LossFunction
 from influence_kit.margins import OutputFunction
 from influence_kit.methods.base import BatchSize
 from influence_kit.methods.embedding_influence import EmbeddingInfluence
+from influence_kit.methods.layer_names import Layers
 from influence_kit.operators.low_rank import EigenPairs, arnoldi
 from influence_kit.operators.operator import Operator
 
@@ -59,7 +60,7 @@ class ArnoldiInfluenceFunction(EmbeddingInfluence):
         train_dataset: Dataset[Any] | DataLoader[Any],
         checkpoint: Any,
         checkpoints_load_func: LoadFunction = load_checkpoint,
-        layers: list[str] | None = None,
+        layers: Layers | None = None,
         loss_fn: LossFunction | None = None,
         batch_size: BatchSize = "auto",
         hessian_dataset: Dataset[Any] | DataLoader[Any] | None = None,

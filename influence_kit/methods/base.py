@@ -1,7 +1,7 @@
 """What every method is given, whatever it computes: model, data, checkpoints, losses, layers."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Literal
@@ -44,8 +44,9 @@ from influence_kit.locks import alone_with
 from influence_kit.losses import Loss, LossFunction, declared_reduction
 from influence_kit.margins import OutputFunction
 from influence_kit.measures import measure_of_tests, refuse_both
-from influence_kit.methods.chosen import check_layers, choose_parameters
+from influence_kit.methods.chosen import choose_parameters
 from influence_kit.methods.kept_of import KeptOf
+from influence_kit.methods.layer_names import Layers, check_layers
 from influence_kit.methods.origin import Given
 from influence_kit.methods.structure import Structure
 from influence_kit.restore import borrowed
@@ -73,7 +74,7 @@ class InfluenceBase(KeptOf, DataInfluence):
         train_dataset: Dataset[Any] | DataLoader[Any],
         checkpoints: Any,
         checkpoints_load_func: LoadFunction = load_checkpoint,
-        layers: list[str] | None = None,
+        layers: Layers | None = None,
         loss_fn: LossFunction | None = None,
         batch_size: BatchSize = "auto",
         test_loss_fn: LossFunction | None = None,
@@ -118,7 +119,7 @@ class InfluenceBase(KeptOf, DataInfluence):
         if not is_dataset(train_dataset):
             self._check(as_loader(train_dataset, None, TRAIN), TRAIN)
 
-    def _look_at(self, layers: Sequence[str] | None) -> None:
+    def _look_at(self, layers: Layers | None) -> None:
         """Choose the parameters whose gradients count."""
         self.__dict__["layers"] = check_layers(self.model, layers)
         self._parameters = choose_parameters(self.model, self.layers)

@@ -6,29 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from influence_kit.errors import InvalidArgumentError, UnknownLayerError
-
-
-def check_layers(model: nn.Module, layers: Any) -> list[str] | None:
-    """The names of layers, each of them a module of the model; None for the whole model."""
-    if layers is None:
-        return None
-    if not isinstance(layers, list | tuple):
-        raise InvalidArgumentError(
-            f"`layers` should be a list! got a {type(layers).__name__}: {layers!r}"
-        )
-    if not layers:
-        raise InvalidArgumentError(
-            "`layers` cannot be empty! Leave it out to use all parameters of the model"
-        )
-    if not all(isinstance(layer, str) for layer in layers):
-        raise InvalidArgumentError(f"`layers` should contain str layer names. got {layers!r}")
-    modules = dict(model.named_modules())
-    unknown = [layer for layer in layers if layer not in modules]
-    if unknown:
-        there = [name for name in modules if name]
-        raise UnknownLayerError(f"the model has no layers {unknown}; it has {there}")
-    return list(layers)
+from influence_kit.errors import InvalidArgumentError
 
 
 def choose_parameters(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Parameter]:

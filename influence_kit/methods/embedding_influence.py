@@ -19,6 +19,7 @@ from influence_kit.methods.base import BatchSize
 from influence_kit.methods.example_influence import given
 from influence_kit.methods.fitted import Facts
 from influence_kit.methods.influence_function import InfluenceFunction
+from influence_kit.methods.layer_names import Layers
 from influence_kit.methods.starting_again import starts_again
 from influence_kit.operators.curvature import HessianOfLoss
 from influence_kit.operators.low_rank import EigenPairs, LowRank, as_tensors, from_tensors
@@ -42,7 +43,7 @@ class EmbeddingInfluence(InfluenceFunction):
         train_dataset: Dataset[Any] | DataLoader[Any],
         checkpoint: Any,
         checkpoints_load_func: LoadFunction = load_checkpoint,
-        layers: list[str] | None = None,
+        layers: Layers | None = None,
         loss_fn: LossFunction | None = None,
         batch_size: BatchSize = "auto",
         hessian_dataset: Dataset[Any] | DataLoader[Any] | None = None,

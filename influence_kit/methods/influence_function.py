@@ -7,11 +7,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.methods.chosen import check_layers
 from influence_kit.methods.example_influence import check_k, given
+from influence_kit.methods.layer_names import check_layer
 from influence_kit.methods.perturbation import Perturbation, Perturbed
 from influence_kit.methods.solved import SolvedInfluence
 from influence_kit.methods.starting_again import starts_again
@@ -56,7 +56,7 @@ class InfluenceFunction(SolvedInfluence):
         inputs: Any,
         train_indices: Any = None,
         k: int | None = None,
-        layer: str | None = None,
+        layer: str | nn.Module | None = None,
         show_progress: bool = False,
     ) -> Tensor | MostInfluentialFeatures:
         r"""The gradient of each score in the training input: which features make it what it is.
@@ -79,8 +79,8 @@ class InfluenceFunction(SolvedInfluence):
                 ``compute_intermediate_quantities`` returns.
             train_indices: places of training examples, in any order; all of them where None.
             k: how many features to return for each test example; None for the whole tensor.
-            layer: the layer whose output x_j is; None for the model's only floating-point input
-                (the targets stay as they are).
+            layer: the layer whose output x_j is, or its name; None for the model's only
+                floating-point input (the targets stay as they are).
             show_progress: a bar over the training set, and over checkpoints that are fitted.
 
         Returns:
@@ -114,9 +114,9 @@ class InfluenceFunction(SolvedInfluence):
                 f'with relative="{self.relative}" scores are divided by a norm that depends on the '
                 "training input, too; `perturbation_influence` needs relative=None"
             )
-        check_layers(self.model, None if layer is None else [layer])
+        name = None if layer is None else check_layer(self.model, layer)
         places = check_places(train_indices, self._train_count())
-        perturbed = Perturbed(self.model, layer)
+        perturbed = Perturbed(self.model, name)
         with self._session() as loader:
             # what cannot be perturbed is refused before the curvature is measured
             perturbed.value(DataSet(self.train_dataloader, self._device).first())

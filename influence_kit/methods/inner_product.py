@@ -42,7 +42,10 @@ class InnerProductInfluence(ExampleInfluence):
         checkpoints: a folder, a glob, a list of paths, or any iterable of paths or state dicts;
             ``select_checkpoints`` chooses a few of many.
         checkpoints_load_func: ``load(model, checkpoint) -> learning rate``, in place.
-        layers: names of modules whose parameters count; None for all that require a gradient.
+        layers: the modules whose parameters count: a name, a pattern of names
+            (``"transformer.h.*.mlp"``; ``*`` is any characters, ``?`` one, ``[ab]`` one of these),
+            a module of the model, or a list of such; all parameters inside count, each once. None
+            for all parameters that require a gradient. The attribute ``layers`` is a list of names.
         loss_fn: ``loss_fn(outputs, targets)`` (of a dict batch: ``loss_fn(outputs, batch)``), one
             value an example, or their sum or mean: the scores are the same. None differentiates the
             model's output (of a dict batch: the loss that the model returns).

@@ -20,11 +20,11 @@ from influence_kit.gradients.source import GradientSource
 from influence_kit.loaders import loader_length
 from influence_kit.memory import rows_within, workspace_bytes
 from influence_kit.methods.activations import Features
-from influence_kit.methods.chosen import check_layers
 from influence_kit.methods.distances import euclidean_distance
 from influence_kit.methods.example_influence import ExampleInfluence, given
 from influence_kit.methods.knn_points import Points, Reader
 from influence_kit.methods.knn_values import far_to_near, values_of_matches, values_of_targets
+from influence_kit.methods.layer_names import check_layer
 from influence_kit.methods.starting_again import starts_again
 from influence_kit.scoring.reducers import AllScores, Reducer, WholeRows
 
@@ -55,7 +55,7 @@ class KNNShapley(ExampleInfluence):
         model: without a ``layer`` its weights mean nothing: ``torch.nn.Identity()`` will do.
         checkpoints: only for a ``layer``, and to be left out without one.
         n_neighbors: K. With K > n each set has fewer neighbours, and the sum still is over K.
-        layer: the name of the layer whose output, flattened, are the features; the model's
+        layer: the layer whose output, flattened, are the features, or its name; the model's
             floating-point inputs where None. Of a layer that runs several times, the last output.
         metric: "euclidean" or "cosine" distance of features.
         utility: "accuracy", as above, of integer labels; or "squared_error", of numbers as labels:
@@ -84,7 +84,7 @@ class KNNShapley(ExampleInfluence):
         checkpoints: Any = None,
         *args: Any,
         n_neighbors: int = 5,
-        layer: str | None = None,
+        layer: str | nn.Module | None = None,
         metric: Metric = "euclidean",
         utility: Utility = "accuracy",
         **kwargs: Any,
@@ -100,7 +100,8 @@ class KNNShapley(ExampleInfluence):
                 f"`test_output_fn` is a function of outputs, and {self.get_name()} looks at labels "
                 "of neighbours alone: leave it out, or use a method of gradients (`TracInCP`, say)"
             )
-        self.n_neighbors, self.layer = check_count(n_neighbors, "n_neighbors"), layer
+        self.n_neighbors = check_count(n_neighbors, "n_neighbors")
+        self.layer = check_layer(model, layer) if isinstance(layer, nn.Module) else layer
         self.metric, self.utility = metric, utility
         super().__init__(model, train_dataset, checkpoints, *args, **kwargs)
 
@@ -121,7 +122,7 @@ class KNNShapley(ExampleInfluence):
                 "`layer`, whose output is then compared"
             )
         if self.layer is not None:
-            check_layers(self.model, [self.layer])
+            check_layer(self.model, self.layer)
         self.__dict__["layers"] = None
         # they tell the device and the precision alone; a model without any is where torch puts it
         self._parameters = dict(self.model.named_parameters()) or {"": nn.Parameter(torch.empty(0))}

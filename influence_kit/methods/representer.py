@@ -28,6 +28,7 @@ from influence_kit.methods.base import BatchSize
 from influence_kit.methods.example_influence import given
 from influence_kit.methods.kept_fit import KeptFit
 from influence_kit.methods.last_layer import chosen_outputs
+from influence_kit.methods.layer_names import check_layer
 from influence_kit.methods.refit import Head, Refit, Settings
 from influence_kit.methods.row_check import RowCheck
 from influence_kit.scoring.stream import Stream
@@ -135,13 +136,12 @@ class RepresenterPointSelection(KeptFit):
         verify: Verify = "repeated",
     ) -> None:
         self._how = Settings(l2, normalize, count_bias, tol, max_iter)
-        names: dict[Any, str] = {module: name for name, module in model.named_modules()}
         super().__init__(
             model,
             train_dataset,
             checkpoints,
             checkpoints_load_func,
-            [names.get(final_fc_layer, final_fc_layer)],
+            [check_layer(model, final_fc_layer)],
             loss_fn,
             batch_size,
             test_output_fn=test_output_fn,

@@ -22,8 +22,8 @@ from influence_kit.gradients.check import refuse_mixing_layers
 from influence_kit.loaders import as_loader
 from influence_kit.memory import rows_within, workspace_bytes
 from influence_kit.methods.activations import examples_first
-from influence_kit.methods.chosen import check_layers
 from influence_kit.methods.distances import cosine_similarity, euclidean_distance, zero_pairs
+from influence_kit.methods.layer_names import Layers, check_layers
 from influence_kit.methods.read_only import ReadOnly
 from influence_kit.methods.row_check import RowCheck
 from influence_kit.methods.saved_activations import SavedActivations, Sources, as_inputs, inputs_of
@@ -54,7 +54,8 @@ class SimilarityInfluence(ReadOnly, DataInfluence):
 
     Args:
         module: the model.
-        layers: the name of a layer, or names. Of a layer that runs several times, the last output.
+        layers: the name of a layer, a pattern of names, a module of ``module``, or a list of such
+            (see ``InnerProductInfluence``). Of a layer that runs several times, the last output.
         influence_src_dataset: a ``Dataset`` or sequence of examples, or a ``DataLoader`` that does
             not shuffle. An example is the input, or ``(input, label)``, of which the first item
             alone is used. Several inputs are a tuple, ``((x1, x2), label)``, or a dict.
@@ -87,7 +88,7 @@ class SimilarityInfluence(ReadOnly, DataInfluence):
     def __init__(
         self,
         module: nn.Module,
-        layers: str | list[str],
+        layers: Layers,
         influence_src_dataset: Dataset[Any] | DataLoader[Any],
         activation_dir: str | Path,
         model_id: str = "",
@@ -105,8 +106,7 @@ class SimilarityInfluence(ReadOnly, DataInfluence):
                 f"{similarity_direction} is not a valid value. Must be either 'max' or 'min'"
             )
         self.module = module
-        one = layers is None or isinstance(layers, str)
-        self.layers = list(dict.fromkeys(check_layers(module, [layers] if one else layers) or ()))
+        self.layers = check_layers(module, [layers] if layers is None else layers) or []
         self.influence_src_dataset = influence_src_dataset
         self.influence_src_dataloader = as_loader(
             influence_src_dataset, batch_size, "influence_src_dataset"

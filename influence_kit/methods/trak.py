@@ -23,6 +23,7 @@ from influence_kit.methods.damping import DampingArgument
 from influence_kit.methods.fitted import Facts
 from influence_kit.methods.function_fingerprint import function_fingerprint
 from influence_kit.methods.identity import first_losses
+from influence_kit.methods.layer_names import Layers
 from influence_kit.methods.normal_equations import (
     GRAM,
     OF_FEATURES,
@@ -119,7 +120,7 @@ class TRAK(SolvedInfluence):
         train_dataset: Dataset[Any] | DataLoader[Any],
         checkpoints: Any,
         checkpoints_load_func: LoadFunction = load_checkpoint,
-        layers: list[str] | None = None,
+        layers: Layers | None = None,
         loss_fn: LossFunction | None = None,
         batch_size: BatchSize = "auto",
         *,

@@ -23,10 +23,8 @@ from torch import Tensor
 
 from influence_kit.gradients.factored import Factored
 from influence_kit.gradients.forms import Dense, Form
-from influence_kit.gradients.per_example import Gradients
-from influence_kit.gradients.rows import Rows
 from influence_kit.memory import rows_within, workspace_bytes
-from influence_kit.operators.matrix_layer import Forms, MatrixLayer, rotated
+from influence_kit.operators.matrix_layer import Forms, MatrixLayer, rotated, turned
 from influence_kit.scaling import exponents, scaled_by_powers
 
 # random sums by which the error of the shared form is estimated
@@ -55,23 +53,41 @@ class Eigenbasis:
 
     Args:
         layer: the layer.
-        left, right: Q_S ``[g, o, o]`` and Q_A ``[g, i, i]``.
+        left, right: Q_S ``[g, o, o]`` and Q_A ``[g, i, i]``; None for the unit vectors.
         weights: W, ``[g, o, i]``.
         sizes: the eigenvalues of S ``[g, o]`` and A ``[g, i]``: the mean squares of what W meets.
         rtol: relative error that the shared form may have; 0 for none at all.
     """
 
     layer: MatrixLayer
-    left: Tensor
-    right: Tensor
+    left: Tensor | None
+    right: Tensor | None
     weights: Tensor
     sizes: tuple[Tensor, Tensor]
     rtol: float
 
+    def factors(self, deltas: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """D ``[..., o]`` and a ``[..., i]`` of a layer with one group, in the eigenbasis."""
+        left, right = (None if side is None else side[0] for side in (self.left, self.right))
+        return turned(deltas, left), turned(inputs, right)
+
+    def restored(self, matrices: Tensor) -> Tensor:
+        """Matrices ``[n, g, o, i]`` in the eigenbasis, in the basis of the parameters."""
+        if self.right is not None:
+            matrices = matrices @ self.right.transpose(1, 2)
+        return matrices if self.left is None else self.left @ matrices
+
+    @property
+    def turning_costs(self) -> tuple[int, int]:
+        """Products for each entry of a matrix that turn its columns, and its rows."""
+        o, i = self.weights.shape[1:]
+        return o * (self.left is not None), i * (self.right is not None)
+
     @cached_property
     def shared(self) -> Shared | None:
         """The grid W as a few outer products; None where they would be too many."""
-        if self.rtol <= 0 or self.layer.groups > 1:
+        is_long = self.left is None or self.right is None
+        if self.rtol <= 0 or self.layer.groups > 1 or is_long:
             return None
         # directions without any size do not meet W; the floor keeps the division finite
         scales = [size[0].clamp(min=SMALLEST * float(size.max())) for size in self.sizes]
@@ -88,52 +104,6 @@ class Eigenbasis:
         u, v = (left[:, :rank] * roots).T / scales[0], right[:rank] * roots[:, None] / scales[1]
         rest = self.weights[0].double() - u.T @ v
         return Shared(u.to(self.weights), v.to(self.weights), rest.to(self.weights))
-
-
-@dataclass(frozen=True)
-class Table:
-    """The same of an embedding, whose left basis is that of the ids: W is ``[v, e]``."""
-
-    weight: str
-    right: Tensor
-    weights: Tensor
-
-    def __call__(self, form: Rows) -> Rows:
-        """Rows through the inverse; they stay the same rows."""
-        values = (form.values @ self.right) * self.weights[form.ids]
-        return replace(form, values=values @ self.right.T)
-
-
-class KroneckerInverse:
-    """Gradients through the inverse, layer by layer.
-
-    Args:
-        bases: of each layer, by the name of its weight.
-    """
-
-    def __init__(self, bases: Mapping[str, Eigenbasis | Table]) -> None:
-        self.bases = bases
-
-    def __call__(self, gradients: Gradients) -> Gradients:
-        """The test side; parameters of other layers are left out."""
-        forms: dict[str, Form] = {}
-        for name, basis in self.bases.items():
-            form = gradients.forms.get(name)
-            if isinstance(basis, Table) and isinstance(form, Rows):
-                forms[name] = basis(form)
-            elif isinstance(basis, Table) and form is not None:
-                forms[name] = self._written(form, basis)
-            elif isinstance(basis, Eigenbasis) and form is not None:
-                names = [n for n in (name, basis.layer.bias) if n is not None]
-                source = {n: gradients.forms[n] for n in names}
-                forms[name] = Preconditioned(source, basis)
-        return replace(gradients, forms=forms)
-
-    @staticmethod
-    def _written(form: Form, table: Table) -> Dense:
-        """An embedding's gradients that are not held as rows (a sum over many examples)."""
-        values = form.dense().view(-1, *table.weights.shape) @ table.right
-        return Dense(((values * table.weights) @ table.right.T).flatten(1), form.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +159,7 @@ class Preconditioned(Form):
     @cached_property
     def matrices(self) -> Tensor:
         """The gradients through the inverse, in the basis of the parameters, ``[m, g, o, i]``."""
-        return self.basis.left @ (self.weighted @ self.basis.right.transpose(1, 2))
+        return self.basis.restored(self.weighted)
 
     @cached_property
     def _parts(self) -> dict[str, Dense]:
@@ -239,7 +209,7 @@ class Preconditioned(Form):
         single = self.basis.layer.single(forms)
         if single is None:
             return None
-        return single[0] @ self.basis.left[0], single[1] @ self.basis.right[0]
+        return self.basis.factors(*single)
 
     @cached_property
     def _own_single(self) -> tuple[Tensor, Tensor] | None:
@@ -253,7 +223,7 @@ class Preconditioned(Form):
             return self._meet_parameters(train, total)
         factors = self.basis.layer.factors(train)
         assert factors is not None
-        deltas, inputs = factors[0] @ self.basis.left[0], factors[1] @ self.basis.right[0]
+        deltas, inputs = self.basis.factors(*factors)
         exact = Factored(deltas, inputs, self.basis.weights.shape[1:])
         scores = self._meet_shared(exact)
         return exact.inner(self._in_eigenbasis, total) if scores is None else scores
@@ -261,7 +231,9 @@ class Preconditioned(Form):
     def _rotate_train(self, form: Factored, total: int) -> bool:
         """Whether to rotate the training factors rather than the test gradients back."""
         t, o, i = form.deltas.shape[1], self.basis.layer.outputs, self.basis.layer.inputs
-        return t * (o * o + i * i) * max(total, form.n) < self.n * o * i * (o + i)
+        rows, columns = self.basis.turning_costs
+        turning = t * (o * rows + i * columns) * max(total, form.n)
+        return turning < self.n * o * i * (rows + columns)
 
     def _meet_parameters(self, train: Mapping[str, Form], total: int) -> Tensor:
         found = [

@@ -45,6 +45,21 @@ def map_products(form: Convolved, bias: bool, counted: Tensor | None = None) -> 
     return joined
 
 
+def map_squares(form: Convolved, bias: bool, counted: Tensor | None = None) -> Tensor:
+    """The diagonal of ``map_products`` alone, ``[g, i]``, one offset of the kernel at a time."""
+    squares = []
+    for window in form.windows(form.right):
+        values = window.flatten(2)
+        if counted is not None:
+            values = values * counted[:, None]
+        squares.append(values.square().sum((0, 2)))
+    total = torch.stack(squares, dim=1).reshape(form.groups, -1)
+    if not bias:
+        return total
+    columns = form.n * form.positions if counted is None else int(counted.sum())
+    return torch.cat([total, total.new_full((form.groups, 1), columns)], dim=1)
+
+
 def _gram(rows: Tensor, step: int) -> Tensor:
     """X X^T of ``[g, i, *]``, from half of it where ``step`` rows at a time are enough."""
     if step < FEWEST_ROWS:

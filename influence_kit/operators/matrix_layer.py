@@ -51,8 +51,8 @@ class MatrixLayer:
             names[1] if len(names) > 1 else None,
             int(facts["groups"]),
             bool(facts["transposed"]),
-            facts["left"].shape[-1],
-            facts["right"].shape[-1],
+            facts["left_values"].shape[-1],
+            facts["right_values"].shape[-1],
         )
 
     def factors(self, forms: Forms) -> tuple[Tensor, Tensor] | None:
@@ -72,19 +72,34 @@ class MatrixLayer:
         inputs = form.inputs if self.bias is None else with_ones(form.inputs)
         return form.deltas[:, 0], inputs[:, 0]
 
-    def times(self, forms: Forms, right: Tensor) -> Tensor:
-        """G times a matrix a group ``[g, i, *]``: ``[n, g, o, *]``."""
-        form = forms[self.weight]
-        inputs = self.inputs - (self.bias is not None)
+    def matrices(self, forms: Forms) -> Tensor:
+        """G written out, ``[n, g, o, i]``."""
+        weights = self._weights(forms[self.weight])
+        if self.bias is None:
+            return weights
+        biases = forms[self.bias].dense().view(-1, self.groups, self.outputs, 1)
+        return torch.cat([weights, biases], dim=3)
+
+    def _weights(self, form: Form) -> Tensor:
+        """G without the bias, a view where the form is written out."""
+        if self.transposed:
+            return form.dense().view(-1, 1, self.width, self.outputs).transpose(2, 3)
+        return form.dense().view(-1, self.groups, self.outputs, self.width)
+
+    @property
+    def width(self) -> int:
+        """Inputs of a group without the bias."""
+        return self.inputs - (self.bias is not None)
+
+    def times(self, forms: Forms, right: Tensor | None) -> Tensor:
+        """G times a matrix a group ``[g, i, *]``, or by itself: ``[n, g, o, *]``."""
+        if right is None:
+            return self.matrices(forms)
+        form, inputs = forms[self.weight], self.width
         if isinstance(form, Convolved) and self.groups == 1:
             product = form.times(right[0, :inputs]).unsqueeze(1)
-        elif self.transposed:
-            product = (
-                form.dense().view(-1, 1, inputs, self.outputs).transpose(2, 3) @ right[:, :inputs]
-            )
         else:
-            matrices = form.dense().view(-1, self.groups, self.outputs, inputs)
-            product = matrices @ right[:, :inputs]
+            product = self._weights(form) @ right[:, :inputs]
         if self.bias is not None:
             biases = forms[self.bias].dense().view(-1, self.groups, self.outputs, 1)
             product.addcmul_(biases, right[:, inputs:])
@@ -101,19 +116,33 @@ class MatrixLayer:
         return found
 
 
-def rotated(layer: MatrixLayer, left: Tensor, right: Tensor, forms: Forms) -> Iterable[Tensor]:
-    """Q_S^T G Q_A, ``[n, g, o, i]`` in chunks of examples: factors or matrices, the cheaper."""
+def turned(values: Tensor, vectors: Tensor | None) -> Tensor:
+    """Rows ``[..., s]`` in a basis ``[..., s, s]``; None is that of the unit vectors."""
+    return values if vectors is None else values @ vectors
+
+
+def rotated(
+    layer: MatrixLayer, left: Tensor | None, right: Tensor | None, forms: Forms
+) -> Iterable[Tensor]:
+    """Q_S^T G Q_A, ``[n, g, o, i]`` in chunks of examples: factors or matrices, the cheaper.
+
+    A basis that is None is that of the unit vectors. Chunks may be views of the forms' numbers.
+    """
     o, i, form = layer.outputs, layer.inputs, forms[layer.weight]
+    rows_cost, columns_cost = (o * (left is not None), i * (right is not None))
     for rows in form.example_slices(2 * layer.groups * o * i):
         some = {name: forms[name].rows(rows) for name in (layer.weight, layer.bias) if name}
         t = _positions(form)
-        if t and layer.groups == 1 and t * (o * o + i * i) < o * i * (o + i):
+        of_factors = t * (o * rows_cost + i * columns_cost)
+        if t and layer.groups == 1 and of_factors < o * i * (rows_cost + columns_cost):
             factors = layer.factors(some)
             assert factors is not None
-            deltas, inputs = factors[0] @ left[0], factors[1] @ right[0]
+            deltas = turned(factors[0], None if left is None else left[0])
+            inputs = turned(factors[1], None if right is None else right[0])
             yield torch.bmm(deltas.transpose(1, 2), inputs).unsqueeze(1)
         else:
-            yield left.transpose(1, 2) @ layer.times(some, right)
+            product = layer.times(some, right)
+            yield product if left is None else left.transpose(1, 2) @ product
 
 
 def _positions(form: Form) -> int:

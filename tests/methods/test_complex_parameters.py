@@ -205,6 +205,22 @@ def test_datainf_of_one_layer(model: nn.Module) -> None:
     assert_close(found, test @ mean @ train.T)
 
 
+def test_kronecker_factors_leave_them_the_diagonal(model: nn.Module) -> None:
+    """Of real and imaginary parts, each a number of its own."""
+    parts = [
+        torch.full((pairs(p).numel(),), name.startswith("mix"))
+        for name, p in model.named_parameters()
+    ]
+    chosen = torch.cat(parts)
+    train, test = rows(model, X, Y)[:, chosen], rows(model, *TEST)[:, chosen]
+    diagonal = train.square().mean(0) + 1e-3
+    own: dict[str, Any] = {"curvature": "empirical_fisher", "damping": 1e-3, "layers": ["mix"]}
+    found = make(EKFACInfluenceFunction, model, **own)
+    assert_close(found.influence(TEST), (test / diagonal) @ train.T)
+    assert found.block_forms == {"mix": "diagonal"}
+    assert_close(found.self_influence(), (train.square() / diagonal).sum(1))
+
+
 @pytest.mark.filterwarnings("ignore:.*have features of")
 def test_trak(model: nn.Module) -> None:
     def margin(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -267,8 +283,6 @@ def test_weights_that_differ_in_their_imaginary_part_are_two_checkpoints(model: 
 
 
 def test_what_takes_no_complex_parameters_says_so(model: nn.Module, tmp_path: Any) -> None:
-    with pytest.raises(InvalidArgumentError, match=r"no Kronecker form for .*'mix'"):
-        make(EKFACInfluenceFunction, model).influence(TEST)
     with pytest.raises(InvalidArgumentError, match="'mix' has complex parameters, and the refit"):
         RepresenterPointSelection(model, "mix", DATA, [model.state_dict()], loss_fn=LOSS)
     with pytest.raises(InvalidArgumentError, match=r"'mix' returns torch.complex128, and activ"):

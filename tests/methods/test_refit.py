@@ -193,8 +193,10 @@ def test_the_layer_must_be_linear() -> None:
 def test_layers_must_be_of_the_model() -> None:
     with pytest.raises(UnknownLayerError, match=r"the model has no layers \['tail'\]; it has"):
         made(MLP.model(), MLP.train, layer="tail")
-    with pytest.raises(InvalidArgumentError, match="should contain str layer names"):
+    with pytest.raises(UnknownLayerError, match=r"modules that are not in the model: \['Linear'\]"):
         made(MLP.model(), MLP.train, layer=nn.Linear(5, 3))
+    with pytest.raises(InvalidArgumentError, match=r"one layer is wanted; 'body.\*' fits 4: \['b"):
+        made(MLP.model(), MLP.train, layer="body.*")
 
 
 class Changed(nn.Module):

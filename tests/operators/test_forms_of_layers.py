@@ -11,7 +11,8 @@ from influence_kit.gradients.factored import Factored
 from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rows import Rows
-from influence_kit.operators.eigenbasis import Eigenbasis, KroneckerInverse, Preconditioned, Table
+from influence_kit.operators.eigenbasis import Eigenbasis, Preconditioned
+from influence_kit.operators.kronecker_inverse import KroneckerInverse, Table
 from influence_kit.operators.map_covariance import FEWEST_ROWS, map_products
 from influence_kit.operators.matrix_layer import MatrixLayer, rotated
 
