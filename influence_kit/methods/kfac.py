@@ -18,7 +18,10 @@ class KFACInfluenceFunction(KroneckerInfluence):
     out raises the test loss by about score / n. The mean over checkpoints: about five of one run,
     evenly over its steps, are recommended (``select_checkpoints``).
 
-    Linear layers, convolutions and embeddings have this form; others are an error that names them.
+    Linear layers, convolutions and embeddings have this form. Parameters without it (of norms, of
+    attention, of the model itself, a bias or table that other layers use) get the exact diagonal of
+    their curvature: element p of the gradient is divided by mean_j g_jp^2 + damping. A side of a
+    weight longer than 8,192 gets a diagonal on that side. ``block_forms`` shows what each has.
 
     Args:
         damping: added to the products of eigenvalues: a positive number, a dict by layer, or "auto"
@@ -29,6 +32,8 @@ class KFACInfluenceFunction(KroneckerInfluence):
         relative: RelatIF: None, "l" or "theta".
         rtol: see ``EKFACInfluenceFunction``.
         seed: of the drawn labels; the label of an example depends on its place alone.
+        layers_without_kronecker: of parameters without this form: "diagonal" (the exact diagonal),
+            "leave_out" (no part, as if frozen; a warning names them) or "error".
 
     The other arguments are those of ``InnerProductInfluence``.
 
@@ -63,12 +68,16 @@ class EKFACInfluenceFunction(KroneckerInfluence):
     test loss by about score / n. The mean over checkpoints: about five of one run, evenly over its
     steps, are recommended (``select_checkpoints``).
 
-    Linear layers, convolutions and embeddings have this form; others are an error that names them.
+    Linear layers, convolutions and embeddings have this form. Parameters without it (of norms, of
+    attention, of the model itself, a bias or table that other layers use) get the exact diagonal of
+    their curvature: element p of the gradient is divided by mean_j g_jp^2 + damping. A side of a
+    weight longer than 8,192 gets a diagonal on that side. ``block_forms`` shows what each has.
 
     Args:
         damping: added to Lambda: a positive number, a dict by layer, or "auto" (0.1 times the mean
             of Lambda in the layer).
-        curvature, hessian_dataset, relative, seed: as in ``KFACInfluenceFunction``.
+        curvature, hessian_dataset, relative, seed, layers_without_kronecker: as in
+            ``KFACInfluenceFunction``.
         rtol: the error, relative to a layer's scores, up to which 1 / (Lambda + damping) may be
             replaced by a few outer products, where that is cheaper. It is measured on each batch,
             and exceeding it has the batch multiplied exactly; 0 has everything exact.
@@ -88,6 +97,8 @@ class EKFACInfluenceFunction(KroneckerInfluence):
         torch.Size([4, 3])
         >>> sorted(ekfac.damping_used[0])
         ['0', '2']
+        >>> ekfac.block_forms
+        {'0': 'Kronecker', '2': 'Kronecker'}
     """
 
     corrected = True

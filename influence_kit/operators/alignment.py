@@ -8,7 +8,7 @@ Shapes: s examples of a sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from influence_kit.gradients.per_example import Gradients
 def misfit(
     sample: Sequence[Gradients],
     inverse: Callable[[Gradients], Gradients],
-    eigenvalues: Iterable[Tensor],
+    eigenvalues: Sequence[Tensor],
     damping: float,
     excess: float,
 ) -> float:
@@ -45,8 +45,8 @@ def misfit(
     Returns:
         1 also where there are no two examples.
     """
-    # of a rank that has no example, too
-    total = torch.zeros(2, dtype=torch.float64)
+    # a rank may have no example
+    total = torch.zeros(2, dtype=torch.float64, device=eigenvalues[0].device)
     for number, test in enumerate(sample):
         solved = inverse(test)
         for other, train in enumerate(sample[: number + 1]):
@@ -54,7 +54,7 @@ def misfit(
             if other == number:
                 squares.fill_diagonal_(0)
             pairs = squares.numel() - test.n * (other == number)
-            total += torch.tensor([float(squares.sum()), pairs], dtype=torch.float64)
+            total += torch.stack([squares.sum(), squares.new_tensor(pairs)])
     found, pairs = sum_over_ranks(total).tolist()
     shares = (values / (values + damping) for values in eigenvalues)
     expected = sum(float(share.double().square().sum()) for share in shares) * excess**2

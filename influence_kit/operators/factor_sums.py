@@ -11,6 +11,9 @@ from torch import Tensor
 from influence_kit.distributed import from_first_rank, sum_over_ranks
 from influence_kit.operators.passes import refuse_non_finite
 
+# the longest side of a weight that has eigenvectors, whose matrix has the square of it entries
+LARGEST_SIDE = 8192
+
 
 class FactorSum:
     """The sum of x x^T over rows x, by group: ``[g, s, s]``, or its diagonal ``[g, s]``.
@@ -19,12 +22,13 @@ class FactorSum:
         groups: g.
         size: s.
         sample: a tensor on the device.
-        is_diagonal: whether the diagonal alone is held, whose eigenvectors are the unit vectors.
+        extra: how many of the entries (a bias) do not count to the length of the side. One longer
+            than ``LARGEST_SIDE`` has its diagonal alone, whose eigenvectors are the unit vectors.
     """
 
-    def __init__(self, groups: int, size: int, sample: Tensor, is_diagonal: bool) -> None:
-        self.is_diagonal = is_diagonal
-        shape = (groups, size) if is_diagonal else (groups, size, size)
+    def __init__(self, groups: int, size: int, sample: Tensor, extra: int = 0) -> None:
+        self.is_diagonal = size - extra > LARGEST_SIDE
+        shape = (groups, size) if self.is_diagonal else (groups, size, size)
         self.total = sample.new_zeros(shape, dtype=torch.float64)
 
     def add(self, columns: Tensor) -> None:

@@ -10,8 +10,9 @@ takes for the eigenvalues Lambda = mean over examples of (Q_S^T G Q_A)^2, over w
 Positions of a sequence at which no gradient arrives (padding) are not counted. Groups of a
 convolution are matrices of their own. For an embedding G has a row for each id that the example
 looked up: A is diagonal over ids, and S the mean over examples of the sum of its rows' squares.
-A side longer than ``LARGEST_SIDE`` has the diagonal of its factor, and its eigenvectors are the
-unit vectors. Parameters without such a form have the mean of their squared gradients.
+A side longer than ``LARGEST_SIDE`` of ``factor_sums`` has the diagonal of its factor, and its
+eigenvectors are the unit vectors. Parameters without such a form have the mean of their squared
+gradients.
 
 Letters: n examples, t positions, g groups, o outputs and i inputs (with the bias) of a group, v
 rows and e entries of an embedding.
@@ -19,9 +20,7 @@ rows and e entries of an embedding.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -31,15 +30,11 @@ from influence_kit.gradients.convolved import Convolved
 from influence_kit.gradients.factored import Factored
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rows import Rows
-from influence_kit.operators.diagonal import square_sums
 from influence_kit.operators.factor_sums import FactorSum
-from influence_kit.operators.layer_forms import TABLE, Kind, Piece, kind_of
+from influence_kit.operators.layer_forms import Kind, kind_of
 from influence_kit.operators.map_covariance import map_products, map_squares
 from influence_kit.operators.matrix_layer import MatrixLayer, rotated, turned, with_ones
 from influence_kit.operators.passes import refuse_non_finite
-
-# the longest side of a weight that has eigenvectors, whose matrix has the square of it entries
-LARGEST_SIDE = 8192
 
 
 class Measured(ABC):
@@ -79,8 +74,8 @@ class MeasuredMatrix(Measured):
     ) -> None:
         self.layer, self.weight, self.kind = layer, layer.weight, kind
         g, o, i = layer.groups, layer.outputs, layer.inputs
-        self.of_outputs = FactorSum(g, o, sample, o > LARGEST_SIDE)
-        self.of_inputs = FactorSum(g, i, sample, layer.width > LARGEST_SIDE)
+        self.of_outputs = FactorSum(g, o, sample)
+        self.of_inputs = FactorSum(g, i, sample, extra=i - layer.width)
         self.squares = sample.new_zeros((g, o, i), dtype=torch.float64)
         self.positions = sample.new_zeros((1,), dtype=torch.float64)
         self.every_position = every_position
@@ -196,7 +191,7 @@ class MeasuredTable(Measured):
         self.weight = weight
         self.counts = sample.new_zeros((shape[0],), dtype=torch.float64)
         self.squares = sample.new_zeros(shape, dtype=torch.float64)
-        self.of_entries = FactorSum(1, shape[1], sample, shape[1] > LARGEST_SIDE)
+        self.of_entries = FactorSum(1, shape[1], sample)
         self.right: Tensor | None = None
         self.sample = sample
 
@@ -226,51 +221,3 @@ class MeasuredTable(Measured):
         else:
             grid = self.counts[:, None] * self.right_values.clamp(min=0)
         return {"grid": grid} if self.right is None else {"right": self.right, "grid": grid}
-
-
-class MeasuredDiagonal(Measured):
-    """Of a parameter without a Kronecker form: the mean of its squared gradients."""
-
-    def __init__(self, name: str, shape: torch.Size, sample: Tensor) -> None:
-        self.weight = name
-        self.squares = sample.new_zeros((math.prod(shape),), dtype=torch.float64)
-
-    def add_factors(self, gradients: Gradients) -> None:
-        """It has none."""
-
-    def decompose(self, n: int) -> None:
-        """There are no eigenvectors to find."""
-
-    def add_squares(self, gradients: Gradients) -> None:
-        form = gradients.forms.get(self.weight)
-        if form is not None:
-            self.squares += square_sums(form)
-
-    def facts(self, n: int, corrected: bool) -> dict[str, Tensor]:
-        return {"grid": refuse_non_finite(sum_over_ranks(self.squares) / n)}
-
-
-def measured_piece(
-    piece: Piece, shapes: Mapping[str, torch.Size], sample: Tensor, every_position: bool
-) -> Measured:
-    """What measures a piece of a block.
-
-    Args:
-        piece: the piece.
-        shapes: of all parameters.
-        sample: a tensor with the dtype and device of the gradients.
-        every_position: see ``MeasuredMatrix``.
-    """
-    shape = shapes[piece.names[0]]
-    if piece.kind is None:
-        return MeasuredDiagonal(piece.names[0], shape, sample)
-    if piece.kind == TABLE:
-        return MeasuredTable(piece.names[0], shape, sample)
-    _, groups, transposed = (int(part) if part != "matrix" else 0 for part in piece.kind)
-    rows, columns = shape[0], math.prod(shape[1:])
-    outputs, inputs = (columns, rows) if transposed else (rows, columns)
-    weight, bias = (*piece.names, None)[:2]
-    assert weight is not None
-    wide = inputs + (bias is not None)
-    layer = MatrixLayer(weight, bias, groups, bool(transposed), outputs // groups, wide)
-    return MeasuredMatrix(layer, piece.kind, sample, every_position)

@@ -119,7 +119,7 @@ def kronecker_question(draw: Draw, setup: Setup) -> Question:
     if not simple or len(layers) > 0:
         draw.excuse("no Kronecker form")
     arguments = {**setup.arguments, "layers": layers, "damping": 0.1}
-    arguments |= {"curvature": "empirical_fisher"}
+    arguments |= {"curvature": "empirical_fisher", "layers_without_kronecker": "error"}
     if "eval_mode" not in arguments and draw.chance(0.5):
         arguments["relative"] = "l"
     singles = Batches([setup.subject.collate([e]) for e in setup.subject.train])

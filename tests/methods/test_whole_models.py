@@ -17,7 +17,7 @@ from whole_models import ROUTED, WHOLE, Bare, Whole, routed
 import influence_kit
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.methods.fitted import OTHER_DRAW
-from influence_kit.operators import kronecker
+from influence_kit.operators import factor_sums
 from influence_kit.operators.labels import uniform
 
 pytest.importorskip("transformers")
@@ -111,7 +111,7 @@ def test_a_model_that_computes_its_own_loss(method: str) -> None:
 def test_long_sides_have_the_diagonal(
     method: str, name: str, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kronecker, "LARGEST_SIDE", limit)
+    monkeypatch.setattr(factor_sums, "LARGEST_SIDE", limit)
     case, model, train, test = setting(name)
     explainer = make(method, case, model, train, **EMPIRICAL)
     expected = oracle(method, case, model, DAMPING, limit=limit)
@@ -125,7 +125,7 @@ def test_long_sides_have_the_diagonal(
 
 
 def test_long_sides_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kronecker, "LARGEST_SIDE", 7)
+    monkeypatch.setattr(factor_sums, "LARGEST_SIDE", 7)
     case, model, train, _ = setting("llama")
     forms = make(METHODS[1], case, model, train, **EMPIRICAL).fit().block_forms
     mlp, attention = "inner.model.layers.0.mlp", "inner.model.layers.0.self_attn"
@@ -141,7 +141,7 @@ def test_long_sides_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_examples_of_one_position_with_long_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     """No cheaper form of the grid is looked for, whose cost would be that of the long side."""
-    monkeypatch.setattr(kronecker, "LARGEST_SIDE", 3)
+    monkeypatch.setattr(factor_sums, "LARGEST_SIDE", 3)
     case, model, train, test = setting("bare")
     explainer = make(METHODS[1], case, model, train, **EMPIRICAL, rtol=0.5)
     expected = oracle(METHODS[1], case, model, DAMPING, limit=3)

@@ -1,0 +1,74 @@
+"""Gradients at drawn labels, or at those of the data, with what the labels say.
+
+Shapes: n examples of a batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from influence_kit.data import Batch, take
+from influence_kit.gradients.per_example import Gradients
+from influence_kit.memory import resident_bytes, rows_within, workspace_bytes
+from influence_kit.operators.labels import ModelLabels
+from influence_kit.operators.observations import LabelFacts, Tally
+from influence_kit.operators.passes import Features, Spread
+
+
+@dataclass(frozen=True)
+class ObservedGradients:
+    """Gradients of batches whose labels are known as observations.
+
+    Args:
+        features: gradients of a batch at the labels that it has.
+        labels: draws them.
+        at_data: whether the labels of the data stay.
+    """
+
+    features: Features
+    labels: ModelLabels
+    at_data: bool
+
+    def __call__(self, places: Tensor, batch: Batch) -> tuple[Gradients, LabelFacts | None]:
+        """Of examples at indices ``[n]``; no facts where the loss is no known likelihood."""
+        if self.at_data:
+            return self.features(places, batch), self.labels.given(places, batch)
+        drawn, facts = self.labels.drawn(places, batch)
+        return self.features(places, drawn), facts
+
+    def tallied(self, tally: Tally) -> Features:
+        """The gradients alone; ``tally`` takes note of the labels."""
+
+        def features(places: Tensor, batch: Batch) -> Gradients:
+            gradients, facts = self(places, batch)
+            tally.add(int(places[0]), facts, gradients)
+            return gradients
+
+        return features
+
+    def sample(self, spread: Spread, size: int) -> list[Gradients]:
+        """Gradients of a few examples that stand for what they are on average over labels.
+
+        As many as fit into memory; two at least, in parts of one size.
+
+        Args:
+            spread: the examples.
+            size: how many entries a gradient has.
+        """
+        found: list[Gradients] = []
+        memory = 0
+        for places, batch in spread.examples():
+            device = places.device
+            rows = rows_within(4 * workspace_bytes(device), 8 * size)
+            for some in torch.arange(len(places)).split(rows):
+                gradients, facts = self(places[some.to(device)], take(batch, some))
+                if facts is not None:
+                    gradients = gradients.scaled(facts.weights.sqrt().to(gradients.sample))
+                memory += gradients.nbytes
+                if memory > resident_bytes(device) and len(found) > 1:
+                    return found
+                found.append(gradients)
+        return found
