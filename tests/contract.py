@@ -168,10 +168,16 @@ _rand_proj = _last_layer(TracInCPFastRandProj)
 _projected = _last_layer(TracInCPFastRandProj, projection_dim=4)
 
 
-def _inverted(make: Callable[..., Any]) -> Method:
+def _inverted(make: Callable[..., Any], of_whole_set: bool = False) -> Method:
     """Influence functions; their dense oracles are in ``test_influence_functions``."""
-    close = (1e-8, 2e-3)
-    return Method(make, None, over_checkpoints="mean", quantities="test side", close=close)
+    return Method(
+        make,
+        None,
+        over_checkpoints="mean",
+        quantities="test side",
+        of_whole_set=of_whole_set,
+        close=(1e-8, 2e-3),
+    )
 
 
 def _of_captum(make: Callable[..., Any]) -> Method:
@@ -253,8 +259,13 @@ METHODS = {
     ),
     "NystromInfluenceFunction": _inverted(_curved(NystromInfluenceFunction, rank=20)),
     "DataInf": _inverted(_curved(DataInf)),
-    "KFACInfluenceFunction": _inverted(_curved(KFACInfluenceFunction, **FEW_PASSES)),
-    "EKFACInfluenceFunction": _inverted(_curved(EKFACInfluenceFunction, **FEW_PASSES)),
+    # their damping takes the number of training examples
+    "KFACInfluenceFunction": _inverted(
+        _curved(KFACInfluenceFunction, **FEW_PASSES), of_whole_set=True
+    ),
+    "EKFACInfluenceFunction": _inverted(
+        _curved(EKFACInfluenceFunction, **FEW_PASSES), of_whole_set=True
+    ),
     "LoGra": _inverted(_curved(LoGra, projection_dim=(2, 3), relative="theta")),
     # with more than twice as many entries in the block as examples
     "LoGra, kept": replace(

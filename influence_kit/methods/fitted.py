@@ -181,7 +181,7 @@ class FittedInfluence(KeptFit):
         """Have the inverse at a checkpoint, measuring what is not known yet."""
         self._keep_rows(loader)
         loader.load(place)
-        data = DataSet(self._fit_batches, self._device, place, self._wording.data)
+        data = self._data_at(place)
         if place not in self._facts:
             self._facts[place] = self._measure(data)
         if place not in self._inverses:
@@ -190,6 +190,10 @@ class FittedInfluence(KeptFit):
                 self._facts[place][f"{self._rule}_damping"] = found
             damping = self._damping_at(place)
             self._inverses[place] = self._make_inverse(self._facts[place], damping, data)
+
+    def _data_at(self, place: int) -> DataSet:
+        """What is fitted to at a checkpoint."""
+        return DataSet(self._fit_batches, self._device, place, self._wording.data)
 
     @property
     def _hessian_loader(self) -> CheckedBatches:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from influence_kit.data import Batch
 from influence_kit.distributed import is_first_rank
+from influence_kit.dtypes import real
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.methods.fitted import Facts
@@ -21,13 +22,11 @@ from influence_kit.operators.kronecker import Measured
 from influence_kit.operators.layer_forms import ObservedForms, Piece, named, refuse_parameters
 from influence_kit.operators.measured_pieces import MeasuredDiagonal, measured_piece
 from influence_kit.operators.observations import Tally
-from influence_kit.operators.passes import DataSet, Features, Remembered, Spread
+from influence_kit.operators.passes import DataSet, Features, Remembered
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WITHOUT = ("diagonal", "leave_out", "error")
 OBSERVATIONS = "observations"
-# examples whose gradients show how well the factors fit
-SAMPLE = 128
 
 # by block; what measures its pieces by their keys
 Pieces = dict[str, list[Piece]]
@@ -148,9 +147,7 @@ class KroneckerFit(InfluenceFunction):
     ) -> None:
         """A pass over the data, for these blocks."""
         every = _all(measured)
-        spread = self._spread[data.checkpoint] = Spread(SAMPLE)
         for places, batch in data.of_this_rank():
-            spread.add(places, batch)
             gradients = features(places, batch)
             observed.add(gradients)
             for one in every:
@@ -162,7 +159,8 @@ class KroneckerFit(InfluenceFunction):
             one.decompose(data.count)
 
     def _squared_weights(self, names: Sequence[str]) -> Tensor:
-        squares = [self._parameters[name].detach().double().square().sum() for name in names]
+        own = (real(self._parameters[name].detach()) for name in names)
+        squares = [values.double().square().sum() for values in own]
         return torch.stack(squares).sum()
 
     def _settle(self, observed: ObservedForms) -> None:
@@ -184,10 +182,6 @@ class KroneckerFit(InfluenceFunction):
                 f"as if they were frozen: {named(without)}",
                 stacklevel=2,
             )
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._spread: dict[int, Spread] = {}
 
     def _observed(self, data: DataSet, draw: int) -> ObservedGradients:
         """Gradients at labels of a draw, or of the data."""

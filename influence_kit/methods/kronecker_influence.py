@@ -1,5 +1,6 @@
 """What K-FAC and EK-FAC share: the damping and the inverse of a fitted curvature."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.methods.damping import EVIDENCE, MEAN, TRACE
 from influence_kit.methods.fitted import Facts
-from influence_kit.methods.kronecker_fit import OBSERVATIONS, SAMPLE, KroneckerFit
+from influence_kit.methods.kronecker_fit import OBSERVATIONS, KroneckerFit
 from influence_kit.operators.alignment import misfit
 from influence_kit.operators.evidence import evidence_damping
 from influence_kit.operators.fitted_pieces import (
@@ -23,9 +24,12 @@ from influence_kit.operators.fitted_pieces import (
 )
 from influence_kit.operators.kronecker_inverse import KroneckerInverse
 from influence_kit.operators.observations import Observations
-from influence_kit.operators.passes import DataSet, Spread
+from influence_kit.operators.passes import DataSet
 from influence_kit.operators.solvers import damping_by_block
 from influence_kit.scoring.term import Transform
+
+# examples whose gradients show how well the factors fit, to twice as many, and entries of them all
+MOST_SAMPLED, LEAST_SAMPLED, SAMPLED_ENTRIES = 128, 8, 2**30
 
 
 class KroneckerInfluence(KroneckerFit):
@@ -122,14 +126,15 @@ class KroneckerInfluence(KroneckerFit):
         )
         return every / left_out
 
+    def _data_at(self, place: int) -> DataSet:
+        # a few of large gradients have as many products as many of small ones
+        some = min(MOST_SAMPLED, max(LEAST_SAMPLED, SAMPLED_ENTRIES // sum(self._partition.sizes)))
+        return replace(super()._data_at(place), some=some)
+
     def _sample_of(self, data: DataSet) -> list[Gradients]:
         """Gradients of a few examples from all over the data, at labels of their own."""
-        spread = self._spread.pop(data.checkpoint, None)
-        if spread is None:  # the fit was loaded
-            spread = Spread(SAMPLE)
-            for places, batch in data.of_this_rank():
-                spread.add(places, batch)
-        return self._observed(data, draw=2).sample(spread, sum(self._partition.sizes))
+        observed = self._observed(data, draw=2)
+        return list(observed.weighted(data.sample, sum(self._partition.sizes)))
 
     def _refuse_old(self, facts: Facts) -> None:
         if OBSERVATIONS not in facts:

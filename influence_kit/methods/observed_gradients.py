@@ -5,6 +5,7 @@ Shapes: n examples of a batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from influence_kit.data import Batch, take
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.memory import resident_bytes, rows_within, workspace_bytes
+from influence_kit.memory import rows_within, workspace_bytes
 from influence_kit.operators.labels import ModelLabels
 from influence_kit.operators.observations import LabelFacts, Tally
-from influence_kit.operators.passes import Features, Spread
+from influence_kit.operators.passes import Features
 
 
 @dataclass(frozen=True)
@@ -49,26 +50,17 @@ class ObservedGradients:
 
         return features
 
-    def sample(self, spread: Spread, size: int) -> list[Gradients]:
-        """Gradients of a few examples that stand for what they are on average over labels.
-
-        As many as fit into memory; two at least, in parts of one size.
+    def weighted(self, batches: Iterable[tuple[Tensor, Batch]], size: int) -> Iterator[Gradients]:
+        """Gradients that stand for what they are on average over labels, a few at a time.
 
         Args:
-            spread: the examples.
+            batches: with the places of their examples.
             size: how many entries a gradient has.
         """
-        found: list[Gradients] = []
-        memory = 0
-        for places, batch in spread.examples():
-            device = places.device
-            rows = rows_within(4 * workspace_bytes(device), 8 * size)
-            for some in torch.arange(len(places)).split(rows):
-                gradients, facts = self(places[some.to(device)], take(batch, some))
+        for places, batch in batches:
+            rows = rows_within(4 * workspace_bytes(places.device), 8 * size)
+            for some in torch.arange(len(places), device=places.device).split(rows):
+                gradients, facts = self(places[some], take(batch, some))
                 if facts is not None:
                     gradients = gradients.scaled(facts.weights.sqrt().to(gradients.sample))
-                memory += gradients.nbytes
-                if memory > resident_bytes(device) and len(found) > 1:
-                    return found
-                found.append(gradients)
-        return found
+                yield gradients

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from influence_kit.distributed import sum_over_ranks
+from influence_kit.distributed import from_first_rank
 from influence_kit.gradients.per_example import Gradients
 
 
@@ -45,17 +45,18 @@ def misfit(
     Returns:
         1 also where there are no two examples.
     """
-    # a rank may have no example
     total = torch.zeros(2, dtype=torch.float64, device=eigenvalues[0].device)
     for number, test in enumerate(sample):
         solved = inverse(test)
         for other, train in enumerate(sample[: number + 1]):
             squares = train.inner(solved, train.n).double().square()
-            if other == number:
+            own = other == number
+            if own:
                 squares.fill_diagonal_(0)
-            pairs = squares.numel() - test.n * (other == number)
-            total += torch.stack([squares.sum(), squares.new_tensor(pairs)])
-    found, pairs = sum_over_ranks(total).tolist()
+            pairs = squares.numel() - test.n * own
+            # those of two parts stand for both orders
+            total += torch.stack([squares.sum(), squares.new_tensor(pairs)]) * (2 - own)
+    found, pairs = from_first_rank(total).tolist()
     shares = (values / (values + damping) for values in eigenvalues)
     expected = sum(float(share.double().square().sum()) for share in shares) * excess**2
     return max(1.0, found / pairs / expected - 1) if pairs and expected else 1.0

@@ -16,6 +16,29 @@ from influence_kit.operators.wording import OF_CURVATURE
 Features = Callable[[Tensor, Batch], Gradients]
 
 
+class Spread:
+    """Examples evenly from all over a data set, taken as its batches go by.
+
+    They are the same ones whatever the batches: those at multiples of a power of two, ``most`` to
+    twice as many of them (all of fewer).
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self._every = most, 1
+        self.taken: list[tuple[Tensor, Batch]] = []
+
+    def add(self, places: Tensor, batch: Batch) -> None:
+        """Take those of a batch."""
+        self.taken += self._some(places, batch)
+        while sum(len(own) for own, _ in self.taken) > 2 * self.most:
+            self._every *= 2
+            self.taken = [part for own in self.taken for part in self._some(*own)]
+
+    def _some(self, places: Tensor, batch: Batch) -> list[tuple[Tensor, Batch]]:
+        rows = (places % self._every == 0).nonzero()[:, 0]
+        return [(places[rows], take(batch, rows))] if len(rows) else []
+
+
 @dataclass
 class DataSet:
     """Batches that are read again and again.
@@ -25,24 +48,31 @@ class DataSet:
         device: where they are wanted.
         checkpoint: the number of the checkpoint that is in the model.
         name: what to call the data in an error.
+        some: how many examples ``sample`` gives, to twice as many.
     """
 
     batches: Iterable[Batch]
     device: torch.device
     checkpoint: int = 0
     name: str = OF_CURVATURE.data
+    some: int = 1
     _count: int | None = None
+    _spread: Spread | None = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Batch]]:
         """Each batch, with the places of its examples ``[n]``."""
-        start = 0
+        start, spread = 0, Spread(self.some) if self._spread is None else None
         for batch in self.batches:
             n = example_count(batch)
-            yield torch.arange(start, start + n, device=self.device), to_device(batch, self.device)
+            places = torch.arange(start, start + n, device=self.device)
+            moved = to_device(batch, self.device)
+            if spread is not None:
+                spread.add(places, moved)
+            yield places, moved
             start += n
         if start == 0:
             raise InvalidArgumentError(f"there are no examples: {self.name} is empty")
-        self._count = start
+        self._count, self._spread = start, self._spread or spread
 
     def first(self) -> Batch:
         """The first batch."""
@@ -55,42 +85,21 @@ class DataSet:
     @property
     def count(self) -> int:
         """The letter n: known after a pass, which it takes where there was none."""
-        if self._count is None:
-            for _ in self:
-                pass
+        self._pass_once()
         assert self._count is not None
         return self._count
 
+    @property
+    def sample(self) -> list[tuple[Tensor, Batch]]:
+        """Batches of examples from all over the data, with their places; likewise."""
+        self._pass_once()
+        assert self._spread is not None
+        return self._spread.taken
 
-class Spread:
-    """Some examples from all over a data set, taken as its batches go by.
-
-    Args:
-        most: how many.
-    """
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self._taken: list[tuple[Tensor, Batch]] = []
-        self._every, self._seen = 1, 0
-
-    def add(self, places: Tensor, batch: Batch) -> None:
-        """Take some examples of a batch, unless there are enough batches already."""
-        if self._seen % self._every == 0:
-            self._taken.append(self._some(places, batch, self.most))
-        self._seen += 1
-        if len(self._taken) > self.most // 2:
-            self._taken, self._every = self._taken[::2], 2 * self._every
-
-    def examples(self) -> Iterator[tuple[Tensor, Batch]]:
-        """Their indices and batches, as many of each."""
-        each = self.most // max(1, len(self._taken))
-        return (self._some(places, batch, each) for places, batch in self._taken)
-
-    @staticmethod
-    def _some(places: Tensor, batch: Batch, count: int) -> tuple[Tensor, Batch]:
-        rows = torch.linspace(0, len(places) - 1, min(count, len(places))).round().long()
-        return places[rows.to(places.device)], take(batch, rows)
+    def _pass_once(self) -> None:
+        if self._count is None:
+            for _ in self:
+                pass
 
 
 def refuse_non_finite(measured: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def make(method: str, model: nn.Module, train: Any = DATA, **options: Any) -> An
         (True, "`damping` must be a number that is not negative; got True"),
         (None, "`damping` must be a number that is not negative; got None"),
         ([0.1, 0.2], r"`damping` must be a number that is not negative; got \[0\.1, 0\.2\]"),
-        ("big", "`damping` must be a number or \"auto\"; got 'big'"),
+        ("big", r"`damping` must be a number, .* or one of \"auto\", .*; got 'big'"),
         ({"0": 0.1}, r"`damping` names the blocks \['0'\]; there are \['.*'\], and each needs one"),
         ({"a": 0.1, "0": 1, "2": 1}, r"`damping` names the blocks \['a', '0', '2'\]; there are"),
     ],
@@ -463,9 +463,10 @@ def test_automatic_damping_of_a_layer_without_gradients(refused: Any, method: st
             return self.head(x) + 0 * self.spare(x)
 
     model = Unused().double()
-    blocks = {"blocks": "layer"} if method in OF_ANY_CURVATURE else {}
-    explainer = make(method, model, **blocks)
-    match = r'damping="auto" is a share of the mean eigenvalue .* which is 0 in block \'spare\''
+    own: dict[str, Any] = {"blocks": "layer"} if method in OF_ANY_CURVATURE else {}
+    rule = "mean" if method in KRONECKER else "auto"
+    explainer = make(method, model, damping=rule, **own)
+    match = rf'damping="{rule}" is a share of the mean eigenvalue .* which is 0 in block \'spare\''
     with refused(model, InvalidArgumentError, match):
         explainer.influence(TEST)
 

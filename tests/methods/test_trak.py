@@ -440,7 +440,7 @@ def test_without_a_ridge_it_is_least_squares() -> None:
         (float("inf"), "`ridge` must be a number that is not negative; got inf"),
         (True, "`ridge` must be a number that is not negative; got True"),
         (None, "`ridge` must be a number that is not negative; got None"),
-        ("big", "`ridge` must be a number or \"auto\"; got 'big'"),
+        ("big", r"`ridge` must be a number, .* or one of \"auto\", .*; got 'big'"),
     ],
 )
 def test_a_ridge_that_cannot_be_meant(ridge: Any, match: str) -> None:

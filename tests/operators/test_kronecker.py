@@ -301,6 +301,7 @@ def wide_scores(rtol: float, test: Any, train: Any = None, decay: float = 2.0) -
         layers=["0"],
         hessian_dataset=TensorDataset(*hessian),
         curvature="empirical_fisher",
+        damping="mean",
         rtol=rtol,
         batch_size=100,
     ).influence(test)
