@@ -107,8 +107,11 @@ class Softmax(Likelihood):
         return slope.movedim(-1, self.axis)
 
     def mean_squares(self, logits: Tensor, labels: Tensor) -> Tensor:
-        probabilities = self._log_probabilities(logits).exp()
-        squares = (probabilities * (1 - probabilities)).sum(-1)
+        # p (1 - p), summed; of a probability that rounds to 1, 1 - p is the sum of the others
+        others = self._log_probabilities(logits).exp()
+        others = others.scatter(-1, others.argmax(-1, keepdim=True), 0.0)
+        rest = others.sum(-1)
+        squares = (1 - rest) * rest + (others * (1 - others)).sum(-1)
         return squares * (self._targets(labels) >= 0)
 
 

@@ -1,0 +1,145 @@
+"""The damping by Laplace evidence, against the root of its equation found by bisection."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.operators.evidence import evidence_damping
+from influence_kit.operators.observations import Observations
+
+# shapes that the eigenvalues of a model may have: grids of matrices, tables, diagonals
+SHAPES: list[list[tuple[int, ...]]] = [[(1,)], [(3, 4)], [(2, 5, 3), (7,), (1, 1)], [(40,), (0,)]]
+
+
+def root(eigenvalues: Tensor, squared_norm: float, count: float, values: float) -> float:
+    """The damping at which count (1 - gamma / values) damping |theta|^2 = gamma, by bisection."""
+    positive = [max(0.0, value) for value in eigenvalues.tolist()]
+
+    def is_below(log_damping: float) -> bool:
+        damping = math.exp(log_damping)
+        gamma = math.fsum(value / (value + damping) for value in positive)
+        return count * (1 - gamma / values) * damping * squared_norm < gamma
+
+    low, high = -600.0, 600.0
+    assert is_below(low)
+    assert not is_below(high)
+    while high - low > 1e-13 * max(1, abs(low)):
+        middle = (low + high) / 2
+        if middle in (low, high):
+            break
+        low, high = (middle, high) if is_below(middle) else (low, middle)
+    return math.exp(low)
+
+
+def spectrum(shapes: list[tuple[int, ...]], orders: float, seed: int) -> list[Tensor]:
+    """Eigenvalues over so many orders of magnitude, a third of them zero or negative."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for shape in shapes:
+        exponents = torch.rand(shape, generator=generator, dtype=torch.float64) * orders - orders / 2
+        signs = torch.randint(-1, 5, shape, generator=generator).clamp(max=1)
+        found.append(10**exponents * signs)
+    found[0].view(-1)[0] = 10 ** (orders / 4)  # one at least is positive
+    return found
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("orders", [0, 3, 12, 40])
+@pytest.mark.parametrize("values", [math.inf, 1e9, 5.0, 0.7])
+def test_it_is_the_root(shapes: list[tuple[int, ...]], orders: float, values: float) -> None:
+    """Where a variance is estimated there may be more parameters than values."""
+    for seed in range(4):
+        own = spectrum(shapes, orders, seed)
+        every = torch.cat([part.flatten() for part in own])
+        for squared_norm in (1e-12, 0.3, 1e10):
+            for count in (1.0, 1e-8, 1e12):
+                found = evidence_damping(own, squared_norm, Observations(count, values))
+                expected = root(every, squared_norm, count, values)
+                # where nearly as many parameters as values are determined, 1 - gamma / values is
+                # rounded to a few digits
+                close = 1e-10 if values > 100 else 1e-7
+                assert found == pytest.approx(expected, rel=close, abs=0)
+
+
+def test_one_eigenvalue_in_closed_form() -> None:
+    """l / (l + d) = N d s: a quadratic equation."""
+    l, squared_norm, n = 0.7, 2.0, 30.0
+    scale = n * squared_norm
+    expected = (-l + math.sqrt(l**2 + 4 * l / scale)) / 2
+    found = evidence_damping([torch.tensor(l, dtype=torch.float64)], squared_norm, Observations(n))
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_equal_eigenvalues_and_a_variance_in_closed_form() -> None:
+    """k l / (l + d) = N (1 - k l / ((l + d) v)) d s, so N s v d (l + d) = k l (v + N s d)."""
+    k, l, squared_norm, count, values = 8, 0.5, 3.0, 20.0, 6.0
+    a, b, c = (
+        count * squared_norm * values,
+        count * squared_norm * l * (values - k),
+        -k * l * values,
+    )
+    expected = (-b + math.sqrt(b**2 - 4 * a * c)) / (2 * a)
+    own = [torch.full((2, 4), l).double()]
+    found = evidence_damping(own, squared_norm, Observations(count, values))
+    assert found == pytest.approx(expected, rel=1e-11)
+
+
+def test_it_falls_with_the_observations_and_the_weights_and_scales_with_the_loss() -> None:
+    own = spectrum([(6, 5), (9,)], 8, 0)
+    steps = [10.0**k for k in range(-6, 13)]
+    for found in (
+        [evidence_damping(own, 0.4, Observations(n)) for n in steps],
+        [evidence_damping(own, n, Observations(50)) for n in steps],
+        [evidence_damping(own, 0.4, Observations(n, 4.0)) for n in steps],
+    ):
+        assert all(later < earlier for earlier, later in zip(found, found[1:], strict=False))
+    # a loss times 10: the curvature times 100, N by 100
+    plain = evidence_damping(own, 0.4, Observations(50))
+    scaled = evidence_damping([100 * part for part in own], 0.4, Observations(0.5))
+    assert scaled == pytest.approx(100 * plain, rel=1e-12)
+
+
+def test_zero_and_negative_eigenvalues_count_nothing() -> None:
+    some = torch.tensor([2.0, 1e-3]).double()
+    others = [some.reshape(1, 2, 1), -torch.ones(3, 2).double(), torch.zeros(5).double()]
+    expected = evidence_damping([some], 0.4, Observations(9))
+    assert evidence_damping(others, 0.4, Observations(9)) == pytest.approx(expected, rel=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_it_is_given_stays(dtype: torch.dtype) -> None:
+    given = torch.tensor([0.5, -1.0, 0.0], dtype=dtype, requires_grad=True)
+    found = evidence_damping(iter([given]), 1.0, Observations(4))
+    assert found == pytest.approx(root(torch.tensor([0.5]).double(), 1.0, 4, math.inf), rel=1e-10)
+    assert given.tolist() == [0.5, -1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("eigenvalues", "squared_norm", "count", "match"),
+    [
+        ([0.0, -2.0], 1.0, 5.0, "no eigenvalue of the curvature is positive. Give a number"),
+        ([], 1.0, 5.0, "no eigenvalue of the curvature is positive"),
+        ([float("nan")], 1.0, 5.0, "no eigenvalue of the curvature is positive"),
+        ([1.0], 0.0, 5.0, "all weights are zero. Give a number"),
+        ([1.0], 1.0, math.inf, "the model's errors are all zero, so that their variance is. Give"),
+        ([1.0], 1.0, 0.0, "the model's errors are all zero"),
+        ([1.0], 1.0, math.nan, "the model's errors are all zero"),
+    ],
+)
+def test_where_there_is_no_solution(
+    eigenvalues: Any, squared_norm: float, count: float, match: str
+) -> None:
+    own = [torch.tensor(eigenvalues, dtype=torch.float64)]
+    with pytest.raises(InvalidArgumentError, match=f"the evidence decides no damping: {match}"):
+        evidence_damping(own, squared_norm, Observations(count))
+
+
+def test_observations_of_a_training_set() -> None:
+    facts = torch.tensor([16.0, 3.0, 2.5]).double()
+    assert Observations.of(facts, 10) == Observations(400.0, 30.0)
+    facts[1] = math.inf
+    assert Observations.of(facts, 10) == Observations(400.0)
