@@ -1,5 +1,6 @@
 """The damping by Laplace evidence, against the root of its equation found by bisection."""
 
+import itertools
 import math
 from typing import Any
 
@@ -40,9 +41,11 @@ def spectrum(shapes: list[tuple[int, ...]], orders: float, seed: int) -> list[Te
     generator = torch.Generator().manual_seed(seed)
     found = []
     for shape in shapes:
-        exponents = torch.rand(shape, generator=generator, dtype=torch.float64) * orders - orders / 2
+        exponents = (
+            torch.rand(shape, generator=generator, dtype=torch.float64) * orders - orders / 2
+        )
         signs = torch.randint(-1, 5, shape, generator=generator).clamp(max=1)
-        found.append(10**exponents * signs)
+        found.append(10 ** (exponents * orders) * signs)
     found[0].view(-1)[0] = 10 ** (orders / 4)  # one at least is positive
     return found
 
@@ -66,24 +69,23 @@ def test_it_is_the_root(shapes: list[tuple[int, ...]], orders: float, values: fl
 
 
 def test_one_eigenvalue_in_closed_form() -> None:
-    """l / (l + d) = N d s: a quadratic equation."""
-    l, squared_norm, n = 0.7, 2.0, 30.0
+    """Own / (own + d) = N d s: a quadratic equation."""
+    own, squared_norm, n = 0.7, 2.0, 30.0
     scale = n * squared_norm
-    expected = (-l + math.sqrt(l**2 + 4 * l / scale)) / 2
-    found = evidence_damping([torch.tensor(l, dtype=torch.float64)], squared_norm, Observations(n))
+    expected = (-own + math.sqrt(own**2 + 4 * own / scale)) / 2
+    found = evidence_damping(
+        [torch.tensor(own, dtype=torch.float64)], squared_norm, Observations(n)
+    )
     assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_equal_eigenvalues_and_a_variance_in_closed_form() -> None:
-    """k l / (l + d) = N (1 - k l / ((l + d) v)) d s, so N s v d (l + d) = k l (v + N s d)."""
-    k, l, squared_norm, count, values = 8, 0.5, 3.0, 20.0, 6.0
-    a, b, c = (
-        count * squared_norm * values,
-        count * squared_norm * l * (values - k),
-        -k * l * values,
-    )
+    """With k equal ones e: N (1 - k e / ((e + d) v)) d s = k e / (e + d), quadratic in d."""
+    k, e, squared_norm, count, values = 8, 0.5, 3.0, 20.0, 6.0
+    scale = count * squared_norm * values
+    a, b, c = scale, scale * e * (1 - k / values), -k * e * values
     expected = (-b + math.sqrt(b**2 - 4 * a * c)) / (2 * a)
-    own = [torch.full((2, 4), l).double()]
+    own = [torch.full((2, 4), e).double()]
     found = evidence_damping(own, squared_norm, Observations(count, values))
     assert found == pytest.approx(expected, rel=1e-11)
 
@@ -96,7 +98,7 @@ def test_it_falls_with_the_observations_and_the_weights_and_scales_with_the_loss
         [evidence_damping(own, n, Observations(50)) for n in steps],
         [evidence_damping(own, 0.4, Observations(n, 4.0)) for n in steps],
     ):
-        assert all(later < earlier for earlier, later in zip(found, found[1:], strict=False))
+        assert all(later < earlier for earlier, later in itertools.pairwise(found))
     # a loss times 10: the curvature times 100, N by 100
     plain = evidence_damping(own, 0.4, Observations(50))
     scaled = evidence_damping([100 * part for part in own], 0.4, Observations(0.5))
