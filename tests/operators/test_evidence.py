@@ -41,9 +41,7 @@ def spectrum(shapes: list[tuple[int, ...]], orders: float, seed: int) -> list[Te
     generator = torch.Generator().manual_seed(seed)
     found = []
     for shape in shapes:
-        exponents = (
-            torch.rand(shape, generator=generator, dtype=torch.float64) * orders - orders / 2
-        )
+        exponents = torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5
         signs = torch.randint(-1, 5, shape, generator=generator).clamp(max=1)
         found.append(10 ** (exponents * orders) * signs)
     found[0].view(-1)[0] = 10 ** (orders / 4)  # one at least is positive
@@ -69,13 +67,10 @@ def test_it_is_the_root(shapes: list[tuple[int, ...]], orders: float, values: fl
 
 
 def test_one_eigenvalue_in_closed_form() -> None:
-    """Own / (own + d) = N d s: a quadratic equation."""
-    own, squared_norm, n = 0.7, 2.0, 30.0
-    scale = n * squared_norm
-    expected = (-own + math.sqrt(own**2 + 4 * own / scale)) / 2
-    found = evidence_damping(
-        [torch.tensor(own, dtype=torch.float64)], squared_norm, Observations(n)
-    )
+    """With eigenvalue e: e / (e + d) = N d s, quadratic in d."""
+    e, squared_norm, n = torch.tensor(0.7, dtype=torch.float64), 2.0, 30.0
+    expected = float((-e + (e**2 + 4 * e / (n * squared_norm)).sqrt()) / 2)
+    found = evidence_damping([e], squared_norm, Observations(n))
     assert found == pytest.approx(expected, rel=1e-12)
 
 
