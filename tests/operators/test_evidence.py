@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from damping_oracle import root
 from torch import Tensor
 
 from influence_kit.errors import InvalidArgumentError
@@ -14,26 +15,6 @@ from influence_kit.operators.observations import Observations
 
 # shapes that the eigenvalues of a model may have: grids of matrices, tables, diagonals
 SHAPES: list[list[tuple[int, ...]]] = [[(1,)], [(3, 4)], [(2, 5, 3), (7,), (1, 1)], [(40,), (0,)]]
-
-
-def root(eigenvalues: Tensor, squared_norm: float, count: float, values: float) -> float:
-    """The damping at which count (1 - gamma / values) damping |theta|^2 = gamma, by bisection."""
-    positive = [max(0.0, value) for value in eigenvalues.tolist()]
-
-    def is_below(log_damping: float) -> bool:
-        damping = math.exp(log_damping)
-        gamma = math.fsum(value / (value + damping) for value in positive)
-        return count * (1 - gamma / values) * damping * squared_norm < gamma
-
-    low, high = -600.0, 600.0
-    assert is_below(low)
-    assert not is_below(high)
-    while high - low > 1e-13 * max(1, abs(low)):
-        middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        low, high = (middle, high) if is_below(middle) else (low, middle)
-    return math.exp(low)
 
 
 def spectrum(shapes: list[tuple[int, ...]], orders: float, seed: int) -> list[Tensor]:

@@ -1,0 +1,471 @@
+"""The rules that ``damping`` and ``ridge`` may name, against their formulas by dense matrices."""
+
+from functools import cache
+from typing import Any
+
+import influence_oracles as dense
+import oracles
+import pytest
+import torch
+from cases import CASES, Examples, cross_entropy
+from contract import assert_close
+from damping_oracle import Counted, Rule, root
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import influence_kit
+from influence_kit.methods.fitted import OTHER_DRAW
+from influence_kit.operators.labels import uniform
+
+METHODS = ["KFACInfluenceFunction", "EKFACInfluenceFunction"]
+both = pytest.mark.parametrize("method", METHODS)
+MATRICES: dict[str, list[str]] = {
+    "mlp": ["body.0", "body.2", "head"],
+    "cnn": ["0", "3", "6"],
+    "gpt": ["qkv", "out"],
+}
+TABLES: dict[str, list[str]] = {"mlp": [], "cnn": [], "gpt": ["positions"]}
+every_case = pytest.mark.parametrize("name", MATRICES)
+EMPIRICAL: dict[str, Any] = {"curvature": "empirical_fisher"}
+CLOSE = 1e-8
+
+
+def make(method: str, model: nn.Module, train: Any, **own: Any) -> Any:
+    arguments = {"loss_fn": cross_entropy, "batch_size": 4} | own
+    states = arguments.pop("checkpoints", [model.state_dict()])
+    return getattr(influence_kit, method)(model, Examples(train), states, **arguments)
+
+
+def rule_of(method: str, name: str, model: nn.Module | None = None, **own: Any) -> Rule:
+    case = CASES[name]
+    model = case.model() if model is None else model
+    arguments = {"loss": case.loss, "matrices": MATRICES[name], "tables": TABLES[name]} | own
+    return Rule(model, corrected=method == METHODS[1], **arguments)
+
+
+def assert_dampings(explainer: Any, *expected: float, close: float = CLOSE) -> None:
+    """One value for all blocks at each checkpoint."""
+    explainer.fit()
+    assert len(explainer.damping_used) == len(expected)
+    for used, value in zip(explainer.damping_used, expected, strict=True):
+        assert list(used) == explainer.block_names
+        assert len(set(used.values())) == 1
+        assert next(iter(used.values())) == pytest.approx(value, rel=close)
+
+
+# The whole rule, at labels of the data.
+
+
+@both
+@every_case
+@pytest.mark.parametrize("size", [1, 4, 11])
+def test_auto(method: str, name: str, size: int) -> None:
+    """Embeddings and norms take part in the misfit, not in the evidence."""
+    case = CASES[name]
+    explainer = make(
+        method, case.model(), case.train, loss_fn=case.loss, batch_size=size, **EMPIRICAL
+    )
+    expected = expected_of(method, name)
+    assert_dampings(explainer, expected)
+    assert explainer.damping == "auto"
+    scores = explainer.influence(case.test)
+    explainer.damping = expected
+    assert_close(explainer.influence(case.test), scores, 1e-7)
+
+
+@cache
+def expected_of(method: str, name: str) -> float:
+    case, rule, counted = CASES[name], rule_of(method, name), Counted(CASES[name].n)
+    found, evidence = rule.damping(case.train, counted), rule.evidence(case.train, counted)
+    # of layers that curve together much is left out
+    assert (found < evidence / 2) == (name == "gpt")
+    return found
+
+
+class Two(nn.Module):
+    """An embedding, a norm and two layers without biases that curve alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.norm = nn.Embedding(9, 4), nn.LayerNorm(4)
+        self.one, self.other = (nn.Linear(4, 4, bias=False) for _ in range(2))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.norm(self.words(ids).mean(1))
+        return self.head(x + self.one(x) + self.other(x).tanh())
+
+
+def of_words() -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    model = Two().double()
+    return model, (torch.randint(0, 9, (40, 5)), torch.randint(0, 3, (40,)))
+
+
+@both
+def test_only_matrices_count_for_the_evidence(method: str) -> None:
+    model, train = of_words()
+    names = {"matrices": ["one", "other", "head"], "tables": ["words"]}
+    rule = Rule(model, cross_entropy, corrected=method == METHODS[1], **names)
+    expected = rule.damping(train, Counted(40))
+    assert_dampings(make(method, model, train, **EMPIRICAL), expected)
+    assert expected < 0.9 * rule.evidence(train, Counted(40))
+    # embeddings and norms with other numbers: they are no part of |theta|^2
+    with_all = Rule(
+        model, cross_entropy, ["one", "other", "head", "words"], method == METHODS[1]
+    ).damping(train, Counted(40))
+    assert abs(with_all - expected) > 0.1 * expected
+
+
+@both
+def test_a_model_without_a_matrix(method: str) -> None:
+    """Whatever there is counts: here the diagonal of a norm."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(3)).double()
+    train = torch.randn(12, 3).double(), torch.arange(12) % 3
+    rule = Rule(model, cross_entropy, [], corrected=True)
+    squares = rule.curvature(train).diagonal()
+    weights = float(dense.flat(model).square().sum())
+    found = root(squares, weights, 12)
+    expected = found / max(1.0, rule.rho(found, train, Counted(12)))
+    assert_dampings(make(method, model, train, **EMPIRICAL), expected)
+
+
+# Who counts as an observation.
+
+
+@both
+@pytest.mark.parametrize("size", [1, 5])
+def test_another_data_set_for_the_curvature(method: str, size: int) -> None:
+    """The curvature and its misfit are those of the Hessian data, n that of the training set."""
+    case = CASES["gpt"]
+    some = tuple(part[:5] for part in case.train)
+    explainer = make(
+        method,
+        case.model(),
+        case.train,
+        loss_fn=case.loss,
+        hessian_dataset=Examples(some),
+        batch_size=size,
+        **EMPIRICAL,
+    )
+    rule = rule_of(method, "gpt")
+    expected = rule.damping(some, Counted(11))
+    assert_dampings(explainer, expected)
+    assert abs(expected - rule.damping(some, Counted(5))) > 0.1 * expected
+
+
+@both
+@pytest.mark.parametrize("n", [1, 2, 3])
+@every_case
+def test_few_training_examples(method: str, name: str, n: int) -> None:
+    case = CASES[name]
+    train = tuple(part[:n] for part in case.train)
+    explainer = make(method, case.model(), train, loss_fn=case.loss, **EMPIRICAL)
+    assert_dampings(explainer, rule_of(method, name).damping(train, Counted(n)), close=1e-7)
+
+
+@both
+def test_every_checkpoint_has_its_own(method: str) -> None:
+    case, models = CASES["gpt"], []
+    for state in case.states:
+        model = case.model()
+        model.load_state_dict(state)
+        models.append(model)
+    expected = [rule_of(method, "gpt", m).damping(case.train, Counted(11)) for m in models]
+    assert len({round(value, 4) for value in expected}) == 3
+    own = {"loss_fn": case.loss, "checkpoints": case.states}
+    assert_dampings(make(method, case.model(), case.train, **own, **EMPIRICAL), *expected)
+
+
+@both
+@pytest.mark.parametrize("chosen", [["qkv"], ["qkv", "norm"], ["positions", "out"]])
+def test_some_layers(method: str, chosen: list[str]) -> None:
+    case, model = CASES["gpt"], CASES["gpt"].model()
+    rule = rule_of(
+        method,
+        "gpt",
+        matrices=[layer for layer in chosen if layer in MATRICES["gpt"]],
+        tables=[layer for layer in chosen if layer in TABLES["gpt"]],
+        names=[name for name, _ in model.named_parameters() if name.split(".")[0] in chosen],
+    )
+    explainer = make(method, model, case.train, loss_fn=case.loss, layers=chosen, **EMPIRICAL)
+    assert_dampings(explainer, rule.damping(case.train, Counted(11)))
+
+
+@both
+def test_frozen_layers_take_no_part(method: str) -> None:
+    case, model = CASES["cnn"], CASES["cnn"].model()
+    names = ["3.weight", "3.bias", "6.weight", "6.bias"]
+    rule = rule_of(method, "cnn", matrices=["3", "6"], names=names)
+    expected = rule.damping(case.train, Counted(11))
+    for own in model[0].parameters():
+        own.requires_grad_(False)
+    assert_dampings(make(method, model, case.train, **EMPIRICAL), expected)
+
+
+class Adapted(nn.Module):
+    """A frozen layer with a low-rank adapter, of which the second factor starts at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.down, self.up = nn.Linear(4, 2, bias=False), nn.Linear(2, 6, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.base(x) + self.up(self.down(x))).tanh())
+
+
+@both
+@pytest.mark.parametrize("trained", [False, True])
+def test_of_adapters_only_what_is_trained_counts(method: str, trained: bool) -> None:
+    torch.manual_seed(0)
+    model, case = Adapted().double(), CASES["mlp"]
+    if trained:
+        nn.init.normal_(model.up.weight)
+    layers = ["down", "up"]
+    names = [f"{layer}.weight" for layer in layers]
+    rule = Rule(model, cross_entropy, layers, method == METHODS[1], names=names)
+    expected = rule.damping(case.train, Counted(11))
+    for layer in (model.base, model.head):
+        layer.requires_grad_(False)
+    explainer = make(method, model, case.train, **EMPIRICAL)
+    assert_dampings(explainer, expected)
+    assert explainer.block_names == layers
+
+
+# The units of the loss.
+
+
+def over_tokens(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The mean over the tokens that count."""
+    losses = F.cross_entropy(outputs.transpose(1, 2), targets, reduction="none")
+    return losses.sum(1) / (targets >= 0).sum(1)
+
+
+@both
+def test_token_means_of_several_lengths(method: str) -> None:
+    """N is n times the mean over labels of one over their squared share."""
+    case, model = CASES["gpt"], CASES["gpt"].model()
+    ids, targets = case.train
+    lengths = 5 - torch.arange(11) % 4
+    train = ids, targets.masked_fill(torch.arange(5) >= lengths[:, None], -100)
+    count = 11 * float(lengths.sum() / (1 / lengths.double()).sum())
+    expected = rule_of(method, "gpt", loss=over_tokens).damping(train, Counted(count))
+    assert_dampings(make(method, model, train, loss_fn=over_tokens, **EMPIRICAL), expected)
+    assert 11 * 4 < count < 11 * 25
+
+
+@both
+@pytest.mark.parametrize("curvature", ["fisher", "empirical_fisher"])
+def test_the_mean_over_tokens_is_their_sum_in_other_units(method: str, curvature: str) -> None:
+    case, model = CASES["gpt"], CASES["gpt"].model()
+
+    def total(outputs: Tensor, targets: Tensor) -> Tensor:
+        return 5 * over_tokens(outputs, targets)
+
+    explainers = [
+        make(method, model, case.train, loss_fn=loss, curvature=curvature)
+        for loss in (over_tokens, total, case.loss)
+    ]
+    mean, times, whole = (e.influence(case.test) for e in explainers)
+    assert_close(times, mean, 1e-7)
+    assert_close(whole, mean, 1e-7)
+    first = explainers[0].damping_used[0]["out"]
+    for explainer in explainers[1:]:
+        assert_dampings(explainer, 25 * first, close=1e-7)
+
+
+@both
+@pytest.mark.parametrize("curvature", ["fisher", "empirical_fisher"])
+def test_a_loss_times_ten(method: str, curvature: str) -> None:
+    """The damping is in the units of the curvature: the square of the loss's."""
+    case = CASES["mlp"]
+
+    def times_ten(outputs: Tensor, targets: Tensor) -> Tensor:
+        return 10 * cross_entropy(outputs, targets)
+
+    one, other = (
+        make(method, case.model(), case.train, loss_fn=loss, curvature=curvature)
+        for loss in (cross_entropy, times_ten)
+    )
+    assert_close(other.influence(case.test), one.influence(case.test), 1e-9)
+    assert_dampings(other, 100 * one.damping_used[0]["head"], close=1e-10)
+
+
+@both
+@pytest.mark.parametrize("curvature", ["fisher", "empirical_fisher"])
+def test_reductions_do_not_matter(method: str, curvature: str) -> None:
+    case, found = CASES["mlp"], []
+    for reduction in ("none", "sum", "mean"):
+        loss = nn.CrossEntropyLoss(reduction=reduction)
+        explainer = make(method, case.model(), case.train, loss_fn=loss, curvature=curvature)
+        found.append(explainer.fit().damping_used[0]["head"])
+    assert found == [pytest.approx(found[0], rel=1e-10)] * 3
+
+
+def squares(factor: float, mean: bool = False) -> Any:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        each = factor * (outputs - targets).square()
+        return each.mean(1) if mean else each.sum(1)
+
+    return loss
+
+
+def numbers() -> tuple[nn.Module, Any, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, noise = torch.randn(19, 4).double(), torch.randn(19, 3).double()
+    y = (model(x) + 0.3 * noise).detach()
+    return model, (x[:15], y[:15]), (x[15:], y[15:])
+
+
+@both
+@pytest.mark.parametrize(
+    ("factor", "mean", "precision"),
+    [(0.5, False, 1.0), (1.0, False, 2.0), (1.0, True, 2 / 3), (50.0, False, 100.0)],
+)
+@pytest.mark.parametrize("n", [3, 15])
+def test_squared_errors(method: str, factor: float, mean: bool, precision: float, n: int) -> None:
+    """The variance is estimated: of n times 3 residuals, less the parameters that fit them.
+
+    There are 43 parameters, and 9 values of 3 examples.
+    """
+    model, (x, y), _ = numbers()
+    x, y = x[:n], y[:n]
+    loss = squares(factor, mean)
+    variance = float((model(x) - y).square().mean())
+    # g g^T has the errors' variance in the place of 1 / precision
+    counted = Counted(n / (precision * variance) ** 2, values=3 * n)
+    rule = Rule(model, loss, ["0", "2"], method == METHODS[1])
+    expected = rule.damping((x, y), counted)
+    explainer = make(method, model, (x, y), loss_fn=loss, **EMPIRICAL)
+    assert_dampings(explainer, expected, close=1e-7)
+
+
+@both
+@pytest.mark.parametrize("curvature", ["fisher", "empirical_fisher"])
+def test_squared_errors_in_other_units(method: str, curvature: str) -> None:
+    """Scores of drawn labels have the units of the loss, the curvature those of its slope."""
+    model, train, test = numbers()
+    one, other = (
+        make(method, model, train, loss_fn=squares(factor), curvature=curvature)
+        for factor in (0.5, 5.0)
+    )
+    power = 1 if curvature == "fisher" else 2
+    assert_close(other.influence(test), 10 ** (2 - power) * one.influence(test), 1e-8)
+    assert_dampings(other, 10**power * one.damping_used[0]["0"], close=1e-9)
+
+
+@both
+def test_independent_bits(method: str) -> None:
+    model, (x, y), _ = numbers()
+    train, loss = (x, (y > 0).double()), nn.BCEWithLogitsLoss(reduction="none")
+    rule = Rule(model, lambda o, t: loss(o, t).sum(1), ["0", "2"], method == METHODS[1])
+    assert_dampings(
+        make(method, model, train, loss_fn=loss, **EMPIRICAL), rule.damping(train, Counted(15))
+    )
+
+
+def focal(outputs: Tensor, targets: Tensor) -> Tensor:
+    losses = cross_entropy(outputs, targets)
+    return (1 - (-losses).exp()).square() * losses
+
+
+@both
+def test_of_a_loss_that_is_no_likelihood_an_example_is_an_observation(method: str) -> None:
+    case = CASES["mlp"]
+    expected = rule_of(method, "mlp", loss=focal).damping(case.train, Counted(11))
+    assert_dampings(make(method, case.model(), case.train, loss_fn=focal, **EMPIRICAL), expected)
+
+
+# At labels that are drawn.
+
+
+def drawn(model: nn.Module, batch: Any, seed: int) -> Any:
+    """The batch with labels drawn from the softmax, as the Fisher matrix draws them."""
+    x, y = batch
+    with torch.no_grad():
+        cumulative = model(x).softmax(-1).cumsum(-1)
+    u = uniform(seed, torch.arange(len(x)), 1)
+    return x, (u > cumulative).sum(-1)
+
+
+def weights_of(model: nn.Module, batch: Any) -> Tensor:
+    """The expected squared slope over that of the labels, ``[n]``."""
+    with torch.no_grad():
+        p = model(batch[0]).softmax(-1)
+    slopes = (p - F.one_hot(batch[1], p.shape[1])).square().sum(1)
+    every = torch.eye(p.shape[1]).double()
+    expected = sum(p[:, c] * (p - every[c]).square().sum(1) for c in range(p.shape[1]))
+    return expected / slopes
+
+
+def fisher_damping(method: str, model: nn.Module, layers: list[str], train: Any, seed: int) -> Any:
+    """The rule at labels of three draws: of factors, of squares (EK-FAC), of the sample."""
+    first, second, third = (
+        drawn(model, train, (seed + draw * OTHER_DRAW) % 2**63) for draw in range(3)
+    )
+    if method == METHODS[0]:
+        second = first
+    rule = Rule(model, cross_entropy, layers, method == METHODS[1])
+    norms = oracles.gradients(model, second, cross_entropy).square().sum(1)
+    excess = float(norms @ weights_of(model, second) / norms.sum())
+    n = len(train[1])
+    counted = Counted(n * excess, excess=excess)
+    rows = oracles.gradients(model, third, cross_entropy)
+    rows = rows * weights_of(model, third).sqrt()[:, None]
+    return rule.damping(first, counted, second, rows), excess, rule.evidence(first, counted, second)
+
+
+@both
+@pytest.mark.parametrize("seed", [0, 5])
+@pytest.mark.parametrize("confidence", [1.0, 4.0])
+def test_drawn_labels(method: str, seed: int, confidence: float) -> None:
+    case, model = CASES["mlp"], CASES["mlp"].model()
+    model.head.weight.data.mul_(confidence)
+    x, y = (torch.cat([part] * 5) for part in case.train)
+    expected, excess, evidence = fisher_damping(method, model, MATRICES["mlp"], (x, y), seed)
+    assert abs(excess - 1) > 0.01
+    explainer = make(method, model, (x, y), seed=seed, batch_size=16)
+    assert_dampings(explainer, expected)
+
+
+class Sure(nn.Module):
+    """Sure of every label, by a factor."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.hidden, self.head, self.factor = nn.Linear(3, 4), nn.Linear(4, 3), factor
+        with torch.no_grad():
+            self.hidden.weight.copy_(torch.eye(4)[:, :3])
+            self.head.weight.copy_(torch.eye(4)[:3])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * self.head(self.hidden(x))
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("factor", [5.0, 9.0, 15.0])
+def test_a_model_that_is_sure_of_every_label(
+    method: str, factor: float, dtype: torch.dtype
+) -> None:
+    """Every label that is drawn is that of the data, and all gradients are small."""
+    torch.manual_seed(0)
+    model, y = Sure(factor).to(dtype), torch.arange(30) % 3
+    x = (4 * F.one_hot(y, 3) + 0.3 * torch.randn(30, 3)).to(dtype)
+    explainer = make(method, model, (x, y))
+    scores = explainer.influence((x[:4], y[:4]))
+    assert bool(torch.isfinite(scores).all())
+    (value,) = set(explainer.damping_used[0].values())
+    assert 0 < value < float("inf")
+    exact, train = Sure(factor).double(), (x.double(), y)
+    exact.load_state_dict(model.state_dict())
+    for draw in range(3):
+        assert torch.equal(drawn(exact, train, draw * OTHER_DRAW % 2**63)[1], y)
+    expected, excess, _ = fisher_damping(method, exact, ["hidden", "head"], train, 0)
+    assert excess > 100
+    close = CLOSE if dtype == torch.float64 else 0.05
+    assert value == pytest.approx(expected, rel=close)
