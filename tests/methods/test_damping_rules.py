@@ -339,7 +339,7 @@ def test_squared_errors(method: str, factor: float, mean: bool, precision: float
     model, (x, y), _ = numbers()
     x, y = x[:n], y[:n]
     loss = squares(factor, mean)
-    variance = float((model(x) - y).square().mean())
+    variance = float((model(x) - y).detach().square().mean())
     # g g^T has the errors' variance in the place of 1 / precision
     counted = Counted(n / (precision * variance) ** 2, values=3 * n)
     rule = Rule(model, loss, ["0", "2"], method == METHODS[1])
