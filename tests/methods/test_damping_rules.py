@@ -487,9 +487,9 @@ SHARES = {
     "CGInfluenceFunction": ("trace", 1.0),
     "LiSSAInfluenceFunction": ("trace", 1.0),
     "NystromInfluenceFunction": ("trace", 1.0),
-    "LoGra": ("trace", 0.3),
-    "GraSS": ("trace", 0.3),
-    "FactGraSS": ("trace", 0.3),
+    "LoGra": ("trace", 1.0),
+    "GraSS": ("trace", 1.0),
+    "FactGraSS": ("trace", 1.0),
     "DataInf": ("mean", 0.1),
     "KFACInfluenceFunction": ("evidence", 0.1),
     "EKFACInfluenceFunction": ("evidence", 0.1),
@@ -555,20 +555,37 @@ def test_the_evidence_is_a_rule_of_two_classes(method: str) -> None:
 
 @pytest.mark.parametrize("rule", ["mean", "trace", "auto"])
 @pytest.mark.parametrize("dim", [5, 40])
-def test_rules_of_the_ridge(rule: str, dim: int) -> None:
-    """Half of the trace of Phi^T Phi over the entries, or over n of them at most."""
+@pytest.mark.parametrize("count", [1, 3])
+def test_rules_of_the_ridge(rule: str, dim: int, count: int) -> None:
+    """1.5 / sqrt(checkpoints) of the trace of Phi^T Phi over the entries, or n of them at most."""
     case = CASES["mlp"]
     own = {"projection_dim": dim, "ridge": rule}
-    trak = influence_kit.TRAK(case.model(), Examples(case.train), case.states[:1], **own)
+    trak = influence_kit.TRAK(case.model(), Examples(case.train), case.states[:count], **own)
     with pytest.warns(UserWarning, match="Phi is singular") if dim > 11 else nothing():
         trak.fit()
-    (facts,) = trak._facts.values()
-    trace = float(facts["gram"].trace())
-    expected = 0.5 * trace / (dim if rule == "mean" else min(dim, 11))
-    assert trak.ridge_used == [pytest.approx(expected, rel=1e-12)]
+    traces = [float(facts["gram"].trace()) for facts in trak._facts.values()]
+    share = 1.5 / count**0.5 / (dim if rule == "mean" else min(dim, 11))
+    assert trak.ridge_used == [pytest.approx(share * trace, rel=1e-12) for trace in traces]
     match = '`ridge` must be a number, a dict by block or one of "auto", "mean", "trace"; got'
     with pytest.raises(InvalidArgumentError, match=match):
         trak.ridge = "evidence"
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("curvature", ["fisher", "empirical_fisher"])
+def test_models_of_other_precision(method: str, dtype: torch.dtype, curvature: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+    x, y = torch.randn(60, 6, dtype=dtype), torch.arange(60) % 3
+    exact = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    exact.load_state_dict(model.state_dict())
+    found, expected = (
+        make(method, own, (inputs, y), curvature=curvature).fit().damping_used[0]["0"]
+        for own, inputs in ((model, x), (exact, x.double()))
+    )
+    # a label that is drawn near the border of two may be the other one
+    assert found == pytest.approx(expected, rel=1e-5 if dtype == torch.float32 else 0.1)
 
 
 # What is fitted once.
@@ -654,7 +671,7 @@ def test_a_fit_of_an_earlier_version(method: str, tmp_path: Path) -> None:
         assert loaded.damping_used == []
     loaded.damping = "mean"
     assert torch.equal(loaded.influence(case.test), expected)
-    for damping in ("trace", 0.3):
+    for damping in ("trace", 1.0):
         loaded.damping = damping
         own = make(method, model, case.train, damping=damping, **EMPIRICAL)
         assert_close(loaded.influence(case.test), own.influence(case.test), 1e-10)
