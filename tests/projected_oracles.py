@@ -136,9 +136,9 @@ def groups_of(columns: Mapping[str, Tensor], blocks: Any) -> dict[str, Tensor]:
 
 
 def automatic(fisher: Tensor, group: Tensor, n: int) -> float:
-    """0.3 times the mean of the eigenvalues that n examples can make other than zero."""
+    """The mean of the eigenvalues that n examples can make other than zero."""
     own = fisher[group[:, None], group]
-    return 0.3 * torch.linalg.eigvalsh(own).sort(descending=True).values[:n].mean().item()
+    return torch.linalg.eigvalsh(own).sort(descending=True).values[:n].mean().item()
 
 
 def inverse_of(

@@ -93,10 +93,10 @@ def matrix(trak: TRAK, name: str, place: int) -> Tensor:
     return torch.cat([maps[n].matrix(projected.LIKE) for n in names])
 
 
-def automatic(phi: Tensor) -> float:
-    """Half the mean of the eigenvalues of Phi^T Phi that n examples can make other than zero."""
+def automatic(phi: Tensor, checkpoints: int) -> float:
+    """1.5 / sqrt(C) times the mean of the eigenvalues of Phi^T Phi that n examples can make."""
     values = torch.linalg.eigvalsh(phi.T @ phi).sort(descending=True).values
-    return 0.5 * values[: len(phi)].mean().item()
+    return 1.5 / checkpoints**0.5 * values[: len(phi)].mean().item()
 
 
 def formula(
@@ -107,7 +107,7 @@ def formula(
     for number, place in enumerate(places):
         p = matrix(trak, name, number)
         phi, tests = gradients(name, place, False) @ p, gradients(name, place, True) @ p
-        value = automatic(phi) if ridge == "auto" else float(ridge)
+        value = automatic(phi, len(places)) if ridge == "auto" else float(ridge)
         normal = phi.T @ phi + value * torch.eye(phi.shape[1], dtype=phi.dtype)
         products.append(tests @ torch.linalg.solve(normal, phi.T))
         slopes.append(one_minus_p(name, place))
@@ -149,10 +149,10 @@ def test_scores_are_the_formula(name: str, projection: str, share: float) -> Non
 @every_case
 @every_kind
 @pytest.mark.parametrize("dim", [1, 5, 30])
-def test_automatic_ridge_is_half_the_mean(name: str, projection: str, dim: int) -> None:
+def test_automatic_ridge(name: str, projection: str, dim: int) -> None:
     trak = make(name, projection=projection, projection_dim=dim)
     assert_close(trak.influence(CASES[name].test), formula(trak, name, "auto"), CLOSE)
-    expected = [automatic(gradients(name, c, False) @ matrix(trak, name, c)) for c in range(3)]
+    expected = [automatic(gradients(name, c, False) @ matrix(trak, name, c), 3) for c in range(3)]
     assert trak.ridge_used == pytest.approx(expected, rel=1e-9)
     assert trak.ridge == "auto"
 
@@ -274,7 +274,7 @@ def test_self_influence(name: str, of_test: bool) -> None:
     for c in range(3):
         p = matrix(trak, name, c)
         phi, own = gradients(name, c, False) @ p, gradients(name, c, of_test) @ p
-        normal = phi.T @ phi + automatic(phi) * torch.eye(DIM, dtype=torch.float64)
+        normal = phi.T @ phi + automatic(phi, 3) * torch.eye(DIM, dtype=torch.float64)
         products.append((own * torch.linalg.solve(normal, own.T).T).sum(1))
         slopes.append(one_minus_p(name, c, of_test))
     expected = torch.stack(products).mean(0) * torch.stack(slopes).mean(0)
