@@ -60,6 +60,17 @@ class Observations:
         return Observations(n * count * excess, n * values)
 
 
+def curvature_factor(facts: Tensor) -> float:
+    """The curvature of the mean loss, over the mean of the outer products of its gradients.
+
+    Args:
+        facts: what ``Tally.result`` found: of a mean over T tokens the factor is T times the
+            excess, and where the likelihood has the variance at which the loss is one, the excess.
+    """
+    count, values, excess = facts.tolist()
+    return float(excess * (math.sqrt(count) if math.isinf(values) else 1.0))
+
+
 SUMS = (
     "examples",
     "labels",
