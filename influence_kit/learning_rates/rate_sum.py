@@ -25,10 +25,13 @@ from influence_kit.learning_rates.closed_forms import (
 )
 from influence_kit.learning_rates.known_rates import rate_at
 from influence_kit.learning_rates.optimizers import gain_of, only_sgd
+from influence_kit.learning_rates.rate import NONE
 from influence_kit.learning_rates.training_record import TrainingRecord, record_of
 
 # steps at which a rate between known ones is computed; in between it is taken for a straight line
 POINTS = 100
+# steps of the longest run whose schedule is looked for, which takes seconds then
+LONG = 5000
 STORE = (
     "Store 'learning_rate' (that of the last step) and 'step' (the number of optimizer steps), and "
     "'momentum' if there is some, beside the weights"
@@ -66,9 +69,10 @@ def rate_sum(checkpoints: Sequence[Any], index: int) -> RateSum:
 
     In other cases rates are known at some steps: at those of the checkpoints of the list, of a
     Trainer's logs, and for a ``LambdaLR`` of the checkpoints beside it. The schedules of
-    transformers (constant, linear, cosine, after a warmup) are recognised from them; others are
-    straight lines between the known rates (the trapezoid rule), constant before the first and after
-    the last: off by at most the change of the rate within the gaps.
+    transformers (constant, linear, cosine, after a warmup) are recognised from them, in runs of up
+    to 5,000 steps where the scheduler's state has its base rate. Others are interpolated: straight
+    lines between the known rates (the trapezoid rule), constant before the first and after the
+    last, where each gap is off by at most its length times the change of the rate within it.
 
     Args:
         checkpoints: of one run: paths or dicts.
@@ -104,7 +108,7 @@ def rate_sum(checkpoints: Sequence[Any], index: int) -> RateSum:
 
 def _missing(own: TrainingRecord) -> str:
     """What a record lacks, in words."""
-    lacks = [] if own.known else ["a learning rate"]
+    lacks = ["a learning rate"] if own.rate.kind == NONE and not own.logged else []
     lacks += ["the number of optimizer steps"] if own.steps is None else []
     holds = ", ".join(own.found) or "nothing of the kind"
     epochs = " (epochs are not enough: their steps are not known)" if own.steps is None else ""
@@ -170,18 +174,21 @@ def _between(own: TrainingRecord, steps: int, records: Sequence[TrainingRecord])
         bases = {float(rate) for rate in scheduler.get("base_lrs", ())}
         base = bases.pop() if len(bases) == 1 else None
     _refuse_unknown_schedule(own, known)
+    total = own.total
+    if max(steps, total or 0) > LONG:
+        base = total = None
     even = torch.linspace(0, steps - 1, min(steps, POINTS)).round().long().tolist()
     places = sorted({*even, *(step for step in known if 0 <= step < steps)})
     rates = []
     for place in places:
-        found = rate_at(place, known, base, own.total)
+        found = rate_at(place, known, base, total)
         assert found is not None  # of which some are known
         rates.append(found.value)
     x, y = (torch.tensor(values, dtype=torch.float64) for values in (places, rates))
     # the trapezoid rule leaves out half of the first step and of the last
-    total = float(torch.trapezoid(y, x)) + (rates[0] + rates[-1]) / 2
+    value = float(torch.trapezoid(y, x)) + (rates[0] + rates[-1]) / 2
     source = f"between the rates known of {len(known)} of {steps} steps"
-    return RateSum(total * gain_of(own.groups, own.momentum), steps, source)
+    return RateSum(value * gain_of(own.groups, own.momentum), steps, source)
 
 
 def _known(records: Sequence[TrainingRecord]) -> dict[int, float]:
@@ -189,7 +196,9 @@ def _known(records: Sequence[TrainingRecord]) -> dict[int, float]:
     found: dict[int, float] = {}
     for record in records:
         for step, rate in record.known.items():
-            if not math.isclose(found.setdefault(step, rate), rate, rel_tol=1e-6):
+            same = math.isclose(found.setdefault(step, rate), rate, rel_tol=1e-6)
+            # the logs of old versions of transformers have the rate of the next step
+            if not same and not record.logged:
                 raise InvalidArgumentError(
                     f"the checkpoints have learning rates {found[step]:g} and {rate:g} in the same "
                     f"step {step + 1}, so that they are not of one run; take those of one run"

@@ -113,7 +113,7 @@ class KroneckerInfluence(KroneckerFit):
         else:
             # of the mean loss's curvature, which these eigenvalues are not in the units of
             found = float(super()._damping_by(rule, facts, data)[0])
-            found /= curvature_factor(facts[OBSERVATIONS])
+            found /= curvature_factor(facts[OBSERVATIONS], self.curvature != "fisher")
         every = torch.full((len(self.block_names),), found, dtype=torch.float64)
         left_out = misfit(
             self._sample_of(data),
