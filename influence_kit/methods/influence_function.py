@@ -40,7 +40,9 @@ class InfluenceFunction(SolvedInfluence):
     Args:
         damping: what is added to the eigenvalues of the curvature C of the mean loss: a number, one
             a block (a dict), or "auto": a share of the mean eigenvalue of the block, for each class
-            its own.
+            its own. Classes whose C is that of the model's mean loss know "learning_rates", too:
+            (1 - momentum) / (sum of the learning rates of all steps before the checkpoint), one
+            value for all blocks, for models trained by SGD (``early_stopping``).
         hessian_dataset: the data over which C is a mean; the training set where None.
         relative: RelatIF (arXiv 2003.11630): None, "l" (divide by the root of the training
             example's own score g^T (C + damping)^-1 g) or "theta" (by the norm of
