@@ -79,15 +79,14 @@ class KroneckerFit(InfluenceFunction):
 
     def _measure(self, data: DataSet) -> Facts:
         tally = Tally(of_data=self.curvature != "fisher")
-        features = Remembered(self._observed(data, 0).tallied(tally), self._memory)
+        # of labels drawn again: of the same ones the eigenvectors know too much
+        again = self.corrected and self.curvature == "fisher"
+        features = self._tallied(data, tally, draw=1 if again else 0)
+        first = self._curvature_features(self.curvature, data) if again else features
         observed = ObservedForms(self._partition.blocks)
-        pieces, measured = self._factors(features, data, observed)
+        pieces, measured = self._factors(first, data, observed)
         self._settle(observed)
         if self.corrected:
-            if self.curvature == "fisher":
-                # of labels drawn anew: of the same ones the eigenvectors know too much
-                tally = Tally(of_data=False)
-                features = Remembered(self._observed(data, 1).tallied(tally), self._memory)
             for places, batch in data.of_this_rank():
                 gradients = features(places, batch)
                 for one in _all(measured):
@@ -182,6 +181,10 @@ class KroneckerFit(InfluenceFunction):
                 f"as if they were frozen: {named(without)}",
                 stacklevel=2,
             )
+
+    def _tallied(self, data: DataSet, tally: Tally, draw: int) -> Features:
+        """The gradients at labels of a draw, of which ``tally`` takes note."""
+        return Remembered(self._observed(data, draw).tallied(tally), self._memory)
 
     def _observed(self, data: DataSet, draw: int) -> ObservedGradients:
         """Gradients at labels of a draw, or of the data."""

@@ -29,7 +29,7 @@ from influence_kit.operators.solvers import damping_by_block
 from influence_kit.scoring.term import Transform
 
 # examples whose gradients show how well the factors fit, to twice as many, and entries of them all
-MOST_SAMPLED, LEAST_SAMPLED, SAMPLED_ENTRIES = 128, 8, 2**30
+MOST_SAMPLED, LEAST_SAMPLED, SAMPLED_ENTRIES = 64, 8, 2**27
 
 
 class KroneckerInfluence(KroneckerFit):
@@ -117,7 +117,7 @@ class KroneckerInfluence(KroneckerFit):
         every = torch.full((len(self.block_names),), found, dtype=torch.float64)
         left_out = misfit(
             self._sample_of(data),
-            self._make_inverse(facts, every, data),
+            self._inverse(facts, every, power=0.5),
             [piece.grid for piece in pieces],
             found,
             float(facts[OBSERVATIONS][2]),
@@ -159,9 +159,13 @@ class KroneckerInfluence(KroneckerFit):
         return DataSet(self.train_dataloader, self._device).count
 
     def _make_inverse(self, facts: Facts, damping: Tensor, data: DataSet) -> Transform:
+        return self._inverse(facts, damping)
+
+    def _inverse(self, facts: Facts, damping: Tensor, power: float = 1.0) -> KroneckerInverse:
+        """Gradients through a power of the damped inverse."""
         values = damping_by_block(damping, len(self.block_names), positive=True).tolist()
         bases = {}
         for pieces, value in zip(self._fitted(facts).values(), values, strict=True):
             for piece in pieces:
-                bases[piece.names[0]] = piece.basis(value, self._sample, self.rtol)
+                bases[piece.names[0]] = piece.basis(value, self._sample, self.rtol, power)
         return KroneckerInverse(bases)

@@ -9,17 +9,19 @@ Shapes: s examples of a sample.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from influence_kit.distributed import from_first_rank
 from influence_kit.gradients.per_example import Gradients
+from influence_kit.operators.eigenbasis import Preconditioned
 
 
 def misfit(
     sample: Sequence[Gradients],
-    inverse: Callable[[Gradients], Gradients],
+    root: Callable[[Gradients], Gradients],
     eigenvalues: Sequence[Tensor],
     damping: float,
     excess: float,
@@ -37,7 +39,7 @@ def misfit(
 
     Args:
         sample: gradients of independent examples, in parts.
-        inverse: times M.
+        root: times the root of M.
         eigenvalues: l.
         damping: lambda.
         excess: C over A where they are alike, by which A is multiplied here.
@@ -45,18 +47,32 @@ def misfit(
     Returns:
         1 also where there are no two examples.
     """
-    total = torch.zeros(2, dtype=torch.float64, device=eigenvalues[0].device)
-    for number, test in enumerate(sample):
-        solved = inverse(test)
-        for other, train in enumerate(sample[: number + 1]):
-            squares = train.inner(solved, train.n).double().square()
-            own = other == number
-            if own:
-                squares.fill_diagonal_(0)
-            pairs = squares.numel() - test.n * own
-            # those of two parts stand for both orders
-            total += torch.stack([squares.sum(), squares.new_tensor(pairs)]) * (2 - own)
-    found, pairs = from_first_rank(total).tolist()
+    squares = _products([root(part) for part in sample]).double().square().fill_diagonal_(0)
+    pairs = max(1, len(squares) * (len(squares) - 1))
+    found = float(from_first_rank(squares.sum())) / pairs
     shares = (values / (values + damping) for values in eigenvalues)
     expected = sum(float(share.double().square().sum()) for share in shares) * excess**2
-    return max(1.0, found / pairs / expected - 1) if pairs and expected else 1.0
+    return max(1.0, found / expected - 1) if expected else 1.0
+
+
+def _products(parts: Sequence[Gradients]) -> Tensor:
+    """The inner products of all examples of all parts, ``[s, s]``; of each piece in one product."""
+    starts = [0, *accumulate(part.n for part in parts)]
+    total = parts[0].sample.new_zeros(starts[-1], starts[-1])
+    for name in dict.fromkeys(name for part in parts for name in part.forms):
+        forms = [
+            (slice(start, start + part.n), part.forms[name])
+            for start, part in zip(starts, parts, strict=False)
+            if name in part.forms
+        ]
+        turned = [form.weighted for _, form in forms if isinstance(form, Preconditioned)]
+        if len(turned) == len(forms):
+            rows = torch.cat(turned).flatten(1)
+            places = torch.cat([torch.arange(own.start, own.stop) for own, _ in forms])
+            places = places.to(total.device)
+            total[places[:, None], places] += rows @ rows.T
+            continue
+        for test, one in forms:
+            for train, other in forms:
+                total[test, train] += other.inner(one, starts[-1])
+    return total
