@@ -19,7 +19,7 @@ from torch import Tensor
 from influence_kit.dropout_masks import MASKS
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.accelerate_folder import accelerate_rate
-from influence_kit.learning_rates.rate import NO_RATE, STORED, Rate, is_one_number
+from influence_kit.learning_rates.rate import NO_RATE, RATE_KEYS, Rate, stored_rate
 from influence_kit.learning_rates.trainer_folder import trainer_rate, trainer_state
 from influence_kit.learning_rates.wrapped import wrapped_rate
 from influence_kit.torch_files import damaged, load_file
@@ -27,7 +27,6 @@ from influence_kit.torch_files import damaged, load_file
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")
 WEIGHT_KEYS = ("model_state_dict", "state_dict", "model")
-RATE_KEYS = ("learning_rate", "lr")
 STEP_KEYS = ("global_step", "step", "epoch")
 # the weights of a folder, best first; an index names the files of a sharded model
 FOLDER_WEIGHTS = (
@@ -100,7 +99,7 @@ def _read_safetensors(path: Path) -> Contents:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise damaged(path, error) from error
-    rate = _stored_rate({k: _number(metadata[k]) for k in RATE_KEYS if k in metadata})
+    rate = stored_rate({k: _number(metadata[k]) for k in RATE_KEYS if k in metadata})
     steps = [int(float(metadata[key])) for key in STEP_KEYS if key in metadata]
     return Contents(weights, steps[0] if steps else None, rate or NO_RATE)
 
@@ -149,7 +148,7 @@ def _unwrap(saved: Any, path: Path | None = None) -> Contents:
         saved if wrapped else {k: v for k, v in saved.items() if k in extra and not _is_array(v)}
     )
     weights = saved[wrapped[0]] if wrapped else {k: v for k, v in saved.items() if k not in around}
-    rate = _stored_rate(around)
+    rate = stored_rate(around)
     if rate is None and wrapped:
         rate = wrapped_rate(saved, path)
     steps = [int(saved[key]) for key in STEP_KEYS if isinstance(saved.get(key), int | float)]
@@ -158,17 +157,3 @@ def _unwrap(saved: Any, path: Path | None = None) -> Contents:
 
 def _is_array(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0
-
-
-def _stored_rate(saved: Mapping[str, Any]) -> Rate | None:
-    for key in RATE_KEYS:
-        value = saved.get(key)
-        if value is None:
-            continue
-        if not is_one_number(value):
-            raise InvalidArgumentError(
-                f"a checkpoint's '{key}' is {value!r}; it must be the learning rate, one number "
-                "(with several parameter groups, the rate that weighs the checkpoint)"
-            )
-        return Rate(float(value), f"stored as '{key}'", STORED)
-    return None

@@ -16,23 +16,30 @@ States = dict[str, Mapping[str, Any]]
 
 def accelerate_rate(path: Path) -> Rate:
     """From ``optimizer.bin`` and ``scheduler.bin``, or a scheduler registered for saving."""
+    return applied_rate(accelerate_state(path)) or Rate(expected=_processes(path) > 0)
+
+
+def accelerate_state(path: Path) -> TrainingState:
+    """The optimizers and schedulers in a folder; of a ``step_N`` or ``iter_N`` the steps, too."""
     optimizers = _held(path, _is_optimizer, "optimizer*.bin", "optimizer.pt")
     prepared = _held(path, is_scheduler, "scheduler*.bin", "scheduler.pt")
     schedulers = prepared or _held(path, is_scheduler, "custom_checkpoint_*.pkl")
-    processes = len(list(path.glob("random_states_*.pkl")))
     name, number = re.fullmatch(r"(.*?)(\d*)", path.name).groups()  # type: ignore[union-attr]
     of_updates = re.search(r"step|iter", name) is not None
-    state = TrainingState(
+    return TrainingState(
         list(optimizers.values()),
         list(schedulers.values()),
         ", ".join(schedulers or optimizers),
         epochs=[int(number)] if number and not of_updates else [],
         updates=int(number) if number and of_updates else None,
         # a prepared scheduler takes one step per process and update
-        per_step=max(processes, 1) if prepared else 1,
+        per_step=max(_processes(path), 1) if prepared else 1,
         others=lambda: _others(path, schedulers),
     )
-    return applied_rate(state) or Rate(expected=processes > 0)
+
+
+def _processes(path: Path) -> int:
+    return len(list(path.glob("random_states_*.pkl")))
 
 
 def _is_optimizer(state: Any) -> bool:

@@ -65,7 +65,7 @@ def applied_rate(state: TrainingState) -> Rate | None:
     rate = one_rate(current)
     if not state.schedulers:
         return _unscheduled(groups, rate, state.where)
-    back, certain = _steps_back(state)
+    back, certain = steps_back(state)
     if back == 0 and certain:
         return Rate(rate, f"{state.where}, scheduler not stepped since", APPLIED)
     before = _before(state, groups, current, back)
@@ -92,19 +92,19 @@ def _before(
     if "ReduceLROnPlateau" in names:
         return _before_plateau(state, current[0]) if len(names) == 1 else None
     source = f"{state.where}: {', '.join(names)}, {back} step{'s' if back > 1 else ''} back"
-    owners = _owners(state, groups)
+    of_groups = owners(state, groups)
     found = [
-        _evaluated(schedulers, index, group, rate, back)
-        for (schedulers, index, group), rate in zip(owners, current, strict=False)
+        evaluated(schedulers, index, group, rate, back)
+        for (schedulers, index, group), rate in zip(of_groups, current, strict=False)
     ]
     rates = [rate for rate, _ in found if rate is not None]
     if rates and len(rates) == len(found):
-        verified = all(verified for _, verified in found) and _scale_is_known(state, current)
+        verified = all(verified for _, verified in found) and scale_is_known(state, current)
         return Rate(one_rate(rates), source, APPLIED if verified else ESTIMATED)
     return _from_others(state, current[0], back)
 
 
-def _scale_is_known(state: TrainingState, current: Sequence[float]) -> bool:
+def scale_is_known(state: TrainingState, current: Sequence[float]) -> bool:
     """Whether a ``CyclicLR`` has shown how it scales: at its lowest rate any function does nothing.
 
     A function of the user's is not in the state.
@@ -132,7 +132,7 @@ def _from_others(state: TrainingState, current: float, back: int) -> Rate | None
     return rate and Rate(rate.value, f"{state.where}: {rate.source}", rate.kind)
 
 
-def _owners(
+def owners(
     state: TrainingState, groups: Sequence[State]
 ) -> list[tuple[Sequence[State], int, State]]:
     """For each group of parameters its schedulers, and its number in its optimizer."""
@@ -148,7 +148,7 @@ def _owners(
     ]
 
 
-def _evaluated(
+def evaluated(
     schedulers: Sequence[State], index: int, group: State, current: float, back: int
 ) -> tuple[float | None, bool]:
     """A group's rate some steps ago, and whether the same forms give its current rate."""
@@ -191,7 +191,7 @@ def _before_plateau(state: TrainingState, rate: float) -> Rate:
     return Rate(rate, f"{state.where}: {NEXT}", ESTIMATED)
 
 
-def _steps_back(state: TrainingState) -> tuple[int, bool]:
+def steps_back(state: TrainingState) -> tuple[int, bool]:
     """How many steps ago the scheduler had the applied rate, and whether that is certain."""
     if state.back is not None:
         return state.back, True

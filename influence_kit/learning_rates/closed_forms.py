@@ -58,6 +58,25 @@ def steps_taken(state: State) -> int:
     return int(taken) if isinstance(taken, int | float) else 0
 
 
+def cycles_momentum(state: State) -> bool:
+    """Whether a scheduler, or a part of it, sets the momentum, too."""
+    return bool(state.get("cycle_momentum")) or any(
+        cycles_momentum(part) for part in state.get("_schedulers", ())
+    )
+
+
+def of_momentum(state: State) -> State:
+    """The state of a ``OneCycleLR`` or ``CyclicLR`` with the momentum in the place of the rate."""
+    if "_schedule_phases" not in state:
+        # the momentum is largest where the rate is smallest
+        return {**state, "base_lrs": state["max_momentums"], "max_lrs": state["base_momentums"]}
+    phases = [
+        {**phase, "start_lr": phase["start_momentum"], "end_lr": phase["end_momentum"]}
+        for phase in state["_schedule_phases"]
+    ]
+    return {**state, "_schedule_phases": phases}
+
+
 # in an order in which the first that fits is right
 NAMES = {
     "SequentialLR": ("_milestones", "_schedulers"),

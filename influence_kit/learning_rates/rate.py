@@ -1,6 +1,6 @@
 """A learning rate, where it was found, and whether it is the one that was applied."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -11,6 +11,8 @@ from torch import Tensor
 from influence_kit.errors import InvalidArgumentError
 
 STORED, APPLIED, ESTIMATED, NONE = "stored", "applied", "estimated", "none"
+# where users store a rate beside the weights
+RATE_KEYS = ("learning_rate", "lr")
 
 
 @dataclass(frozen=True)
@@ -72,3 +74,22 @@ def one_rate(rates: Iterable[float]) -> float:
             "that counts as 'learning_rate', or pass a `checkpoints_load_func`"
         )
     return distinct[0]
+
+
+def stored_rate(saved: Mapping[str, Any]) -> Rate | None:
+    """The rate that a user stored beside the weights.
+
+    Raises:
+        InvalidArgumentError: where it is not one number.
+    """
+    for key in RATE_KEYS:
+        value = saved.get(key)
+        if value is None:
+            continue
+        if not is_one_number(value):
+            raise InvalidArgumentError(
+                f"a checkpoint's '{key}' is {value!r}; it must be the learning rate, one number "
+                "(with several parameter groups, the rate that weighs the checkpoint)"
+            )
+        return Rate(float(value), f"stored as '{key}'", STORED)
+    return None

@@ -26,7 +26,7 @@ def trainer_state(path: Path) -> dict[str, Any] | None:
     return state if isinstance(state, dict) else None
 
 
-def _logs(state: Mapping[str, Any]) -> Logs:
+def logged_rates(state: Mapping[str, Any]) -> Logs:
     """The logged rates of a Trainer's state, by step."""
     entries = [e for e in state.get("log_history", []) if "learning_rate" in e and "step" in e]
     return {int(entry["step"]): float(entry["learning_rate"]) for entry in entries}
@@ -42,7 +42,7 @@ def trainer_rate(path: Path, state: Mapping[str, Any]) -> Rate:
     Raises:
         InvalidArgumentError: where groups of parameters have different rates.
     """
-    scheduler, logs = values_of(path / "scheduler.pt"), _logs(state)
+    scheduler, logs = values_of(path / "scheduler.pt"), logged_rates(state)
     step = int(state.get("global_step") or max(logs, default=0))
     following = one_rate(scheduler["_last_lr"]) if scheduler.get("_last_lr") else None
     evaluated = _from_scheduler(path, state, scheduler)
@@ -52,7 +52,7 @@ def trainer_rate(path: Path, state: Mapping[str, Any]) -> Rate:
         return Rate(logs[step], f"{TRAINER_STATE}, log of step {step}", APPLIED)
     if "patience" in scheduler:
         return _since_evaluation(state, logs, step) or evaluated or Rate(expected=True)
-    logs = {s: rate for s, rate in logs.items() if s <= step} | _later_logs(path, logs, step)
+    logs = {s: rate for s, rate in logs.items() if s <= step} | _laterlogged_rates(path, logs, step)
     found = _between(path, state, scheduler, logs) if logs or following is not None else None
     return found or evaluated or Rate(expected=True)
 
@@ -93,6 +93,19 @@ def _from_scheduler(
     return applied_rate(held)
 
 
+def trainer_steps(path: Path, state: Mapping[str, Any]) -> TrainingState:
+    """The optimizer and the scheduler of a folder, and its number of steps."""
+    optimizer, scheduler = values_of(path / "optimizer.pt"), values_of(path / "scheduler.pt")
+    return TrainingState(
+        [optimizer] if optimizer else [],
+        [scheduler] if scheduler else [],
+        "scheduler.pt",
+        updates=state.get("global_step"),
+        back=1,
+        others=lambda: rates_of(_schedulers_beside(path), scheduler),
+    )
+
+
 def _logged_late(path: Path, logs: Logs, step: int, following: float | None) -> bool:
     """Whether the log of a step has the rate of the next one, as before transformers 4.51.
 
@@ -114,11 +127,11 @@ def _version(path: Path) -> tuple[int, ...] | None:
     return tuple(int(number) for number in numbers[:2]) or None
 
 
-def _later_logs(path: Path, logs: Logs, step: int) -> Logs:
+def _laterlogged_rates(path: Path, logs: Logs, step: int) -> Logs:
     """The logs after a step, from what was saved later in the same run."""
     states = [trainer_state(folder) for folder in (*numbered_folders(path)[-1:], path.parent)]
     for state in states:
-        later = _logs(state) if state else {}
+        later = logged_rates(state) if state else {}
         if later.items() >= {s: rate for s, rate in logs.items() if s <= step}.items():
             return {s: rate for s, rate in later.items() if s > step}
     return {}

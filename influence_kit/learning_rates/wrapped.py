@@ -31,17 +31,23 @@ SCHEDULER_KEYS = (
     "sched",
 )
 UPDATE_KEYS = ("global_step", "step")
+LIGHTNING = "pytorch-lightning_version"
 State = Mapping[str, Any]
 
 
 def wrapped_rate(saved: State, path: Path | None) -> Rate:
-    """The applied rate of a checkpoint in one dict.
+    """The applied rate of a checkpoint in one dict; see ``wrapped_state`` for the arguments."""
+    return applied_rate(wrapped_state(saved, path)) or Rate(expected=LIGHTNING in saved)
+
+
+def wrapped_state(saved: State, path: Path | None) -> TrainingState:
+    """The optimizers and schedulers of a checkpoint in one dict.
 
     Args:
         saved: what was saved.
         path: its file, whose neighbours may be of the same run.
     """
-    lightning = "pytorch-lightning_version" in saved
+    lightning = LIGHTNING in saved
     key, optimizers = _states(saved, OPTIMIZER_KEYS, _is_optimizer)
     scheduler_key, schedulers = _states(saved, SCHEDULER_KEYS, is_scheduler)
     where = f"optimizer state '{key}'"
@@ -50,7 +56,7 @@ def wrapped_rate(saved: State, path: Path | None) -> Rate:
     loops, epoch = saved.get("loops"), saved.get("epoch")
     # Lightning saves in the middle of an epoch, too: where its loops do not tell, nothing does
     counts = type(epoch) is int and not (lightning and loops)
-    state = TrainingState(
+    return TrainingState(
         optimizers,
         schedulers,
         where,
@@ -59,7 +65,6 @@ def wrapped_rate(saved: State, path: Path | None) -> Rate:
         back=_lightning_back(loops, schedulers, epoch) if lightning else None,
         others=lambda: _others(path, schedulers),
     )
-    return applied_rate(state) or Rate(expected=lightning)
 
 
 def _is_optimizer(state: Any) -> bool:

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.methods.chosen import choose_blocks
-from influence_kit.methods.damping import TRACE, DampingArgument
+from influence_kit.methods.damping import LEARNING_RATES, MEAN, TRACE, DampingArgument
 from influence_kit.methods.fitted import Facts
 from influence_kit.methods.influence_function import InfluenceFunction
 from influence_kit.operators.curvature import (
@@ -38,6 +38,7 @@ class CurvatureInfluence(InfluenceFunction):
 
     # found to serve convex models and networks alike
     _auto_rule, _auto_share = TRACE, 1.0
+    _rules: Sequence[str] = (MEAN, TRACE, LEARNING_RATES)
 
     def __init__(
         self,

@@ -4,18 +4,21 @@ Shapes: B blocks.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from influence_kit.arguments import check_number
+from influence_kit.checkpoints import label_of
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.learning_rates.rate_sum import rate_sum
 
 # rules that a class may know: a share of the mean eigenvalue of each block, a share of its trace
-# over the directions in which n examples may curve, and the Laplace evidence of all blocks together
-MEAN, TRACE, EVIDENCE = "mean", "trace", "evidence"
-Rule = Literal["mean", "trace", "evidence"]
+# over the directions in which n examples may curve, the Laplace evidence of all blocks together,
+# and what stopping gradient descent after so many steps amounts to
+MEAN, TRACE, EVIDENCE, LEARNING_RATES = "mean", "trace", "evidence", "learning_rates"
+Rule = Literal["mean", "trace", "evidence", "learning_rates"]
 DampingArgument = float | Literal["auto"] | Rule | Mapping[str, float]
 AUTO = "auto"
 # of the rules "mean" and "trace", unless a class has its own
@@ -81,3 +84,33 @@ def share_of(
                 'another curvature ("ggn" is never negative)'
             )
     return share * means
+
+
+def early_stopping(checkpoints: Sequence[Any], index: int, rules: Sequence[str]) -> float:
+    r"""The rule "learning_rates": the damping that stopping gradient descent amounts to.
+
+    .. math::
+        \lambda = \frac{1 - \mu}{\sum_{t=1}^{T} \eta_t}
+
+    for the T steps before the checkpoint, of rates eta and momentum mu. Gradient descent has then
+    moved along an eigenvector of the mean loss's curvature of eigenvalue l by the share
+    1 - (1 - eta l)^T of the way to the minimum, which is near l / (l + lambda) for all l (a half at
+    l = lambda against 1 - 1 / e). ``rate_sum`` says what is exact and what is interpolated.
+
+    Args:
+        checkpoints: of one run.
+        index: of the one in question.
+        rules: the other rules that there are, for the error.
+
+    Raises:
+        InvalidArgumentError: where the sum is not known, or the optimizer is not SGD.
+    """
+    try:
+        return 1 / rate_sum(checkpoints, index).value
+    except InvalidArgumentError as error:
+        others = ", ".join(f'"{rule}"' for rule in (AUTO, *rules) if rule != LEARNING_RATES)
+        raise InvalidArgumentError(
+            f'damping="{LEARNING_RATES}" is one over the sum of the learning rates of SGD, which '
+            f"is not known of checkpoint {index} ({label_of(checkpoints[index])}): {error}. Other "
+            f"rules are {others}; or give a number"
+        ) from error

@@ -22,11 +22,13 @@ from influence_kit.loaders import HESSIAN_DATA, as_loader
 from influence_kit.methods.chosen import group_by_layer
 from influence_kit.methods.damping import (
     AUTO,
+    LEARNING_RATES,
     MEAN,
     SHARE,
     TRACE,
     DampingArgument,
     check_damping,
+    early_stopping,
     share_of,
 )
 from influence_kit.methods.data_fingerprint import data_fingerprint
@@ -224,6 +226,9 @@ class FittedInfluence(KeptFit):
 
     def _damping_by(self, rule: str, facts: Facts, data: DataSet) -> Tensor:
         """The damping of each block ``[B]`` by a rule, for the checkpoint that is in the model."""
+        if rule == LEARNING_RATES:
+            found = early_stopping(self.checkpoints, data.checkpoint, self._rules)
+            return torch.full((len(self.block_names),), found, dtype=torch.float64)
         if TRACES not in facts:
             facts[TRACES] = self._traces(facts, data)
         blocks = dict(zip(self.block_names, self._partition.sizes, strict=True))

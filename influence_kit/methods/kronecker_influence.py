@@ -9,7 +9,7 @@ from torch import Tensor
 from influence_kit.arguments import check_number
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.methods.damping import EVIDENCE, MEAN, TRACE
+from influence_kit.methods.damping import EVIDENCE, LEARNING_RATES, MEAN, TRACE
 from influence_kit.methods.fitted import Facts
 from influence_kit.methods.kronecker_fit import OBSERVATIONS, KroneckerFit
 from influence_kit.operators.alignment import misfit
@@ -23,7 +23,7 @@ from influence_kit.operators.fitted_pieces import (
     mean_of,
 )
 from influence_kit.operators.kronecker_inverse import KroneckerInverse
-from influence_kit.operators.observations import Observations
+from influence_kit.operators.observations import Observations, curvature_factor
 from influence_kit.operators.passes import DataSet
 from influence_kit.operators.solvers import damping_by_block
 from influence_kit.scoring.term import Transform
@@ -41,7 +41,7 @@ class KroneckerInfluence(KroneckerFit):
         curvature, layers_without_kronecker: see ``KroneckerFit``.
     """
 
-    _rules = (EVIDENCE, MEAN, TRACE)
+    _rules = (EVIDENCE, MEAN, TRACE, LEARNING_RATES)
     _auto_rule = EVIDENCE
 
     def __init__(self, *args: Any, rtol: float = 1e-5, **kwargs: Any) -> None:
@@ -107,18 +107,16 @@ class KroneckerInfluence(KroneckerFit):
         return means_of_blocks * means_of_blocks.new_tensor(self._partition.sizes)
 
     def _damping_by(self, rule: str, facts: Facts, data: DataSet) -> Tensor:
-        if rule != EVIDENCE:
+        if rule not in (EVIDENCE, LEARNING_RATES):
             return super()._damping_by(rule, facts, data)
         self._refuse_old(facts)
         pieces = [piece for own in self._fitted(facts).values() for piece in own]
-        # weights of norms lie about 1 and rows of tables are drawn large: a prior about 0 is none
-        # of theirs
-        chosen = [piece for piece in pieces if piece.is_matrix] or pieces
-        found = evidence_damping(
-            [piece.grid for piece in chosen],
-            sum(piece.squared_weights for piece in chosen),
-            Observations.of(facts[OBSERVATIONS], self._examples(data)),
-        )
+        if rule == EVIDENCE:
+            found = self._evidence(pieces, facts, data)
+        else:
+            # of the mean loss's curvature, which these eigenvalues are not in the units of
+            found = float(super()._damping_by(rule, facts, data)[0])
+            found /= curvature_factor(facts[OBSERVATIONS], self.curvature != "fisher")
         every = torch.full((len(self.block_names),), found, dtype=torch.float64)
         left_out = misfit(
             self._sample_of(data),
@@ -128,6 +126,16 @@ class KroneckerInfluence(KroneckerFit):
             float(facts[OBSERVATIONS][2]),
         )
         return every / left_out
+
+    def _evidence(self, pieces: list[FittedPiece], facts: Facts, data: DataSet) -> float:
+        # weights of norms lie about 1 and rows of tables are drawn large: a prior about 0 is none
+        # of theirs
+        chosen = [piece for piece in pieces if piece.is_matrix] or pieces
+        return evidence_damping(
+            [piece.grid for piece in chosen],
+            sum(piece.squared_weights for piece in chosen),
+            Observations.of(facts[OBSERVATIONS], self._examples(data)),
+        )
 
     def _data_at(self, place: int) -> DataSet:
         # a few of large gradients have as many products as many of small ones

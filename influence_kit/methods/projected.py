@@ -13,6 +13,7 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.losses import Loss
+from influence_kit.methods.damping import MEAN, TRACE
 from influence_kit.methods.explicit import ExplicitInfluenceFunction
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.operators.projection import Projection, from_both_sides
@@ -78,6 +79,9 @@ class ProjectedInfluence(ExplicitInfluenceFunction, ProjectedGradients):
 
     See ``LoGra`` for the arguments.
     """
+
+    # eigenvalues of projected gradients are not in the units of steps of the model's
+    _rules = (MEAN, TRACE)
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """TRAK: Park et al. 2023, arXiv 2303.14186."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
@@ -268,7 +269,7 @@ class TRAK(SolvedInfluence):
     @property
     def _share(self) -> float:
         # the mean over checkpoints takes away noise, too
-        return SHARE_OF_ONE / len(self.checkpoints) ** 0.5
+        return SHARE_OF_ONE / math.sqrt(len(self.checkpoints))
 
     def _traces(self, facts: Facts, data: DataSet) -> Tensor:
         return trace_of_features(facts[GRAM], data.count, f'ridge="{self._damping}"')

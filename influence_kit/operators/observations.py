@@ -60,6 +60,21 @@ class Observations:
         return Observations(n * count * excess, n * values)
 
 
+def curvature_factor(facts: Tensor, of_data: bool) -> float:
+    """The curvature of the mean loss, over the mean of the outer products of its gradients.
+
+    T times the excess for a mean over T tokens; for outer products at the labels of the data,
+    which are taken for as likely as the model has them, without the excess.
+
+    Args:
+        facts: what ``Tally.result`` found.
+        of_data: whether gradients were taken at the labels of the data.
+    """
+    count, values, excess = facts.tolist()
+    # labels drawn with the variance at which the loss is -log likelihood are in its units
+    return float(excess * (math.sqrt(count) if math.isinf(values) or of_data else 1.0))
+
+
 SUMS = (
     "examples",
     "labels",
