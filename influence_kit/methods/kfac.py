@@ -44,8 +44,9 @@ class KFACInfluenceFunction(KroneckerInfluence):
         damping: added to the eigenvalues of the curvature of the mean loss, so in the units of the
             squared gradient: a positive number, a dict by layer, or a rule by name: "auto", which
             is "evidence"; "mean", 0.1 times the mean of the products s a in the layer; "trace", 0.1
-            times their sum over their number, or over n where that is less. ``damping_used`` shows
-            the numbers. Setting it again measures nothing again.
+            times their sum over their number, or over n where that is less; "learning_rates", see
+            ``InfluenceFunction``. ``damping_used`` shows the numbers. Setting it again measures
+            nothing again.
         curvature: "fisher" (labels drawn from the model by ``seed``; the loss must be that of a
             softmax, sigmoid or normal distribution) or "empirical_fisher" (labels of the data).
         hessian_dataset: the data over which the factors are means; the training set where None.
@@ -100,8 +101,8 @@ class EKFACInfluenceFunction(KroneckerInfluence):
 
     Args:
         damping: added to Lambda: a positive number, a dict by layer, or a rule by name, "auto"
-            ("evidence"), "mean" or "trace", with the formulas of ``KFACInfluenceFunction`` for the
-            eigenvalues Lambda.
+            ("evidence"), "mean", "trace" or "learning_rates", with the formulas of
+            ``KFACInfluenceFunction`` for the eigenvalues Lambda.
         curvature, hessian_dataset, relative, seed, layers_without_kronecker: as in
             ``KFACInfluenceFunction``.
         rtol: the error, relative to a layer's scores, up to which 1 / (Lambda + damping) may be
