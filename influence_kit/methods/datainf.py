@@ -26,8 +26,9 @@ class DataInf(InfluenceFunction):
     one run, evenly over its steps, are recommended (``select_checkpoints``).
 
     Args:
-        damping: the letter lambda: a positive number, a dict by layer, or "auto", the paper's
-            0.1 times the mean of ``|g|^2 / p`` in the layer of p parameters.
+        damping: the letter lambda: a positive number, a dict by layer, or "auto" (or "mean"), the
+            paper's 0.1 times the mean of ``|g|^2 / p`` in the layer of p parameters; "trace" takes
+            the lesser of p and n for p.
         hessian_dataset: the data over which R is a mean; the training set where None.
         relative: RelatIF: None, "l" or "theta".
 

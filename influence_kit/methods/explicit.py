@@ -33,9 +33,9 @@ class ExplicitInfluenceFunction(CurvatureInfluence):
     loss) ``damping=l2`` makes C + damping the Hessian of what was minimised.
 
     Args:
-        damping: added to the eigenvalues of C: a number, a dict by block, or "auto": the mean
-            eigenvalue of the block, which is its trace over the number of its parameters, or of
-            examples where those are fewer.
+        damping: added to the eigenvalues of C: a number, a dict by block, or "auto" (or "trace"):
+            the mean eigenvalue of the block, which is its trace over the number of its parameters,
+            or of examples where those are fewer; "mean" is always over the parameters.
         curvature: "ggn", "hessian", "fisher" or "empirical_fisher"; see ``CurvatureInfluence``.
         blocks: "full", "layer", "parameter" or a dict; see ``CurvatureInfluence``.
         hessian_dataset: the data over which C is a mean; the training set where None.

@@ -69,7 +69,10 @@ class KroneckerInfluence(KroneckerFit):
 
     @property
     def damping_used(self) -> list[dict[str, float]]:
-        """The damping of each block that takes part, at each checkpoint that is fitted."""
+        """The damping of each block that takes part, at each checkpoint that is fitted.
+
+        With "auto" the blocks of a checkpoint have the same one.
+        """
         forms = self.block_forms
         return [
             {block: value for block, value in values.items() if forms[block] != LEFT_OUT}

@@ -79,10 +79,10 @@ class TRAK(SolvedInfluence):
             "gaussian" (dense: as many operations an entry as there are features), or "identity"
             (nothing is projected, for small models).
         ridge: added to the eigenvalues of Phi^T Phi, which is a sum over the training set: a
-            positive number or "auto", 1.5 / sqrt(C) times their mean (the trace over the lesser of
-            entries and n; with "mean" over all entries). Without one the scores are noise where n
-            is near the number of features or below it. May be set again; nothing is computed again
-            for that.
+            positive number or "auto" (or "trace"), 1.5 / sqrt(C) times their mean (the trace over
+            the lesser of entries and n; with "mean" over all entries). Without one the scores are
+            noise where n is near the number of features or below it. May be set again; nothing is
+            computed again for that.
         output_fn: ``output_fn(outputs, targets)`` (of a dict batch: ``(outputs, batch)``), one
             value per example in place of the margin, higher for better predictions. It is used on
             both sides: in it the model is taken for linear, so that it is what training raises.

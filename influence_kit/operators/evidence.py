@@ -45,7 +45,7 @@ def evidence_damping(
     Example:
         >>> import torch
         >>> round(evidence_damping([torch.tensor([1.0, 0.5])], 2.0, Observations(10)), 4)
-        0.0925
+        0.0884
     """
     own = [values.detach().double().clamp(min=0) for values in eigenvalues]
     trace = math.fsum(float(values.sum()) for values in own)

@@ -548,7 +548,7 @@ def test_auto_is_a_rule_by_name(method: str) -> None:
 
 @pytest.mark.parametrize("method", [m for m in SHARES if m not in METHODS])
 def test_the_evidence_is_a_rule_of_two_classes(method: str) -> None:
-    match = '`damping` must be a number, a dict by block or one of "auto", "mean", "trace"; got'
+    match = '`damping` must be a number, a dict by block or one of "auto", "mean", "trace"'
     with pytest.raises(InvalidArgumentError, match=match):
         of_class(method, damping="evidence")
 
@@ -566,7 +566,7 @@ def test_rules_of_the_ridge(rule: str, dim: int, count: int) -> None:
     traces = [float(facts["gram"].trace()) for facts in trak._facts.values()]
     share = 1.5 / count**0.5 / (dim if rule == "mean" else min(dim, 11))
     assert trak.ridge_used == [pytest.approx(share * trace, rel=1e-12) for trace in traces]
-    match = '`ridge` must be a number, a dict by block or one of "auto", "mean", "trace"; got'
+    match = '`ridge` must be a number, a dict by block or one of "auto", "mean", "trace"'
     with pytest.raises(InvalidArgumentError, match=match):
         trak.ridge = "evidence"
 
