@@ -65,7 +65,8 @@ def rate_sum(checkpoints: Sequence[Any], index: int) -> RateSum:
     PyTorch's with a closed form (all but ``LambdaLR``, ``MultiplicativeLR`` and
     ``ReduceLROnPlateau``): at each step if the scheduler is called once a step, also where it
     cycles the momentum; if it is called once an epoch, where the checkpoint was saved at the end of
-    an epoch, and otherwise up to one epoch's change of the rate.
+    an epoch (and holds "epoch", if it was saved before the call), and otherwise up to one epoch's
+    change of the rate.
 
     In other cases rates are known at some steps: at those of the checkpoints of the list, of a
     Trainer's logs, and for a ``LambdaLR`` of the checkpoints beside it. The schedules of
