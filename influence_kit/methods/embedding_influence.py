@@ -155,6 +155,9 @@ class EmbeddingInfluence(InfluenceFunction):
 
     # How it is done.
 
+    # as Captum's, which leave eigenvalues out in place of damping them
+    _warns_of_damping = False
+
     def _blocks_of(self, names: list[str]) -> dict[str, list[str]]:
         return {"full": names}
 

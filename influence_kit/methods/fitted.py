@@ -112,7 +112,7 @@ class FittedInfluence(KeptFit):
     @damping.setter
     def damping(self, damping: DampingArgument) -> None:
         self._damping = check_damping(damping, self.block_names, self._wording.damping, self._rules)
-        self._inverses.clear()
+        self._drop_inverses()
 
     @property
     def damping_used(self) -> list[dict[str, float]]:
@@ -174,8 +174,13 @@ class FittedInfluence(KeptFit):
     def _forget(self) -> None:
         super()._forget()
         self._facts: dict[int, Facts] = {}
-        self._inverses: dict[int, Transform] = {}
+        self._drop_inverses()
         self._memory = Memory()
+
+    def _drop_inverses(self) -> None:
+        self._inverses: dict[int, Transform] = {}
+        # whether scores by these inverses have been compared with plain products
+        self._compared = False
 
     def _fit_at(self, place: int, loader: CheckpointLoader) -> None:
         """Have the inverse at a checkpoint, measuring what is not known yet."""
@@ -234,6 +239,13 @@ class FittedInfluence(KeptFit):
         else:
             values = [self._damping] * len(self.block_names)
         return torch.tensor(values, dtype=torch.float64, device=self._device)
+
+    @property
+    def _known_damping(self) -> list[float]:
+        """Every damping that is used, of all checkpoints that are fitted; none of others."""
+        key = f"{self._rule}_damping"
+        places = (c for c in sorted(self._facts) if self._rule is None or key in self._facts[c])
+        return [value for place in places for value in self._damping_at(place).tolist()]
 
     def _curvature_features(self, curvature: str, data: DataSet, draw: int = 0) -> Features:
         """The gradients whose outer products are the empirical Fisher, or the Fisher.
