@@ -26,6 +26,7 @@ from influence_kit.methods.damping import (
     SHARE,
     TRACE,
     DampingArgument,
+    as_text,
     check_damping,
     share_of,
 )
@@ -124,6 +125,14 @@ class FittedInfluence(KeptFit):
         ]
 
     # How it is done.
+
+    def _notes(self) -> list[str]:
+        return [*super()._notes(), self._damping_text]
+
+    @property
+    def _damping_text(self) -> str:
+        """The damping as it was given, and what was used."""
+        return as_text(self._wording.damping, self._damping, self._rule, self._known_damping)
 
     def _settings(self) -> dict[str, Any]:
         """What ``fit`` depends on beside model, data and loss."""
@@ -243,9 +252,11 @@ class FittedInfluence(KeptFit):
     @property
     def _known_damping(self) -> list[float]:
         """Every damping that is used, of all checkpoints that are fitted; none of others."""
-        key = f"{self._rule}_damping"
-        places = (c for c in sorted(self._facts) if self._rule is None or key in self._facts[c])
-        return [value for place in places for value in self._damping_at(place).tolist()]
+        if self._rule is None:
+            own = self._damping.values() if isinstance(self._damping, Mapping) else [self._damping]
+            return [float(value) for value in own] if self._facts else []
+        known = (facts.get(f"{self._rule}_damping") for facts in self._facts.values())
+        return [value for values in known if values is not None for value in values.tolist()]
 
     def _curvature_features(self, curvature: str, data: DataSet, draw: int = 0) -> Features:
         """The gradients whose outer products are the empirical Fisher, or the Fisher.

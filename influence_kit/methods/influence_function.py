@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from influence_kit.distributed import is_first_rank
 from influence_kit.errors import DampingWarning
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.methods.damping import AUTO, as_text
+from influence_kit.methods.damping import AUTO
 from influence_kit.methods.example_influence import check_k, given
 from influence_kit.methods.layer_names import check_layer
 from influence_kit.methods.perturbation import Perturbation, Perturbed
@@ -161,8 +161,8 @@ class InfluenceFunction(SolvedInfluence):
             return
         self._compared = True
         if figures.are_below(self._least_agreement):
-            damping = as_text(self._wording.damping, self._damping, self._rule, self._known_damping)
-            text = advice(figures, self.get_name(), damping, self._damping == AUTO)
+            damping, is_auto = self._damping_text, self._damping == AUTO
+            text = advice(figures, self.get_name(), damping, is_auto)
             warnings.warn(text, DampingWarning, stacklevel=2)
 
     def _lifted(self, solved: Gradients) -> Gradients:

@@ -142,8 +142,11 @@ class PlainCheck:
 
     def finish(self) -> None:
         """The pass is done."""
-        if not self._parts:
-            return self._tell(None)
-        scores, plain = (torch.cat(own, dim=1).double() for own in zip(*self._parts, strict=True))
-        # a product may overflow where a score did not
-        self._tell(figures(scores, plain) if bool(plain.isfinite().all()) else None)
+        found = None
+        if self._parts:
+            both = (torch.cat(own, dim=1).double() for own in zip(*self._parts, strict=True))
+            scores, plain = both
+            # a product may overflow where a score did not
+            if bool(plain.isfinite().all()):
+                found = figures(scores, plain)
+        self._tell(found)
