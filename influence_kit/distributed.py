@@ -13,6 +13,11 @@ def is_alone() -> bool:
     return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
 
 
+def rank_count() -> int:
+    """How many ranks share the training set."""
+    return 1 if is_alone() else dist.get_world_size()
+
+
 def is_mine(batch_number: int) -> bool:
     """Whether this rank computes the given batch of the training set."""
     return is_alone() or batch_number % dist.get_world_size() == dist.get_rank()

@@ -1,4 +1,4 @@
-"""The exceptions of a user's mistake: what was got, what there is, what to do."""
+"""What a user's mistake raises, or warns of: what was got, what there is, what to do."""
 
 
 class InvalidArgumentError(AssertionError, ValueError):
@@ -31,6 +31,10 @@ class NonFiniteError(ValueError):
 
 class CurvatureError(ValueError):
     """A damped curvature that is singular or indefinite, or a solver that fails on it."""
+
+
+class DampingWarning(UserWarning):
+    """Scores of a damped curvature that have hardly to do with the gradients they are made of."""
 
 
 class PassAgain(Exception):  # noqa: N818 - no error: what is to be done

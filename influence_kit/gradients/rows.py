@@ -54,12 +54,15 @@ class Rows(Form):
         return formed.flatten(1)
 
     def rows(self, rows: slice) -> Rows:
-        start, stop, _ = rows.indices(self.n)
+        start, stop, step = rows.indices(self.n)
         bounds = torch.tensor([start, stop], device=self.places.device)
         first, last = torch.searchsorted(self.places, bounds).tolist()
         part = slice(first, last)
-        places, count = self.places[part] - start, stop - start
-        return Rows(places, self.ids[part], self.values[part], count, self.shape)
+        places, ids, values = self.places[part] - start, self.ids[part], self.values[part]
+        if step != 1:
+            chosen = (places % step == 0).nonzero()[:, 0]
+            places, ids, values = places[chosen] // step, ids[chosen], values[chosen]
+        return Rows(places, ids, values, len(range(start, stop, step)), self.shape)
 
     def scaled(self, factors: Tensor) -> Rows:
         return replace(self, values=self.values * factors[self.places, None])

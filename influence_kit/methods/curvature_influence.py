@@ -11,6 +11,7 @@ from influence_kit.methods.chosen import choose_blocks
 from influence_kit.methods.damping import LEARNING_RATES, MEAN, TRACE, DampingArgument
 from influence_kit.methods.fitted import Facts
 from influence_kit.methods.influence_function import InfluenceFunction
+from influence_kit.methods.plain_check import LEAST_OF_LAYERS, LEAST_OF_WHOLE
 from influence_kit.operators.curvature import (
     Curvature,
     GaussNewton,
@@ -68,6 +69,10 @@ class CurvatureInfluence(InfluenceFunction):
 
     def _blocks_of(self, names: list[str]) -> Mapping[str, list[str]]:
         return choose_blocks(self.model, names, self.blocks)
+
+    @property
+    def _least_agreement(self) -> float:
+        return LEAST_OF_WHOLE if self.blocks == "full" else LEAST_OF_LAYERS
 
     def _curvature(self, data: DataSet) -> Curvature:
         """The curvature at the checkpoint that is in the model."""

@@ -52,6 +52,25 @@ def check_damping(
     return check_number(damping, name, least=0)
 
 
+def as_text(name: str, damping: DampingArgument, rule: str | None, used: Sequence[float]) -> str:
+    """A damping as it was given, with the rule that "auto" is and what was used.
+
+    Args:
+        name: of the argument.
+        damping: the argument.
+        rule: that it names or is; None of numbers.
+        used: all values, of blocks and checkpoints.
+    """
+    if rule is None and not isinstance(damping, Mapping):
+        return f"{name}={damping:g}"
+    given = f'{name}="{damping}"' if rule is not None else f"{name} by block"
+    named = "" if rule in (None, damping) else f' (rule "{rule}")'
+    if not used:
+        return f"{given}{named}, not fitted"
+    low, high = f"{min(used):.3g}", f"{max(used):.3g}"
+    return f"{given}{named}, {low}" + ("" if low == high else f" to {high}")
+
+
 def share_of(
     traces: Tensor,
     blocks: Mapping[str, int],

@@ -155,6 +155,13 @@ class EmbeddingInfluence(InfluenceFunction):
 
     # How it is done.
 
+    # as Captum's, which leave eigenvalues out in place of damping them
+    _warns_of_damping = False
+
+    @property
+    def _damping_text(self) -> str:
+        return f"hessian_reg={self.hessian_reg:g}"
+
     def _blocks_of(self, names: list[str]) -> dict[str, list[str]]:
         return {"full": names}
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.methods.base import InfluenceBase
 from influence_kit.methods.starting_again import starts_again
+from influence_kit.methods.summary import counted, summary
 from influence_kit.scoring.reducers import AllScores, KMostInfluentialResults, Reducer, TopK
 
 
@@ -91,6 +92,20 @@ class ExampleInfluence(Question, InfluenceBase):
         self._stream_scores(inputs, reducer, doing, show_progress, aggregate)
         found = reducer.result()
         return found.to(self._dtype) if isinstance(found, Tensor) else found
+
+    def __repr__(self) -> str:
+        if "_is_made" not in vars(self):  # seen by a debugger, say
+            return object.__repr__(self)
+        return summary(self, self._notes())
+
+    def _notes(self) -> list[str]:
+        """What ``repr`` says beside the arguments, a line each."""
+        parameters = self._source.capture.parameters
+        layers = {name.rpartition(".")[0] for name in parameters}
+        size = counted(sum(p.numel() for p in parameters.values()), "parameter")
+        found = [counted(len(self.checkpoints), "checkpoint")] if self.checkpoints else []
+        found += [f"{size} in {counted(len(layers), 'layer')}"] if parameters else []
+        return [", ".join(found)] if found else []
 
     def _reducer(self, k: int | None, proponents: bool) -> Reducer:
         """What takes the blocks of scores, of some training examples each."""

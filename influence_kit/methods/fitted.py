@@ -27,6 +27,7 @@ from influence_kit.methods.damping import (
     SHARE,
     TRACE,
     DampingArgument,
+    as_text,
     check_damping,
     early_stopping,
     share_of,
@@ -114,7 +115,7 @@ class FittedInfluence(KeptFit):
     @damping.setter
     def damping(self, damping: DampingArgument) -> None:
         self._damping = check_damping(damping, self.block_names, self._wording.damping, self._rules)
-        self._inverses.clear()
+        self._drop_inverses()
 
     @property
     def damping_used(self) -> list[dict[str, float]]:
@@ -126,6 +127,14 @@ class FittedInfluence(KeptFit):
         ]
 
     # How it is done.
+
+    def _notes(self) -> list[str]:
+        return [*super()._notes(), self._damping_text]
+
+    @property
+    def _damping_text(self) -> str:
+        """The damping as it was given, and what was used."""
+        return as_text(self._wording.damping, self._damping, self._rule, self._known_damping)
 
     def _settings(self) -> dict[str, Any]:
         """What ``fit`` depends on beside model, data and loss."""
@@ -176,8 +185,13 @@ class FittedInfluence(KeptFit):
     def _forget(self) -> None:
         super()._forget()
         self._facts: dict[int, Facts] = {}
-        self._inverses: dict[int, Transform] = {}
+        self._drop_inverses()
         self._memory = Memory()
+
+    def _drop_inverses(self) -> None:
+        self._inverses: dict[int, Transform] = {}
+        # whether scores by these inverses have been compared with plain products
+        self._compared = False
 
     def _fit_at(self, place: int, loader: CheckpointLoader) -> None:
         """Have the inverse at a checkpoint, measuring what is not known yet."""
@@ -244,6 +258,15 @@ class FittedInfluence(KeptFit):
         else:
             values = [self._damping] * len(self.block_names)
         return torch.tensor(values, dtype=torch.float64, device=self._device)
+
+    @property
+    def _known_damping(self) -> list[float]:
+        """Every damping that is used, of all checkpoints that are fitted; none of others."""
+        if self._rule is None:
+            own = self._damping.values() if isinstance(self._damping, Mapping) else [self._damping]
+            return [float(value) for value in own] if self._facts else []
+        known = (facts.get(f"{self._rule}_damping") for facts in self._facts.values())
+        return [value for values in known if values is not None for value in values.tolist()]
 
     def _curvature_features(self, curvature: str, data: DataSet, draw: int = 0) -> Features:
         """The gradients whose outer products are the empirical Fisher, or the Fisher.

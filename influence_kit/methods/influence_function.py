@@ -3,16 +3,21 @@
 Letters: m test and n training examples, P chosen parameters, C checkpoints (in shapes), B blocks.
 """
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from influence_kit.distributed import is_first_rank
+from influence_kit.errors import DampingWarning
 from influence_kit.gradients.per_example import Gradients
+from influence_kit.methods.damping import AUTO
 from influence_kit.methods.example_influence import check_k, given
 from influence_kit.methods.layer_names import check_layer
 from influence_kit.methods.perturbation import Perturbation, Perturbed
+from influence_kit.methods.plain_check import LEAST_OF_LAYERS, Figures, PlainCheck, advice
 from influence_kit.methods.solved import SolvedInfluence
 from influence_kit.methods.starting_again import starts_again
 from influence_kit.operators.passes import DataSet
@@ -24,8 +29,9 @@ from influence_kit.scoring.features import (
     most_influential,
 )
 from influence_kit.scoring.stream import Stream
-from influence_kit.scoring.term import Side
+from influence_kit.scoring.term import Side, Term
 from influence_kit.scoring.transforms import unit_influence
+from influence_kit.scoring.watch import Watch
 
 TakeGiven = Callable[[Any], Gradients]
 
@@ -138,6 +144,31 @@ class InfluenceFunction(SolvedInfluence):
                 return joined(found.blocks(rows), places).to(self._dtype)
 
     # How it is done.
+
+    # whether a damping that is far too small is told of
+    _warns_of_damping = True
+
+    def _watch(self, terms: Sequence[Term]) -> Watch | None:
+        # test gradients that were solved for before are not there to be compared
+        is_solved = terms[0].test.solve is None
+        if self._compared or is_solved or not (self._warns_of_damping and is_first_rank()):
+            return None
+        return PlainCheck(self._train_count(), self._tell)
+
+    @property
+    def _least_agreement(self) -> float:
+        """What figures of scores at a damping that serves are above."""
+        return LEAST_OF_LAYERS
+
+    def _tell(self, figures: Figures | None) -> None:
+        """Warn of the damping where its scores look poor."""
+        if figures is None:
+            return
+        self._compared = True
+        if figures.are_below(self._least_agreement):
+            damping, is_auto = self._damping_text, self._damping == AUTO
+            text = advice(figures, self.get_name(), damping, is_auto)
+            warnings.warn(text, DampingWarning, stacklevel=2)
 
     def _lifted(self, solved: Gradients) -> Gradients:
         """A test side through the inverse, as gradients of the parameters."""

@@ -30,6 +30,7 @@ from influence_kit.methods.starting_again import starts_again
 from influence_kit.scoring.reducers import AllScores, Reducer
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term, Transform
+from influence_kit.scoring.watch import Watch
 
 
 class InnerProductInfluence(ExampleInfluence):
@@ -300,9 +301,19 @@ class InnerProductInfluence(ExampleInfluence):
                 terms, train = self._by_parameter(terms)
             with self._bar(doing, _times(train, terms), show_progress) as bar:
                 stream = Stream(
-                    terms, loader, self._sample, self._train_count(), groups, bar.update
+                    terms,
+                    loader,
+                    self._sample,
+                    self._train_count(),
+                    groups,
+                    bar.update,
+                    self._watch(terms),
                 )
                 stream.scores(test, train, reducer, aggregate)
+
+    def _watch(self, terms: Sequence[Term]) -> Watch | None:
+        """What looks on while scores are computed."""
+        return None
 
     def _vectors(self, inputs: Any, of_tests: bool, aggregate: bool = False) -> Tensor:
         """A side of the inputs at each checkpoint, times the root of its weight, side by side."""

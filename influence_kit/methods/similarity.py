@@ -27,6 +27,7 @@ from influence_kit.methods.layer_names import Layers, check_layers
 from influence_kit.methods.read_only import ReadOnly
 from influence_kit.methods.row_check import RowCheck
 from influence_kit.methods.saved_activations import SavedActivations, Sources, as_inputs, inputs_of
+from influence_kit.methods.summary import summary
 from influence_kit.restore import borrowed
 from influence_kit.scoring.reducers import TopK
 
@@ -133,6 +134,9 @@ class SimilarityInfluence(ReadOnly, DataInfluence):
             )
         self._is_ours = self._is_cosine or similarity_metric is euclidean_distance
         self._eval_mode = eval_mode
+
+    def __repr__(self) -> str:
+        return summary(self)
 
     def influence(
         self,

@@ -21,6 +21,7 @@ from influence_kit.gradients.per_example import Gradients, join_examples
 from influence_kit.memory import MIB, rows_within
 from influence_kit.scoring.reducers import Reducer
 from influence_kit.scoring.term import Side, Term
+from influence_kit.scoring.watch import Watch
 
 # a slab of raw data, and a block of scores that is reduced and dropped
 SLAB_BYTES = 256 * MIB
@@ -46,6 +47,7 @@ class Stream:
         total: how many training examples there are, 0 where unknown.
         groups: names of parameters by group, to split the scores by; None for whole scores.
         tick: called after each training batch of each term.
+        watch: looks on while ``scores`` computes the first term.
     """
 
     terms: Sequence[Term]
@@ -54,12 +56,13 @@ class Stream:
     total: int = 0
     groups: Mapping[str, Sequence[str]] | None = None
     tick: Callable[[], None] = field(default=_nothing)
+    watch: Watch | None = None
 
     def scores(
         self, inputs: Iterable[Batch], train: Iterable[Batch], reducer: Reducer, aggregate: bool
     ) -> None:
         """Hand the scores of all test and training examples to the reducer."""
-        kept = {0: self.test_side(self.terms[0].test, inputs, aggregate)}
+        kept = {0: self.test_side(self.terms[0].test, inputs, aggregate, self.watch)}
         m = kept[0].n
         rows = None if reducer.keeps_all else _block_rows(kept[0])
         empty = True
@@ -75,6 +78,8 @@ class Stream:
             empty = False
         if empty:
             reducer.update(torch.arange(0), self._empty_block(m, 0))
+        if self.watch is not None:
+            self.watch.finish()
 
     def _empty_block(self, m: int, n: int) -> Tensor:
         leading = () if self.groups is None else (len(self.groups),)
@@ -93,6 +98,8 @@ class Stream:
                 part = train.inner_by_group(test, self.total, self.groups)
             if not torch.isfinite(part.sum()):
                 _refuse_non_finite(part, test, train, start, term.train.checkpoint)
+            if self.watch is not None and term is self.terms[0]:
+                self.watch.see_scores(train, part if self.groups is None else part.sum(0))
             block[..., rows].add_(part, alpha=weight)
             self.tick()
 
@@ -102,7 +109,13 @@ class Stream:
         with _named(side, batch, start, kind):
             return side(batch)
 
-    def test_side(self, side: Side, inputs: Iterable[Batch], aggregate: bool = False) -> Gradients:
+    def test_side(
+        self,
+        side: Side,
+        inputs: Iterable[Batch],
+        aggregate: bool = False,
+        watch: Watch | None = None,
+    ) -> Gradients:
         """A side of all inputs, or of their sum."""
         self.loader.load(side.checkpoint)
         parts: list[Gradients] = []
@@ -120,7 +133,10 @@ class Stream:
                 parts.append(part)
         if not parts:
             raise InvalidArgumentError("`inputs` holds no examples")
-        return side.solved(join_examples(parts))
+        joined = join_examples(parts)
+        if watch is not None:
+            watch.see_tests(joined)
+        return side.solved(joined)
 
     def vectors(
         self, side: Side, inputs: Iterable[Batch], aggregate: bool = False, kind: str = "test"

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from influence_kit.arguments import check_count
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
+from influence_kit.methods.summary import summary
 from influence_kit.processes import process_count, results
 
 Places = NDArray[np.int64]
@@ -62,6 +63,9 @@ class Valuation(DataInfluence):
     seed: int = field(default=0, kw_only=True)
     n_jobs: int = field(default=1, kw_only=True)
     keep_models: bool = field(default=False, kw_only=True)
+
+    def __repr__(self) -> str:
+        return summary(self)
 
     def __post_init__(self) -> None:
         check_count(self.train_count, "train_count")

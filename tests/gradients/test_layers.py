@@ -375,6 +375,9 @@ def test_products(case: LayerCase) -> None:
     factors = torch.arange(1.0, n + 1, dtype=torch.float64)
     if n > 1:
         assert_close(whole.inner(some, n), expected[1:3] @ expected.T)
+    others = whole.rows(slice(1, None, 2))
+    assert (others.n, n // 2) == (len(expected[1::2]), others.n)
+    assert_close(others.flat(), expected[1::2])
     total = expected.sum(0, keepdim=True) @ expected.T
     assert_close(whole.inner(whole.summed(), n), total)
     assert_close(whole.inner(whole.summed().plus(whole.summed()), n), 2 * total)
