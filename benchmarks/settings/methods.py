@@ -5,7 +5,6 @@ of the training set.
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,17 +25,21 @@ class Question(NamedTuple):
         data: its data.
         target: the model whose predictions are attributed.
         members: checkpoints of other models, for a method over several.
+        over_run: whether a method that looks at trained models takes the checkpoints of the whole
+            run, not the last alone.
     """
 
     setting: Setting
     data: Data
     target: Trained
     members: Sequence[Any] = ()
+    over_run: bool = False
 
     @property
     def final(self) -> list[Any]:
         """The checkpoints of a method that looks at trained models."""
-        return list(self.members) or self.target.checkpoints[-1:]
+        run = self.target.checkpoints
+        return list(self.members) or (run if self.over_run else run[-1:])
 
     @property
     def has_values(self) -> bool:
@@ -46,7 +49,6 @@ class Question(NamedTuple):
 
 Keywords = dict[str, Any]
 TRAK_ENTRIES, NEIGHBORS = 512, 10
-MATRIX_LAYERS = ("Linear", "Conv1d", "Conv2d", "Conv1D")  # the last is GPT-2's linear layer
 
 
 def _shared(question: Question) -> Keywords:
@@ -84,21 +86,6 @@ def _with_curvature(question: Question) -> Keywords:
     return {**_shared(question), **known}
 
 
-def _of_matrices(question: Question) -> Keywords:
-    """Linear layers and convolutions alone: norms and tied weights have no Kronecker form."""
-    keywords, model = _shared(question), question.target.model
-    owners = Counter(
-        parameter for module in model.modules() for parameter in module._parameters.values()
-    )
-    matrices = [
-        name
-        for name, module in model.named_modules()
-        if type(module).__name__ in MATRIX_LAYERS and owners[module.weight] == 1
-    ]
-    chosen = keywords["layers"] or matrices
-    return {**keywords, "layers": [name for name in matrices if name in chosen]}
-
-
 def _trak(question: Question) -> Keywords:
     keywords = _shared(question)
     if question.has_values:  # there is no margin of a class
@@ -131,8 +118,8 @@ METHODS: Mapping[str, Callable[[Question], Keywords]] = {
     "NystromInfluenceFunction": _with_curvature,
     "ArnoldiInfluenceFunction": _of_one_model,
     "DataInf": _shared,
-    "KFACInfluenceFunction": _of_matrices,
-    "EKFACInfluenceFunction": _of_matrices,
+    "KFACInfluenceFunction": _shared,
+    "EKFACInfluenceFunction": _shared,
     "LoGra": _shared,
     "GraSS": _shared,
     "FactGraSS": _shared,
@@ -161,11 +148,10 @@ def split_name(name: str) -> tuple[str, int]:
     return kind, int(count or 0)
 
 
-def make_method(name: str, question: Question, **own: Any) -> Any:
-    """The method of a name, for a question, with other keywords where they are given."""
+def make_method(name: str, question: Question) -> Any:
+    """The method of a name, for a question."""
     kind, _ = split_name(name)
-    keywords = METHODS[kind](question) | own
-    model = question.target.model
+    model, keywords = question.target.model, METHODS[kind](question)
     return getattr(influence_kit, kind)(model, train_dataset=question.data.train, **keywords)
 
 

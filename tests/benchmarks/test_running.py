@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from benchmarks.settings.damping import Variant, by_damping
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import roc_auc_score
 from torch import nn
@@ -13,7 +14,6 @@ from torch import nn
 import influence_kit
 from benchmarks.settings import SETTINGS, Sizes, Trained
 from benchmarks.settings.__main__ import main
-from benchmarks.settings.damping import Variant, by_damping
 from benchmarks.settings.methods import METHODS, Question, last_linear, make_method
 from benchmarks.settings.models.perceptrons import perceptron
 from benchmarks.settings.models.resnet9 import resnet9
