@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.quality.documents import write_documents
-from benchmarks.quality.figures import FILE, Scores, read, write
+from benchmarks.quality.figures import FILE, Figures, Scores, read, write
 from benchmarks.quality.studies import (
     Study,
     metric_studies,
@@ -68,19 +68,18 @@ def _run(study: Study, given: argparse.Namespace, is_scores: bool) -> None:
     if is_scores:
         scores_of(study, data, given.out, partial(_keep_scores, given.json, study.setting))
     else:
-        metrics = metrics_of(study, data, given.out)
-        write(
-            replace(read(given.json), made=_made()).with_metrics(study.setting, metrics), given.json
-        )
+        found = metrics_of(study, data, given.out)
+        write(_now(given.json).with_metrics(study.setting, found), given.json)
     print(f"{study.setting}: {time.monotonic() - start:.0f} s", flush=True)
 
 
 def _keep_scores(path: Path, name: str, found: Scores) -> None:
-    write(replace(read(path), made=_made()).with_scores(name, found), path)
+    write(_now(path).with_scores(name, found), path)
 
 
-def _made() -> str:
-    return f"torch {torch.__version__}, {platform.machine()}"
+def _now(path: Path) -> Figures:
+    """The figures that are kept, as made here."""
+    return replace(read(path), made=f"torch {torch.__version__}, {platform.machine()}")
 
 
 if __name__ == "__main__":

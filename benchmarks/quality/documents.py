@@ -109,7 +109,7 @@ def _of_dampings(scores: Mapping[str, Scores]) -> str:
     return (
         '**`damping="auto"`** at the last checkpoint is within '
         f"{TOLERANCE} ({min(TOLERANCES.values())} for K-FAC and EK-FAC) of the best single number "
-        f"of a sweep from 1e-6 to 10: {told} settings. `benchmarks/QUALITY.md` has the rest by name."
+        f"of a sweep from 1e-6 to 10: {told} settings. `benchmarks/QUALITY.md` names the others."
     )
 
 

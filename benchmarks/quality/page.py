@@ -11,21 +11,21 @@ from benchmarks.settings.catalog import SETTINGS
 PAGE = Path(__file__).parents[1] / "QUALITY.md"
 HEAD = """# Quality
 
-Written by `make quality` ({made}) from `benchmarks/quality.json`. LDS: linear datamodeling score, the
-mean Spearman correlation of summed scores with the outputs of models trained on random halves; the
-noise ceiling is what perfect scores would reach. Errors are standard errors over three target models,
-or over test examples where all seeds train one model. Methods have their defaults unless
-`benchmarks/settings/methods.py` says otherwise.
+Written by `make quality` ({made}) from `benchmarks/quality.json`. LDS: linear datamodeling
+score, the mean Spearman correlation of summed scores with the outputs of models trained on random
+halves; the noise ceiling is what perfect scores would reach. Errors are standard errors over three
+target models, or over test examples where all seeds train one model. Methods have their defaults
+unless `benchmarks/settings/methods.py` says otherwise.
 
 ## Summary
 
-The LDS as a share of the ceiling: of the default at the last checkpoint / over {checkpoints} checkpoints of the
-run, evenly spaced. GradDot and GradCos look at the last alone, TracInCP follows the run. The mean is
-over the settings in which all methods of the table were judged: over the run, where a method takes one.
-*Passes* are counted by a hook: examples that went forward through the model for one question about
-all test examples, fitting included, as multiples of all training and test examples; from the least
-setting to the greatest. A backward pass follows most of them, and {cg} carries one
-vector per test example through nearly all.
+The LDS as a share of the ceiling, of the default: at the last checkpoint / over {checkpoints}
+checkpoints of the run, evenly spaced. GradDot and GradCos look at the last alone, TracInCP follows
+the run. The mean is over the settings in which all methods of the table were judged, and over the
+run where a method takes one. *Passes* are counted by a hook: examples that went forward through the
+model for one question about all test examples, fitting included, as multiples of all training and
+test examples; from the least setting to the greatest. A backward pass follows most of them, and
+{cg} carries one vector per test example through nearly all.
 """
 CG = "`CGInfluenceFunction`"
 # of a default that the list of short ones names: why, where it is known
@@ -126,8 +126,9 @@ def short_defaults(figures: Figures) -> str:
         for method, row in one.rows.items()
         if row.is_short(method) and row.last and row.best
     ]
-    tolerated = f"By more than {TOLERANCE}, or {min(TOLERANCES.values())} of K-FAC and EK-FAC, at the last checkpoint"
-    return f"{tolerated}:\n\n" + ("\n".join(lines) or "None.")
+    tolerated = f"{TOLERANCE} ({min(TOLERANCES.values())} for K-FAC and EK-FAC)"
+    told = "\n".join(lines) or "None."
+    return f"Below it by more than {tolerated}, at the last checkpoint:\n\n{told}"
 
 
 def section(name: str, scores: Scores) -> str:
@@ -142,8 +143,8 @@ def section(name: str, scores: Scores) -> str:
     return "\n\n".join(
         [
             f"## {SETTINGS[name].title} (`{name}`)",
-            f"{_sentence(scores.remark)} Noise ceiling {ceiling}. Bold: below the best of the sweep "
-            "by more than is tolerated.",
+            f"{_sentence(scores.remark)} Noise ceiling {ceiling}. Bold: further below the best of "
+            "the sweep than is tolerated.",
             table(["method", "LDS, last", "over the run", "best of the sweep", "damping"], rows),
         ]
     )

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.quality.figures import Figure, Metrics, Row, Scores
 from benchmarks.settings.catalog import SETTINGS
@@ -23,12 +24,20 @@ KRONECKER = ["KFACInfluenceFunction", "EKFACInfluenceFunction"]
 PROJECTED = ["LoGra", "GraSS", "FactGraSS", "TRAK"]
 FEATURES = ["RepresenterPointSelection", "KNNShapley"]
 NETWORK = [*DIRECT, CG, *KRONECKER, *PROJECTED, *FEATURES]
+# where there is one checkpoint, TracInCP is GradDot
+AT_MINIMUM = [EXPLICIT, *(name for name in NETWORK if name != "TracInCP")]
+OF_VALUES = ["GradDot", "GradCos", EXPLICIT, CG]
+MINIMUM = "trained to the minimum, where all seeds give one model"
+# hundreds of products with the vectors of all test examples
+CG_IS_SLOW = {"cifar2-cnn", "help-gpt"}
 
 # those with learning rates along a run, and those of one model
 FOLLOWING = {"TracInCP", "TracInCPFast"}
 OF_ONE = {"GradDot", "GradCos", "ArnoldiInfluenceFunction"}
 DAMPED = {"DataInf", EXPLICIT, CG, *KRONECKER, *PROJECTED}
-DAMPINGS = tuple(10.0**power for power in range(-6, 2))
+DAMPINGS = [factor * 10.0**power for power in range(-6, 1) for factor in (1, 3)] + [10.0]
+# of TRAK, divided by n: gradients of margins are longer than those of losses
+TRAK_DAMPINGS = [100 * damping for damping in DAMPINGS]
 CHECKPOINTS = 5
 
 
@@ -40,11 +49,13 @@ class Study:
         setting: its name.
         plan: how much is done.
         remark: what a reader of the page has to know.
+        brief: methods that take too long for more than the default at the last checkpoint.
     """
 
     setting: str
     plan: Plan
     remark: str
+    brief: Sequence[str] = ()
 
     @property
     def needs(self) -> str:
@@ -65,56 +76,68 @@ def scores_of(study: Study, data: Data, folder: Path, after: Callable[[Scores], 
     """The linear datamodeling scores of a study; ``after`` gets them after each method."""
     workplace = Workplace(SETTINGS[study.setting], data, study.plan, folder / study.setting)
     subsets, outputs = truth(workplace)
+    has_run = workplace.setting.recipe.epochs > 1
     rows: dict[str, Row] = {}
 
-    def judged(variant: Variant, seed: int) -> tuple[RowCorrelation, float]:
+    def judged(variant: Variant, seed: int) -> Judged:
         found = workplace.scored(variant, seed)
-        return linear_datamodeling_score(found.scores, subsets, outputs, "margin"), found.passes
+        score = linear_datamodeling_score(found.scores, subsets, outputs, "margin")
+        return Judged(score, found.passes)
 
     for name in study.plan.methods:
-        rows[name], ceiling = _row(name, workplace, judged)
+        variants = list(variants_of(name, has_run, name in study.brief))
+        figures, ceiling = _figures(variants, workplace.target_seeds, judged)
+        rows[name] = Row(
+            figures.get(Variant(name)),
+            figures.get(Variant(name, over_run=True)),
+            {f"{v.damping:g}": figures[v] for v in variants if v.damping is not None},
+        )
         after(Scores(ceiling, study.remark, dict(rows)))
 
 
-Judge = Callable[[Variant, int], tuple[RowCorrelation, float]]
-
-
-def _row(name: str, workplace: Workplace, judged: Judge) -> tuple[Row, float | None]:
-    """A method's figures, and the noise ceiling."""
+def variants_of(name: str, has_run: bool, is_brief: bool = False) -> Iterator[Variant]:
+    """What a method is asked: its default and a sweep at the last checkpoint, and over the run."""
     kind, count = split_name(name)
-    has_run = workplace.setting.recipe.epochs > 1
-    found: dict[Variant, list[tuple[RowCorrelation, float]]] = {}
-    variants = list(_variants(name, kind, has_run and not count))
-    # all variants of one target model: they share a fit
-    for seed in workplace.target_seeds:
+    if kind not in FOLLOWING or not has_run:
+        yield Variant(name)
+    if is_brief or count:
+        return
+    if kind in DAMPED:
+        dampings = TRAK_DAMPINGS if kind == "TRAK" else DAMPINGS
+        # what iterates takes the longest, and is asked at every other
+        yield from (Variant(name, damping=one) for one in dampings[:: 2 if kind == CG else 1])
+    if has_run and kind not in OF_ONE:
+        yield Variant(name, over_run=True)
+
+
+class Judged(NamedTuple):
+    """A variant at one target model."""
+
+    score: RowCorrelation
+    passes: float
+
+
+def _figures(
+    variants: Sequence[Variant], seeds: Sequence[int], judge: Callable[[Variant, int], Judged]
+) -> tuple[dict[Variant, Figure | None], float | None]:
+    """The figures of a method, and the noise ceiling."""
+    found: dict[Variant, list[Judged]] = {variant: [] for variant in variants}
+    # all variants of one target model in turn: they share a fit
+    for seed in seeds:
         for variant in variants:
             try:
-                found.setdefault(variant, []).append(judged(variant, seed))
+                found[variant].append(judge(variant, seed))
             except CurvatureError:  # singular, or negative, at so small a damping
                 if variant.damping is None:
                     raise
     figures: dict[Variant, Figure | None] = dict.fromkeys(variants)
     for variant, each in found.items():
-        if len(each) == len(workplace.target_seeds):
-            result = over_targets("LDS", name, [one for one, _ in each], None)
-            passes = each[0][1] if variant.damping is None else None
+        if len(each) == len(seeds):
+            passes = each[0].passes if variant.damping is None else None
+            result = over_targets("LDS", variant.name, [one.score for one in each], None)
             figures[variant] = Figure.of(result, passes)
-    ceiling = found[variants[0]][0][0].ceiling
-    row = Row(
-        figures.get(Variant(name)),
-        figures.get(Variant(name, over_run=True)),
-        {f"{v.damping:g}": figures[v] for v in variants if v.damping is not None},
-    )
-    return row, None if ceiling is None else round(ceiling, 4)
-
-
-def _variants(name: str, kind: str, has_run: bool) -> Iterator[Variant]:
-    if kind not in FOLLOWING or not has_run:
-        yield Variant(name)
-    if kind in DAMPED and name == kind:
-        yield from (Variant(name, damping=damping) for damping in DAMPINGS)
-    if has_run and kind not in OF_ONE:
-        yield Variant(name, over_run=True)
+    ceiling = found[variants[0]][0].score.ceiling
+    return figures, None if ceiling is None else round(ceiling, 4)
 
 
 def metrics_of(study: Study, data: Data, folder: Path) -> Metrics:
@@ -129,40 +152,40 @@ def metrics_of(study: Study, data: Data, folder: Path) -> Metrics:
 def score_studies(processes: int) -> list[Study]:
     """The linear datamodeling scores: wide inputs first, then those of the other settings."""
 
-    def network(name: str, methods: Sequence[str], subsets: int = 40, repeats: int = 2) -> Study:
+    def network(
+        name: str, methods: Sequence[str] = NETWORK, subsets: int = 40, repeats: int = 2
+    ) -> Study:
         amounts = {"subsets": subsets, "repeats": repeats, "checkpoints": CHECKPOINTS}
         plan = Plan(methods, targets=3, processes=processes, **amounts)
-        return Study(name, plan, f"{subsets} halves x {repeats} models, three target models")
+        remark = f"{subsets} halves x {repeats} models, three target models"
+        return Study(name, plan, remark, [CG] if name in CG_IS_SLOW else [])
 
-    def at_minimum(name: str, methods: Sequence[str]) -> Study:
+    def at_minimum(name: str, methods: Sequence[str] = AT_MINIMUM) -> Study:
         plan = Plan(methods, subsets=50, processes=processes)
-        return Study(
-            name, plan, "50 halves; trained to the minimum, where all seeds give one model"
-        )
+        return Study(name, plan, f"50 halves; {MINIMUM}")
 
-    convex = [name for name in [*DIRECT, EXPLICIT, *NETWORK[len(DIRECT) :]] if name != "TracInCP"]
-    wide = [one.name for one in WIDE if one.name != "concrete"]
+    tokens = [name for name in NETWORK if name not in FEATURES]
+    digits = [*NETWORK, EXPLICIT, *ITERATIVE, "TracInCPFast", "TRAK-10"]
     return [
-        *(network(name, NETWORK) for name in wide),
+        *(network(one.name) for one in WIDE if one.name != "concrete"),
         network("concrete", [*NETWORK, EXPLICIT], repeats=6),
-        network("digits-mlp", [*NETWORK, EXPLICIT, *ITERATIVE, "TracInCPFast", "TRAK-10"], 100, 10),
-        network("help-gpt", [n for n in NETWORK if n not in FEATURES], subsets=30),
-        at_minimum("wine-lr", convex),
-        at_minimum("breast-cancer-lr", convex),
-        at_minimum("digits-lr", convex),
-        at_minimum("diabetes-ridge", ["GradDot", "GradCos", EXPLICIT, CG]),
+        network("digits-mlp", digits, subsets=100, repeats=10),
+        network("help-gpt", tokens, subsets=30),
+        at_minimum("wine-lr"),
+        at_minimum("breast-cancer-lr"),
+        at_minimum("digits-lr"),
+        at_minimum("diabetes-ridge", OF_VALUES),
     ]
 
 
 def metric_studies(processes: int) -> list[Study]:
     """Leaving examples out, and wrong labels."""
 
-    def at_minimum(name: str, left_out: int, wrong: float) -> Study:
-        names = [*DIRECT, EXPLICIT, *NETWORK[len(DIRECT) :]]
-        if name == "diabetes-ridge":
-            names = ["GradDot", "GradCos", EXPLICIT, CG]
-        plan = Plan(names, targets=3, left_out=left_out, wrong_share=wrong, processes=processes)
-        return Study(name, plan, "trained to the minimum, where all seeds give one model")
+    def at_minimum(
+        name: str, left_out: int, wrong: float, methods: Sequence[str] = AT_MINIMUM
+    ) -> Study:
+        amounts = {"left_out": left_out, "wrong_share": wrong}
+        return Study(name, Plan(methods, targets=3, processes=processes, **amounts), MINIMUM)
 
     digits = Plan(
         [*DIRECT, *KRONECKER, *PROJECTED, *FEATURES],
@@ -173,7 +196,7 @@ def metric_studies(processes: int) -> list[Study]:
     return [
         at_minimum("wine-lr", 40, 0.1),
         at_minimum("breast-cancer-lr", 40, 0.1),
-        at_minimum("diabetes-ridge", 40, 0.0),
+        at_minimum("diabetes-ridge", 40, 0.0, OF_VALUES),
         at_minimum("digits-lr", 20, 0.0),
         Study("digits-mlp", digits, "a tenth of the labels wrong, others in each of three runs"),
     ]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import influence_kit
 from influence_kit.saved import replace_file
@@ -96,19 +97,15 @@ def hash_of_code() -> str:
     return found.hexdigest()
 
 
-def scored(make: Callable[[], Any], model: nn.Module, batch: Any, examples: int) -> Scored:
-    """The scores of a batch, and what it costs to make the method, fit it and ask it.
-
-    Args:
-        make: makes the method.
-        model: its model.
-        batch: test examples.
-        examples: a pass: the number of training and test examples.
-    """
+def scored(
+    make: Callable[[], Any], model: nn.Module, train: TensorDataset, test: TensorDataset
+) -> Scored:
+    """All scores of a method, and what it costs to make it, to fit it and to ask it."""
     start = time.perf_counter()
     with _counted(model) as seen:
-        scores = make().influence(batch)
-    return Scored(scores, time.perf_counter() - start, sum(seen) / examples)
+        scores = make().influence(test.tensors)
+    seconds = time.perf_counter() - start
+    return Scored(scores, seconds, sum(seen) / (len(train) + len(test)))
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class Question(NamedTuple):
 
 
 Keywords = dict[str, Any]
-TRAK_ENTRIES, NEIGHBORS = 512, 10
+NEIGHBORS = 10
 
 
 def _shared(question: Question) -> Keywords:
@@ -90,12 +90,11 @@ def _trak(question: Question) -> Keywords:
     keywords = _shared(question)
     if question.has_values:  # there is no margin of a class
         keywords["output_fn"] = question.setting.measurement
-    # a projection to as many entries as there are parameters or examples only adds noise
+    # a projection of few parameters only adds noise
     parameters = sum(p.numel() for p in question.target.model.parameters())
-    half = len(question.data.train) // 2
-    if parameters <= half:
+    if parameters <= len(question.data.train) // 2:
         return {**keywords, "projection": "identity"}
-    return {**keywords, "projection_dim": min(TRAK_ENTRIES, half)}
+    return keywords
 
 
 def _neighbors(question: Question) -> Keywords:
@@ -148,10 +147,10 @@ def split_name(name: str) -> tuple[str, int]:
     return kind, int(count or 0)
 
 
-def make_method(name: str, question: Question) -> Any:
-    """The method of a name, for a question."""
+def make_method(name: str, question: Question, **own: Any) -> Any:
+    """The method of a name, for a question, with other keywords where they are given."""
     kind, _ = split_name(name)
-    model, keywords = question.target.model, METHODS[kind](question)
+    model, keywords = question.target.model, METHODS[kind](question) | own
     return getattr(influence_kit, kind)(model, train_dataset=question.data.train, **keywords)
 
 

@@ -135,7 +135,7 @@ def _suspicions(workplace: Workplace, target: int) -> dict[str, tuple[Tensor, fl
         "(last loss)": (last_loss(losses), None),
     }
     for name in workplace.plan.methods:
-        method = workplace.method(name, over_run=False, seed=target)
+        method = workplace.method(name, target)
         if hasattr(method, "self_influence"):
             suspicion, cost = measured(method.self_influence)
             found[name] = suspicion, cost.seconds

@@ -42,7 +42,7 @@ class Workplace:
     folder: Path
     _targets: dict[int, Trained] = field(default_factory=dict)
     # one method at most
-    _latest: dict[tuple[str, bool, int], Any] = field(default_factory=dict)
+    _latest: dict[tuple[str, int, bool], Any] = field(default_factory=dict)
     _members: dict[int, list[Path]] = field(default_factory=dict)
 
     @property
@@ -89,12 +89,12 @@ class Workplace:
             ]
         return self._members[count]
 
-    def method(self, name: str, over_run: bool, seed: int) -> Any:
-        """A method for the target model of a seed."""
+    def method(self, name: str, seed: int, over_run: bool = False, **own: Any) -> Any:
+        """A method for the target model of a seed, with other keywords where they are given."""
         _, count = split_name(name)
         members = self.members(count) if count else ()
         question = Question(self.setting, self.data, self.target(seed), members, over_run)
-        return make_method(name, question)
+        return make_method(name, question, **own)
 
     def scores_by_target(self, name: str) -> list[Tensor]:
         """All scores of a method ``[m, n]`` for each target model."""
@@ -109,17 +109,14 @@ class Workplace:
         """The scores of a variant for the target model of a seed; the folder keeps them."""
 
         def make() -> Scored:
-            batch = self.data.test.tensors
-            examples = len(self.data.train) + len(self.data.test)
-            return scored(
-                partial(self._asked, variant, seed), self.target(seed).model, batch, examples
-            )
+            ask, model = partial(self._asked, variant, seed), self.target(seed).model
+            return scored(ask, model, self.data.train, self.data.test)
 
         return self._folder.get(variant.file(seed), make)
 
     def _asked(self, variant: Variant, seed: int) -> Any:
         """The method; one that is there already is asked again with another damping."""
-        key = variant.name, variant.over_run, seed
+        key = variant.name, seed, variant.over_run
         if variant.damping is None or key not in self._latest:
             self._latest.clear()
             self._latest[key] = self.method(*key)
