@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quality.documents import write_documents
+from benchmarks.quality import documents
 from benchmarks.quality.figures import FILE, Figures, Scores, read, write
 from benchmarks.quality.studies import (
     Study,
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for study in metric_studies(given.processes):
             _run(study, given, is_scores=False)
     if given.json == FILE:
-        write_documents(read())
+        documents.write_documents(read(FILE))
 
 
 def _run(study: Study, given: argparse.Namespace, is_scores: bool) -> None:

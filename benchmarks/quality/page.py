@@ -109,11 +109,12 @@ def _both_shares(scores: Scores, row: Row) -> str:
 def _passes(method: str, scores: Iterable[Scores]) -> str:
     rows = [one.rows[method] for one in scores if method in one.rows]
     each = ([row.last for row in rows], [row.run for row in rows])
-    return " / ".join(_range([one.passes for one in some if one and one.passes]) for some in each)
+    passes = ([one.passes for one in some if one and one.passes] for some in each)
+    return " / ".join(_range(some) for some in passes if some)
 
 
 def _range(values: Sequence[float]) -> str:
-    least, most = (f"{value:.0f}" for value in (min(values), max(values))) if values else ("", "")
+    least, most = f"{min(values):.0f}", f"{max(values):.0f}"
     return least if least == most else f"{least} to {most}"
 
 
