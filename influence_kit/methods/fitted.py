@@ -217,13 +217,18 @@ class FittedInfluence(KeptFit):
             return None
         return self._auto_rule if self._damping == AUTO else self._damping
 
+    @property
+    def _share(self) -> float:
+        """Of the rules of traces."""
+        return self._auto_share
+
     def _damping_by(self, rule: str, facts: Facts, data: DataSet) -> Tensor:
         """The damping of each block ``[B]`` by a rule, for the checkpoint that is in the model."""
         if TRACES not in facts:
             facts[TRACES] = self._traces(facts, data)
         blocks = dict(zip(self.block_names, self._partition.sizes, strict=True))
         argument = f'{self._wording.damping}="{self._damping}"'
-        return share_of(facts[TRACES], blocks, data.count, rule, self._auto_share, argument)
+        return share_of(facts[TRACES], blocks, data.count, rule, self._share, argument)
 
     def _damping_at(self, place: int) -> Tensor:
         """The damping of each block ``[B]``, float64."""

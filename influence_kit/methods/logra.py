@@ -29,8 +29,8 @@ class LoGra(ProjectedInfluence):
             more entries stays as it is.
         projection: "orthogonal", "gaussian", "rademacher" or "identity" (nothing is projected);
             inner products of projected gradients have those of the gradients as their mean.
-        damping: added to the eigenvalues of F: a number, a dict by layer, or "auto" (0.3 times the
-            mean eigenvalue in the layer: its trace over min(entries of u, examples)).
+        damping: added to the eigenvalues of F: a number, a dict by layer, or "auto" (the mean
+            eigenvalue in the layer: its trace over min(entries of u, examples)).
         curvature: "empirical_fisher" (labels of the data) or "fisher" (drawn from the model).
         blocks: "layer", "full" (F couples the layers), or a dict of blocks.
         hessian_dataset: the data over which F is a mean; the training set where None.

@@ -79,8 +79,6 @@ class ProjectedInfluence(ExplicitInfluenceFunction, ProjectedGradients):
     See ``LoGra`` for the arguments.
     """
 
-    _auto_share = 0.3
-
     def __init__(
         self,
         *args: Any,

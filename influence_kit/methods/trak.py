@@ -48,6 +48,9 @@ from influence_kit.scoring.reducers import Reducer, Weighted
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term, Transform
 
+# of ridge="auto" with one checkpoint: of their mean eigenvalue
+SHARE_OF_ONE = 1.5
+
 
 class TRAK(SolvedInfluence):
     r"""score = mean of phi_test^T (Phi^T Phi + ridge I)^-1 phi_train, times mean of 1 - p_train.
@@ -74,10 +77,11 @@ class TRAK(SolvedInfluence):
         projection: "sjlt" (sparse: each entry is added to one of the features), "rademacher" or
             "gaussian" (dense: as many operations an entry as there are features), or "identity"
             (nothing is projected, for small models).
-        ridge: added to the eigenvalues of Phi^T Phi, which is a sum over the training set: a number
-            or "auto", half of their mean (the trace over the lesser of entries and n). Without one
-            the scores are noise where n is near the number of features or below it. May be set
-            anew; nothing is computed again for that.
+        ridge: added to the eigenvalues of Phi^T Phi, which is a sum over the training set: a
+            positive number or "auto", 1.5 / sqrt(C) times their mean (the trace over the lesser of
+            entries and n; with "mean" over all entries). Without one the scores are noise where n
+            is near the number of features or below it. May be set again; nothing is computed again
+            for that.
         output_fn: ``output_fn(outputs, targets)`` (of a dict batch: ``(outputs, batch)``), one
             value per example in place of the margin, higher for better predictions. It is used on
             both sides: in it the model is taken for linear, so that it is what training raises.
@@ -110,7 +114,7 @@ class TRAK(SolvedInfluence):
         torch.Size([4, 3])
     """
 
-    _auto_rule, _auto_share = TRACE, 0.5
+    _auto_rule = TRACE
     _wording = OF_FEATURES
     _keeps_rows = True
 
@@ -260,6 +264,11 @@ class TRAK(SolvedInfluence):
     def _measure(self, data: DataSet) -> Facts:
         features = self.train_at(data.checkpoint).features
         return normal_equations(features, data, *self._partition.sizes)
+
+    @property
+    def _share(self) -> float:
+        # the mean over checkpoints takes away noise, too
+        return SHARE_OF_ONE / len(self.checkpoints) ** 0.5
 
     def _traces(self, facts: Facts, data: DataSet) -> Tensor:
         return trace_of_features(facts[GRAM], data.count, f'ridge="{self._damping}"')
