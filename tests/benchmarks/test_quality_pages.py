@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -22,6 +23,7 @@ from benchmarks.settings.catalog import SETTINGS
 README = (Path(__file__).parents[2] / "README.rst").read_text()
 FIGURES = read()
 RUNS = {name: one for name, one in FIGURES.scores.items() if one.ceiling is not None}
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 AGAIN = "run `python -m benchmarks.quality --render`"
 
 
@@ -68,7 +70,11 @@ def test_the_readme_begins_with_the_best_default():
     imported = re.findall(r"from influence_kit import (\w*Influence\w*|LoGra|TRAK|GraSS)", README)
     assert imported[0] == for_small_models(RUNS).method
     (sentence,) = re.findall(r"[^.]*\blarge model\b[^.]*", README)
-    assert f"``{for_large_models(RUNS).method}``" in sentence
+    large = for_large_models(RUNS).method
+    assert f"``{large}``" in sentence
+    (told,) = re.findall(r"which costs about (\w+)", sentence)
+    costs = [one.rows[large].last.passes for one in RUNS.values()]
+    assert NUMBERS.index(told) == round(median(costs))
 
 
 def test_the_choosing_page_recommends_the_best_defaults():
