@@ -36,8 +36,12 @@ FOLLOWING = {"TracInCP", "TracInCPFast"}
 OF_ONE = {"GradDot", "GradCos", "ArnoldiInfluenceFunction"}
 DAMPED = {"DataInf", EXPLICIT, CG, *KRONECKER, *PROJECTED}
 DAMPINGS = [factor * 10.0**power for power in range(-6, 1) for factor in (1, 3)] + [10.0]
-# of TRAK, divided by n: gradients of margins are longer than those of losses
-TRAK_DAMPINGS = [100 * damping for damping in DAMPINGS]
+OWN_DAMPINGS = {
+    # divided by n: gradients of margins are longer than those of losses
+    "TRAK": [100 * damping for damping in DAMPINGS],
+    # every other: it takes the longest; below them it does not converge in its 100 iterations
+    CG: DAMPINGS[4::2],
+}
 CHECKPOINTS = 5
 
 
@@ -103,9 +107,7 @@ def variants_of(name: str, has_run: bool, is_brief: bool = False) -> Iterator[Va
     if is_brief or count:
         return
     if kind in DAMPED:
-        dampings = TRAK_DAMPINGS if kind == "TRAK" else DAMPINGS
-        # what iterates takes the longest, and is asked at every other
-        yield from (Variant(name, damping=one) for one in dampings[:: 2 if kind == CG else 1])
+        yield from (Variant(name, damping=one) for one in OWN_DAMPINGS.get(kind, DAMPINGS))
     if has_run and kind not in OF_ONE:
         yield Variant(name, over_run=True)
 

@@ -198,7 +198,8 @@ def test_what_a_method_is_asked():
     assert found[0] == Variant("LoGra")
     assert [one.damping for one in found[1:-1]] == DAMPINGS
     assert found[-1] == Variant("LoGra", over_run=True)
-    assert [one.damping for one in variants_of(CG, has_run=False)][1:] == DAMPINGS[::2]
+    iterated = [one.damping for one in variants_of(CG, has_run=False)][1:]
+    assert iterated == pytest.approx([1e-4, 1e-3, 0.01, 0.1, 1, 10])
     assert DAMPINGS[0] == 1e-6
     assert DAMPINGS[-1] == 10
     ridges = [one.damping for one in variants_of("TRAK", has_run=False)][1:]
