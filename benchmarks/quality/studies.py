@@ -23,7 +23,7 @@ CG, EXPLICIT = "CGInfluenceFunction", "ExplicitInfluenceFunction"
 KRONECKER = ["KFACInfluenceFunction", "EKFACInfluenceFunction"]
 PROJECTED = ["LoGra", "GraSS", "FactGraSS", "TRAK"]
 FEATURES = ["RepresenterPointSelection", "KNNShapley"]
-NETWORK = [*DIRECT, CG, *KRONECKER, *PROJECTED, *FEATURES]
+NETWORK = [*DIRECT, *KRONECKER, *PROJECTED, *FEATURES, CG]  # the slowest last
 # where there is one checkpoint, TracInCP is GradDot
 AT_MINIMUM = [EXPLICIT, *(name for name in NETWORK if name != "TracInCP")]
 OF_VALUES = ["GradDot", "GradCos", EXPLICIT, CG]
