@@ -8,7 +8,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from benchmarks.quality.figures import TOLERANCE, TOLERANCES, Figures, Row, Scores
-from benchmarks.quality.page import PAGE, Standing, page, standings, summary, table
+from benchmarks.quality.page import (
+    PAGE,
+    Standing,
+    best_default,
+    page,
+    standings,
+    summary,
+    table,
+)
 from benchmarks.settings.catalog import SETTINGS
 
 CHOOSING = Path(__file__).parents[2] / "sphinx" / "choosing.md"
@@ -118,11 +126,11 @@ def _was_swept(row: Row | None) -> bool:
 
 
 def _of_datainf(scores: Mapping[str, Scores]) -> str:
-    gains = [
-        one.rows["DataInf"].best[1].mean - one.rows["GradDot"].last.mean
-        for one in scores.values()
-        if _was_swept(one.rows.get("DataInf")) and "GradDot" in one.rows
-    ]
+    gains = []
+    for one in scores.values():
+        row, plain = one.rows.get("DataInf"), one.rows.get("GradDot")
+        if row and row.best and plain and plain.last:
+            gains.append(row.best[1].mean - plain.last.mean)
     return (
         f"**`DataInf`** at its best damping is above `GradDot` by {max(gains):.2f} at most, and by "
         f"{sum(gains) / len(gains):.2f} on average: where the damping is far below the squared "
@@ -133,12 +141,10 @@ def _of_datainf(scores: Mapping[str, Scores]) -> str:
 
 def _of_minima(figures: Figures) -> Iterator[str]:
     minima = {name: one for name, one in figures.scores.items() if one.ceiling is None}
-    exact = [one.rows["ExplicitInfluenceFunction"].last.mean for one in minima.values()]
-    kronecker = [
-        one.rows["EKFACInfluenceFunction"].last.mean
-        for one in minima.values()
-        if "EKFACInfluenceFunction" in one.rows
-    ]
+    exact, kronecker = (
+        [best_default(one.rows[method]).mean for one in minima.values() if method in one.rows]
+        for method in ("ExplicitInfluenceFunction", "EKFACInfluenceFunction")
+    )
     yield (
         "**Convex models** trained to the minimum "
         f"({', '.join(f'`{name}`' for name in minima)}): the exact Hessian with the penalty as its "

@@ -157,8 +157,7 @@ def score_studies(processes: int) -> list[Study]:
     def network(
         name: str, methods: Sequence[str] = NETWORK, subsets: int = 40, repeats: int = 2
     ) -> Study:
-        amounts = {"subsets": subsets, "repeats": repeats, "checkpoints": CHECKPOINTS}
-        plan = Plan(methods, targets=3, processes=processes, **amounts)
+        plan = Plan(methods, subsets, repeats, 3, checkpoints=CHECKPOINTS, processes=processes)
         remark = f"{subsets} halves x {repeats} models, three target models"
         return Study(name, plan, remark, [CG] if name in CG_IS_SLOW else [])
 
@@ -186,8 +185,8 @@ def metric_studies(processes: int) -> list[Study]:
     def at_minimum(
         name: str, left_out: int, wrong: float, methods: Sequence[str] = AT_MINIMUM
     ) -> Study:
-        amounts = {"left_out": left_out, "wrong_share": wrong}
-        return Study(name, Plan(methods, targets=3, processes=processes, **amounts), MINIMUM)
+        plan = Plan(methods, targets=3, left_out=left_out, wrong_share=wrong, processes=processes)
+        return Study(name, plan, MINIMUM)
 
     digits = Plan(
         [*DIRECT, *KRONECKER, *PROJECTED, *FEATURES],
