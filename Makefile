@@ -8,6 +8,8 @@ TEST_FLAGS ?= -n 2
 # how many random questions `make fuzz` asks, and the seed of the first
 FUZZ ?= 5000
 FUZZ_FIRST ?= 0
+# a folder with the files of more data sets, for `make quality`
+DATA ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types format docs tutorials bench fuzz quality clean
@@ -59,8 +61,8 @@ bench: $(VENV)/.test  ## time the floor, influence_kit and its peers; writes ben
 	$(BIN)/python -m benchmarks.costs --write
 	$(BIN)/python -m benchmarks.checks --long --write
 
-quality: $(VENV)/.test  ## judge every method where no download is needed; writes benchmarks/QUALITY.md
-	$(BIN)/python -m benchmarks.quality
+quality: $(VENV)/.test  ## judge every method; DATA=folder: on data sets there, too; writes QUALITY.md
+	$(BIN)/python -m benchmarks.quality $(if $(DATA),--data $(DATA))
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info sphinx/_build sphinx/tutorials .pytest_cache .mypy_cache .ruff_cache

@@ -5,7 +5,6 @@ of the training set.
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,17 +25,21 @@ class Question(NamedTuple):
         data: its data.
         target: the model whose predictions are attributed.
         members: checkpoints of other models, for a method over several.
+        over_run: whether a method that looks at trained models takes the checkpoints of the whole
+            run, not the last alone.
     """
 
     setting: Setting
     data: Data
     target: Trained
     members: Sequence[Any] = ()
+    over_run: bool = False
 
     @property
     def final(self) -> list[Any]:
         """The checkpoints of a method that looks at trained models."""
-        return list(self.members) or self.target.checkpoints[-1:]
+        run = self.target.checkpoints
+        return list(self.members) or (run if self.over_run else run[-1:])
 
     @property
     def has_values(self) -> bool:
@@ -45,8 +48,7 @@ class Question(NamedTuple):
 
 
 Keywords = dict[str, Any]
-TRAK_ENTRIES, NEIGHBORS = 512, 10
-MATRIX_LAYERS = ("Linear", "Conv1d", "Conv2d", "Conv1D")  # the last is GPT-2's linear layer
+NEIGHBORS = 10
 
 
 def _shared(question: Question) -> Keywords:
@@ -84,31 +86,15 @@ def _with_curvature(question: Question) -> Keywords:
     return {**_shared(question), **known}
 
 
-def _of_matrices(question: Question) -> Keywords:
-    """Linear layers and convolutions alone: norms and tied weights have no Kronecker form."""
-    keywords, model = _shared(question), question.target.model
-    owners = Counter(
-        parameter for module in model.modules() for parameter in module._parameters.values()
-    )
-    matrices = [
-        name
-        for name, module in model.named_modules()
-        if type(module).__name__ in MATRIX_LAYERS and owners[module.weight] == 1
-    ]
-    chosen = keywords["layers"] or matrices
-    return {**keywords, "layers": [name for name in matrices if name in chosen]}
-
-
 def _trak(question: Question) -> Keywords:
     keywords = _shared(question)
     if question.has_values:  # there is no margin of a class
         keywords["output_fn"] = question.setting.measurement
-    # a projection to as many entries as there are parameters or examples only adds noise
+    # a projection of few parameters only adds noise
     parameters = sum(p.numel() for p in question.target.model.parameters())
-    half = len(question.data.train) // 2
-    if parameters <= half:
+    if parameters <= len(question.data.train) // 2:
         return {**keywords, "projection": "identity"}
-    return {**keywords, "projection_dim": min(TRAK_ENTRIES, half)}
+    return keywords
 
 
 def _neighbors(question: Question) -> Keywords:
@@ -131,8 +117,8 @@ METHODS: Mapping[str, Callable[[Question], Keywords]] = {
     "NystromInfluenceFunction": _with_curvature,
     "ArnoldiInfluenceFunction": _of_one_model,
     "DataInf": _shared,
-    "KFACInfluenceFunction": _of_matrices,
-    "EKFACInfluenceFunction": _of_matrices,
+    "KFACInfluenceFunction": _shared,
+    "EKFACInfluenceFunction": _shared,
     "LoGra": _shared,
     "GraSS": _shared,
     "FactGraSS": _shared,
@@ -164,8 +150,7 @@ def split_name(name: str) -> tuple[str, int]:
 def make_method(name: str, question: Question, **own: Any) -> Any:
     """The method of a name, for a question, with other keywords where they are given."""
     kind, _ = split_name(name)
-    keywords = METHODS[kind](question) | own
-    model = question.target.model
+    model, keywords = question.target.model, METHODS[kind](question) | own
     return getattr(influence_kit, kind)(model, train_dataset=question.data.train, **keywords)
 
 

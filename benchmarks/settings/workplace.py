@@ -13,12 +13,12 @@ import numpy as np
 from torch import Tensor, nn
 
 from benchmarks.settings.data import Data
+from benchmarks.settings.kept_scores import Scored, ScoreFolder, Variant, scored
 from benchmarks.settings.methods import Question, make_method, split_name
 from benchmarks.settings.plan import Plan
 from benchmarks.settings.recipes import Minimum
 from benchmarks.settings.setting import Setting, Trained
 from influence_kit.evaluation import Retraining, checkpoint_losses, half_subsets
-from influence_kit.evaluation.cost import measured
 from influence_kit.saved import hash_of
 
 # of the models over which a method averages: other seeds than those of targets and of the truth
@@ -41,7 +41,8 @@ class Workplace:
     plan: Plan
     folder: Path
     _targets: dict[int, Trained] = field(default_factory=dict)
-    _scores: dict[tuple[str, int], tuple[Tensor, float]] = field(default_factory=dict)
+    # one method at most
+    _latest: dict[tuple[str, int, bool], Any] = field(default_factory=dict)
     _members: dict[int, list[Path]] = field(default_factory=dict)
 
     @property
@@ -61,12 +62,11 @@ class Workplace:
     @cached_property
     def retraining(self) -> Retraining:
         """Trains on subsets, and keeps the models in the folder."""
-        label = f"{self.setting.name}: {self.setting.recipe}, {hash_of([self.data.train.tensors])}"
         return Retraining(
             self.setting.trainer(self.data, self.plan.device),
             self.folder / "models",
             model=self.setting.new_model(self.data).to(self.plan.device),
-            label=label,
+            label=self._label,
             n_jobs=self.plan.processes,
             show_progress=self.plan.show_progress,
         )
@@ -89,30 +89,54 @@ class Workplace:
             ]
         return self._members[count]
 
-    def method(self, name: str, seed: int, **own: Any) -> Any:
+    def method(self, name: str, seed: int, over_run: bool = False, **own: Any) -> Any:
         """A method for the target model of a seed, with other keywords where they are given."""
         _, count = split_name(name)
         members = self.members(count) if count else ()
-        question = Question(self.setting, self.data, self.target(seed), members)
+        question = Question(self.setting, self.data, self.target(seed), members, over_run)
         return make_method(name, question, **own)
 
     def scores_by_target(self, name: str) -> list[Tensor]:
-        """All scores of a method ``[m, n]`` for each target model; the folder keeps them too."""
-        return [self._scored(name, seed)[0] for seed in self.target_seeds]
+        """All scores of a method ``[m, n]`` for each target model."""
+        return [self.scored(Variant(name), seed).scores for seed in self.target_seeds]
 
     def seconds(self, name: str) -> float:
         """What the scores of a method took, fitting included: the mean over target models."""
-        return float(np.mean([self._scored(name, seed)[1] for seed in self.target_seeds]))
+        seeds = self.target_seeds
+        return float(np.mean([self.scored(Variant(name), seed).seconds for seed in seeds]))
 
-    def _scored(self, name: str, seed: int) -> tuple[Tensor, float]:
-        if (name, seed) not in self._scores:
-            method = self.method(name, seed)
-            scores, cost = measured(lambda: method.influence(self.data.test.tensors))
-            folder = self.folder / "scores"
-            folder.mkdir(parents=True, exist_ok=True)
-            np.save(folder / f"{name}-target{seed}.npy", scores.cpu().numpy())
-            self._scores[name, seed] = scores, cost.seconds
-        return self._scores[name, seed]
+    def scored(self, variant: Variant, seed: int) -> Scored:
+        """The scores of a variant for the target model of a seed; the folder keeps them."""
+
+        def make() -> Scored:
+            ask, model = partial(self._asked, variant, seed), self.target(seed).model
+            return scored(ask, model, self.data.train, self.data.test)
+
+        return self._folder.get(variant.file(seed), make)
+
+    def _asked(self, variant: Variant, seed: int) -> Any:
+        """The method; one that is there already is asked again with another damping."""
+        key = variant.name, seed, variant.over_run
+        if variant.damping is None or key not in self._latest:
+            self._latest.clear()
+            self._latest[key] = self.method(*key)
+        method = self._latest[key]
+        if variant.damping is not None:
+            # what TRAK adds it to is a sum over the training set, not a mean
+            factor = len(self.data.train) if split_name(variant.name)[0] == "TRAK" else 1
+            method.damping = factor * variant.damping
+        return method
+
+    @cached_property
+    def _folder(self) -> ScoreFolder:
+        plan, test = self.plan, hash_of([self.data.test.tensors])
+        made_by = f"{self._label}, {test}, {plan.checkpoints} checkpoints, seed {plan.seed}"
+        return ScoreFolder(self.folder / "scores", made_by)
+
+    @cached_property
+    def _label(self) -> str:
+        """What models are trained on, and how."""
+        return f"{self.setting.name}: {self.setting.recipe}, {hash_of([self.data.train.tensors])}"
 
     def losses(self, seed: int) -> Tensor:
         """The loss of each training example at each checkpoint of a target model, ``[C, n]``."""

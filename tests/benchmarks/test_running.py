@@ -13,11 +13,9 @@ from torch import nn
 import influence_kit
 from benchmarks.settings import SETTINGS, Sizes, Trained
 from benchmarks.settings.__main__ import main
-from benchmarks.settings.damping import Variant, by_damping
+from benchmarks.settings.kept_scores import Variant, scored
 from benchmarks.settings.methods import METHODS, Question, last_linear, make_method
 from benchmarks.settings.models.perceptrons import perceptron
-from benchmarks.settings.models.resnet9 import resnet9
-from benchmarks.settings.models.transformer import GPT
 from benchmarks.settings.plan import Plan, Result
 from benchmarks.settings.recipes import MiniBatches
 from benchmarks.settings.run import report, run
@@ -26,6 +24,8 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation import half_subsets
 
 WINE = SETTINGS["wine-lr"]
+# TRAK's default, with few examples
+pytestmark = pytest.mark.filterwarnings("ignore:.*training examples have features of 512 entries")
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +59,8 @@ def test_the_datamodeling_score_is_put_together_right(wine, tmp_path):
     assert found.error == pytest.approx(np.std(expected, ddof=1) / 6**0.5)
     assert found.seconds > 0
     assert set(results) == {("LDS", name) for name in names}
-    kept = np.load(tmp_path / "scores" / "ExplicitInfluenceFunction-target0.npy")
-    assert np.allclose(kept, scores)
+    kept = np.load(tmp_path / "scores" / "ExplicitInfluenceFunction-target0.npz")
+    assert np.allclose(kept["scores"], scores)
 
 
 def test_leaving_out_is_put_together_right(wine, tmp_path):
@@ -122,35 +122,75 @@ def test_target_models_differ_by_seed(tmp_path):
     assert len(list((tmp_path / "models").glob("*.safetensors"))) == 10
 
 
-def test_scores_at_multiples_of_the_automatic_damping(tmp_path):
+def tiny(tmp_path, **plan):
     data = TINY_MLP.load(sizes=Sizes(64, 5))
-    plan = Plan(["ExplicitInfluenceFunction"], subsets=4, repeats=2)
-    workplace = Workplace(TINY_MLP, data, plan, tmp_path)
-    variants = [Variant("TRAK", {"projection_dim": 20}), Variant("ExplicitInfluenceFunction")]
-    found = list(by_damping(workplace, variants, [0.5, 1.0]))
-    assert [(one.metric, one.method) for one in found] == [
-        ("0.5 x auto", "TRAK, projection_dim 20"),
-        ("1 x auto", "TRAK, projection_dim 20"),
-        ("0.5 x auto", "ExplicitInfluenceFunction"),
-        ("1 x auto", "ExplicitInfluenceFunction"),
-    ]
-    results = by_name(run(TINY_MLP, data, plan, tmp_path))
-    assert found[3].mean == pytest.approx(results["LDS", "ExplicitInfluenceFunction"].mean)
-    # one by hand
-    target = TINY_MLP.train_with_checkpoints(data, 5)
-    method = influence_kit.TRAK(
+    return Workplace(TINY_MLP, data, Plan(["GradDot"], subsets=4, **plan), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "keywords"),
+    [("EKFACInfluenceFunction", {"damping": 0.25}), ("TRAK", {"ridge": 64 * 0.25})],
+)
+def test_a_damping_takes_the_place_of_the_default(name, keywords, tmp_path):
+    workplace = tiny(tmp_path)
+    # a method that is fitted is asked again
+    for variant in (Variant(name), Variant(name, damping=3.0), Variant(name, damping=0.25)):
+        found = workplace.scored(variant, 1).scores
+    data, target = workplace.data, TINY_MLP.train_with_checkpoints(workplace.data, 5, seed=1)
+    method = getattr(influence_kit, name)(
         target.model,
         data.train,
         target.checkpoints[-1:],
         loss_fn=TINY_MLP.loss_fn,
-        projection_dim=20,
-    ).fit()
-    method.ridge = method.ridge_used[0] / 2
-    halves = half_subsets(64, 4)
-    outputs = workplace.retraining.outputs(halves, workplace.measure, [1000, 1001]).mean(1)
-    predicted = method.influence(data.test.tensors).double() @ halves.double().T
-    expected = [spearmanr(predicted[t], outputs[:, t]).statistic for t in range(5)]
-    assert found[0].mean == pytest.approx(np.mean(expected))
+        **keywords,
+    )
+    torch.testing.assert_close(found, method.influence(data.test.tensors))
+
+
+def test_a_method_over_the_run_takes_all_checkpoints(tmp_path):
+    workplace = tiny(tmp_path, checkpoints=2)
+    found = workplace.scored(Variant("LoGra", over_run=True, damping=0.1), 0)
+    target = TINY_MLP.train_with_checkpoints(workplace.data, 2)
+    each = [
+        influence_kit.LoGra(
+            target.model,
+            workplace.data.train,
+            [checkpoint],
+            loss_fn=TINY_MLP.loss_fn,
+            damping=0.1,
+        ).influence(workplace.data.test.tensors)
+        for checkpoint in target.checkpoints
+    ]
+    torch.testing.assert_close(found.scores, torch.stack(each).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_passes_are_examples_that_go_forward(wine):
+    class Twice:
+        def influence(self, batch):
+            model(wine.train.tensors[0][:10])
+            return model(batch[0])
+
+    model = WINE.new_model(wine)
+    found = scored(Twice, model, wine.train, wine.test)
+    assert found.passes == pytest.approx((10 + 6) / (40 + 6))
+    assert torch.equal(found.scores, model(wine.test.tensors[0]))
+    assert not model._forward_hooks
+
+
+def test_scores_are_kept_until_the_code_or_the_checkpoints_change(tmp_path, monkeypatch):
+    variant = Variant("GradDot")
+    first = tiny(tmp_path).scored(variant, 0)
+    made = []
+    monkeypatch.setattr(Workplace, "method", lambda *args: made.append(args) or 1 / 0)
+    again = tiny(tmp_path).scored(variant, 0)
+    assert torch.equal(again.scores, first.scores)
+    assert again[1:] == first[1:]
+    assert made == []
+    with pytest.raises(ZeroDivisionError):
+        tiny(tmp_path, checkpoints=3).scored(variant, 0)
+    monkeypatch.setattr("benchmarks.settings.kept_scores.hash_of_code", lambda: "other")
+    with pytest.raises(ZeroDivisionError):
+        tiny(tmp_path).scored(variant, 0)
 
 
 def test_a_run_goes_on_where_it_was(wine, tmp_path, monkeypatch):
@@ -233,27 +273,18 @@ def test_the_damping_of_a_minimum_is_its_weight_decay(wine):
     assert make_method("EKFACInfluenceFunction", question).damping == "auto"
 
 
-@pytest.mark.parametrize(
-    ("model", "expected"),
-    [
-        (GPT(7, 4, layers=1, width=4, heads=2), ["qkv", "out", "up", "down"]),
-        (GPT(7, 4, layers=1, width=4, heads=2, tied=False), ["qkv", "out", "up", "down", "head"]),
-        (resnet9(2, width=2), [*["0"] * 8, "10"]),
-        (perceptron((4, 3, 2)), ["1", "3"]),
-    ],
-    ids=["gpt", "untied gpt", "resnet9", "perceptron"],
-)
-def test_kronecker_factors_are_of_linear_layers_and_convolutions(model, expected, wine):
-    trained = Trained(model, [{"state_dict": model.state_dict()}])
-    for kind in ("KFACInfluenceFunction", "EKFACInfluenceFunction"):
-        layers = make_method(kind, Question(WINE, wine, trained)).layers
-        assert sorted(name.rpartition(".")[2] for name in layers) == sorted(expected)
-
-
 def test_chosen_layers_stay_chosen(wine):
     model = perceptron((4, 3, 2))
     question = Question(replace(WINE, layers=("3",)), wine, Trained(model, [model.state_dict()]))
     assert make_method("EKFACInfluenceFunction", question).layers == ["3"]
+
+
+def test_methods_of_trained_models_take_the_run_where_they_are_asked_over_it():
+    data = TINY_MLP.load(sizes=Sizes(64, 3))
+    trained = TINY_MLP.train_with_checkpoints(data, 3)
+    question = Question(TINY_MLP, data, trained, over_run=True)
+    for kind in ("LoGra", "KNNShapley", "RepresenterPointSelection"):
+        assert make_method(kind, question).checkpoints == trained.checkpoints
 
 
 def test_the_last_linear_layer_is_found():

@@ -1,0 +1,164 @@
+"""What the documentation says of quality: a part of sphinx/choosing.md, made of the figures.
+
+Sentences count for themselves, so that none can be false of the table above it.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from benchmarks.quality.figures import TOLERANCE, TOLERANCES, Figures, Row, Scores
+from benchmarks.quality.page import (
+    PAGE,
+    Standing,
+    best_default,
+    page,
+    standings,
+    summary,
+    table,
+)
+from benchmarks.settings.catalog import SETTINGS
+
+CHOOSING = Path(__file__).parents[2] / "sphinx" / "choosing.md"
+FIRST, LAST = "<!-- made of benchmarks/quality.json -->", "<!-- until here -->"
+# what a method may cost for a model whose passes are expensive
+FEW_PASSES = 50.0
+# the settings of the second table, and the metrics of each
+OTHERS = {"digits-mlp": ["AUC"], "digits-lr": ["LOO", "LOO, ranks"]}
+
+
+def write_documents(figures: Figures) -> None:
+    """QUALITY.md and the part of the choosing page."""
+    PAGE.write_text(page(figures))
+    CHOOSING.write_text(with_part(CHOOSING.read_text(), choosing(figures)))
+
+
+def with_part(text: str, part: str) -> str:
+    """A page with another part between the two marks."""
+    pattern = f"(?<={re.escape(FIRST)}\n).*?(?={re.escape(LAST)})"
+    changed, count = re.subn(pattern, lambda _: part, text, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"the page has {count} parts between {FIRST} and {LAST}, not one")
+    return changed
+
+
+def choosing(figures: Figures) -> str:
+    """The part of the choosing page: tables, and what they say."""
+    runs = {name: one for name, one in figures.scores.items() if one.ceiling is not None}
+    parts = [
+        summary(runs),
+        "\n".join(f"- {line}" for line in _settings(runs)),
+        "\n".join(f"- {line}" for line in [*_lessons(runs), *_of_minima(figures)]),
+        "Wrong labels found by self-influence (AUC), and correlation with leaving one out:",
+        _other_metrics(figures),
+    ]
+    return "\n" + "\n\n".join(parts) + "\n\n"
+
+
+def for_small_models(scores: Mapping[str, Scores]) -> Standing:
+    """The method whose default is best, whatever it costs."""
+    return standings(scores)[0]
+
+
+def for_large_models(scores: Mapping[str, Scores]) -> Standing:
+    """The one whose default is best for a few passes."""
+    return next(one for one in standings(scores) if one.passes <= FEW_PASSES)
+
+
+def _settings(scores: Mapping[str, Scores]) -> Iterator[str]:
+    for name, one in scores.items():
+        yield f"`{name}`: {SETTINGS[name].title}; {one.remark}; noise ceiling {one.ceiling:.3f}."
+
+
+def _lessons(scores: Mapping[str, Scores]) -> Iterator[str]:
+    """What the table says, counted."""
+    small, large = for_small_models(scores), for_large_models(scores)
+    yield (
+        f"**The best default of a small model** is `{small.method}`: {small.share:.2f} of the "
+        f"ceiling, for up to {small.passes:.0f} passes. At most {FEW_PASSES:.0f} passes buy "
+        f"{large.share:.2f}, with `{large.method}`."
+    )
+    yield _of_runs(scores)
+    yield _of_dampings(scores)
+    yield _of_datainf(scores)
+
+
+def _of_runs(scores: Mapping[str, Scores]) -> str:
+    both = [
+        (one.share(row.last), one.share(row.run), method)
+        for one in scores.values()
+        for method, row in one.rows.items()
+        if row.last and row.run
+    ]
+    better = sum(run > last for last, run, _ in both)
+    gains: dict[str, list[float]] = {}
+    for last, run, method in both:
+        gains.setdefault(method, []).append(run - last)
+    mean = {method: sum(each) / len(each) for method, each in gains.items()}
+    ranked = sorted(mean, key=lambda method: -mean[method])
+    told = ", ".join(f"`{method}` by {mean[method]:.2f}" for method in ranked)
+    return (
+        "**The mean over several checkpoints** of one run "
+        f"([how](concepts.md#several-checkpoints)) is better than the last alone in {better} of "
+        f"{len(both)} cases (a method in a setting); on average {told}."
+    )
+
+
+def _of_dampings(scores: Mapping[str, Scores]) -> str:
+    tried = {
+        method: [one.rows[method] for one in scores.values() if _was_swept(one.rows.get(method))]
+        for method in dict.fromkeys(method for one in scores.values() for method in one.rows)
+    }
+    told = ", ".join(
+        f"`{method}` in {sum(not row.is_short(method) for row in rows)} of {len(rows)}"
+        for method, rows in tried.items()
+        if rows
+    )
+    return (
+        '**`damping="auto"`** at the last checkpoint is within '
+        f"{TOLERANCE} ({min(TOLERANCES.values())} for K-FAC and EK-FAC) of the best single number "
+        f"of a sweep from 1e-6 to 10: {told} settings. `benchmarks/QUALITY.md` names the others."
+    )
+
+
+def _was_swept(row: Row | None) -> bool:
+    return row is not None and row.best is not None
+
+
+def _of_datainf(scores: Mapping[str, Scores]) -> str:
+    gains = []
+    for one in scores.values():
+        row, plain = one.rows.get("DataInf"), one.rows.get("GradDot")
+        if row and row.best and plain and plain.last:
+            gains.append(row.best[1].mean - plain.last.mean)
+    return (
+        f"**`DataInf`** at its best damping is above `GradDot` by {max(gains):.2f} at most, and by "
+        f"{sum(gains) / len(gains):.2f} on average: where the damping is far below the squared "
+        "length of the gradients, its average of inverses takes out of a gradient little but the "
+        "example's own direction, and where it is far above, nothing."
+    )
+
+
+def _of_minima(figures: Figures) -> Iterator[str]:
+    minima = {name: one for name, one in figures.scores.items() if one.ceiling is None}
+    exact, kronecker = (
+        [best_default(one.rows[method]).mean for one in minima.values() if method in one.rows]
+        for method in ("ExplicitInfluenceFunction", "EKFACInfluenceFunction")
+    )
+    yield (
+        "**Convex models** trained to the minimum "
+        f"({', '.join(f'`{name}`' for name in minima)}): the exact Hessian with the penalty as its "
+        f"damping has an LDS of {min(exact):.2f} to {max(exact):.2f}, EK-FAC {min(kronecker):.2f} "
+        f"to {max(kronecker):.2f}."
+    )
+
+
+def _other_metrics(figures: Figures) -> str:
+    columns = [(name, metric) for name, metrics in OTHERS.items() for metric in metrics]
+    methods = dict.fromkeys(method for name in OTHERS for method in figures.metrics[name].rows)
+    rows = []
+    for method in methods:
+        row = [figures.metrics[name].rows.get(method, {}).get(metric) for name, metric in columns]
+        shown = method if method.startswith("(") else f"`{method}`"
+        rows.append([shown, *("" if one is None else f"{one.mean:.3f}" for one in row)])
+    return table(["method", *(f"`{name}`: {metric}" for name, metric in columns)], rows)
