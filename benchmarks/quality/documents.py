@@ -49,9 +49,12 @@ def choosing(figures: Figures) -> str:
         summary(runs),
         "\n".join(f"- {line}" for line in _settings(runs)),
         "\n".join(f"- {line}" for line in [*_lessons(runs), *_of_minima(figures)]),
-        "Wrong labels found by self-influence (AUC), and correlation with leaving one out:",
-        _other_metrics(figures),
     ]
+    if any(name in figures.metrics for name in OTHERS):
+        parts += [
+            "Wrong labels found by self-influence (AUC), and correlation with leaving one out:",
+            _other_metrics(figures),
+        ]
     return "\n" + "\n\n".join(parts) + "\n\n"
 
 
@@ -154,8 +157,9 @@ def _of_minima(figures: Figures) -> Iterator[str]:
 
 
 def _other_metrics(figures: Figures) -> str:
-    columns = [(name, metric) for name, metrics in OTHERS.items() for metric in metrics]
-    methods = dict.fromkeys(method for name in OTHERS for method in figures.metrics[name].rows)
+    there = {name: metrics for name, metrics in OTHERS.items() if name in figures.metrics}
+    columns = [(name, metric) for name, metrics in there.items() for metric in metrics]
+    methods = dict.fromkeys(method for name in there for method in figures.metrics[name].rows)
     rows = []
     for method in methods:
         row = [figures.metrics[name].rows.get(method, {}).get(metric) for name, metric in columns]

@@ -47,6 +47,8 @@ def misfit(
     Returns:
         1 also where there are no two examples.
     """
+    if not sample:
+        return 1.0
     squares = _products([root(part) for part in sample]).double().square().fill_diagonal_(0)
     pairs = max(1, len(squares) * (len(squares) - 1))
     found = float(from_first_rank(squares.sum())) / pairs

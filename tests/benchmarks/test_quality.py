@@ -243,6 +243,7 @@ def test_scores_are_put_together_right(wine, tmp_path):
     assert row.sweep["0.01"].passes is None
 
 
+@pytest.mark.filterwarnings("ignore::influence_kit.errors.DampingWarning")
 def test_a_damping_that_is_refused_has_no_figure(wine, tmp_path, monkeypatch):
     def refused(self, *args):
         if self._damping == DAMPINGS[0] or (self._damping == "auto" and is_strict):

@@ -29,11 +29,15 @@ def inverse_of(basis: Tensor, values: Tensor) -> Tensor:
     return basis @ torch.diag(1 / (values + DAMPING)) @ basis.T
 
 
+def root_of(basis: Tensor, values: Tensor) -> Tensor:
+    return basis @ torch.diag((values + DAMPING) ** -0.5) @ basis.T
+
+
 def found_by(parts: list[Tensor], basis: Tensor, values: Tensor, excess: float = EXCESS) -> float:
-    m = inverse_of(basis, values)
+    root = root_of(basis, values)
     return misfit(
         [of_rows(rows) for rows in parts],
-        lambda gradients: of_rows(gradients.flat() @ m),
+        lambda gradients: of_rows(gradients.flat() @ root),
         [values[:2].reshape(1, 2), values[2:]],
         DAMPING,
         excess,
@@ -119,10 +123,10 @@ def test_examples_that_are_too_few_show_nothing() -> None:
 def test_half_precision_is_summed_in_float64() -> None:
     g, basis, values = setting()
     expected = rho(g, basis, values)
-    m = inverse_of(basis, values).float()
+    root = root_of(basis, values).float()
     found = misfit(
         [of_rows(g.float())],
-        lambda gradients: of_rows(gradients.flat() @ m),
+        lambda gradients: of_rows(gradients.flat() @ root),
         [values.float()],
         DAMPING,
         EXCESS,
