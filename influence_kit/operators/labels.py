@@ -167,7 +167,10 @@ class ModelLabels:
         logits = logits_of(outputs)
         factors: list[Tensor] = []
         for labels in likelihood.probes(logits, labels_of(batch)):
-            found = self._slopes(outputs, self._with_labels(batch, labels), n)
+            try:
+                found = self._slopes(outputs, self._with_labels(batch, labels), n)
+            except Exception as error:  # any of a user's loss that is made for other labels
+                raise self._refusal(f"it fails at other labels: {error}") from error
             expected = likelihood.slope(logits, labels)
             factors.append(factors_of(found, expected, likelihood.axis))
             rest, close = (found - factors[-1] * expected).abs().max(), rounding_of(found)

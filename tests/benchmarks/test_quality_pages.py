@@ -52,9 +52,9 @@ def test_all_methods_have_figures(study):
     assert scores.remark == study.remark
 
 
-@pytest.mark.parametrize("study", JUDGED, ids=lambda study: study.setting)
-def test_all_methods_have_other_metrics(study):
-    assert set(study.plan.methods) <= set(FIGURES.metrics[study.setting].rows)
+def test_all_methods_have_other_metrics():
+    for study in JUDGED:
+        assert set(study.plan.methods) <= set(FIGURES.metrics[study.setting].rows)
 
 
 def test_shares_of_the_summary_are_scores_by_ceilings():
