@@ -189,8 +189,10 @@ class KroneckerFit(InfluenceFunction):
     def _observed(self, data: DataSet, draw: int) -> ObservedGradients:
         """Gradients at labels of a draw, or of the data."""
 
-        def features(places: Tensor, batch: Batch) -> Gradients:
+        def prepare(places: Tensor, batch: Batch) -> None:
             self._source.prepare(batch, self._train_loss, int(places[0]))
+
+        def features(places: Tensor, batch: Batch) -> Gradients:
             return self._features(data.checkpoint, batch, self._train_loss)
 
-        return ObservedGradients(features, self._labels(draw), self.curvature != "fisher")
+        return ObservedGradients(prepare, features, self._labels(draw), self.curvature != "fisher")

@@ -5,7 +5,7 @@ Shapes: n examples of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,17 +24,20 @@ class ObservedGradients:
     """Gradients of batches whose labels are known as observations.
 
     Args:
+        prepare: settles what the loss returns, from a batch of the data.
         features: gradients of a batch at the labels that it has.
         labels: draws them.
         at_data: whether the labels of the data stay.
     """
 
+    prepare: Callable[[Tensor, Batch], None]
     features: Features
     labels: ModelLabels
     at_data: bool
 
     def __call__(self, places: Tensor, batch: Batch) -> tuple[Gradients, LabelFacts | None]:
         """Of examples at indices ``[n]``; no facts where the loss is no known likelihood."""
+        self.prepare(places, batch)
         if self.at_data:
             return self.features(places, batch), self.labels.given(places, batch)
         drawn, facts = self.labels.drawn(places, batch)

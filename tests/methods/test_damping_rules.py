@@ -701,3 +701,18 @@ def test_errors_that_are_zero_decide_no_damping(method: str) -> None:
     explainer = make(method, model, (x, model(x).detach()), loss_fn=squares(1.0), **EMPIRICAL)
     with pytest.raises(InvalidArgumentError, match="no eigenvalue of the curvature is positive"):
         explainer.fit()
+
+
+@pytest.mark.parametrize("method", ["KFACInfluenceFunction", "EKFACInfluenceFunction"])
+def test_a_loss_of_unknown_reduction_is_settled_before_labels_are_drawn(method: str) -> None:
+    torch.manual_seed(0)
+    model, x, y = torch.nn.Linear(3, 2).double(), torch.randn(40, 3).double(), torch.arange(40) % 2
+    data, scores = torch.utils.data.TensorDataset(x, y), []
+    for loss in (
+        lambda o, t: torch.nn.functional.cross_entropy(o, t),
+        torch.nn.CrossEntropyLoss(reduction="none"),
+    ):
+        make = getattr(influence_kit, method)
+        explainer = make(model, data, [model.state_dict()], loss_fn=loss, batch_size=16)
+        scores.append(explainer.influence((x[:4], y[:4])))
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-9, atol=0)
