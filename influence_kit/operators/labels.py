@@ -65,15 +65,16 @@ class ModelLabels:
 
     def __call__(self, places: Tensor, batch: Batch) -> Batch:
         """The batch of the examples at some places ``[n]``, with other labels."""
-        return self.drawn(places, batch)[0]
+        _, logits, labels, likelihood = self._known(places, batch)
+        u = self._uniform(labels, places, self.seed)
+        return self._with_labels(batch, likelihood.draw(logits, labels, u))
 
     def drawn(self, places: Tensor, batch: Batch) -> tuple[Batch, LabelFacts]:
         """The same, and what the labels say of the number of observations."""
         outputs, logits, labels, likelihood = self._known(places, batch)
         u = self._uniform(labels, places, self.seed)
-        drawn = likelihood.draw(logits, labels, u)
-        facts = self._facts(likelihood, outputs, self._with_labels(batch, drawn), labels)
-        return self._with_labels(batch, drawn), facts
+        drawn = self._with_labels(batch, likelihood.draw(logits, labels, u))
+        return drawn, self._facts(likelihood, outputs, drawn, labels)
 
     def given(self, places: Tensor, batch: Batch) -> LabelFacts | None:
         """What the labels of the data say; None where the loss is no known likelihood."""
