@@ -37,8 +37,8 @@ class KFACInfluenceFunction(KroneckerInfluence):
     the loss: n for cross-entropy, n T^2 for its mean over T tokens, n over the estimated variance
     for half the squared error (with "fisher"), n for a loss that is no likelihood. rho is what
     the Kronecker products F of all layers leave out of the curvature, between layers and within,
-    relative to F: measured on the gradients g of 64 to 128 examples (of models with more than two
-    million parameters on fewer, 8 at least; of all where there are fewer).
+    relative to F: measured on the gradients g of 256 to 512 examples, of all where there are fewer
+    (of models with over 33,000 parameters on fewer: 64 to 128 of half a million, 8 at least).
 
     Args:
         damping: added to the eigenvalues of the curvature of the mean loss, so in the units of the

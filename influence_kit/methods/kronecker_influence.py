@@ -1,6 +1,7 @@
 """What K-FAC and EK-FAC share: the damping and the inverse of a fitted curvature."""
 
 from dataclasses import replace
+from math import isqrt
 from typing import Any
 
 import torch
@@ -28,8 +29,9 @@ from influence_kit.operators.passes import DataSet
 from influence_kit.operators.solvers import damping_by_block
 from influence_kit.scoring.term import Transform
 
-# examples whose gradients show how well the factors fit, to twice as many, and entries of them all
-MOST_SAMPLED, LEAST_SAMPLED, SAMPLED_ENTRIES = 64, 8, 2**27
+# examples whose gradients show how well the factors fit, to twice as many, and multiplications for
+# all their products with one another
+MOST_SAMPLED, LEAST_SAMPLED, SAMPLED_WORK = 256, 8, 2**31
 
 
 class KroneckerInfluence(KroneckerFit):
@@ -139,7 +141,8 @@ class KroneckerInfluence(KroneckerFit):
 
     def _data_at(self, place: int) -> DataSet:
         # a few of large gradients have as many products as many of small ones
-        some = min(MOST_SAMPLED, max(LEAST_SAMPLED, SAMPLED_ENTRIES // sum(self._partition.sizes)))
+        within = isqrt(SAMPLED_WORK // sum(self._partition.sizes))
+        some = min(MOST_SAMPLED, max(LEAST_SAMPLED, within))
         return replace(super()._data_at(place), some=some)
 
     def _sample_of(self, data: DataSet) -> list[Gradients]:
