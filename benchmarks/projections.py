@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.models import CASES
 from benchmarks.speed import machine, timed, write_section
 from influence_kit import TRAK, FactGraSS, GradDot, GraSS, LoGra
-from influence_kit.operators.joint_projection import joint_projection
+from influence_kit.projections.joint_projection import joint_projection
 
 SEQUENCES = 64
 TRAIN, TEST, DIM = 5000, 500, 512

@@ -26,9 +26,9 @@ import torch
 from torch import Size
 
 from benchmarks.speed import _peak, machine, timed, write_section
+from influence_kit.core.memory import MIB
 from influence_kit.gradients.per_example import Gradients, from_flat
 from influence_kit.gradients.store import GradientStore
-from influence_kit.memory import MIB
 from influence_kit.scoring.reducers import KMostInfluentialResults, TopK
 
 ROWS, WIDTH, QUERIES, K = 100_000, 4096, 100, 10

@@ -242,7 +242,7 @@ def test_a_sum_leaves_no_error():
 
 
 def test_knn_shapley_is_the_shapley_value_of_nearest_neighbours():
-    knn_shapley = pytest.importorskip("influence_kit.methods.knn_shapley")
+    knn_shapley = pytest.importorskip("influence_kit.methods.knn_shapley.knn_shapley")
     random = torch.Generator().manual_seed(0)
     x, test_x = torch.randn(N, 2, generator=random), torch.randn(4, 2, generator=random)
     y, test_y = torch.arange(N) % 2, torch.tensor([0, 1, 1, 0])

@@ -10,8 +10,8 @@ from benchmarks.settings.data import Sizes
 from benchmarks.settings.methods import METHODS
 from benchmarks.settings.plan import Plan
 from benchmarks.settings.run import report, run
+from influence_kit.core.tables import text_table
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.tables import text_table
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import influence_kit
-from influence_kit.saved import replace_file
+from influence_kit.storage.folders import replace_file
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from benchmarks.settings.data import Data
 from benchmarks.settings.plan import Plan, Result
 from benchmarks.settings.setting import Setting
 from benchmarks.settings.workplace import Workplace
+from influence_kit.core.tables import text_table
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation import (
     RowCorrelation,
@@ -27,7 +28,6 @@ from influence_kit.evaluation import (
     recall_at,
 )
 from influence_kit.evaluation.cost import measured
-from influence_kit.tables import text_table
 
 # of the truth: other seeds than those of the target models, which are 0, 1, ...
 TRUTH_SEEDS = 1000

@@ -19,7 +19,7 @@ from benchmarks.settings.plan import Plan
 from benchmarks.settings.recipes import Minimum
 from benchmarks.settings.setting import Setting, Trained
 from influence_kit.evaluation import Retraining, checkpoint_losses, half_subsets
-from influence_kit.saved import hash_of
+from influence_kit.storage.folders import hash_of
 
 # of the models over which a method averages: other seeds than those of targets and of the truth
 MEMBER_SEEDS = 2000

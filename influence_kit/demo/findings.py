@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_kit.evaluation import mislabel_auc, recall_at
-from influence_kit.methods.tracin import TracInCP
+from influence_kit.methods.tracin.tracin import TracInCP
 from influence_kit.scoring.reducers import KMostInfluentialResults
 
 INSPECTED = 0.1  # the share of the training set that somebody looks through

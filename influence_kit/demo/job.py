@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from influence_kit.checkpoints import checkpoint_table
+from influence_kit.checkpoints.found import checkpoint_table
 from influence_kit.demo import report
 from influence_kit.demo.digits import (
     Digits,
@@ -21,7 +21,7 @@ from influence_kit.demo.digits import (
 from influence_kit.demo.findings import Detection, Explained, detect, explain
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation import checkpoint_losses
-from influence_kit.methods.tracin import TracInCP
+from influence_kit.methods.tracin.tracin import TracInCP
 
 
 class Result(NamedTuple):

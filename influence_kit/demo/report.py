@@ -8,11 +8,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from influence_kit import viz
+from influence_kit.core.tables import text_table
 from influence_kit.demo.digits import BATCH, Digits
 from influence_kit.demo.findings import INSPECTED, SELF_INFLUENCE, Detection, Explained, winners
 from influence_kit.evaluation import detection_curve
-from influence_kit.methods.tracin import TracInCP
-from influence_kit.tables import text_table
+from influence_kit.methods.tracin.tracin import TracInCP
 from influence_kit.viz.tables import score_text
 
 SUSPECTS = 24

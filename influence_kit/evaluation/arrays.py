@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_kit.arguments import check_number
+from influence_kit.core.arguments import check_number
 from influence_kit.errors import InvalidArgumentError
 
 Values = Tensor | np.ndarray | Sequence[Any]

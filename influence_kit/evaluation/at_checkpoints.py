@@ -11,15 +11,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from influence_kit.checked_batches import CheckedBatches
-from influence_kit.checkpoint_loader import CheckpointLoader
-from influence_kit.checkpoints import LoadFunction, find_checkpoints, label_of, load_checkpoint
-from influence_kit.data import Batch, call_model, example_count, take, to_device
+from influence_kit.checkpoints.found import (
+    LoadFunction,
+    find_checkpoints,
+    label_of,
+    load_checkpoint,
+)
+from influence_kit.checkpoints.loader import CheckpointLoader
+from influence_kit.data.batches import Batch, call_model, example_count, take, to_device
+from influence_kit.data.checked_batches import CheckedBatches
+from influence_kit.data.class_labels import logits_of
+from influence_kit.data.loaders import as_loader
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
-from influence_kit.labels import logits_of
-from influence_kit.loaders import as_loader
-from influence_kit.losses import Loss, LossFunction, declared_reduction
-from influence_kit.restore import borrowed
+from influence_kit.losses.loss import Loss, LossFunction, declared_reduction
+from influence_kit.preservation.restore import borrowed
 
 ROWS = 256  # at once, of a data set
 

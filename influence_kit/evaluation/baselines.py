@@ -7,11 +7,11 @@ likely wrong. Letters: n training and m test examples, C checkpoints, c classes,
 import torch
 from torch import Tensor
 
-from influence_kit.arguments import check_count
+from influence_kit.core.arguments import check_count
+from influence_kit.core.memory import rows_within, workspace_bytes
+from influence_kit.core.scaling import unit_rows
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, class_labels, numbers
-from influence_kit.memory import rows_within, workspace_bytes
-from influence_kit.scaling import unit_rows
 
 
 def log_odds(logits: Tensor, labels: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from influence_kit.arguments import check_count, check_number
+from influence_kit.core.arguments import check_count, check_number
+from influence_kit.core.memory import resident_bytes, rows_within
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.batch_order import Part, Step, own_batches, shared_batches
 from influence_kit.evaluation.recipe import as_seed, seeded
@@ -28,8 +29,7 @@ from influence_kit.evaluation.stacked_models import (
     put_into,
 )
 from influence_kit.gradients.source import kept_bytes
-from influence_kit.memory import resident_bytes, rows_within
-from influence_kit.saved import hash_of
+from influence_kit.storage.folders import hash_of
 
 # more gain nothing: by then the arithmetic takes the time
 MOST_MODELS = 128

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from influence_kit.core.tables import text_table
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, numbers
 from influence_kit.evaluation.correlation import (
@@ -21,7 +22,6 @@ from influence_kit.evaluation.correlation import (
 )
 from influence_kit.evaluation.cost import Cost, measured
 from influence_kit.evaluation.datamodel import Kind, linear_datamodeling_score
-from influence_kit.tables import text_table
 
 # of correlations side by side: as many as fit into 80 characters
 COLUMNS = 10

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from influence_kit.memory import MIB
+from influence_kit.core.memory import MIB
 
 Result = TypeVar("Result")
 # Linux keeps a process's peak here, and forgets it where "5" is written to the second

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from influence_kit.arguments import check_count
+from influence_kit.core.arguments import check_count
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import (
     Values,

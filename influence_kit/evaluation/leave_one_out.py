@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from influence_kit.arguments import check_count
+from influence_kit.core.arguments import check_count
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, numbers, places, repeated_numbers
 from influence_kit.evaluation.correlation import (

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from influence_kit.core.tables import text_table
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values
 from influence_kit.evaluation.mislabel import mislabel_auc, precision_at, recall_at
-from influence_kit.tables import text_table
 
 
 class MislabelRow(NamedTuple):

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from influence_kit.core.tables import text_table
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, count_of, numbers, standard_error
 from influence_kit.evaluation.recipe import Measure, TrainFunction
 from influence_kit.evaluation.retraining import Retraining, as_retraining
-from influence_kit.tables import text_table
 
 
 @dataclass(frozen=True, eq=False, repr=False)

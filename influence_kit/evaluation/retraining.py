@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from influence_kit.core.processes import process_count, results
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, subset_masks
 from influence_kit.evaluation.model_folder import Job, ModelFolder
@@ -24,7 +25,6 @@ from influence_kit.evaluation.recipe import (
     seeded,
 )
 from influence_kit.evaluation.training import Rows, measured, train_group, trained
-from influence_kit.processes import process_count, results
 
 
 class Retraining:

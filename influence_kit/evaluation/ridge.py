@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from influence_kit.arguments import check_number
+from influence_kit.core.arguments import check_number
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, numbers
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from influence_kit.core.tables import text_table
 from influence_kit.errors import DampingWarning, InvalidArgumentError
 from influence_kit.evaluation.arrays import Values
 from influence_kit.evaluation.comparison import Influence
 from influence_kit.evaluation.correlation import RowCorrelation
 from influence_kit.evaluation.datamodel import Kind, linear_datamodeling_score
-from influence_kit.tables import text_table
 
 ATTRIBUTES = ("damping", "ridge")
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from influence_kit.data import Batch, call_model, example_count, example_lengths
-from influence_kit.dtypes import exact, exact_dtype, has_complex, real_shape
+from influence_kit.core.dtypes import exact, exact_dtype, has_complex, real_shape
+from influence_kit.core.scaling import scaled_by_powers
+from influence_kit.data.batches import Batch, call_model, example_count, example_lengths
 from influence_kit.gradients import functional
 from influence_kit.gradients.clear_errors import clear_errors
 from influence_kit.gradients.forms import Dense, Form
@@ -28,8 +29,7 @@ from influence_kit.gradients.layouts import ROWS, SHARED, arrange, shared
 from influence_kit.gradients.loss_scaling import summed_loss
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rules import Rule, rule_for
-from influence_kit.losses import Loss
-from influence_kit.scaling import scaled_by_powers
+from influence_kit.losses.loss import Loss
 
 FunctionalGradients = Callable[..., dict[str, Dense]]
 

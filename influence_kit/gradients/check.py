@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from influence_kit.data import Batch, call_model, example_count, take
+from influence_kit.data.batches import Batch, call_model, example_count, take
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients import functional
 from influence_kit.gradients.capture import Capture, Layer, Use, use_forms
@@ -30,8 +30,8 @@ from influence_kit.gradients.explanation import explanation
 from influence_kit.gradients.forms import Form
 from influence_kit.gradients.layouts import ROWS, SHARED, candidates
 from influence_kit.gradients.precision import in_float64
-from influence_kit.losses import Loss
-from influence_kit.training_flags import evaluating
+from influence_kit.losses.loss import Loss
+from influence_kit.preservation.training_flags import evaluating
 
 # a batch of fewer is compared without its first and last example, which would leave few others
 FEW_IN_BATCH = 12

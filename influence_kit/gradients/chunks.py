@@ -21,10 +21,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from influence_kit.dtypes import as_bytes
+from influence_kit.core.dtypes import as_bytes
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.gradients.store_manifest import DTYPES, Layout
-from influence_kit.saved import replace_file
+from influence_kit.storage.folders import replace_file
 
 TENSOR, CHECKSUM = "gradients", "crc32"
 # three times what rounding takes from numbers that are not too small for float16

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from influence_kit.data import Batch
+from influence_kit.data.batches import Batch
+from influence_kit.data.marked_batch import leaves
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.marked_batch import leaves
 
 
 @contextmanager

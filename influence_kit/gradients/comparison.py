@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from influence_kit.data import Batch, example_count, take
-from influence_kit.dtypes import exact
+from influence_kit.core.dtypes import exact
+from influence_kit.core.memory import MIB
+from influence_kit.data.batches import Batch, example_count, take
 from influence_kit.gradients import functional
 from influence_kit.gradients.forms import Form
-from influence_kit.losses import Loss
-from influence_kit.memory import MIB
+from influence_kit.losses.loss import Loss
 
 # of a batch: how many go through the model together (few lengths of tensors are a multiple of it),
 # and how many of these alone, with the last

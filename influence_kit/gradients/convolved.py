@@ -19,9 +19,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from influence_kit.core.scaling import balanced
 from influence_kit.gradients.factored import Factored
 from influence_kit.gradients.forms import Dense, Form, element_cost, with_formed
-from influence_kit.scaling import balanced
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from influence_kit.data import (
+from influence_kit.data.batches import (
     Batch,
     call_model,
     example_axis,
@@ -16,8 +16,8 @@ from influence_kit.data import (
     take,
     targets_of,
 )
-from influence_kit.losses import Loss
-from influence_kit.marked_batch import describe
+from influence_kit.data.marked_batch import describe
+from influence_kit.losses.loss import Loss
 
 # of the largest entry: below it lies what another order of summation changes
 CLOSE = 0.02

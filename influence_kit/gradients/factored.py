@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from influence_kit.core.scaling import balanced
 from influence_kit.gradients.forms import Dense, Form, element_cost, products, with_formed
-from influence_kit.scaling import balanced
 
 
 @dataclass(frozen=True, eq=False)

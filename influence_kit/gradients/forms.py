@@ -19,8 +19,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from influence_kit.memory import resident_bytes, rows_within, workspace_bytes
-from influence_kit.scaling import balanced
+from influence_kit.core.memory import resident_bytes, rows_within, workspace_bytes
+from influence_kit.core.scaling import balanced
 
 # FLOP of a matrix product done in the time it takes to read or write one element
 ELEMENT_COST = {"cpu": 32, "cuda": 256}

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from influence_kit.data import (
+from influence_kit.core.dtypes import exact, real, real_shape
+from influence_kit.core.memory import rows_within, workspace_bytes
+from influence_kit.data.batches import (
     Batch,
     call_arguments,
     call_model,
@@ -20,12 +22,10 @@ from influence_kit.data import (
     tensor_axes,
     with_count,
 )
-from influence_kit.dtypes import exact, real, real_shape
 from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.graph import refuse_without_graph
 from influence_kit.gradients.loss_scaling import has_float16, scaled_examples, summed_loss
-from influence_kit.losses import Loss
-from influence_kit.memory import rows_within, workspace_bytes
+from influence_kit.losses.loss import Loss
 
 # activations of a whole model are held for every example of a chunk
 MOST_EXAMPLES_AT_ONCE = 64

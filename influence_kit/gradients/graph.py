@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from influence_kit.data import Batch, call_model, map_outputs
+from influence_kit.data.batches import Batch, call_model, map_outputs
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.losses import Loss
-from influence_kit.module_state import Values, set_flags
+from influence_kit.losses.loss import Loss
+from influence_kit.preservation.module_state import Values, set_flags
 
 
 def uses_in_graph(total: Tensor) -> Counter[Tensor]:

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from influence_kit.data import Batch, map_outputs, map_tensors, with_item
-from influence_kit.dtypes import HALF, exact
+from influence_kit.core.dtypes import HALF, exact
+from influence_kit.data.batches import Batch, map_outputs, map_tensors, with_item
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.losses import Loss
+from influence_kit.losses.loss import Loss
 
 # the exponent that the largest slope at the outputs is brought to: 2^15 is infinite
 START = 10

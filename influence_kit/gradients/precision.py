@@ -9,9 +9,9 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor, nn
 
-from influence_kit.data import Batch, call_model, map_tensors
-from influence_kit.losses import Loss
-from influence_kit.memory import free_bytes
+from influence_kit.core.memory import free_bytes
+from influence_kit.data.batches import Batch, call_model, map_tensors
+from influence_kit.losses.loss import Loss
 
 Widen = Callable[[Batch], Batch]
 

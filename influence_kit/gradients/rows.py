@@ -12,9 +12,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from influence_kit.core.memory import rows_within, workspace_bytes
+from influence_kit.core.scaling import powers_of, times_powers
 from influence_kit.gradients.forms import Form, element_cost, with_formed
-from influence_kit.memory import rows_within, workspace_bytes
-from influence_kit.scaling import powers_of, times_powers
 
 
 @dataclass(frozen=True, eq=False)

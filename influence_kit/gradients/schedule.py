@@ -6,7 +6,7 @@ those that were compared.
 
 from collections.abc import Collection, Hashable, Sequence
 
-from influence_kit.losses import Loss
+from influence_kit.losses.loss import Loss
 
 # so many different shapes are all compared; later ones where they are longer or shorter than all
 FIRST_SHAPES = 8

@@ -9,7 +9,8 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from influence_kit.data import Batch, call_model, example_count, example_lengths, take
+from influence_kit.core.memory import rows_within, workspace_bytes
+from influence_kit.data.batches import Batch, call_model, example_count, example_lengths, take
 from influence_kit.errors import InvalidArgumentError, LabelError, PassAgain
 from influence_kit.gradients import functional
 from influence_kit.gradients.capture import Capture
@@ -19,8 +20,7 @@ from influence_kit.gradients.explanation import explanation
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.schedule import Schedule
 from influence_kit.gradients.spot_check import added_up, compare, compare_widely, not_yet_moving
-from influence_kit.losses import Loss
-from influence_kit.memory import rows_within, workspace_bytes
+from influence_kit.losses.loss import Loss
 
 MOST_ROWS = 2048
 # examples of a later batch that are compared, of small batches fewer

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from influence_kit.data import Batch, example_count, take
-from influence_kit.dtypes import real_shape
+from influence_kit.core.dtypes import real_shape
+from influence_kit.data.batches import Batch, example_count, take
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients import functional
 from influence_kit.gradients.capture import Capture
@@ -26,7 +26,7 @@ from influence_kit.gradients.explanation import explanation
 from influence_kit.gradients.forms import Form, join
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.precision import in_float64
-from influence_kit.losses import Loss
+from influence_kit.losses.loss import Loss
 
 # of the norm of all gradients: less is rounding
 NOISE = 1e-5

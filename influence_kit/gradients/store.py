@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influence_kit.distributed import is_mine
+from influence_kit.core.distributed import is_mine
+from influence_kit.core.memory import rows_within, workspace_bytes
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.chunks import (
     CHECKSUM,
@@ -30,7 +31,6 @@ from influence_kit.gradients.chunks import (
 )
 from influence_kit.gradients.per_example import Gradients, from_flat
 from influence_kit.gradients.store_manifest import Layout, Manifest, default_chunk_rows
-from influence_kit.memory import rows_within, workspace_bytes
 
 
 class GradientStore:

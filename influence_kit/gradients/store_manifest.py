@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
+from influence_kit.core.memory import MIB, rows_within
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.memory import MIB, rows_within
-from influence_kit.saved import MANIFEST, differences, read_manifest, replace_file
+from influence_kit.storage.folders import MANIFEST, differences, read_manifest, replace_file
 
 DTYPES = {
     torch.float16: "F16",

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from influence_kit.arguments import check_number
+from influence_kit.core.arguments import check_number
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.applied import State
 from influence_kit.learning_rates.rate import NONE, STORED, is_one_number

@@ -11,7 +11,7 @@ from influence_kit.learning_rates.closed_forms import is_scheduler
 from influence_kit.learning_rates.known_rates import rate_at
 from influence_kit.learning_rates.rate import APPLIED, Rate, one_rate
 from influence_kit.learning_rates.siblings import folders_beside, numbered_folders, rates_of
-from influence_kit.torch_files import values_of
+from influence_kit.storage.torch_files import values_of
 
 TRAINER_STATE = "trainer_state.json"
 Logs = dict[int, float]

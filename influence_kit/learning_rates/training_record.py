@@ -26,7 +26,7 @@ from influence_kit.learning_rates.wrapped import (
     wrapped_rate,
     wrapped_state,
 )
-from influence_kit.torch_files import values_of
+from influence_kit.storage.torch_files import values_of
 
 MOMENTUM = "momentum"
 SHOWN = (*RATE_KEYS, *UPDATE_KEYS, "epoch", MOMENTUM, *OPTIMIZER_KEYS, *SCHEDULER_KEYS)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from influence_kit.data import (
+from influence_kit.core.dtypes import exact
+from influence_kit.data.batches import (
     Batch,
     call_arguments,
     example_axis,
@@ -20,9 +21,8 @@ from influence_kit.data import (
     take,
     tensor_axes,
 )
-from influence_kit.dtypes import exact
+from influence_kit.data.class_labels import label_key
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.labels import label_key
 from influence_kit.methods.row_check import RowCheck
 
 

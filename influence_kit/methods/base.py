@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
-from influence_kit.arguments import check_count
-from influence_kit.batch_axes import BatchAxes
-from influence_kit.checked_batches import CheckedBatches
-from influence_kit.checkpoint_loader import CheckpointLoader, Fingerprint
-from influence_kit.checkpoints import LoadFunction, find_checkpoints, load_checkpoint
-from influence_kit.data import (
+from influence_kit.checkpoints.found import LoadFunction, find_checkpoints, load_checkpoint
+from influence_kit.checkpoints.loader import CheckpointLoader, Fingerprint
+from influence_kit.core.arguments import check_count
+from influence_kit.core.dtypes import exact_dtype
+from influence_kit.core.locks import alone_with
+from influence_kit.data.batch_axes import BatchAxes
+from influence_kit.data.batches import (
     Batch,
     call_model,
     example_count,
@@ -27,30 +28,29 @@ from influence_kit.data import (
     take,
     to_device,
 )
-from influence_kit.dtypes import exact_dtype
-from influence_kit.errors import InvalidArgumentError, PassAgain
-from influence_kit.example_draws import first_example
-from influence_kit.gradients.check import refuse_meta, refuse_mixing_layers
-from influence_kit.gradients.source import GradientSource, Verify, check_verify, comfortable_rows
-from influence_kit.inputs import (
+from influence_kit.data.checked_batches import CheckedBatches
+from influence_kit.data.example_draws import first_example
+from influence_kit.data.inputs import (
     as_examples,
     refuse_inputs,
     refuse_no_data,
     refuse_one_example,
     refuse_uncollatable,
 )
-from influence_kit.loaders import as_loader, check_order, loader_length
-from influence_kit.locks import alone_with
-from influence_kit.losses import Loss, LossFunction, declared_reduction
-from influence_kit.margins import OutputFunction
-from influence_kit.measures import measure_of_tests, refuse_both
-from influence_kit.methods.chosen import choose_parameters
+from influence_kit.data.loaders import as_loader, check_order, loader_length
+from influence_kit.errors import InvalidArgumentError, PassAgain
+from influence_kit.gradients.check import refuse_meta, refuse_mixing_layers
+from influence_kit.gradients.source import GradientSource, Verify, check_verify, comfortable_rows
+from influence_kit.losses.loss import Loss, LossFunction, declared_reduction
+from influence_kit.losses.margins import OutputFunction
+from influence_kit.losses.test_measures import measure_of_tests, refuse_both
 from influence_kit.methods.kept_of import KeptOf
 from influence_kit.methods.layer_names import Layers, check_layers
 from influence_kit.methods.origin import Given
+from influence_kit.methods.parameter_selection import choose_parameters
 from influence_kit.methods.structure import Structure
-from influence_kit.restore import borrowed
-from influence_kit.training_flags import close, outputs_of
+from influence_kit.preservation.restore import borrowed
+from influence_kit.preservation.training_flags import close, outputs_of
 
 BatchSize = int | Literal["auto"] | None
 TRAIN = "train_dataset"

@@ -26,9 +26,9 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from influence_kit.dtypes import as_bytes
-from influence_kit.index_order import first_indices
-from influence_kit.loaders import loader_length
+from influence_kit.core.dtypes import as_bytes
+from influence_kit.data.index_order import first_indices
+from influence_kit.data.loaders import loader_length
 
 WHOLE_BYTES = 2**24
 # rows of what is larger than that

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from influence_kit.checkpoint_loader import CheckpointLoader
-from influence_kit.data import Batch, call_model, example_count, take
+from influence_kit.checkpoints.loader import CheckpointLoader
+from influence_kit.curvature.passes import DataSet
+from influence_kit.data.batches import Batch, call_model, example_count, take
 from influence_kit.gradients.source import GradientSource
-from influence_kit.losses import Loss
-from influence_kit.operators.passes import DataSet
-from influence_kit.saved import LOSSES, hash_of
+from influence_kit.losses.loss import Loss
+from influence_kit.storage.folders import LOSSES, hash_of
 
 # examples whose losses tell one loss from another
 FEW = 8

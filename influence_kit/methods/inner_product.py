@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influence_kit.checkpoint_loader import CheckpointLoader
-from influence_kit.data import Batch
-from influence_kit.distributed import is_alone
-from influence_kit.dtypes import real_shape
+from influence_kit.checkpoints.loader import CheckpointLoader
+from influence_kit.core.distributed import is_alone
+from influence_kit.core.dtypes import real_shape
+from influence_kit.core.memory import resident_bytes
+from influence_kit.data.batches import Batch
+from influence_kit.data.loaders import loader_length
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.loaders import loader_length
-from influence_kit.losses import Loss
-from influence_kit.memory import resident_bytes
+from influence_kit.losses.loss import Loss
 from influence_kit.methods.base import TRAIN
-from influence_kit.methods.chosen import group_by_layer
 from influence_kit.methods.example_influence import ExampleInfluence, given
+from influence_kit.methods.gradient_cache import Build, KeptRows, Places
 from influence_kit.methods.identity import identity
-from influence_kit.methods.kept_rows import Build, KeptRows, Places
+from influence_kit.methods.parameter_selection import group_by_layer
 from influence_kit.methods.starting_again import starts_again
 from influence_kit.scoring.reducers import AllScores, Reducer
 from influence_kit.scoring.stream import Stream

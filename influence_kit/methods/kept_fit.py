@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Self
 
-from influence_kit.checkpoint_loader import CheckpointLoader
-from influence_kit.data import Batch
+from influence_kit.checkpoints.loader import CheckpointLoader
+from influence_kit.data.batches import Batch
 from influence_kit.methods.base import TRAIN
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.origin import Origin
 from influence_kit.methods.starting_again import starts_again
-from influence_kit.saved import read_folder, write_folder
+from influence_kit.storage.folders import read_folder, write_folder
 
 
 class KeptFit(InnerProductInfluence):

@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from influence_kit.checkpoint_loader import Fingerprint
+from influence_kit.checkpoints.loader import Fingerprint
 from influence_kit.errors import ChangedError
-from influence_kit.losses import LossFunction
+from influence_kit.losses.loss import LossFunction
 from influence_kit.methods.data_fingerprint import data_fingerprint
 from influence_kit.methods.function_fingerprint import function_fingerprint
 from influence_kit.methods.origin import Origin, Source

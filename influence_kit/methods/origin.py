@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from influence_kit.checkpoint_loader import Fingerprint
-from influence_kit.data import Batch
+from influence_kit.checkpoints.loader import Fingerprint
+from influence_kit.data.batches import Batch
 from influence_kit.methods.data_fingerprint import what_changed
 
 Source = Callable[[], dict[str, Any]]

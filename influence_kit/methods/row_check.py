@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from influence_kit.data import Batch, example_count, take
+from influence_kit.data.batches import Batch, example_count, take
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.check import drawn_of_batch
 from influence_kit.gradients.comparison import is_random

@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from influence_kit.core.memory import rows_within, workspace_bytes
 from influence_kit.errors import CurvatureError
-from influence_kit.memory import rows_within, workspace_bytes
 from influence_kit.operators.wording import OF_CURVATURE, Wording
 
 

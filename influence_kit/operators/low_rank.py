@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from influence_kit.arguments import check_count, check_number
+from influence_kit.core.arguments import check_count, check_number
 from influence_kit.errors import CurvatureError
 from influence_kit.operators.operator import Operator
 from influence_kit.operators.partition import spread

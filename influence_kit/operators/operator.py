@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from influence_kit.memory import rows_within, workspace_bytes
+from influence_kit.core.memory import rows_within, workspace_bytes
 
 # probes of the Hutchinson estimate of traces and diagonals
 PROBES = 32

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from influence_kit.locks import FORWARD_MODE
+from influence_kit.core.locks import FORWARD_MODE
 
 Mode = Literal["forward", "reverse"]
 Tree = Mapping[str, Tensor]

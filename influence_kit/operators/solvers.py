@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from influence_kit.arguments import check_count, check_number
+from influence_kit.core.arguments import check_count, check_number
+from influence_kit.core.scaling import balanced, times_powers
 from influence_kit.errors import CurvatureError, InvalidArgumentError, NonFiniteError
 from influence_kit.operators.block import Block
 from influence_kit.operators.operator import Operator
 from influence_kit.operators.partition import dots, spread
 from influence_kit.operators.wording import OF_CURVATURE, Wording
-from influence_kit.scaling import balanced, times_powers
 
 Damping = float | Tensor | Sequence[float]
 Solve = Callable[[Tensor], Tensor]

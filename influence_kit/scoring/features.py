@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from influence_kit.data import Batch, example_count
+from influence_kit.data.batches import Batch, example_count
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.scoring.reducers import TopK
 

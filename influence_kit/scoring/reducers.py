@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from influence_kit.distributed import gather_columns, is_alone
+from influence_kit.core.distributed import gather_columns, is_alone
 
 
 class KMostInfluentialResults(NamedTuple):

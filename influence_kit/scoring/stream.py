@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from influence_kit.checkpoint_loader import CheckpointLoader
-from influence_kit.data import Batch, example_count, nbytes, to_device
-from influence_kit.distributed import is_mine
+from influence_kit.checkpoints.loader import CheckpointLoader
+from influence_kit.core.distributed import is_mine
+from influence_kit.core.memory import MIB, rows_within
+from influence_kit.data.batches import Batch, example_count, nbytes, to_device
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.gradients.per_example import Gradients, join_examples
-from influence_kit.memory import MIB, rows_within
 from influence_kit.scoring.reducers import Reducer
 from influence_kit.scoring.term import Side, Term
 from influence_kit.scoring.watch import Watch

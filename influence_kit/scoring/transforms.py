@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from influence_kit.core.scaling import scaled_by_powers
 from influence_kit.errors import NonFiniteError
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.scaling import scaled_by_powers
 
 
 def unit_norm(gradients: Gradients) -> Gradients:

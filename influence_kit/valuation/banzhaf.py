@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from influence_kit.arguments import check_count
+from influence_kit.core.arguments import check_count
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.valuation.refits import Marks, Values, standard_errors
 from influence_kit.valuation.semivalue import Semivalue

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_kit.arguments import check_count
+from influence_kit.core.arguments import check_count
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.valuation.refits import Marks, Moments, Places, Valuation, Values
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_kit.arguments import check_count, check_number
+from influence_kit.core.arguments import check_count, check_number
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.valuation.refits import Moments, Places, Values
 from influence_kit.valuation.semivalue import Semivalue

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.source import GradientSource
-from influence_kit.losses import Loss
+from influence_kit.losses.loss import Loss
 
 N = 5
 

@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 import influence_kit
 from influence_kit import GradCos, GradDot, TracInCP
 from influence_kit.gradients.loss_scaling import scaled_examples, summed_loss
-from influence_kit.losses import Loss
+from influence_kit.losses.loss import Loss
 
 N = 40
 GENERATOR = torch.Generator().manual_seed(0)

@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Size, Tensor
 
-from influence_kit import saved
+from influence_kit.core.memory import MIB, workspace_bytes
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.gradients import store as store_module
 from influence_kit.gradients.store import GradientStore
 from influence_kit.gradients.store_manifest import default_chunk_rows
-from influence_kit.memory import MIB, workspace_bytes
-from influence_kit.saved import MANIFEST
 from influence_kit.scoring.reducers import TopK
+from influence_kit.storage import folders as saved
+from influence_kit.storage.folders import MANIFEST
 
 COLUMNS = {"a.weight": Size([2, 3]), "a.bias": Size([2]), "b": Size([3])}
 ROWS, CHECKPOINTS, WIDTH, CHUNK = 23, 2, 11, 5

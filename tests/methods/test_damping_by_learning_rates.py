@@ -11,9 +11,9 @@ from torch.utils.data import TensorDataset
 
 import influence_kit
 from influence_kit import EKFACInfluenceFunction, KFACInfluenceFunction
+from influence_kit.curvature.observations import curvature_factor
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.methods import kronecker_influence
-from influence_kit.operators.observations import curvature_factor
+from influence_kit.methods.influence_functions import kronecker_influence
 
 N = 12
 X = torch.randn(N, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

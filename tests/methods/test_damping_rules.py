@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import influence_kit
+from influence_kit.curvature.drawn_labels import uniform
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.methods.fitted import OTHER_DRAW
-from influence_kit.methods.kronecker_fit import OBSERVATIONS, KroneckerFit
-from influence_kit.operators.labels import uniform
+from influence_kit.methods.influence_functions.fitted import OTHER_DRAW
+from influence_kit.methods.influence_functions.kronecker_fit import OBSERVATIONS, KroneckerFit
 
 METHODS = ["KFACInfluenceFunction", "EKFACInfluenceFunction"]
 both = pytest.mark.parametrize("method", METHODS)

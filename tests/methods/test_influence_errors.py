@@ -434,7 +434,9 @@ def test_a_block_that_memory_does_not_hold(
     model: nn.Module, refused: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     explainer = make("ExplicitInfluenceFunction", model)
-    monkeypatch.setattr("influence_kit.methods.explicit.free_bytes", lambda device: 10 * P**2)
+    monkeypatch.setattr(
+        "influence_kit.methods.influence_functions.explicit.free_bytes", lambda device: 10 * P**2
+    )
     match = r'blocks of up to 31 parameters take \S+ GiB.* Use blocks="layer", `layers`, or'
     with refused(model, InvalidArgumentError, match):
         explainer.influence(TEST)
@@ -447,7 +449,9 @@ def test_blocks_that_memory_does_not_hold_together(
     explainer = make("ExplicitInfluenceFunction", model, blocks="layer")
     kept = 8 * 2 * (16**2 + 15**2)
     assert kept > 3 * 8 * 16**2
-    monkeypatch.setattr("influence_kit.methods.explicit.free_bytes", lambda device: kept - 1)
+    monkeypatch.setattr(
+        "influence_kit.methods.influence_functions.explicit.free_bytes", lambda device: kept - 1
+    )
     with refused(model, InvalidArgumentError, "GiB"):
         explainer.influence(TEST)
 

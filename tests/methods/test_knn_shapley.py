@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from influence_kit import KNNShapley
 from influence_kit.errors import InvalidArgumentError, NonFiniteError, UnknownLayerError
-from influence_kit.methods import knn_points, knn_shapley
 from influence_kit.methods.activations import Features
-from influence_kit.methods.knn_values import far_to_near, values_of_matches
+from influence_kit.methods.knn_shapley import knn_points, knn_shapley
+from influence_kit.methods.knn_shapley.knn_values import far_to_near, values_of_matches
 
 N, M, D = 8, 5, 3
 MLP, DICT = CASES["mlp"], CASES["dict"]

@@ -22,10 +22,10 @@ from torch.utils.data import TensorDataset
 
 import influence_kit
 from influence_kit import ExplicitInfluenceFunction, FactGraSS, GraSS, LoGra
+from influence_kit.curvature.drawn_labels import ModelLabels
 from influence_kit.errors import CurvatureError, InvalidArgumentError
-from influence_kit.losses import Loss
-from influence_kit.operators.labels import ModelLabels
-from influence_kit.operators.maps import Identity
+from influence_kit.losses.loss import Loss
+from influence_kit.projections.maps import Identity
 
 CLOSE = 1e-8
 NAMES = ["mlp", "cnn", "gpt"]

@@ -7,7 +7,7 @@ import torch
 
 from influence_kit import ExactNearestNeighbors, FaissNearestNeighbors
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.methods import nearest_neighbors
+from influence_kit.methods.tracin import nearest_neighbors
 
 N, DIM = 60, 5
 DATA = torch.randn(N, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

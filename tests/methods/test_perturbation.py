@@ -25,7 +25,7 @@ from influence_kit import (
     ExplicitInfluenceFunction,
 )
 from influence_kit.errors import InvalidArgumentError, NonFiniteError, UnknownLayerError
-from influence_kit.methods import perturbation
+from influence_kit.methods.influence_functions import perturbation
 from influence_kit.scoring.features import MostInfluentialFeatures, most_influential
 
 CLOSE = 1e-8

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import influence_kit
 from influence_kit.errors import DampingWarning
 from influence_kit.evaluation import half_subsets, tune_damping
-from influence_kit.methods import influence_function, plain_check
-from influence_kit.methods.plain_check import Figures, PlainCheck, figures
+from influence_kit.methods.influence_functions import influence_function, plain_check
+from influence_kit.methods.influence_functions.plain_check import Figures, PlainCheck, figures
 from influence_kit.scoring.reducers import AllScores
 from influence_kit.scoring.stream import Stream
 

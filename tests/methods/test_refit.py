@@ -12,12 +12,12 @@ from test_representer import made
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import influence_kit.methods.refit
+import influence_kit.methods.representer.refit
 from influence_kit import CurvatureError, RepresenterPointSelection
 from influence_kit.errors import InvalidArgumentError, NonFiniteError, UnknownLayerError
-from influence_kit.losses import Loss
-from influence_kit.methods.last_layer import at_last_layer
-from influence_kit.methods.newton import Objective, minimum
+from influence_kit.losses.loss import Loss
+from influence_kit.methods.representer.last_layer import at_last_layer
+from influence_kit.methods.representer.newton import Objective, minimum
 
 MLP = CASES["mlp"]
 
@@ -135,7 +135,7 @@ def test_a_layer_is_refitted_once_and_by_fit_for_other_weights(
         fitted.append(1)
         return minimum(*arguments)
 
-    monkeypatch.setattr(influence_kit.methods.refit, "minimum", counted)
+    monkeypatch.setattr(influence_kit.methods.representer.refit, "minimum", counted)
     checkpoints = copy.deepcopy(MLP.checkpoints())
     representer = build("RepresenterPointSelection", MLP, checkpoints=checkpoints)
     before = representer.influence(MLP.test)

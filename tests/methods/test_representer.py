@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from influence_kit import RepresenterPointSelection
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.methods.refit import Refit
+from influence_kit.methods.representer.refit import Refit
 
 MLP = CASES["mlp"]
 GPT = CASES["gpt"]

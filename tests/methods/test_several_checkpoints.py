@@ -19,7 +19,7 @@ from influence_kit import (
     RepresenterPointSelection,
     TracInCP,
 )
-from influence_kit.methods.fitted import FittedInfluence
+from influence_kit.methods.influence_functions.fitted import FittedInfluence
 
 CASE = CASES["mlp"]
 PAGE = Path(__file__).parents[2] / "sphinx" / "concepts.md"

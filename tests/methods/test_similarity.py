@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from influence_kit import SimilarityInfluence, cosine_similarity, euclidean_distance
 from influence_kit.errors import InvalidArgumentError, NonFiniteError, UnknownLayerError
-from influence_kit.methods import saved_activations
 from influence_kit.methods.row_check import RowCheck
+from influence_kit.methods.similarity import saved_activations
 
 N, M = 12, 5
 LAYERS = ["conv", "head"]
@@ -532,7 +532,9 @@ def test_an_interrupted_pass_leaves_nothing_that_is_used(tmp_path: Path) -> None
 def test_chunks_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     expected = built(tmp_path / "one").influence(TEST, 4)
     monkeypatch.setattr(saved_activations, "CHUNK_BYTES", 2 * 12 * 8)
-    monkeypatch.setattr("influence_kit.methods.similarity.workspace_bytes", lambda device: 1)
+    monkeypatch.setattr(
+        "influence_kit.methods.similarity.similarity.workspace_bytes", lambda device: 1
+    )
     found = built(tmp_path / "many", batch_size=size).influence(TEST, 4)
     assert len(list((tmp_path / "many" / "src" / "conv").glob("*/manifest.json"))) > 2
     assert_equal(found, expected)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from influence_kit import TRAK
 from influence_kit.errors import CurvatureError, InvalidArgumentError, NonFiniteError
-from influence_kit.methods.normal_equations import OF_FEATURES
+from influence_kit.methods.trak.normal_equations import OF_FEATURES
 from influence_kit.operators.solvers import Cholesky
 
 CLOSE = 1e-8

@@ -15,10 +15,10 @@ from whole_model_oracle import Oracle, look
 from whole_models import ROUTED, WHOLE, Bare, Whole, routed
 
 import influence_kit
+from influence_kit.curvature import factor_sums
+from influence_kit.curvature.drawn_labels import uniform
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.methods.fitted import OTHER_DRAW
-from influence_kit.operators import factor_sums
-from influence_kit.operators.labels import uniform
+from influence_kit.methods.influence_functions.fitted import OTHER_DRAW
 
 pytest.importorskip("transformers")
 # of what torch.func computes

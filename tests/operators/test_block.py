@@ -10,15 +10,15 @@ from matrices import normal, symmetric
 from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset
 
+from influence_kit.curvature.outer_products import OuterProducts
+from influence_kit.curvature.passes import DataSet
+from influence_kit.data.loaders import as_loader
 from influence_kit.errors import CurvatureError
 from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.loaders import as_loader
 from influence_kit.operators import Cholesky
 from influence_kit.operators.block import Block
-from influence_kit.operators.outer_products import OuterProducts
 from influence_kit.operators.partition import Partition
-from influence_kit.operators.passes import DataSet
 
 CPU, P = torch.device("cpu"), 40
 COUNTS = [1, 2, 7, 20, 39, 40, 60]

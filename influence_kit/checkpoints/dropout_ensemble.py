@@ -1,0 +1,130 @@
+"""Cheap ensembles: the thinned networks of one trained model, as checkpoints.
+
+Deng et al. 2024, "Efficient Ensembles Improve Training Data Attribution", arXiv 2405.17293.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from influence_kit.checkpoints.found import load_checkpoint
+from influence_kit.core.arguments import check_count
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.preservation.dropout_masks import MASKS
+from influence_kit.preservation.restore import borrowed
+
+Rates = float | Mapping[str, float] | None
+
+
+def dropout_ensemble(
+    model: nn.Module,
+    n: int,
+    seed: int = 0,
+    checkpoint: Any = None,
+    *,
+    p: Rates = None,
+    axes: Mapping[str, int] | None = None,
+) -> list[dict[str, Any]]:
+    """Checkpoints of n thinned networks: the same weights, a fixed mask at every dropout layer.
+
+    Scores over them are those of an ensemble, without training it (arXiv 2405.17293). A mask has
+    one entry a feature, 0 or 1 / (1 - rate), and is the same for every example, training or test,
+    and for every batch size and device. Features are the last dimension of tensors of two or three
+    (``[n, d]``, ``[n, t, d]``), and dimension 1 of those of more (``[n, c, h, w]``, and attention
+    ``[n, heads, t, t]``) and of ``Dropout1d``, ``Dropout2d`` and ``Dropout3d``.
+
+    Masks are put on the layers of the model when a method loads the checkpoint, and taken off again
+    with it. Dropout that is no layer (``F.dropout``, the ``dropout`` of ``nn.MultiheadAttention``
+    and of recurrent layers) stays off. The checkpoints are dicts of tensors, which share memory,
+    and plain values: ``torch.save`` keeps them.
+
+    Args:
+        model: the model, with dropout layers; it stays as it is.
+        n: how many checkpoints.
+        seed: of the masks; member i is the same for every n.
+        checkpoint: the weights, and their learning rate: what ``load_checkpoint`` takes. None for
+            the model's own, with learning rate 1.
+        p: one rate for all dropout layers, or rates by layer; a layer's own where None.
+        axes: the dimension of the features by layer, where it is another.
+
+    Returns:
+        A list for ``checkpoints=``. A load function of your own may call
+        ``load_checkpoint(model, member)``.
+
+    Raises:
+        InvalidArgumentError: for a model without dropout layers or with rates of 0 alone, and for
+            ``AlphaDropout``, which is more than a mask.
+
+    Example:
+        >>> import torch
+        >>> from influence_kit import GradDot
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(3, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 2)
+        ... )
+        >>> x, y = torch.randn(8, 3), torch.arange(8) % 2
+        >>> train = torch.utils.data.TensorDataset(x, y)
+        >>> members = dropout_ensemble(model, 5)
+        >>> dot = GradDot(model, train, members, loss_fn=torch.nn.CrossEntropyLoss())
+        >>> dot.influence((x[:4], y[:4])).shape
+        torch.Size([4, 8])
+    """
+    n, seed = check_count(n, "n"), check_count(seed, "seed", least=0)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, _DropoutNd)}
+    rates = _rates(model, layers, p)
+    chosen = dict(axes or {})
+    _check_names("axes", chosen, layers)
+    with borrowed(model) as inside:
+        inside.in_training()
+        rate = 1.0 if checkpoint is None else load_checkpoint(model, checkpoint)
+        weights = copy.deepcopy(model.state_dict())
+    masks = {"seed": seed, "rates": rates, "axes": chosen}
+    return [
+        {"state_dict": weights, "learning_rate": rate, MASKS: {**masks, "member": member}}
+        for member in range(n)
+    ]
+
+
+def _rates(model: nn.Module, layers: Mapping[str, _DropoutNd], p: Rates) -> dict[str, float]:
+    """The rate of each layer that drops something."""
+    if not layers:
+        raise InvalidArgumentError(
+            f"the {type(model).__name__} has no dropout layers (nn.Dropout and its kin), so that "
+            "there are no thinned networks to make an ensemble of; pass checkpoints of several runs"
+        )
+    rates: dict[str, Any] = {name: layer.p for name, layer in layers.items()}
+    if isinstance(p, Mapping):
+        _check_names("p", p, layers)
+        rates.update(p)
+    elif p is not None:
+        rates = dict.fromkeys(layers, p)
+    for name, rate in rates.items():
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+            raise InvalidArgumentError(
+                f"the rate of dropout layer '{name}' is {rate!r}; it must be at least 0 and below "
+                "1 (`p` sets it)"
+            )
+        if rate > 0 and isinstance(layers[name], nn.AlphaDropout | nn.FeatureAlphaDropout):
+            raise InvalidArgumentError(
+                f"the dropout layer '{name}' is an {type(layers[name]).__name__}, which does more "
+                f"than multiply by a mask; leave it out by p={{'{name}': 0}}"
+            )
+    dropping = {name: float(rate) for name, rate in rates.items() if rate > 0}
+    if not dropping:
+        raise InvalidArgumentError(
+            f"the dropout layers {list(layers)} have rate 0, so that all members of an ensemble "
+            "would be the same; `p` sets other rates"
+        )
+    return dropping
+
+
+def _check_names(argument: str, names: Mapping[str, Any], layers: Mapping[str, nn.Module]) -> None:
+    unknown = [name for name in names if name not in layers]
+    if unknown:
+        raise InvalidArgumentError(
+            f"`{argument}` names {unknown}, which are no dropout layers of the model; it has "
+            f"{list(layers)}"
+        )

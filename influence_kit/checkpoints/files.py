@@ -1,0 +1,159 @@
+"""What a saved checkpoint holds: weights, step, learning rate, and where the rate was found.
+
+Read are ``.pt``, ``.pth``, ``.ckpt`` and ``.bin`` files (a state dict, or a dict with one under
+``model_state_dict``, ``state_dict`` or ``model``), ``.safetensors`` files, the ``checkpoint-N``
+folders of Hugging Face's ``Trainer`` and the folders of accelerate's ``save_state``. Nothing is
+unpickled but tensors and plain values.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.learning_rates.accelerate_folder import accelerate_rate
+from influence_kit.learning_rates.rate import NO_RATE, RATE_KEYS, Rate, stored_rate
+from influence_kit.learning_rates.trainer_folder import trainer_rate, trainer_state
+from influence_kit.learning_rates.wrapped import wrapped_rate
+from influence_kit.preservation.dropout_masks import MASKS
+from influence_kit.storage.torch_files import damaged, load_file
+
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")
+WEIGHT_KEYS = ("model_state_dict", "state_dict", "model")
+STEP_KEYS = ("global_step", "step", "epoch")
+# the weights of a folder, best first; an index names the files of a sharded model
+FOLDER_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A checkpoint read."""
+
+    weights: Mapping[str, Any]
+    step: int | None = None
+    rate: Rate = NO_RATE
+    is_adapter: bool = False
+    masks: Mapping[str, Any] | None = None
+
+
+def is_trainer_folder(path: Path) -> bool:
+    """Whether a folder is one checkpoint (rather than a folder of checkpoints)."""
+    return any((path / name).is_file() for name in (*FOLDER_WEIGHTS, ADAPTER_WEIGHTS))
+
+
+def is_readable(path: Path) -> bool:
+    """Whether ``read`` knows the kind of file."""
+    return is_trainer_folder(path) if path.is_dir() else path.suffix in SUFFIXES
+
+
+def read(checkpoint: Any) -> Contents:
+    """Read a path or a dict already in memory.
+
+    Raises:
+        InvalidArgumentError: for a file of another kind, or one that holds other Python objects.
+    """
+    if isinstance(checkpoint, Mapping):
+        return _unwrap(checkpoint)
+    if not isinstance(checkpoint, str | Path):
+        raise InvalidArgumentError(
+            f"a checkpoint is a path or a state dict; got a {type(checkpoint).__name__}: pass a "
+            "`checkpoints_load_func(model, checkpoint)` that loads it and returns its learning rate"
+        )
+    path = Path(checkpoint)
+    if not path.exists():
+        raise InvalidArgumentError(f"there is no checkpoint '{path}'")
+    if path.is_dir():
+        contents = _read_folder(path)
+    elif path.suffix == ".safetensors":
+        contents = _read_safetensors(path)
+    elif path.suffix in TORCH_SUFFIXES:
+        contents = _unwrap(load_file(path), path)
+    else:
+        raise InvalidArgumentError(
+            f"'{path}' is not a checkpoint that can be read: its ending is none of "
+            f"{', '.join(SUFFIXES)}; pass a `checkpoints_load_func` for files of your own"
+        )
+    if contents.step is None:
+        numbers = re.findall(r"\d+", path.stem)
+        contents = replace(contents, step=int(numbers[-1]) if numbers else None)
+    return contents
+
+
+def _read_safetensors(path: Path) -> Contents:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise damaged(path, error) from error
+    rate = stored_rate({k: _number(metadata[k]) for k in RATE_KEYS if k in metadata})
+    steps = [int(float(metadata[key])) for key in STEP_KEYS if key in metadata]
+    return Contents(weights, steps[0] if steps else None, rate or NO_RATE)
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _read_folder(path: Path) -> Contents:
+    present = [name for name in FOLDER_WEIGHTS if (path / name).is_file()]
+    weights: dict[str, Any] = {}
+    if not present and not (path / ADAPTER_WEIGHTS).is_file():
+        raise InvalidArgumentError(
+            f"the folder '{path}' is no checkpoint: it holds none of "
+            f"{', '.join((*FOLDER_WEIGHTS, ADAPTER_WEIGHTS))}"
+        )
+    if not present:
+        files = [ADAPTER_WEIGHTS]
+    elif present[0].endswith(".json"):
+        index = json.loads((path / present[0]).read_text())
+        files = sorted(set(index["weight_map"].values()))
+    else:
+        files = present[:1]
+    for name in files:
+        weights.update(read(path / name).weights)
+    state = trainer_state(path)
+    rate = accelerate_rate(path) if state is None else trainer_rate(path, state)
+    step = None if state is None else state.get("global_step")
+    return Contents(weights, step, rate, is_adapter=not present)
+
+
+def _unwrap(saved: Any, path: Path | None = None) -> Contents:
+    """Weights and rate from a state dict, or from a dict around one."""
+    if not isinstance(saved, Mapping):
+        raise InvalidArgumentError(
+            f"a checkpoint holds a {type(saved).__name__}; expected a state dict, or a dict with "
+            f"one under {', '.join(WEIGHT_KEYS)}"
+        )
+    wrapped = [key for key in WEIGHT_KEYS if isinstance(saved.get(key), Mapping)]
+    extra = (*RATE_KEYS, *STEP_KEYS)
+    # beside the weights, an array of one of these names is a weight
+    around = (
+        saved if wrapped else {k: v for k, v in saved.items() if k in extra and not _is_array(v)}
+    )
+    weights = saved[wrapped[0]] if wrapped else {k: v for k, v in saved.items() if k not in around}
+    rate = stored_rate(around)
+    if rate is None and wrapped:
+        rate = wrapped_rate(saved, path)
+    steps = [int(saved[key]) for key in STEP_KEYS if isinstance(saved.get(key), int | float)]
+    return Contents(weights, steps[0] if steps else None, rate or NO_RATE, masks=saved.get(MASKS))
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0

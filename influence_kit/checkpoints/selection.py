@@ -1,0 +1,182 @@
+"""A few checkpoints of one run that saved many, evenly over its steps."""
+
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from influence_kit.checkpoints.files import STEP_KEYS
+from influence_kit.checkpoints.found import find_checkpoints, label_of
+from influence_kit.core.arguments import check_count
+from influence_kit.learning_rates.trainer_folder import TRAINER_STATE, trainer_state
+from influence_kit.storage.torch_files import values_of
+
+# kinds of numbers that order checkpoints, the best first, and how a file's name shows two of them
+STEP, EPOCH, NUMBER = "step", "epoch", "number in the name"
+# a unit behind the digits (10k) makes them another number
+LABELS = {
+    STEP: re.compile(
+        r"(?<![a-z])(?:global[-_]?)?(?:step|iteration|iter|update)s?[-_=]?(\d+)(?![a-z\d])", re.I
+    ),
+    EPOCH: re.compile(r"(?<![a-z])epochs?[-_=]?(\d+)(?![a-z\d])", re.I),
+}
+Numbers = dict[str, float]
+
+
+def select_checkpoints(checkpoints: Any, count: int) -> list[Any]:
+    r"""Choose ``count`` checkpoints of one run, evenly over its steps, always with the last.
+
+    .. math::
+        t_j = s_0 + (s_C - s_0) \, \frac{j}{\mathrm{count}}, \qquad
+        s_0 = \max \Bigl( 0, \; s_1 - \frac{s_C - s_1}{C - 1} \Bigr)
+
+    for C checkpoints at the steps s_1 <= ... <= s_C: the targets t_j, j = 1 ... count, are met by
+    different checkpoints whose distances from them have the least sum. s_0 is 0 for a run that was
+    saved from its start on, and one spacing before the first checkpoint of a run of which only
+    later ones are left. Epochs, and numbers in names, that start at 0 count from 1; step 0 is that
+    of the weights before training, which are chosen last.
+
+    A step is the first of these numbers that all checkpoints show and that differs between them.
+    No weights are read for it.
+
+    - "step", "iteration" or "update" in the name of a file or folder (``epoch=3-step=400.ckpt``);
+      N of a Trainer's ``checkpoint-N``, or ``global_step`` in its ``trainer_state.json``; of a
+      checkpoint in memory ``global_step`` or ``step``;
+    - "epoch" in the name or in memory;
+    - the one number in which the paths differ (``ck10.pt``).
+
+    Files whose name shows none (``last.ckpt``) are asked for the ``step`` or ``epoch`` that they
+    hold beside the weights, which stay on disk. Where no such number is known of all checkpoints,
+    their position counts as the step: 1 ... C, in the order of ``find_checkpoints``.
+
+    Args:
+        checkpoints: a folder, a glob, a list of paths, or any iterable of paths or state dicts: as
+            any method takes them.
+        count: how many to choose; all where there are no more.
+
+    Returns:
+        A list for the ``checkpoints`` of any method, in the order of ``find_checkpoints``.
+
+    Raises:
+        InvalidArgumentError: for a ``count`` that is not a positive int; where there are no
+            checkpoints.
+
+    Warns:
+        UserWarning: where only some checkpoints show a step, so that positions count.
+
+    Example:
+        >>> run = [{"state_dict": {}, "step": step} for step in (10, 20, 30, 40, 100, 200, 300)]
+        >>> [checkpoint["step"] for checkpoint in select_checkpoints(run, 3)]
+        [100, 200, 300]
+    """
+    count = check_count(count, "count")
+    found = find_checkpoints(checkpoints)
+    if count >= len(found):
+        return found
+    steps = _steps(found)
+    order = sorted(range(len(found)), key=steps.__getitem__)
+    chosen = _nearest([steps[i] for i in order], count)
+    return [found[i] for i in sorted(order[place] for place in chosen)]
+
+
+def _nearest(steps: Sequence[float], count: int) -> list[int]:
+    """Rising positions of so many of the sorted steps, nearest to even targets; with the last.
+
+    Of two that are as near the later one is taken.
+    """
+    first, last = steps[0], steps[-1]
+    start = max(0.0, first - (last - first) / (len(steps) - 1))
+    targets = [start + (last - start) * j / count for j in range(1, count)]
+    # the best choice for the targets so far among the first i checkpoints, and its distance
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())] * len(steps)
+    for target in targets:
+        extended: list[tuple[float, tuple[int, ...]]] = [(math.inf, ())]
+        for i, step in enumerate(steps[:-1]):
+            distance, chosen = best[i]
+            with_it = (distance + abs(step - target), (*chosen, i))
+            extended.append(min(with_it, extended[i], key=lambda choice: choice[0]))
+        best = extended
+    return [*best[-1][1], len(steps) - 1]
+
+
+def _steps(found: Sequence[Any]) -> Sequence[float]:
+    """The step of each checkpoint, or its position where steps are not known of all."""
+    known = _numbers(found)
+    for kind in (STEP, EPOCH, NUMBER):
+        values = [numbers[kind] for numbers in known if kind in numbers]
+        if len(values) == len(known) and len(set(values)) > 1:
+            # epoch 0 ends with trained weights
+            from_zero = kind != STEP and min(values) == 0
+            return [value + 1 for value in values] if from_zero else values
+    shown = Counter(kind for numbers in known for kind in numbers)
+    kind, most = shown.most_common(1)[0] if shown else (STEP, 0)
+    if 0 < most < len(found):
+        without = [item for item, numbers in zip(found, known, strict=True) if kind not in numbers]
+        warnings.warn(
+            f"{len(without)} of {len(found)} checkpoints show no {kind} (the first is "
+            f"{label_of(without[0])}), so that all are selected evenly over their order, not over "
+            "steps; to leave them out, pass a glob such as 'folder/step-*.pt', or a list",
+            stacklevel=3,
+        )
+    return range(1, len(found) + 1)
+
+
+def _numbers(found: Sequence[Any]) -> list[Numbers]:
+    """What tells when each checkpoint was saved, by kind."""
+    known = [_shown(item) for item in found]
+    for place, number in _differing(found).items():
+        known[place][NUMBER] = number
+    return [
+        numbers or _beside_the_weights(item) for item, numbers in zip(found, known, strict=True)
+    ]
+
+
+def _shown(item: Any) -> Numbers:
+    """What a checkpoint shows without being opened."""
+    if isinstance(item, Mapping):
+        return _held(item)
+    if not isinstance(item, str | Path):
+        return {}
+    path = Path(item)
+    matches = {kind: label.search(path.name) for kind, label in LABELS.items()}
+    numbers: Numbers = {kind: int(match[1]) for kind, match in matches.items() if match}
+    if STEP in numbers or not (path / TRAINER_STATE).is_file():
+        return numbers
+    # its state grows with the run, and the Trainer's own name has the same step
+    trainers = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return numbers | ({STEP: int(trainers[1])} if trainers else _held(trainer_state(path) or {}))
+
+
+def _beside_the_weights(item: Any) -> Numbers:
+    """What a file of ``torch.save`` holds, without reading its weights."""
+    return _held(values_of(Path(item), mapped=True)) if isinstance(item, str | Path) else {}
+
+
+def _held(values: Mapping[str, Any]) -> Numbers:
+    """The step and the epoch in a dict."""
+    numbers: Numbers = {}
+    for key in STEP_KEYS:
+        value = values.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            numbers.setdefault(EPOCH if key == "epoch" else STEP, value)
+    return numbers
+
+
+def _differing(found: Sequence[Any]) -> dict[int, float]:
+    """Of the most paths that are alike but for numbers: the number, where they differ in just one.
+
+    By the position of the path.
+    """
+    alike: dict[tuple[str, ...], dict[int, list[str]]] = {}
+    for place, item in enumerate(found):
+        if isinstance(item, str | Path):
+            parts = re.split(r"(\d+)", str(item))
+            alike.setdefault(tuple(parts[::2]), {})[place] = parts[1::2]
+    numbers = max(alike.values(), key=len, default={})
+    columns = [column for column in zip(*numbers.values(), strict=True) if len(set(column)) > 1]
+    if len(columns) != 1:
+        return {}
+    return dict(zip(numbers, map(int, columns[0]), strict=True))

@@ -1,0 +1,1 @@
+"""What all rooms build on: arguments, memory, ranks, processes, random state, tables."""

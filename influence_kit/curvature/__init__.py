@@ -1,0 +1,1 @@
+"""The curvature of a model's loss: measured, approximated, inverted."""

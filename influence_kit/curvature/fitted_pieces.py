@@ -1,0 +1,146 @@
+"""What was measured of the blocks of a Kronecker-factored curvature, read from tensors by name.
+
+The tensors of a piece are named ``key.left``, ``key.grid`` and so on; the key is the block's name,
+or, after the first matrix or table of a block, that of a parameter in it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from influence_kit.curvature.diagonal import Diagonal
+from influence_kit.curvature.eigenbasis import Eigenbasis
+from influence_kit.curvature.kronecker_inverse import Table
+from influence_kit.curvature.layer_forms import own_key
+from influence_kit.curvature.matrix_layer import MatrixLayer
+
+LEFT_OUT = "left out"
+
+
+@dataclass(frozen=True)
+class FittedPiece:
+    """One weight with its bias, or one other parameter.
+
+    Args:
+        names: of its parameters; the weight comes first.
+        own: its tensors: the eigenvalues "grid", ``[g, o, i]`` of a matrix, ``[v, e]`` of a table,
+            ``[p]`` of a diagonal, and the eigenvectors.
+    """
+
+    names: tuple[str, ...]
+    own: Mapping[str, Tensor]
+
+    @property
+    def grid(self) -> Tensor:
+        """The eigenvalues."""
+        return self.own["grid"]
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is the weight of a linear layer or convolution, with its bias."""
+        return self.grid.dim() == 3
+
+    @property
+    def squared_weights(self) -> float:
+        """The sum of the squares of its parameters, where it was fitted."""
+        return float(self.own["squared_weights"])
+
+    def basis(
+        self, damping: float, sample: Tensor, rtol: float, power: float = 1.0
+    ) -> Eigenbasis | Table | Diagonal:
+        """The eigenvectors with 1 / (eigenvalues + damping), or a power of it."""
+        weights = (1 / (self.grid + damping)).pow(power).to(sample)
+        left, right = (
+            None if (side := self.own.get(name)) is None else side.to(sample)
+            for name in ("left", "right")
+        )
+        if weights.dim() == 1:
+            return Diagonal(self.names[0], weights)
+        if weights.dim() == 2:
+            return Table(self.names[0], right, weights)
+        layer = MatrixLayer.of(self.names, self.own)
+        sizes = self.own["left_values"], self.own["right_values"]
+        return Eigenbasis(layer, left, right, weights, sizes, rtol)
+
+    def form(self, swapped: bool) -> str:
+        """In words; ``swapped`` where the rows of the matrix are inputs."""
+        if self.grid.dim() == 1:
+            return "diagonal (zero)" if is_idle(self.grid) else "diagonal"
+        if self.grid.dim() == 2:
+            sides = {"right": (self.grid.shape[1], "entries")}
+        else:
+            words = ("inputs", "outputs") if swapped else ("outputs", "inputs")
+            width = self.grid.shape[2] - (len(self.names) - 1)
+            sides = {"left": (self.grid.shape[1], words[0]), "right": (width, words[1])}
+        long = [f"{n:,} {word}" for side, (n, word) in sides.items() if side not in self.own]
+        return "Kronecker" + (f", diagonal over its {' and '.join(long)}" if long else "")
+
+
+def fitted_pieces(
+    tensors: Mapping[str, Tensor],
+    blocks: Mapping[str, Sequence[str]],
+    shapes: Mapping[str, torch.Size],
+) -> dict[str, list[FittedPiece]]:
+    """The pieces of each block, none of one that was left out.
+
+    Args:
+        tensors: what was measured, by name.
+        blocks: names of parameters by block.
+        shapes: of the parameters.
+    """
+    by_key: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, value in tensors.items():
+        key, _, field = name.rpartition(".")
+        by_key[key][field] = value
+    found: dict[str, list[FittedPiece]] = {}
+    for block, names in blocks.items():
+        keys = [block, *(own_key(block, name) for name in names)]
+        owns = [by_key[key] for key in keys if "grid" in by_key.get(key, {})]
+        found[block] = [FittedPiece(_members(names, own, shapes), own) for own in owns]
+    return found
+
+
+def _members(
+    names: Sequence[str], own: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
+) -> tuple[str, ...]:
+    if "members" in own:
+        return tuple(names[i] for i in own["members"].tolist())
+    # saved before blocks had several pieces: the weight is the matrix
+    return tuple(sorted(names, key=lambda name: len(shapes[name]), reverse=True))
+
+
+def form_of_block(names: Sequence[str], pieces: Sequence[FittedPiece], swapped: bool) -> str:
+    """The form of a block in words: one, or one for each of its parameters.
+
+    Args:
+        names: of all parameters of the block.
+        pieces: of the block.
+        swapped: see ``FittedPiece.form``.
+    """
+    forms = dict.fromkeys(names, LEFT_OUT)
+    for piece in pieces:
+        forms |= dict.fromkeys(piece.names, piece.form(swapped))
+    if len(set(forms.values())) == 1:
+        return next(iter(forms.values()))
+    together: dict[str, list[str]] = defaultdict(list)
+    for name, form in forms.items():
+        together[form].append(name.rpartition(".")[2])
+    return "; ".join(f"{', '.join(own)}: {form}" for form, own in together.items())
+
+
+def is_idle(grid: Tensor) -> bool:
+    """Whether no example had a gradient, as far as a diagonal tells."""
+    return grid.dim() == 1 and not bool(grid.any())
+
+
+def mean_of(grids: Sequence[Tensor]) -> Tensor:
+    """The mean of all eigenvalues of a block."""
+    if len(grids) == 1:
+        return grids[0].mean()
+    count = sum(grid.numel() for grid in grids)
+    return torch.stack([grid.sum() for grid in grids]).sum() / count

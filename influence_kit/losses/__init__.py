@@ -1,0 +1,1 @@
+"""Losses, margins and test measures, one value per example."""

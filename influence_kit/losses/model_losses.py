@@ -1,0 +1,119 @@
+"""What a model's own loss may be: formulas of a loss per example, of its logits and labels.
+
+Letters: n examples.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from influence_kit.core.dtypes import HALF
+from influence_kit.data.class_labels import IGNORED_LABEL, logits_of
+from influence_kit.errors import InvalidArgumentError
+
+# of the largest slope
+SLOPES_CLOSE = 1e-2
+
+# the sum of each example's losses and how many there are, ``[n]``; None where the shapes do not fit
+OwnFormula = Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None]
+
+
+def example_means(formula: OwnFormula, outputs: Any, batch: Any) -> Tensor:
+    """The formula's loss of each example, ``[n]``; 0 where nothing is labelled."""
+    found = formula(logits_of(outputs), batch["labels"])
+    assert found is not None
+    sums, counts = found
+    return sums / counts.clamp(min=1)
+
+
+def token_losses(logits: Tensor, labels: Tensor, shift: int = 0) -> tuple[Tensor, Tensor] | None:
+    """Each sequence's cross-entropy over its labelled tokens, summed, and their number, ``[n]``."""
+    if logits.dim() != 3 or labels.dim() != 2 or len(labels) != len(logits):
+        return None
+    logits = _exact(logits)
+    virtual = logits.shape[1] - labels.shape[1]
+    if virtual < 0:
+        return None
+    # positions that the model puts in front (a soft prompt) have no labels
+    labels = F.pad(labels, (virtual, 0), value=IGNORED_LABEL)
+    logits, labels = logits[:, : logits.shape[1] - shift], labels[:, shift:]
+    losses = F.cross_entropy(
+        logits.transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none"
+    )
+    return losses.sum(1), (labels != IGNORED_LABEL).sum(1)
+
+
+def next_token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The same where position t predicts label t + 1."""
+    return token_losses(logits, labels, shift=1)
+
+
+def class_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Cross-entropy of one class an example, and 1, ``[n]``."""
+    if logits.dim() != 2 or labels.dim() != 1 or labels.is_floating_point():
+        return None
+    losses = F.cross_entropy(_exact(logits), labels, reduction="none")
+    return losses, torch.ones_like(labels)
+
+
+def _exact(logits: Tensor) -> Tensor:
+    """Half precision as float32, in which such models compute their losses, too."""
+    half = logits.dtype in (torch.float16, torch.bfloat16)
+    return logits.float() if half else logits
+
+
+def same_slopes(formula: OwnFormula, outputs: Any, labels: Tensor, own: Tensor) -> bool:
+    """Whether a formula has the slopes of a model's own loss in its logits, if these have a graph.
+
+    Values alone do not tell formulas apart where a model's head is zero: all losses are equal.
+    """
+    logits = logits_of(outputs)
+    if not (logits.requires_grad and own.requires_grad):
+        return True
+    (expected,) = torch.autograd.grad(own, logits, retain_graph=True, allow_unused=True)
+    if expected is None:  # the loss was computed from a copy
+        return True
+    leaf = logits.detach().requires_grad_()
+    with torch.enable_grad():
+        found = formula(leaf, labels)
+        assert found is not None
+        (slopes,) = torch.autograd.grad(found[0].sum() / found[1].sum(), leaf)
+    close = SLOPES_CLOSE * expected.abs().max()
+    return bool(((slopes - expected).abs() <= close).all())
+
+
+def compare_own(formula: OwnFormula, outputs: Any, labels: Tensor, where: str) -> None:
+    """Compare a model's own loss of a batch with the formula it was found to be.
+
+    Raises:
+        InvalidArgumentError: where they differ.
+    """
+    own = outputs.get("loss") if isinstance(outputs, Mapping) else None
+    own = getattr(outputs, "loss", None) if own is None else own
+    found = formula(logits_of(outputs), labels)
+    if not isinstance(own, Tensor) or found is None:
+        return
+    sums, counts = found
+    means = sums / counts.clamp(min=1)
+    # over the labelled positions of all examples, or over examples
+    expected = sums.sum() / counts.sum()
+    either = torch.stack([expected, means.mean(), means[counts > 0].mean()]).to(own)
+    close = 3e-2 if _is_half(own) else 1e-4
+    if torch.isfinite(own) and not bool(torch.isclose(either, own, close, 1e-6).any()):
+        raise InvalidArgumentError(
+            f"{where}: the model's own loss is {own.item():.6g}, and the mean of its labelled "
+            f"positions, which it was in the batches before, is {expected.item():.6g}: what it is "
+            "per example is not known. Pass a `loss_fn` with one value per example"
+        )
+
+
+def _is_half(value: Tensor) -> bool:
+    """Whether a number was computed in half precision, in whatever precision it is now."""
+    return any(bool(value == value.to(half).to(value)) for half in HALF)
+
+
+# the likeliest first
+OWN_FORMULAS: tuple[OwnFormula, ...] = (next_token_losses, token_losses, class_losses)

@@ -1,0 +1,42 @@
+"""The examples of a training set, looked up by their places."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+
+from influence_kit.data.batches import Batch
+from influence_kit.errors import InvalidArgumentError
+
+
+class ExamplesByPlace:
+    """The data set of a loader.
+
+    Args:
+        loader: batches of the data set, as a method has them.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self._loader, self._data, self._collate = loader, loader.dataset, loader.collate_fn
+        self.rows: int = loader.batch_size
+
+    def __call__(self, places: Sequence[int]) -> Batch:
+        """A batch of the examples at those places."""
+        batch: Batch = self._loader.marked(self._collate([self._data[place] for place in places]))
+        return batch
+
+
+def count_by_place(data: Any) -> int:
+    """The number of examples of the argument ``train_dataset``, whose examples have places."""
+    dataset, in_order = data, True
+    if isinstance(data, DataLoader):
+        dataset = data.dataset
+        in_order = isinstance(data.sampler, SequentialSampler) and data.batch_size is not None
+    by_place = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if not by_place or isinstance(dataset, IterableDataset) or not in_order:
+        raise InvalidArgumentError(
+            "examples are looked up by their places: `train_dataset` must be a Dataset with "
+            "__getitem__ and __len__ (or a DataLoader of one, in order and in batches); got a "
+            f"{type(data).__name__}"
+        )
+    return len(dataset)

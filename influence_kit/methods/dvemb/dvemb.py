@@ -1,0 +1,308 @@
+"""Data value embeddings, which follow a training run step by step: arXiv 2412.09538.
+
+Letters: m test and n training examples, P chosen parameters, B examples of a step.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from influence_kit.core.draws import check_seed
+from influence_kit.data.batches import Batch, to_device
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.gradients.per_example import Gradients, from_flat
+from influence_kit.losses.loss import Loss
+from influence_kit.methods.data_fingerprint import data_fingerprint
+from influence_kit.methods.dvemb.by_place import ExamplesByPlace, count_by_place
+from influence_kit.methods.dvemb.looked_up import LookedUp, places_in_pieces
+from influence_kit.methods.dvemb.step_gradients import StepGradients
+from influence_kit.methods.dvemb.walk_back import check_epochs, check_memory, walk_back
+from influence_kit.methods.example_influence import given
+from influence_kit.methods.inner_product import InnerProductInfluence
+from influence_kit.methods.origin import Source
+from influence_kit.methods.projected.projected import Dim, check_dim
+from influence_kit.methods.starting_again import starts_again
+from influence_kit.projections.projection import Projection, layer_by_layer
+from influence_kit.scoring.reducers import Reducer
+from influence_kit.scoring.stream import Stream
+from influence_kit.scoring.term import Side, Term
+from influence_kit.training.step import steps_of
+from influence_kit.training.trace import TrainingTrace
+
+
+class DVEmb(InnerProductInfluence):
+    r"""score = <e_train, grad loss(test) after training>, e = what leaving the example out does.
+
+    .. math::
+        e_j = \sum_{s:\, j \in B_s} \; \prod_{k > s} \Bigl( I - \frac{\eta_k}{|B_k|}
+        \sum_{i \in B_k} g_i^k {g_i^k}^T \Bigr) \, \frac{\eta_s}{|B_s|} \, g_j^s, \qquad
+        g_i^k = \nabla \ell(z_i; \theta_k)
+
+    The data value embedding (arXiv 2412.09538): leaving example j out of the steps that took it
+    moves the weights at the end of this very run by e_j, to first order, with the empirical Fisher
+    matrix for the curvature of each step (later steps stand left in the product). Unlike with
+    influence functions, when an example was seen counts, and training need not have converged. Rows
+    are test examples; positive is a proponent, and leaving the training example out raises the test
+    loss by about the score. An example that no step took scores 0.
+
+    The steps are gone through once, backwards, each at its own weights; that keeps a P x P matrix
+    and the embeddings, n x P, in memory: choose few parameters by ``layers``, or project the
+    gradients of each layer, and P is what is left of them. Gradients are taken in evaluation mode.
+    With several ranks each does so; they share out the scores.
+
+    Args:
+        checkpoints: the weights after training, one checkpoint; those that ``trace`` has where
+            None.
+        trace: the steps, oldest first: a ``TrainingTrace``, or dicts of "state_dict" (before the
+            step), "indices" (in ``train_dataset``) and "lr", and "epoch", "weight_decay" and
+            "reduction" if they have them. Steps are plain SGD steps down the mean of the examples'
+            losses (their sum where reduction is "sum"), with weight decay.
+        epochs: the epochs whose visits count; None for all. The scores of all epochs add up.
+        projection_dim: entries of each layer's gradient, or a pair, as in ``LoGra``: Gaussian, the
+            same at every step; None projects nothing.
+        seed: of the projection.
+        train_dataset: a ``Dataset`` with places, or a ``DataLoader`` of one that goes through it in
+            order.
+
+    The other arguments are those of ``InnerProductInfluence``.
+
+    Raises:
+        InvalidArgumentError: for a trace that is not of this data or has no end, and for more than
+            one checkpoint; from ``influence`` where the matrix and the embeddings do not fit.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> x, y = torch.randn(8, 3), torch.arange(8) % 2
+        >>> model, loss = torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss()
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with TrainingTrace(model, optimizer) as trace:
+        ...     for indices in torch.arange(8).split(4):
+        ...         optimizer.zero_grad()
+        ...         loss(model(x[indices]), y[indices]).backward()
+        ...         trace.record(indices)
+        ...         optimizer.step()
+        >>> train = torch.utils.data.TensorDataset(x, y)
+        >>> dvemb = DVEmb(model, train, trace=trace, loss_fn=loss)
+        >>> dvemb.influence((x[:4], y[:4]), k=3).indices.shape
+        torch.Size([4, 3])
+        >>> dvemb.embeddings().shape
+        torch.Size([8, 8])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: Dataset[Any] | DataLoader[Any],
+        checkpoints: Any = None,
+        *args: Any,
+        trace: Sequence[Mapping[str, Any]],
+        epochs: Collection[int] | None = None,
+        projection_dim: Dim | None = None,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs.get("store") is not None:
+            raise InvalidArgumentError(
+                "DVEmb computes no gradients again that a `store` could keep; its embeddings "
+                "(`embeddings()`) stay in memory"
+            )
+        self.projection_dim = None if projection_dim is None else check_dim(projection_dim)
+        self.seed = check_seed(seed)
+        self._steps = steps_of(trace, count_by_place(train_dataset))
+        check_epochs(epochs, self._steps)
+        self.trace = trace
+        self.epochs = epochs
+        self._embeddings: Tensor | None = None
+        super().__init__(model, train_dataset, checkpoints, *args, **kwargs)
+
+    # What a method says.
+
+    def terms(self) -> list[Term]:
+        """One term: gradients after training, and embeddings."""
+        test, train = Side(0, self._test_gradients), Side(0, self._embedded)
+        return [LookedUp(test, train, weight=1.0, own=self._own_gradients)]
+
+    # What a user calls.
+
+    @starts_again
+    def embeddings(self, show_progress: bool = False) -> Tensor:
+        """The embedding of each training example, ``[n, P]``, parameters in the model's order.
+
+        Computed once and kept: the tensor that scores are computed from, not a copy. The scores are
+        ``compute_intermediate_quantities(inputs) @ embeddings().T``.
+
+        Args:
+            show_progress: a bar over the steps.
+        """
+        self._check_kept()
+        return self._embed(show_progress)
+
+    def _embed(self, show_progress: bool) -> Tensor:
+        """The same, of what is checked by the session that follows."""
+        if self._embeddings is None:
+            check_memory(self._train_count(), self._size, self._steps, self._sample)
+            doing, of_examples = "embed the training examples. Processing step", self._own_gradients
+            with self._session(), self._bar(doing, len(self._steps), show_progress) as bar:
+                read = StepGradients(
+                    self.model, self.trace, self._steps, of_examples, self._examples.rows
+                )
+                empty = self._sample.new_zeros(self._train_count(), self._size)
+                self._embeddings = walk_back(self._steps, read, empty, self.epochs, bar.update)
+        return self._embeddings
+
+    @starts_again
+    def self_influence(
+        self,
+        inputs: Any = None,
+        show_progress: bool = False,
+        outer_loop_by_checkpoints: bool = False,
+    ) -> Tensor:
+        """The score of each training example with itself, ``[n]``.
+
+        By how much its own loss would be higher, had the example been left out.
+
+        Args:
+            inputs: None; only training examples have embeddings.
+            show_progress: bars over the steps and the examples.
+            outer_loop_by_checkpoints: there is one; nothing changes.
+        """
+        if inputs is not None:
+            raise InvalidArgumentError(
+                "`inputs` must be None: DVEmb has embeddings of the examples of `train_dataset` "
+                "alone, whose self-influence is the result without `inputs`"
+            )
+        self._embed(show_progress)
+        return super().self_influence(None, show_progress, outer_loop_by_checkpoints)
+
+    @starts_again
+    def compute_intermediate_quantities(self, inputs: Any, aggregate: bool = False) -> Tensor:
+        """The gradients of the test loss after training: what ``influence`` takes for ``inputs``.
+
+        Returns:
+            ``[m, P]`` (``[1, P]`` if ``aggregate``); the scores are its dot products with
+            ``embeddings()``.
+        """
+        with self._session() as loader:
+            batches = self._batches(given(inputs), ordered=not aggregate)
+            vectors = Stream([], loader, self._sample).vectors(self.test_at(0), batches, aggregate)
+        return vectors.to(self._dtype)
+
+    # How it is done.
+
+    # the embeddings are of the weights in the trace
+    _keeps_of_checkpoints = False
+
+    @property
+    def _kept_since(self) -> str | None:
+        return None if self._embeddings is None else "the training examples were embedded"
+
+    @property
+    def _sources(self) -> dict[str, Source]:
+        found = super()._sources
+        if not isinstance(self.trace, TrainingTrace):  # which may only grow
+            found["trace"] = partial(data_fingerprint, self.trace)
+        return found
+
+    def forget(self) -> None:
+        """Drop the embeddings, too."""
+        self._embeddings = None
+        super().forget()
+
+    def _forget(self) -> None:
+        """New weights after training change no embedding."""
+        known = None if self._embeddings is None else self._origin
+        super()._forget()
+        self._origin = known or self._origin
+
+    def _find(self, checkpoints: Any) -> list[Any]:
+        if checkpoints is None:
+            if not isinstance(self.trace, TrainingTrace):
+                raise InvalidArgumentError(
+                    "`checkpoints` must be the weights after training, [state_dict]; only a "
+                    "TrainingTrace has them itself"
+                )
+            checkpoints = [self.trace.final]
+        found = super()._find(checkpoints)
+        if len(found) > 1:
+            raise InvalidArgumentError(
+                f"DVEmb follows one training run to its end: `checkpoints` must be one, the "
+                f"weights after it; got {len(found)}"
+            )
+        return found
+
+    def _stream_scores(
+        self,
+        inputs: Any,
+        reducer: Reducer,
+        doing: str,
+        show_progress: bool,
+        aggregate: bool,
+        groups: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        given(inputs)
+        self._embed(show_progress)
+        super()._stream_scores(inputs, reducer, doing, show_progress, aggregate, groups)
+
+    @property
+    def _train_batches(self) -> Iterable[Batch]:
+        return places_in_pieces(self._train_count(), self._examples.rows)
+
+    def _batches(self, inputs: Any, ordered: bool = True) -> Iterable[Batch]:
+        if not isinstance(inputs, Tensor):
+            return super()._batches(inputs, ordered)
+        if inputs.dim() != 2 or inputs.shape[1] != self._size:
+            raise InvalidArgumentError(
+                f"`inputs` is a tensor of shape {list(inputs.shape)}; a test side made by "
+                f"`compute_intermediate_quantities` has shape [m, {self._size}] here. Examples are "
+                "a tuple, list or dict"
+            )
+        # the "batch" that ``_test_gradients`` takes
+        quantities: Any = inputs
+        return [quantities]
+
+    def _test_gradients(self, batch: Any) -> Gradients:
+        if isinstance(batch, Tensor):  # made before, by ``compute_intermediate_quantities``
+            return from_flat(batch.to(self._sample), self._shapes, self._sample)
+        return self.test_at(0)(batch)
+
+    def _embedded(self, batch: Any) -> Gradients:
+        """The embeddings of the training examples at the places of a batch ``(places [n],)``."""
+        assert self._embeddings is not None
+        rows = self._embeddings[slice(*batch.ends)]
+        return from_flat(rows, self._shapes, self._sample)
+
+    def _own_gradients(self, batch: Any) -> Gradients:
+        """The gradients of the same examples, at the weights that are in the model."""
+        (places,) = batch
+        examples = self._examples(places.tolist())
+        return self.train_at(0)(to_device(examples, self._device))
+
+    @cached_property
+    def _projection(self) -> Projection | None:
+        """Of training and test gradients alike, at every step."""
+        if self.projection_dim is None:
+            return None
+        return layer_by_layer(self.model, self._parameters, self.projection_dim, self.seed)
+
+    @property
+    def _shapes(self) -> Mapping[str, torch.Size]:
+        return super()._shapes if self._projection is None else self._projection.shapes
+
+    def _features(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
+        gradients = super()._features(checkpoint, batch, loss)
+        return gradients if self._projection is None else self._projection(gradients)
+
+    @property
+    def _examples(self) -> ExamplesByPlace:
+        self.train_dataloader.check_draws()
+        return ExamplesByPlace(self.train_dataloader)
+
+    @property
+    def _size(self) -> int:
+        """The letter P."""
+        return sum(shape.numel() for shape in self._shapes.values())

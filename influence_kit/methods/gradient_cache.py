@@ -1,0 +1,158 @@
+"""The training side of a method, kept: in memory while the object lives, or in a folder."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from influence_kit.checkpoints.loader import CheckpointLoader
+from influence_kit.core.distributed import is_first_rank, wait_for_all
+from influence_kit.data.batches import Batch, example_count, to_device
+from influence_kit.errors import PassAgain
+from influence_kit.gradients.per_example import Gradients
+from influence_kit.gradients.store import GradientStore
+from influence_kit.gradients.store_manifest import default_chunk_rows
+from influence_kit.scoring.term import Side
+
+
+class Places(tuple[Any, ...]):
+    """What stands for a batch of training examples whose gradients are kept: ``(places [n],)``."""
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The first place, and the one after the last."""
+        return int(self[0][0]), int(self[0][-1]) + 1
+
+
+class KeptRows(ABC):
+    """Gradients of the whole training set at every checkpoint."""
+
+    @abstractmethod
+    def batches(self) -> Sequence[Batch]:
+        """The training set in pieces: ``Places``."""
+
+    @abstractmethod
+    def gradients(self, checkpoint: int, batch: Places) -> Gradients:
+        """The gradients of one of the pieces."""
+
+
+class RowsInMemory(KeptRows):
+    """Gradients in memory, in the batches in which they were computed."""
+
+    def __init__(self, parts: Sequence[Sequence[Gradients]]) -> None:
+        self._parts: dict[tuple[int, int], Gradients] = {}
+        self._batches: dict[int, Places] = {}
+        for checkpoint, batches in enumerate(parts):
+            start = 0
+            for gradients in batches:
+                stop = start + gradients.n
+                self._batches[start] = Places((torch.arange(start, stop),))
+                self._parts[checkpoint, start] = gradients
+                start = stop
+
+    def batches(self) -> Sequence[Batch]:
+        return list(self._batches.values())
+
+    def gradients(self, checkpoint: int, batch: Places) -> Gradients:
+        return self._parts[checkpoint, batch.ends[0]]
+
+
+@dataclass(frozen=True)
+class RowsOnDisk(KeptRows):
+    """Gradients in a store, in pieces that fit the workspace."""
+
+    store: GradientStore
+    sample: Tensor
+
+    def batches(self) -> Sequence[Batch]:
+        tiles = self.store.tiles(self.sample)
+        return [Places((torch.arange(tile.start, tile.stop),)) for tile in tiles]
+
+    def gradients(self, checkpoint: int, batch: Places) -> Gradients:
+        return self.store.gradients(checkpoint, *batch.ends, self.sample)
+
+
+@dataclass(frozen=True)
+class Build:
+    """One pass over the training set at each checkpoint, whose gradients are kept.
+
+    Args:
+        sides: what is kept, of each checkpoint.
+        batches: the training set.
+        loader: puts the checkpoints into the model.
+        sample: a tensor with the dtype and device of scores.
+        bar: makes a bar over the checkpoints.
+    """
+
+    sides: Sequence[Side]
+    batches: Iterable[Batch]
+    loader: CheckpointLoader
+    sample: Tensor
+    bar: Callable[[], "tqdm[Any]"]
+
+    def in_memory(self) -> RowsInMemory:
+        """Keep them in memory."""
+        parts = []
+        with self.bar() as bar:
+            for side in self.sides:
+                self.loader.load(side.checkpoint)
+                on_device = (to_device(batch, self.sample.device) for batch in self.batches)
+                parts.append([side(batch) for batch in on_device])
+                bar.update()
+        return RowsInMemory(parts)
+
+    def on_disk(
+        self,
+        folder: str | Path,
+        description: Mapping[str, Any],
+        columns: Mapping[str, torch.Size],
+        dtype: torch.dtype | None,
+    ) -> RowsOnDisk:
+        """Write what a folder lacks of them; of several ranks each writes its share."""
+        rows, dtype = description["examples"], dtype or self.sample.dtype
+        width = sum(shape.numel() for shape in columns.values())
+        # whole batches, so that none is computed for two chunks
+        batch_size = getattr(self.batches, "batch_size", None) or 1
+        store = GradientStore.create_or_open(
+            folder,
+            description,
+            columns,
+            rows,
+            len(self.sides),
+            dtype,
+            default_chunk_rows(rows, width * dtype.itemsize, batch_size),
+        )
+        if not store.is_complete:
+            self._fill(store, rows)
+            wait_for_all()
+            if is_first_rank():
+                store.finish()
+            wait_for_all()
+        return RowsOnDisk(store, self.sample)
+
+    def _fill(self, store: GradientStore, rows: int) -> None:
+        """Write what the store lacks of so many rows a checkpoint."""
+        with self.bar() as bar:
+            for side in self.sides:
+                if store.wanted(side.checkpoint, 0, rows):
+                    self.loader.load(side.checkpoint)
+                    try:
+                        store.fill(side.checkpoint, self._wanted(store, side))
+                    except PassAgain:  # what was written is in doubt, too
+                        store.empty()
+                        raise
+                bar.update()
+
+    def _wanted(self, store: GradientStore, side: Side) -> Iterator[tuple[int, Tensor]]:
+        """The rows of the batches that the store lacks, each with the place of its first."""
+        start = 0
+        for batch in self.batches:
+            stop = start + example_count(batch)
+            if store.wanted(side.checkpoint, start, stop):
+                yield start, side(to_device(batch, self.sample.device)).flat()
+            start = stop

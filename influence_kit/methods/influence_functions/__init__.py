@@ -1,0 +1,1 @@
+"""Influence functions, by how they approximate and invert the curvature."""

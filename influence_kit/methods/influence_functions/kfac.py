@@ -1,0 +1,131 @@
+"""Influence functions by Kronecker-factored curvature: K-FAC and EK-FAC."""
+
+from influence_kit.methods.influence_functions.kronecker_influence import KroneckerInfluence
+
+
+class KFACInfluenceFunction(KroneckerInfluence):
+    r"""score = sum over layers of <G_test, (S (x) A + damping)^-1 G_train>.
+
+    .. math::
+        \sum_l \Bigl\langle G',\; Q_S \Bigl[ \frac{Q_S^T G Q_A}{s a^T + \lambda} \Bigr] Q_A^T
+        \Bigr\rangle
+
+    K-FAC (arXiv 1503.05671): the Fisher matrix of each layer taken for a Kronecker product of the
+    covariance S of its output gradients (eigenvalues s, eigenvectors Q_S; a sum over positions,
+    averaged over examples) and that of its inputs A (a, Q_A; averaged over positions), weight and
+    bias together; of an embedding, positions with equal ids count as one. Rows are test examples;
+    positive is a proponent, and leaving the training example
+    out raises the test loss by about score / n. The mean over checkpoints: about five of one run,
+    evenly over its steps, are recommended (``select_checkpoints``).
+
+    Linear layers, convolutions and embeddings have this form. Parameters without it (of norms, of
+    attention, of the model itself, a bias or table that other layers use) get the exact diagonal of
+    their curvature: element p of the gradient is divided by mean_j g_jp^2 + damping. A side of a
+    weight longer than 8,192 gets a diagonal on that side. ``block_forms`` shows what each has.
+
+    With ``damping="auto"`` all layers have one lambda:
+
+    .. math::
+        \lambda = \frac{\lambda_0}{\max(1, \rho)}, \qquad
+        N \lambda_0 \|\theta\|^2 = \sum_p \frac{l_p}{l_p + \lambda_0}, \qquad
+        \rho = \frac{\operatorname{E}_{i \ne j} \bigl( g_i^T (F + \lambda_0)^{-1} g_j \bigr)^2}
+            {\sum_p \bigl( l_p / (l_p + \lambda_0) \bigr)^2} - 1
+
+    N lambda_0 is the precision of a normal prior of the weights at which the evidence of a Laplace
+    approximation is largest (MacKay 1992; arXiv 2104.04975): theta are the weights and l the
+    eigenvalues of linear layers and convolutions, N the labels of the training set in the units of
+    the loss: n for cross-entropy, n T^2 for its mean over T tokens, n over the estimated variance
+    for half the squared error (with "fisher"), n for a loss that is no likelihood. rho is what
+    the Kronecker products F of all layers leave out of the curvature, between layers and within,
+    relative to F: measured on the gradients g of 256 to 512 examples, of all where there are fewer
+    (of models with over 33,000 parameters on fewer: 64 to 128 of half a million, 8 at least).
+
+    Args:
+        damping: added to the eigenvalues of the curvature of the mean loss, so in the units of the
+            squared gradient: a positive number, a dict by layer, or a rule by name: "auto", which
+            is "evidence"; "mean", 0.1 times the mean of the products s a in the layer; "trace", 0.1
+            times their sum over their number, or over n where that is less; "learning_rates", see
+            ``InfluenceFunction``. ``damping_used`` shows the numbers. Setting it again measures
+            nothing again.
+        curvature: "fisher" (labels drawn from the model by ``seed``; the loss must be that of a
+            softmax, sigmoid or normal distribution) or "empirical_fisher" (labels of the data).
+        hessian_dataset: the data over which the factors are means; the training set where None.
+        relative: RelatIF: None, "l" or "theta".
+        rtol: see ``EKFACInfluenceFunction``.
+        seed: of the drawn labels; the label of an example depends on its place alone.
+        layers_without_kronecker: of parameters without this form: "diagonal" (the exact diagonal),
+            "leave_out" (no part, as if frozen; a warning names them) or "error".
+
+    The other arguments are those of ``InnerProductInfluence``.
+
+    Raises:
+        InvalidArgumentError: for ``damping="auto"`` where the evidence decides nothing (all
+            weights, gradients or squared errors are zero), or of a fit that an earlier version
+            saved.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)
+        ... )
+        >>> x, y = torch.randn(8, 3), torch.arange(8) % 2
+        >>> train = torch.utils.data.TensorDataset(x, y)
+        >>> kfac = KFACInfluenceFunction(
+        ...     model, train, [model.state_dict()], loss_fn=torch.nn.CrossEntropyLoss()
+        ... )
+        >>> kfac.influence((x[:4], y[:4])).shape
+        torch.Size([4, 8])
+    """
+
+    corrected = False
+
+
+class EKFACInfluenceFunction(KroneckerInfluence):
+    r"""score = sum over layers of <G_test, Q_S [(Q_S^T G_train Q_A) / (Lambda + damping)] Q_A^T>.
+
+    .. math::
+        \Lambda = \frac{1}{n} \sum_j (Q_S^T G_j Q_A)^2
+
+    EK-FAC (arXiv 1806.03884, 2308.03296): the eigenvectors of K-FAC with the eigenvalues that fit
+    the per-example gradients G_j best; where labels are drawn, at others than the eigenvectors saw.
+    Two passes over the Hessian data fit it, one over the training set scores all test examples.
+    Rows are test examples; positive is a proponent, and leaving the training example out raises the
+    test loss by about score / n. The mean over checkpoints: about five of one run, evenly over its
+    steps, are recommended (``select_checkpoints``).
+
+    Linear layers, convolutions and embeddings have this form. Parameters without it (of norms, of
+    attention, of the model itself, a bias or table that other layers use) get the exact diagonal of
+    their curvature: element p of the gradient is divided by mean_j g_jp^2 + damping. A side of a
+    weight longer than 8,192 gets a diagonal on that side. ``block_forms`` shows what each has.
+
+    Args:
+        damping: added to Lambda: a positive number, a dict by layer, or a rule by name, "auto"
+            ("evidence"), "mean", "trace" or "learning_rates", with the formulas of
+            ``KFACInfluenceFunction`` for the eigenvalues Lambda.
+        curvature, hessian_dataset, relative, seed, layers_without_kronecker: as in
+            ``KFACInfluenceFunction``.
+        rtol: the error, relative to a layer's scores, up to which 1 / (Lambda + damping) may be
+            replaced by a few outer products, where that is cheaper. It is measured on each batch,
+            and exceeding it has the batch multiplied exactly; 0 has everything exact.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)
+        ... )
+        >>> x, y = torch.randn(8, 3), torch.arange(8) % 2
+        >>> train = torch.utils.data.TensorDataset(x, y)
+        >>> ekfac = EKFACInfluenceFunction(
+        ...     model, train, [model.state_dict()], loss_fn=torch.nn.CrossEntropyLoss()
+        ... )
+        >>> ekfac.influence((x[:4], y[:4]), k=3).indices.shape
+        torch.Size([4, 3])
+        >>> {layer: round(value, 3) for layer, value in ekfac.damping_used[0].items()}
+        {'0': 0.166, '2': 0.166}
+        >>> ekfac.block_forms
+        {'0': 'Kronecker', '2': 'Kronecker'}
+    """
+
+    corrected = True

@@ -1,0 +1,59 @@
+"""Captum's influence function by the Hessian written out: Koh and Liang 2017, arXiv 1703.04730."""
+
+import torch
+
+from influence_kit.methods.influence_functions.embedding_influence import EmbeddingInfluence
+from influence_kit.operators.low_rank import EigenPairs
+from influence_kit.operators.operator import Operator
+
+
+class NaiveInfluenceFunction(EmbeddingInfluence):
+    r"""score = <R^T grad loss(test), R^T grad loss(train)>, R = V / sqrt(D) of the summed Hessian.
+
+    .. math::
+        \nabla \ell_{test}(z')^T \, V D^{-1} V^T \, \nabla \ell(z), \qquad
+        \sum_j \nabla^2 \ell(z_j) + \text{reg} \, I \approx V D V^T
+
+    Captum's class of this name, its arguments and its scale: the Hessian is the *sum* over
+    ``hessian_dataset``, so that n times a score with ``hessian_reg`` n * damping is the score of
+    ``ExplicitInfluenceFunction`` with curvature "hessian" (where all eigenvalues count). Rows are
+    test examples; positive is a proponent.
+
+    Unlike Captum's, the eigenvectors are orthogonal for repeated eigenvalues too (``eigh``), the
+    checkpoint is loaded for each call, ``batch_size`` defaults to "auto", and the Hessian is
+    decomposed at the first question.
+
+    Args:
+        model, train_dataset, checkpoints_load_func, layers, loss_fn, batch_size: as in
+            ``InnerProductInfluence``.
+        test_loss_fn, test_output_fn: likewise: a loss of test examples, or what should rise.
+        checkpoint: a path, or what the load function takes.
+        hessian_dataset: the data over which the Hessian is a sum; the training set where None.
+        sample_wise_grads_per_batch: as in ``InnerProductInfluence``.
+        projection_dim: how many eigenvalues count, the largest; None for all.
+        seed: not used here; Captum has it.
+        hessian_reg: added to the eigenvalues of the summed Hessian.
+        hessian_inverse_tol: eigenvalues must be above it to count.
+        projection_on_cpu: keep the eigenvectors on the CPU.
+        show_progress: decompose the Hessian at once, and show a bar.
+
+    Raises:
+        CurvatureError: where no eigenvalue counts.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(3, 2)
+        >>> x, y = torch.randn(8, 3), torch.arange(8) % 2
+        >>> train = torch.utils.data.TensorDataset(x, y)
+        >>> loss = torch.nn.CrossEntropyLoss()
+        >>> naive = NaiveInfluenceFunction(model, train, model.state_dict(), loss_fn=loss)
+        >>> naive.influence((x[:4], y[:4])).shape
+        torch.Size([4, 8])
+        >>> naive.compute_intermediate_quantities((x, y)).shape
+        torch.Size([8, 4])
+    """
+
+    def _pairs(self, hessian: Operator) -> EigenPairs:
+        (block,) = hessian.dense()
+        return EigenPairs(*torch.linalg.eigh(block))

@@ -1,0 +1,116 @@
+"""Examples as a nearest-neighbour model sees them, read by all ranks together.
+
+Letters: n examples, d features of an example.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from influence_kit.core.distributed import gather_columns, is_mine
+from influence_kit.core.scaling import unit_rows
+from influence_kit.data.batches import Batch, example_count, to_device
+from influence_kit.data.class_labels import labels_of
+from influence_kit.errors import InvalidArgumentError, NonFiniteError
+from influence_kit.methods.activations import Features
+
+
+@dataclass(frozen=True)
+class Points:
+    """Features ``[n, d]`` and labels ``[n]``."""
+
+    features: Tensor
+    labels: Tensor
+
+    @property
+    def n(self) -> int:
+        """How many."""
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads batches into points, of which each rank looks at its own batches.
+
+    Args:
+        features: what the features are.
+        unit: scale them to norm 1, so that Euclidean distances rank examples as cosines do.
+        any_number: whether labels may be other numbers than integers.
+        device: where the model is.
+    """
+
+    features: Features
+    unit: bool
+    any_number: bool
+    device: torch.device
+
+    def refuse_unfit_labels(self, batches: Iterable[Batch], kind: str) -> None:
+        """Refuse examples whose labels are none, by the first batch: before the model runs."""
+        for batch in batches:
+            self._labels(batch, kind)
+            return
+
+    def __call__(
+        self, batches: Iterable[Batch], kind: str, tick: Callable[[], Any] = lambda: None
+    ) -> Points:
+        """All examples, in their order.
+
+        Args:
+            batches: of all ranks.
+            kind: what to call an example in an error.
+            tick: called after each batch.
+        """
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        start = 0
+        for number, batch in enumerate(batches):
+            places = torch.arange(start, start + example_count(batch), device=self.device)
+            start += len(places)
+            # the first batch tells a rank that has none of its own how many features there are
+            if is_mine(number) or number == 0:
+                kept = slice(None) if is_mine(number) else slice(0, 0)
+                batch = to_device(batch, self.device)
+                labels = self._labels(batch, kind)
+                _refuse_non_finite(labels[:, None], places, f"the label of {kind} example")
+                features = self._scaled(self.features(batch), places, kind)
+                found.append((features[kept], labels[kept], places[kept]))
+            tick()
+        if not found:
+            raise InvalidArgumentError(f"there are no {kind} examples: the loader is empty")
+        features, labels, places = (torch.cat(parts) for parts in zip(*found, strict=True))
+        order = gather_columns(places).argsort()
+        return Points(gather_columns(features.T).T[order], gather_columns(labels)[order])
+
+    def _scaled(self, features: Tensor, places: Tensor, kind: str) -> Tensor:
+        _refuse_non_finite(features, places, f"a feature of {kind} example")
+        if not self.unit:
+            return features
+        wrong = (features == 0).all(dim=1)
+        if wrong.any():
+            raise NonFiniteError(
+                f"the features of {kind} example {int(places[wrong][0])} have the norm 0, and so "
+                'no cosine with others; name another `layer`, or use metric="euclidean"'
+            )
+        return unit_rows(features)
+
+    def _labels(self, batch: Batch, kind: str) -> Tensor:
+        labels = labels_of(batch)
+        if labels.dim() == 2 and labels.shape[1] == 1:
+            labels = labels.squeeze(1)
+        fractions = labels.is_floating_point() and not self.any_number
+        if labels.dim() == 1 and not fractions and not labels.is_complex():
+            return labels
+        advice = ". Give a sequence one label, or take a method of gradients"
+        raise InvalidArgumentError(
+            f"the labels of {kind} examples are {labels.dtype} of shape {list(labels.shape)}; that "
+            'of an example must be one integer, or one number with utility="squared_error"'
+            + (advice if labels.dim() > 1 else "")
+        )
+
+
+def _refuse_non_finite(rows: Tensor, places: Tensor, what: str) -> None:
+    finite = torch.isfinite(rows).all(dim=1)
+    if not finite.all():
+        raise NonFiniteError(f"{what} {int(places[~finite][0])} is NaN or infinite")

@@ -1,0 +1,1 @@
+"""Influence functions of projected gradients: LoGra, GraSS, FactGraSS."""

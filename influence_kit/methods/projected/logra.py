@@ -1,0 +1,72 @@
+"""LoGra: Choe et al. 2024, arXiv 2405.13954."""
+
+from typing import Any, Literal
+
+from influence_kit.methods.projected.projected import Dim, ProjectedInfluence, check_kind
+
+
+class LoGra(ProjectedInfluence):
+    r"""score = sum over layers of u_test^T (F + damping I)^-1 u_train, u = vec(P_o^T G P_i).
+
+    .. math::
+        u_l = \operatorname{vec} \Bigl( \sum_t (P_o^T d_t) (P_i^T [a_t, 1])^T \Bigr), \qquad
+        F_l = \frac{1}{n} \sum_j u_{jl} u_{jl}^T
+
+    The gradient G of each layer is projected from both sides while it is still factored into
+    inputs a and output gradients d, so that it is never formed (arXiv 2405.13954). Convolutions
+    and embeddings are matrices, too; what is no matrix (a norm's weights) is projected as a vector.
+    Rows are test examples; positive is a proponent, and leaving the training example out raises the
+    test loss by about score / n, as far as the projection keeps it. The mean over checkpoints:
+    about five of one run, evenly over its steps, are recommended (``select_checkpoints``).
+
+    The projected gradients of the training set are computed once and kept in memory where they
+    fit; otherwise they are computed anew for every question. F is inverted through the inner
+    products of the u where there are at most half as many examples as entries of u.
+
+    Args:
+        projection_dim: a pair, the columns of P_o and P_i, or the most entries of u: then the root
+            of it for each side, and what a shorter side leaves for the other. A side that has no
+            more entries stays as it is.
+        projection: "orthogonal", "gaussian", "rademacher" or "identity" (nothing is projected);
+            inner products of projected gradients have those of the gradients as their mean.
+        damping: added to the eigenvalues of F: a number, a dict by layer, or "auto" (or "trace"):
+            the mean eigenvalue in the layer, its trace over min(entries of u, examples); "mean" is
+            always over the entries of u.
+        curvature: "empirical_fisher" (labels of the data) or "fisher" (drawn from the model).
+        blocks: "layer", "full" (F couples the layers), or a dict of blocks.
+        hessian_dataset: the data over which F is a mean; the training set where None.
+        relative: RelatIF: None, "l" or "theta".
+        seed: of the projection; that of a layer depends on its name alone.
+
+    The other arguments are those of ``InnerProductInfluence``.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(20, 30), torch.nn.Tanh(), torch.nn.Linear(30, 2)
+        ... )
+        >>> x, y = torch.randn(8, 20), torch.arange(8) % 2
+        >>> train = torch.utils.data.TensorDataset(x, y)
+        >>> logra = LoGra(
+        ...     model,
+        ...     train,
+        ...     [model.state_dict()],
+        ...     loss_fn=torch.nn.CrossEntropyLoss(),
+        ...     projection_dim=(4, 4),
+        ... )
+        >>> logra.influence((x[:4], y[:4])).shape
+        torch.Size([4, 8])
+        >>> logra.compute_intermediate_quantities((x[:4], y[:4])).shape  # 4 x 4 and 2 x 4
+        torch.Size([4, 24])
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        projection_dim: Dim = 4096,
+        projection: Literal["gaussian", "rademacher", "orthogonal", "identity"] = "orthogonal",
+        **kwargs: Any,
+    ) -> None:
+        self.projection = check_kind(projection)
+        super().__init__(*args, projection_dim=projection_dim, **kwargs)

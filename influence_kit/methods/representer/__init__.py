@@ -1,0 +1,1 @@
+"""Representer points."""

@@ -1,0 +1,315 @@
+"""Representer points of the last layer: Yeh et al. 2018, arXiv 1811.09720.
+
+Letters: m test and n training examples, t positions (1 unless an example is a sequence), d features
+of the last layer, c outputs.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from influence_kit.checkpoints.found import LoadFunction, load_checkpoint
+from influence_kit.checkpoints.loader import CheckpointLoader
+from influence_kit.core.dtypes import has_complex
+from influence_kit.data.batches import Batch
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.gradients.factored import Factored
+from influence_kit.gradients.per_example import Gradients
+from influence_kit.gradients.rules import linear, rule_for, transposed_linear
+from influence_kit.gradients.source import Verify
+from influence_kit.losses.loss import LossFunction
+from influence_kit.losses.margins import OutputFunction
+from influence_kit.methods.base import BatchSize
+from influence_kit.methods.example_influence import given
+from influence_kit.methods.kept_fit import KeptFit
+from influence_kit.methods.layer_names import check_layer
+from influence_kit.methods.representer.last_layer import chosen_outputs
+from influence_kit.methods.representer.refit import Head, Refit, Settings
+from influence_kit.methods.row_check import RowCheck
+from influence_kit.scoring.stream import Stream
+from influence_kit.scoring.term import Side, Term
+
+# the two sides of an example, beside each other
+VALUE, CHOSEN = "representer value", "chosen output"
+
+
+class RepresenterPointSelection(KeptFit):
+    r"""score = alpha_train[label of test] * <f_train, f_test>, f the input of the last layer.
+
+    .. math::
+        \Theta^* = \arg\min_\Theta \frac{1}{n} \sum_i \ell(\Theta f_i, y_i) + \lambda
+        \lVert \Theta \rVert^2, \qquad
+        \alpha_i = -\frac{1}{2 \lambda n} \frac{\partial \ell_i}{\partial (\Theta^* f_i)}, \qquad
+        \Theta^* = \sum_i \alpha_i f_i^T
+
+    The last layer is refitted, to convergence, on the features f that the rest of the model gives.
+    Its weights are then a sum over the training examples (the representer theorem, arXiv
+    1811.09720), and so is each output: a score is the training example's part of the refitted
+    layer's output for the test example's own label. **The scores of a test example sum to that
+    output** (its mean over checkpoints where there are several, as the scores are). They are in
+    the units of the output, do not depend on a loss of the test example, and change with l2.
+
+    Rows are test examples. Positive is a proponent: it raises the output of the test example's
+    label. Where the layer has one output (regression, a single logit) the paper's score alpha_i
+    <f_i, f_t> is positive where it raises the output, whether that is good or not; here it is
+    multiplied by the sign of the test example's own alpha, -sign(d loss / d output) at the refitted
+    layer, so that positive lowers the test loss there, too. The scores then sum to that sign times
+    the output, and ``representer_values`` has the paper's.
+
+    The model's output must be the output of this layer (a reshape may follow; a softmax belongs in
+    ``loss_fn``). Where examples are sequences each position has its label, an example's score is
+    the sum over pairs of positions, and a position that the loss ignores has no part in it.
+
+    The refit is Newton's method in float64, started at zero; the features of the training set and
+    what the loss takes beside them (of a dict batch, without images and the like) are in memory
+    while it runs. It is done at the first call, once a checkpoint; ``save`` writes its weights to a
+    folder, and ``load`` reads them in its place.
+
+    Args:
+        final_fc_layer: the linear layer that gives the model's output, or its name.
+        loss_fn: convex and twice differentiable in the output; of any reduction.
+        l2: lambda above, of the squared norm without a factor 1/2: scikit-learn's C is
+            1 / (2 l2 n). The paper's experiments have 3e-3. The smaller, the closer the layer fits
+            the training set, the fewer examples carry it, and the longer the refit takes.
+        normalize: divide features by their norm before anything is done with them, so that
+            examples with large features do not dominate.
+        count_bias: append the constant feature 1, so that a bias is refitted with the same l2 and
+            <f_i, f_t> becomes <f_i, f_t> + 1. Not by default, as in the paper: it has every
+            training example of the label raise the output of every test example, however unlike.
+        tol: the refit is done where the norm of the objective's gradient is at most tol times that
+            of the penalty's part; then ||Theta - sum alpha_i f_i^T|| <= tol ||Theta||.
+        max_iter: the most Newton steps; 10 to 20 are usual.
+        test_output_fn: ``test_output_fn(outputs, targets)``, as in ``InnerProductInfluence``: which
+            output is explained, in place of that of the label. The score is then <d g / d output,
+            alpha_train> <f_train, f_test> for the function g at the refitted layer's output: the
+            training example's part of g, where g is linear (the prediction of a regression, one
+            class less another), and to first order otherwise.
+
+    The other arguments are those of ``InnerProductInfluence``.
+
+    Raises:
+        InvalidArgumentError: where the layer is not linear or not the last one, the loss is not a
+            function of the output, or there is no label to choose the output by.
+        CurvatureError: where the refit does not converge.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> x, y = torch.randn(8, 3), torch.arange(8) % 2
+        >>> train = torch.utils.data.TensorDataset(x, y)
+        >>> representer = RepresenterPointSelection(
+        ...     model, "2", train, [model.state_dict()], loss_fn=nn.CrossEntropyLoss()
+        ... )
+        >>> scores = representer.influence((x[:4], y[:4]))
+        >>> scores.shape
+        torch.Size([4, 8])
+        >>> outputs = representer.refitted_outputs((x[:4], y[:4]))
+        >>> bool(torch.allclose(scores.sum(1), outputs[range(4), y[:4]], atol=1e-5))
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        final_fc_layer: str | nn.Module,
+        train_dataset: Dataset[Any] | DataLoader[Any],
+        checkpoints: Any,
+        checkpoints_load_func: LoadFunction = load_checkpoint,
+        loss_fn: LossFunction | None = None,
+        batch_size: BatchSize = "auto",
+        *,
+        l2: float = 3e-3,
+        normalize: bool = False,
+        count_bias: bool = False,
+        tol: float = 1e-12,
+        max_iter: int = 100,
+        test_output_fn: OutputFunction | None = None,
+        eval_mode: bool = True,
+        batch_axes: Any = None,
+        verify: Verify = "repeated",
+    ) -> None:
+        self._how = Settings(l2, normalize, count_bias, tol, max_iter)
+        super().__init__(
+            model,
+            train_dataset,
+            checkpoints,
+            checkpoints_load_func,
+            [check_layer(model, final_fc_layer)],
+            loss_fn,
+            batch_size,
+            test_output_fn=test_output_fn,
+            eval_mode=eval_mode,
+            batch_axes=batch_axes,
+            verify=verify,
+        )
+
+    def _look_at(self, layers: Any) -> None:
+        super()._look_at(layers)
+        if rule_for(self.final_fc_layer) not in (linear, transposed_linear):
+            raise InvalidArgumentError(
+                f"`final_fc_layer` must be a linear layer; '{self._layer}' is {self.final_fc_layer}"
+            )
+        if has_complex(self.final_fc_layer):
+            raise InvalidArgumentError(
+                f"`final_fc_layer` '{self._layer}' has complex parameters, and the refit is of "
+                "real ones; a method of gradients takes them (`TracInCPFast`, say)"
+            )
+
+    # What a method says.
+
+    _verb = "fitted"
+
+    def terms(self) -> list[Term]:
+        """One term a checkpoint; scores are their mean."""
+        return [
+            Term(self._side(c, CHOSEN), self._side(c, VALUE), weight=1 / len(self.checkpoints))
+            for c in range(len(self.checkpoints))
+        ]
+
+    # What a user reads and calls.
+
+    @property
+    def final_fc_layer(self) -> nn.Module:
+        """The layer that is refitted."""
+        return self.model.get_submodule(self._layer)
+
+    @property
+    def explains_output(self) -> bool:
+        """Whether a positive score says that training raised an output, not lowered a loss."""
+        weight = self.final_fc_layer.get_parameter("weight")
+        outputs = weight.shape[0 if rule_for(self.final_fc_layer) is linear else 1]
+        return self.test_output_fn is not None or outputs > 1
+
+    def representer_values(self, checkpoint: int = 0) -> Tensor:
+        """The alphas of the training examples, ``[n, c]``, or ``[n, t, c]``, at a checkpoint.
+
+        Sequences of different lengths are filled up with zeros.
+        """
+        return _without_one(self._found(None, checkpoint)[0].deltas).to(self._dtype)
+
+    def refitted_outputs(self, inputs: Any, checkpoint: int = 0) -> Tensor:
+        """What the refitted layer gives: ``[m, c]``, or ``[m, t, c]``.
+
+        Args:
+            inputs: examples with their labels: one batch (tuple, list or dict) or a DataLoader.
+            checkpoint: the number of the checkpoint.
+        """
+        form, head = self._found(given(inputs), checkpoint)
+        outputs = form.inputs.double() @ head.weights.T
+        return _without_one(outputs).to(self._dtype)
+
+    # How it is done.
+
+    @property
+    def _layer(self) -> str:
+        assert self.layers is not None
+        return self.layers[0]
+
+    @property
+    def _refit(self) -> Refit:
+        check = RowCheck(self.model, "the features of the last layer", can_be_slow=False)
+        given = self._source, self._train_loss, self.loss_fn
+        return Refit(self.model, self._layer, *given, self._how, check)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._heads: dict[int, Head] = {}
+
+    @property
+    def _what_is_fitted(self) -> str:
+        return "the last layer"
+
+    def _settings(self) -> dict[str, Any]:
+        how = asdict(self._how)
+        # the most steps change nothing where fewer were enough
+        del how["max_iter"]
+        return {"layer": self._layer, **how}
+
+    def _found_at(self, place: int) -> dict[str, Tensor]:
+        head = self._heads[place]
+        return {"weights": head.weights, "examples": torch.tensor(head.n)}
+
+    def _take(self, place: int, facts: dict[str, Tensor]) -> None:
+        self._heads[place] = Head(facts["weights"], int(facts["examples"]))
+
+    @property
+    def _is_fitted(self) -> bool:
+        return bool(self._heads)
+
+    def _is_fitted_at(self, place: int) -> bool:
+        return place in self._heads
+
+    def _plan(
+        self,
+        loader: CheckpointLoader,
+        inputs: Any,
+        ordered: bool = True,
+        show_progress: bool = False,
+    ) -> tuple[list[Term], Iterable[Batch]]:
+        # before the data is shared out: every rank needs the whole of it
+        self._fit_everywhere(loader, show_progress)
+        return super()._plan(loader, inputs, ordered)
+
+    def _fit_at(self, place: int, loader: CheckpointLoader) -> None:
+        """Have the refitted layer of a checkpoint."""
+        loader.load(place)
+        if place not in self._heads:
+            self._heads[place] = self._refit.head(self.train_dataloader, self._device)
+
+    def _side(self, place: int, kind: str) -> Side:
+        name = next(iter(self._parameters))
+
+        def one_of_both(sides: Gradients) -> Gradients:
+            form = sides.forms[kind]
+            return Gradients(sides.n, {name: form}, {name: form.shape}, sides.sample)
+
+        of_output = kind == CHOSEN and self.test_output_fn is not None
+        features = self._output_side if of_output else self._both_sides
+        return Side(place, partial(features, place), (one_of_both,))
+
+    def _output_side(self, place: int, batch: Batch) -> Gradients:
+        """A batch as test examples whose output is of the user's own: (its slopes) f^T."""
+        head, sample = self._heads[place], self._sample
+        measured = replace(self._refit, loss=self._test_loss, loss_fn=self.test_output_fn)
+        seen = measured.seen(batch)
+        slopes, shape = -measured.slopes(seen, head), head.weights.shape
+        form = Factored(slopes.to(sample), seen.features.to(sample), shape)
+        return Gradients(len(slopes), {CHOSEN: form}, {CHOSEN: shape}, sample)
+
+    def _both_sides(self, place: int, batch: Batch) -> Gradients:
+        """A batch as training and as test examples: alpha f^T and (chosen output) f^T."""
+        head, sample = self._heads[place], self._sample
+        seen = self._refit.seen(batch)
+        values = self._refit.values(seen, head)
+        chosen = chosen_outputs(values, seen.batch, self._train_loss.shift)
+        features, shape = seen.features.to(sample), head.weights.shape
+        forms = {
+            kind: Factored(deltas.to(sample), features, shape)
+            for kind, deltas in ((VALUE, values), (CHOSEN, chosen))
+        }
+        return Gradients(len(values), forms, dict.fromkeys(forms, shape), sample)
+
+    def _found(self, inputs: Any, checkpoint: int) -> tuple[Factored, Head]:
+        """The training side of examples (None: the training set), and the refitted layer."""
+        if checkpoint not in range(len(self.checkpoints)):
+            raise InvalidArgumentError(
+                f"`checkpoint` must be from 0 to {len(self.checkpoints) - 1}; got {checkpoint!r}"
+            )
+        with self._session() as loader:
+            _, batches = self._plan(loader, inputs)
+            side = Side(checkpoint, partial(self._both_sides, checkpoint))
+            form = Stream([], loader, self._sample).test_side(side, batches).forms[VALUE]
+        assert isinstance(form, Factored)
+        return form, self._heads[checkpoint]
+
+
+def _without_one(values: Tensor) -> Tensor:
+    """``[n, t, c]`` as ``[n, c]`` where there is one position."""
+    return values.squeeze(1) if values.shape[1] == 1 else values

@@ -1,0 +1,1 @@
+"""TracIn and gradient similarity."""

@@ -1,0 +1,205 @@
+"""TracIn of the last layer through stored, projected vectors: arXiv 2002.08484, section 4."""
+
+import math
+import warnings
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from influence_kit.checkpoints.found import LoadFunction, load_checkpoint
+from influence_kit.core.arguments import check_count
+from influence_kit.core.draws import check_seed
+from influence_kit.core.memory import rows_within, workspace_bytes
+from influence_kit.errors import NonFiniteError
+from influence_kit.gradients.source import Verify
+from influence_kit.losses.loss import LossFunction
+from influence_kit.losses.margins import OutputFunction
+from influence_kit.methods.base import BatchSize
+from influence_kit.methods.example_influence import check_k, given
+from influence_kit.methods.starting_again import starts_again
+from influence_kit.methods.tracin.nearest_neighbors import ExactNearestNeighbors, NearestNeighbors
+from influence_kit.methods.tracin.tracin_fast import TracInCPFast
+from influence_kit.projections.maps import Identity
+from influence_kit.projections.projection import Projection, whole
+from influence_kit.projections.random_maps import random_map
+from influence_kit.projections.unit_maps import TwoSided
+from influence_kit.projections.units import units_of
+from influence_kit.scoring.reducers import KMostInfluentialResults
+from influence_kit.scoring.term import Term
+
+# the vectors that were last put into an index
+OWNERS: WeakKeyDictionary[NearestNeighbors, Tensor] = WeakKeyDictionary()
+
+
+class TracInCPFastRandProj(TracInCPFast):
+    r"""score = <v(test), v(train)>, v = sqrt(learning rate) * (J^T d) (A^T [a, 1])^T.
+
+    v has a block like this for each checkpoint; d is the gradient of the loss at the layer's
+    output, a its input.
+
+    The vectors of the whole training set are made once, kept in memory and searched. Without
+    ``projection_dim``, J and A are left out and the scores are those of ``TracInCPFast``; with it
+    they are Gaussian with independent entries of variance 1 / columns, and the scores unbiased
+    estimates of those (arXiv 2002.08484).
+
+    Args:
+        nearest_neighbors: the index that answers ``k`` questions; an exact one where None.
+        projection_dim: the most entries of a vector a checkpoint: both sides are projected to
+            ``int(sqrt(projection_dim))`` columns where the layer's gradient has more entries.
+        seed: of the projection. The other arguments are those of ``TracInCPFast``.
+
+    Raises:
+        InvalidArgumentError: as ``TracInCPFast``; for a negative learning rate.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        final_fc_layer: str | nn.Module,
+        train_dataset: Dataset[Any] | DataLoader[Any],
+        checkpoints: Any,
+        checkpoints_load_func: LoadFunction = load_checkpoint,
+        loss_fn: LossFunction | None = None,
+        batch_size: BatchSize = "auto",
+        test_loss_fn: LossFunction | None = None,
+        vectorize: bool = False,
+        nearest_neighbors: NearestNeighbors | None = None,
+        projection_dim: int | None = None,
+        seed: int = 0,
+        *,
+        count_bias: bool = True,
+        test_output_fn: OutputFunction | None = None,
+        eval_mode: bool = True,
+        batch_axes: Any = None,
+        verify: Verify = "repeated",
+    ) -> None:
+        warnings.warn(
+            "WARNING: Using this implementation stores quantities related to the entire "
+            "`train_dataset` in memory, a vector an example and checkpoint; TracInCPFast does not",
+            stacklevel=3,
+        )
+        if projection_dim is not None:
+            projection_dim = check_count(projection_dim, "projection_dim", instead="None")
+        self.nearest_neighbors = nearest_neighbors or ExactNearestNeighbors()
+        self.projection_dim = projection_dim
+        self.seed = check_seed(seed)
+        super().__init__(
+            model,
+            final_fc_layer,
+            train_dataset,
+            checkpoints,
+            checkpoints_load_func,
+            loss_fn,
+            batch_size,
+            test_loss_fn,
+            vectorize,
+            count_bias=count_bias,
+            test_output_fn=test_output_fn,
+            eval_mode=eval_mode,
+            batch_axes=batch_axes,
+            verify=verify,
+        )
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._stored: Tensor | None = None
+
+    @property
+    def _kept_since(self) -> str | None:
+        return None if self._stored is None else "the vectors of the training set were stored"
+
+    def terms(self) -> list[Term]:
+        """One term a checkpoint, projected alike on both sides."""
+        layer = self._layer
+        projection = Projection({layer.unit.names[0]: layer})
+        places = range(len(self.checkpoints))
+        return [Term(self.test_at(c, projection), self.train_at(c, projection)) for c in places]
+
+    @property
+    def _layer(self) -> TwoSided:
+        """The layer's matrix, projected where that is asked for and makes it shorter."""
+        (unit,) = units_of(self.model, self._parameters)
+        dim, sizes = self.projection_dim, (unit.outputs, unit.inputs)
+        if dim is None or unit.outputs * unit.inputs <= dim:
+            return whole(unit)
+        # Captum's widths: what a short side leaves is not given to the other
+        left, right = (
+            random_map("gaussian", size, min(math.isqrt(dim), size), self.seed, side)
+            for size, side in zip(sizes, ("deltas", "inputs"), strict=True)
+        )
+        return TwoSided(unit, left, right)
+
+    @property
+    def projection_quantities(self) -> tuple[Tensor, Tensor] | None:
+        """The matrices J and A, or None where nothing is projected."""
+        self._see_model()
+        layer, sample = self._layer, next(iter(self._parameters.values())).detach()
+        if isinstance(layer.left, Identity):
+            return None
+        return layer.left.matrix(sample), layer.right.matrix(sample)
+
+    @property
+    @starts_again
+    def src_intermediate_quantities(self) -> Tensor:
+        """The stored vectors of the training set, ``[n, C * D]``, made at the first question."""
+        self._check_kept()
+        return self._vectors_stored()
+
+    def _vectors_stored(self) -> Tensor:
+        """The same, of what has just been checked."""
+        if self._stored is None:
+            self._stored = self._finite(self._vectors(None, of_tests=False), "training")
+            self._note(self._used)
+        # an index that another object has filled since would answer for that
+        if OWNERS.get(self.nearest_neighbors) is not self._stored:
+            self.nearest_neighbors.setup(self._stored)
+            OWNERS[self.nearest_neighbors] = self._stored
+        return self._stored
+
+    def _finite(self, vectors: Tensor, kind: str) -> Tensor:
+        bad = torch.nonzero(~torch.isfinite(vectors).all(1))[:, 0].tolist()
+        if bad and self.layers:
+            raise NonFiniteError(
+                f"the gradients of layer '{self.layers[0]}' are NaN or infinite for the {kind} "
+                f"examples {bad[:10]}; look at those examples and at the loss there"
+            )
+        return vectors
+
+    @starts_again
+    def influence(  # type: ignore[override] # k has Captum's default here, 5
+        self,
+        inputs: Any = None,
+        k: int | None = 5,
+        proponents: bool = True,
+        show_progress: bool = False,
+        aggregate: bool = False,
+    ) -> Tensor | KMostInfluentialResults:
+        """The k best training examples for each test example; all scores where ``k`` is None."""
+        check_k(k)
+        query = self._vectors(given(inputs), of_tests=True, aggregate=aggregate)
+        query = self._finite(query, "test")
+        stored = self._vectors_stored()
+        if k is None:
+            step = rows_within(workspace_bytes(stored.device), stored[0].nbytes)
+            chunks = (stored[start : start + step] for start in range(0, len(stored), step))
+            return torch.cat([query @ chunk.T for chunk in chunks], dim=1)
+        sign = 1 if proponents else -1
+        places, scores = self.nearest_neighbors.get_nearest_neighbors(sign * query, k)
+        return KMostInfluentialResults(places, sign * scores)
+
+    def self_influence(
+        self,
+        inputs: Any = None,
+        show_progress: bool = False,
+        outer_loop_by_checkpoints: bool = False,
+    ) -> Tensor:
+        """Refused: a projection only disturbs it, and ``TracInCPFast`` needs no stored vectors."""
+        message = (
+            "self influence is not computed from projected vectors: "
+            "`TracInCPFast.self_influence` is exact and takes less memory"
+        )
+        warnings.warn(message, stacklevel=2)
+        raise NotImplementedError(message)

@@ -1,0 +1,1 @@
+"""The state of a user's model and process, kept and given back."""

@@ -1,0 +1,1 @@
+"""Random projections of gradients, layer by layer or joint."""

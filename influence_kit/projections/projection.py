@@ -1,0 +1,108 @@
+"""Gradients made short, unit by unit, each to as many entries as asked for.
+
+Letters: n examples, o outputs and i inputs (with the bias) of a layer, p entries of its gradient, k
+entries of what they are projected to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from influence_kit.core.dtypes import real_shape
+from influence_kit.gradients.forms import Dense
+from influence_kit.gradients.per_example import Gradients
+from influence_kit.projections.maps import Identity
+from influence_kit.projections.random_maps import shortened
+from influence_kit.projections.unit_maps import TwoSided, UnitMap, WrittenOut
+from influence_kit.projections.units import Unit, units_of
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Each unit's gradient projected on its own, under the name of its first parameter."""
+
+    maps: Mapping[str, UnitMap]
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """What the gradients are projected to, by name."""
+        return {name: torch.Size([unit.k]) for name, unit in self.maps.items()}
+
+    def __call__(self, gradients: Gradients) -> Gradients:
+        """The projected gradients, written out."""
+        forms = {}
+        for name, unit in self.maps.items():
+            values = unit(gradients)
+            if values is not None:
+                forms[name] = Dense(values, torch.Size([unit.k]))
+        return Gradients(gradients.n, forms, self.shapes, gradients.sample)
+
+
+def whole(unit: Unit) -> TwoSided:
+    """A matrix as it is, with its bias in one piece."""
+    return TwoSided(unit, Identity(unit.outputs), Identity(unit.inputs))
+
+
+def from_both_sides(
+    unit: Unit, shape: torch.Size, kind: str, dim: int | Sequence[int], seed: int
+) -> UnitMap:
+    """A matrix projected from both sides, a vector from its one; a side that is short stays.
+
+    Args:
+        unit: what is projected.
+        shape: of its first parameter.
+        kind: of the random maps.
+        dim: as ``columns_within`` takes it; a vector is projected to the products of a pair.
+        seed: of the maps; with the unit's name.
+    """
+    name = unit.names[0]
+    if not unit.is_matrix:
+        k = dim if isinstance(dim, int) else math.prod(dim)
+        return WrittenOut({name: shape}, shortened(kind, shape.numel(), k, seed, name))
+    left, right = columns_within(dim, unit.outputs, unit.inputs)
+    return TwoSided(
+        unit,
+        shortened(kind, unit.outputs, left, seed, name, "outputs"),
+        shortened(kind, unit.inputs, right, seed, name, "inputs"),
+    )
+
+
+def layer_by_layer(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    dim: int | Sequence[int],
+    seed: int,
+    kind: str = "gaussian",
+) -> Projection:
+    """The chosen parameters projected unit by unit, each from both sides."""
+    return Projection(
+        {
+            unit.names[0]: from_both_sides(
+                unit, real_shape(parameters[unit.names[0]]), kind, dim, seed
+            )
+            for unit in units_of(model, parameters)
+        }
+    )
+
+
+def columns_within(dim: int | Sequence[int], outputs: int, inputs: int) -> tuple[int, int]:
+    """How many columns P_o and P_i get: at most as many as there are.
+
+    Args:
+        dim: the pair, or the most products of the two: then its root for each side, and what a
+            shorter side leaves for the other.
+        outputs: the letter o.
+        inputs: the letter i.
+    """
+    if not isinstance(dim, int):
+        left, right = dim
+        return min(left, outputs), min(right, inputs)
+    root = math.isqrt(dim)
+    if outputs <= root:
+        return outputs, min(dim // outputs, inputs)
+    return (min(dim // inputs, outputs), inputs) if inputs <= root else (root, root)

@@ -1,0 +1,135 @@
+"""What the gradient of a unit becomes: a matrix from both sides, before it is formed; or any map.
+
+Letters: n examples, t positions, o outputs and i inputs (with the bias) of a layer, p entries of
+its gradient, k entries of what they are projected to.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from influence_kit.gradients.convolved import Convolved
+from influence_kit.gradients.factored import Factored
+from influence_kit.gradients.forms import Form, Sum
+from influence_kit.gradients.per_example import Gradients
+from influence_kit.gradients.rows import Rows
+from influence_kit.projections.maps import VectorMap
+from influence_kit.projections.units import Unit
+
+
+class UnitMap(ABC):
+    """What a unit's gradient becomes."""
+
+    @property
+    @abstractmethod
+    def k(self) -> int:
+        """Entries of the image."""
+
+    @abstractmethod
+    def __call__(self, gradients: Gradients) -> Tensor | None:
+        """The images ``[n, k]``; None where the unit has no gradient."""
+
+
+@dataclass
+class TwoSided(UnitMap):
+    """vec(P_o^T G P_i) of a matrix G = sum_t d_t [a_t, 1]^T, projected before it is formed.
+
+    Args:
+        unit: the matrix.
+        left: P_o, of o entries.
+        right: P_i, of i entries.
+        then: a map of the result; None for none.
+    """
+
+    unit: Unit
+    left: VectorMap
+    right: VectorMap
+    then: VectorMap | None = None
+
+    @property
+    def k(self) -> int:
+        """Entries of the image."""
+        return self.left.k * self.right.k if self.then is None else self.then.k
+
+    def __call__(self, gradients: Gradients) -> Tensor | None:
+        form = gradients.forms.get(self.unit.names[0])
+        product = None if form is None else self._product(form)
+        if self.unit.bias is not None and self.unit.bias in gradients.forms:
+            deltas = self.left(gradients.forms[self.unit.bias].dense())
+            last = torch.tensor([self.unit.inputs - 1], device=deltas.device)
+            outer = deltas.unsqueeze(-1) * self.right.rows(last, deltas)
+            product = outer if product is None else product.add_(outer)
+        if product is None:
+            return None
+        flat = product.flatten(1)
+        return flat if self.then is None else self.then(flat)
+
+    def _right(self, inputs: Tensor) -> Tensor:
+        """P_i^T times inputs ``[..., i]`` without the bias's 1."""
+        return self.right(inputs if self.unit.bias is None else pad(inputs, (0, 1)))
+
+    def _product(self, form: Form) -> Tensor:
+        """The weight's part, ``[n, k_o, k_i]``."""
+        if isinstance(form, Sum):
+            parts = [self._product(part) for part in form.parts]
+            return torch.stack(parts).sum(0)
+        # a parameter of two layers may be stored the other way round for one of them
+        if isinstance(form, Factored) and form.transposed == self.unit.transposed:
+            deltas = self.left(form.deltas)
+            return torch.bmm(deltas.transpose(1, 2), self._right(form.inputs))
+        if isinstance(form, Rows):
+            return self._looked_up(form)
+        if isinstance(form, Convolved) and form.groups == 1:
+            weights = self.unit.inputs - (self.unit.bias is not None)
+            right = form.times(self.right.matrix(form.sample)[:weights].contiguous())
+            return self.left(right.transpose(1, 2)).transpose(1, 2).contiguous()
+        parts = [self._written(form.rows(rows)) for rows in form.example_slices(2 * form.p)]
+        return torch.cat(parts)
+
+    def _looked_up(self, form: Rows) -> Tensor:
+        """Of an embedding: outer products of the rows of P_o and the projected values."""
+        product = form.values.new_zeros(form.n, self.left.k, self.right.k)
+        left, right = self.left.rows(form.ids, form.values), self._right(form.values)
+        step = max(1, form.n)
+        for start in range(0, len(form.ids), step):
+            some = slice(start, start + step)
+            outer = left[some].unsqueeze(2) * right[some].unsqueeze(1)
+            product.index_add_(0, form.places[some], outer)
+        return product
+
+    def _written(self, form: Form) -> Tensor:
+        """Of a gradient that comes without factors."""
+        weights = self.unit.inputs - (self.unit.bias is not None)
+        if self.unit.transposed:
+            columns = form.dense().view(form.n, weights, self.unit.outputs)
+        else:
+            columns = form.dense().view(form.n, self.unit.outputs, weights).transpose(1, 2)
+        left = self.left(columns)  # [n, i, k_o]
+        return self._right(left.transpose(1, 2))
+
+
+@dataclass
+class WrittenOut(UnitMap):
+    """A map of the gradients of some parameters, written out side by side."""
+
+    shapes: Mapping[str, torch.Size]
+    map: VectorMap
+
+    @property
+    def k(self) -> int:
+        """Entries of the image."""
+        return self.map.k
+
+    def __call__(self, gradients: Gradients) -> Tensor | None:
+        forms = {name: form for name, form in gradients.forms.items() if name in self.shapes}
+        if not forms:
+            return None
+        own = Gradients(gradients.n, forms, self.shapes, gradients.sample)
+        slices = next(iter(forms.values())).example_slices(2 * self.map.p)
+        return torch.cat([self.map(own.rows(rows).flat()) for rows in slices])

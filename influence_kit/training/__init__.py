@@ -1,0 +1,1 @@
+"""The trace of a training run and its steps."""
