@@ -160,6 +160,9 @@ class Gradients:
         return None
 
 
+Transform = Callable[[Gradients], Gradients]
+
+
 def from_flat(vectors: Tensor, parameters: Mapping[str, torch.Size], sample: Tensor) -> Gradients:
     """Gradients from what ``flat`` writes out, ``[n, P]``; views of it."""
     columns = vectors.split([math.prod(shape) for shape in parameters.values()], dim=1)

@@ -7,9 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from influence_kit.data.batches import Batch
-from influence_kit.gradients.per_example import Gradients
-
-Transform = Callable[[Gradients], Gradients]
+from influence_kit.gradients.per_example import Gradients, Transform
 
 
 @dataclass(frozen=True)

@@ -310,14 +310,14 @@ def test_projected_embeddings_follow_the_projected_gradients() -> None:
     """The recursion of the projected gradients, each written out by its own map's matrices."""
     case = CASES["mlp"]
     dvemb = build("DVEmb", case, projection_dim=(2, 3), seed=3)
-    shapes = {name: list(shape) for name, shape in dvemb._shapes.items()}
+    shapes = {name: list(shape) for name, shape in dvemb._map.shapes.items()}
     assert shapes == {"body.0.weight": [6], "body.2.weight": [6], "head.weight": [6]}
 
     def projected(state: dict[str, Tensor], batch: Any) -> Tensor:
         model = case.model()
         model.load_state_dict(state)
         parts = []
-        for name, unit in dvemb._projection.maps.items():
+        for name, unit in dvemb._map.maps.maps.items():
             bias = name.replace("weight", "bias")
             weight = oracles.gradients(model, batch, case.loss, [name])
             matrix = weight.view(len(weight), unit.unit.outputs, -1)

@@ -31,7 +31,7 @@ KEPT_AS = {
     "hessian_dataset": "_hessian_data",
 }
 # what an argument becomes where it is left out
-FILLED_IN = {"nearest_neighbors": "ExactNearestNeighbors"}
+FILLED_IN = {"nearest_neighbors": "ExactNearestNeighbors", "features": "FeatureMap()"}
 MOST_ITEMS = 4
 
 
@@ -95,6 +95,8 @@ def _object_text(value: Any, model: Any) -> str:
         for name, module in model.named_modules():
             if module is value:
                 return f'"{name}"'
+    if getattr(type(value), "shows_settings", False):
+        return repr(value)
     if isinstance(value, type) or not callable(value) or isinstance(value, nn.Module):
         kind = value if isinstance(value, type) else type(value)
         return kind.__name__
