@@ -375,7 +375,7 @@ def test_a_store_is_asked_in_place_of_the_data(
     asked = build(method, case, **kept)
     with monkeypatch.context() as patched:
         if "hessian_dataset" not in signature(type(asked)).parameters:
-            patched.setattr(asked, "_train_features", None)
+            patched.setattr(asked._map, "cached", None)
         assert_close(scores(asked, case.test), expected, close)
         best = asked.influence(case.test, k=3)
         assert torch.equal(best.indices, oracles.top_k(expected, 3, True)[0])

@@ -31,6 +31,8 @@ class FeatureMap:
     shows_settings = True
     # short enough for those of a training set to be cached in memory
     is_short = False
+    # whether they are a linear map of the gradients of the loss
+    is_linear = True
     _source: GradientSource | None = None
 
     def __repr__(self) -> str:

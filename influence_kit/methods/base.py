@@ -96,7 +96,7 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
             batch_size,
             batch_axes,
             eval_mode,
-            lambda: self._device,
+            self._get_device,
             self._caches.why_fixed,
         )
         self.batch_size = self._examples.batch_size
@@ -357,9 +357,12 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
         losses = outputs_of(lambda: self._train_loss.values(call_model(self.model, batch), batch))
         return Given(batch, outputs or [], losses or [])
 
+    def _get_device(self) -> torch.device:
+        return next(iter(self._parameters.values())).device
+
     @property
     def _device(self) -> torch.device:
-        return next(iter(self._parameters.values())).device
+        return self._get_device()
 
     @property
     def _sample(self) -> Tensor:

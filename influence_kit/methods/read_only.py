@@ -23,14 +23,26 @@ class Made(ABCMeta):
         super().__init__(*args, **kwargs)
         if "__init__" in vars(cls):
             # else it would be that of ``__call__``
-            own = list(inspect.signature(vars(cls)["__init__"]).parameters.values())[1:]
-            cls.__signature__ = inspect.Signature(own)
+            cls.__signature__ = inspect.Signature(_parameters(cls))
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make an object."""
         made = super().__call__(*args, **kwargs)
         vars(made)["_is_made"] = True
         return made
+
+
+def _parameters(cls: type) -> list[inspect.Parameter]:
+    """The parameters of a class's constructor, with those of its base where it hands them on."""
+    own = list(inspect.signature(vars(cls)["__init__"]).parameters.values())[1:]
+    if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in own):
+        return own
+    named = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
+    common = inspect.signature(cls.__mro__[1]).parameters.values()
+    known = {parameter.name for parameter in named}
+    changed = {parameter.name: parameter for parameter in own}
+    kept = [changed.get(p.name, p) for p in common if p.name not in known]
+    return sorted((*kept, *named), key=lambda parameter: parameter.kind)
 
 
 Class = TypeVar("Class", bound=Made)

@@ -344,5 +344,5 @@ def test_projected_embeddings_follow_the_projected_gradients() -> None:
 
 
 def test_a_store_is_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match="stay in memory"):
+    with pytest.raises(TypeError, match=r"DVEmb.*unexpected keyword argument 'store'"):
         build("DVEmb", CASES["mlp"], store="folder")

@@ -204,7 +204,7 @@ def test_the_mask_is_learnt_once(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(k)
         return learnt_mask(gradients, k)
 
-    monkeypatch.setattr("influence_kit.methods.projected.grass.learnt_mask", counted)
+    monkeypatch.setattr("influence_kit.projections.projected.learnt_mask", counted)
     monkeypatch.setattr("influence_kit.methods.inner_product.resident_bytes", lambda device: 0)
     case = CASES["mlp"]
     influence = make("GraSS", mask="learnt", checkpoints=case.checkpoints())
@@ -247,7 +247,7 @@ def test_a_loaded_mask_is_not_learnt_again(tmp_path: Path, monkeypatch: pytest.M
     def refuse(*_: Any) -> None:
         raise AssertionError("learnt again")
 
-    monkeypatch.setattr("influence_kit.methods.projected.grass.learnt_mask", refuse)
+    monkeypatch.setattr("influence_kit.projections.projected.learnt_mask", refuse)
     loaded = make("GraSS", **own).load(tmp_path)
     for name, mask in learnt(influence).items():
         assert torch.equal(learnt(loaded)[name], mask)

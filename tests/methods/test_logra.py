@@ -355,7 +355,7 @@ def test_how_many_entries_a_layer_gets() -> None:
 
     def sizes(dim: Any, projection: str = "gaussian") -> dict[str, int]:
         influence = make("LoGra", "gpt", projection_dim=dim, projection=projection)
-        return {name: shape.numel() for name, shape in influence._shapes.items()}
+        return {name: shape.numel() for name, shape in influence._map.shapes.items()}
 
     table, norm = ["tokens.weight", "positions.weight"], ["norm.weight", "norm.bias"]
     names = [*table, *norm, "qkv.weight", "out.weight"]
@@ -462,11 +462,11 @@ def test_kept_in_memory_or_not(
     own = {"checkpoints": case.checkpoints()[:2], "relative": relative}
     kept = make(method, name, **own)
     expected = kept.influence(case.test), kept.self_influence(), kept.influence(case.test, k=3)
-    assert kept._kept is not None
+    assert kept._cache.rows is not None
     monkeypatch.setattr("influence_kit.methods.inner_product.resident_bytes", lambda device: 0)
     anew = make(method, name, **own)
     assert_close(anew.influence(case.test), expected[0], 1e-10)
-    assert anew._kept is None
+    assert anew._cache.rows is None
     assert_close(anew.self_influence(), expected[1], 1e-10)
     assert torch.equal(anew.influence(case.test, k=3).indices, expected[2].indices)
     by_layer = torch.stack(list(anew.influence_by_layer(case.test).values()))

@@ -87,7 +87,7 @@ def one_minus_p(name: str, place: int, of_test: bool = False) -> Tensor:
 
 def matrix(trak: TRAK, name: str, place: int) -> Tensor:
     """The projection at a checkpoint, ``[P, k]``."""
-    maps = trak._made._at(place).maps
+    maps = trak._map._at(place).maps
     names = [n for n, _ in model_at(name, place).named_parameters()]
     assert list(maps) == names
     return torch.cat([maps[n].matrix(projected.LIKE) for n in names])
@@ -349,7 +349,7 @@ def test_kept_in_memory_or_not(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     anew = make(name)
     expected = formula(kept, name, "auto")
     assert_close(anew.influence(case.test), expected, CLOSE)
-    assert anew._kept is None
+    assert anew._cache.rows is None
     assert_close(anew.self_influence(), kept.self_influence(), 1e-10)
     assert_close(sum(anew.influence_by_layer(case.test).values()), expected, CLOSE)
 

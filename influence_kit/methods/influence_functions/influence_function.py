@@ -257,7 +257,7 @@ class InfluenceFunction(InnerProductInfluence):
         Args:
             show_progress: a bar over the checkpoints.
         """
-        self._caches.clear()
+        self.forget()
         with self._session() as loader:
             self._fit_everywhere(loader, show_progress)
         return self
@@ -375,6 +375,12 @@ class InfluenceFunction(InnerProductInfluence):
                 f'with relative="{self.relative}" scores are divided by a norm that depends on the '
                 "training input, too; `perturbation_influence` needs relative=None"
             )
+        if not self._map.is_linear:
+            raise NotImplementedError(
+                f"the scores of {self.get_name()} are not linear in the gradient of the training "
+                "loss, which `perturbation_influence` differentiates: use an influence function "
+                "(`EKFACInfluenceFunction`, `LoGra`)"
+            )
         name = None if layer is None else check_layer(self.model, layer)
         places = check_places(train_indices, self._examples.train_count)
         perturbed = Perturbed(self.model, name)
@@ -401,7 +407,9 @@ class InfluenceFunction(InnerProductInfluence):
     @property
     def _damping_text(self) -> str:
         """The damping as it was given, and what was used."""
-        used = [value for own in self.damping_used for value in own.values()]
+        states, key = self._fit.states, f"{self._rule}_damping"
+        known = [c for c in sorted(states) if self._rule is None or key in states[c]]
+        used = [value for index in known for value in self._damping_at(index).tolist()]
         return as_text(self.inverse.wording.damping, self._damping, self._rule, used)
 
     def prepare(self, loader: CheckpointLoader, show_progress: bool = False) -> None:
@@ -494,7 +502,7 @@ class InfluenceFunction(InnerProductInfluence):
             **self.inverse.settings,
             # a list: the order counts
             "blocks": [list(block) for block in self._partition.blocks.items()],
-            **({} if type(self.features) is FeatureMap else self.features.settings),
+            **({} if type(self.features) is FeatureMap else self._map.settings),
             **self._identity(loader, self._hessian_loader),
         }
 

@@ -131,7 +131,7 @@ class KNNShapley(ExampleInfluence):
         super().__init__(
             model,
             train_dataset,
-            _used(checkpoints, self.layer),
+            checkpoints,
             checkpoints_load_func,
             layers,
             loss_fn,
@@ -146,6 +146,7 @@ class KNNShapley(ExampleInfluence):
         )
 
     def _found_checkpoints(self, checkpoints: Any) -> list[Any]:
+        checkpoints = _used(checkpoints, self.layer)
         return [] if checkpoints is None else super()._found_checkpoints(checkpoints)
 
     # What a user calls.

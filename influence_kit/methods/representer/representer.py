@@ -4,6 +4,7 @@ Letters: m test and n training examples, t positions (1 unless an example is a s
 of the last layer, c outputs.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from influence_kit.core.dtypes import has_complex
 from influence_kit.data.batches import Batch
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.factored import Factored
+from influence_kit.gradients.parameter_selection import choose_parameters
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rules import linear, rule_for, transposed_linear
 from influence_kit.gradients.source import Verify
@@ -154,7 +156,8 @@ class RepresenterPointSelection(InnerProductInfluence):
             batch_axes=batch_axes,
             verify=verify,
         )
-        _check_layer(name, model.get_submodule(name))
+        self._select = _linear_parameters
+        self._look_at(self.layers)
         self._fit = self._caches.add(FitCache("the last layer", "fitted", TRAIN), first=True)
         self._cache.remedy = self._fit.remedy
 
@@ -188,7 +191,7 @@ class RepresenterPointSelection(InnerProductInfluence):
         Args:
             show_progress: a bar over the checkpoints.
         """
-        self._caches.clear()
+        self.forget()
         with self._session() as loader:
             self.prepare(loader, show_progress)
         return self
@@ -328,7 +331,12 @@ class RepresenterPointSelection(InnerProductInfluence):
         return form, self._head(checkpoint)
 
 
-def _check_layer(name: str, layer: nn.Module) -> None:
+def _linear_parameters(
+    model: nn.Module, layers: Sequence[str] | None
+) -> Mapping[str, nn.Parameter]:
+    """The parameters of the last layer, which must be linear and real."""
+    assert layers is not None
+    name, layer = layers[0], model.get_submodule(layers[0])
     if rule_for(layer) not in (linear, transposed_linear):
         raise InvalidArgumentError(f"`final_fc_layer` must be a linear layer; '{name}' is {layer}")
     if has_complex(layer):
@@ -336,6 +344,7 @@ def _check_layer(name: str, layer: nn.Module) -> None:
             f"`final_fc_layer` '{name}' has complex parameters, and the refit is of real ones; a "
             "method of gradients takes them (`TracInCPFast`, say)"
         )
+    return choose_parameters(model, layers)
 
 
 def _without_one(values: Tensor) -> Tensor:

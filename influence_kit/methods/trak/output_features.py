@@ -46,6 +46,7 @@ class OutputFeatures(FeatureMap):
     """
 
     is_short = True
+    is_linear = False
 
     def __init__(
         self,
