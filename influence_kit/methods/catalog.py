@@ -158,7 +158,7 @@ METHODS = (
         summary="influence function with the exact inverse curvature",
         needs="a few thousand parameters per block",
         fit_cost=(
-            "about P passes and the inverse of a P x P matrix per block (for the two Fisher "
+            "about P passes and the inverse of a P x P matrix per block (for the Fisher "
             "matrices one pass, and an n x n inverse where n ≤ P / 2)"
         ),
         call_cost="one pass",
