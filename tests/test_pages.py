@@ -20,9 +20,11 @@ AGAIN = "run `python sphinx/method_tables.py`"
 
 
 def extras() -> set[str]:
-    """The names of the extras in setup.py."""
-    (table,) = re.findall(r"^EXTRAS = \{\n(.*?)^\}", (ROOT / "setup.py").read_text(), re.M | re.S)
-    return set(re.findall(r'^    "(\w+)":', table, re.M))
+    """The names of the extras, from setup.py or pyproject.toml, whichever has the metadata."""
+    metadata = "".join((ROOT / name).read_text() for name in ("setup.py", "pyproject.toml"))
+    start = r"^(?:EXTRAS = \{|\[project\.optional-dependencies\])\n"
+    (table,) = re.findall(start + r"(.*?)^(?:\}|\[|\Z)", metadata + "\n[", re.M | re.S)
+    return set(re.findall(r'^ *"?(\w+)"?(?::| =) \[', table, re.M))
 
 
 def text_of(page: Path) -> str:
