@@ -10,6 +10,7 @@ from influence_kit.methods.influence_functions.arnoldi import ArnoldiInfluenceFu
 from influence_kit.methods.influence_functions.conjugate_gradients import CGInfluenceFunction
 from influence_kit.methods.influence_functions.datainf import DataInf
 from influence_kit.methods.influence_functions.explicit import ExplicitInfluenceFunction
+from influence_kit.methods.influence_functions.influence_function import InfluenceFunction
 from influence_kit.methods.influence_functions.kfac import (
     EKFACInfluenceFunction,
     KFACInfluenceFunction,
@@ -57,6 +58,7 @@ __all__ = [
     "GraSS",
     "GradCos",
     "GradDot",
+    "InfluenceFunction",
     "InnerProductInfluence",
     "KFACInfluenceFunction",
     "KMostInfluentialResults",

@@ -314,7 +314,7 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
             raise
 
     @contextmanager
-    def _session(self) -> Iterator[CheckpointLoader]:
+    def session(self) -> Iterator[CheckpointLoader]:
         """The model with hooks on, borrowed from the user; a loader for its checkpoints."""
         refuse_meta(self.model)
         with alone_with(self.model):  # also while the model is looked at
@@ -338,7 +338,7 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
         """Refuse to hand out what is kept of something else than there is now."""
         filled = self._caches.filled
         if filled is not None:
-            with self._session() as loader:
+            with self.session() as loader:
                 for number in range(len(self.checkpoints) if filled.of_checkpoints else 0):
                     loader.load(number)
 
@@ -361,25 +361,26 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
         return next(iter(self._parameters.values())).device
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where the model is."""
         return self._get_device()
 
     @property
     def _sample(self) -> Tensor:
         """An empty tensor as scores are computed: where the model is, not in half precision."""
-        return torch.empty(0, dtype=self._dtype, device=self._device)
+        return torch.empty(0, dtype=self._dtype, device=self.device)
 
     @property
     def _dtype(self) -> torch.dtype:
         """Of scores: the model's, real, and float32 for half precision."""
         return exact_dtype(next(iter(self._parameters.values())).dtype)
 
-    def _batches(self, inputs: Any, ordered: bool = True) -> Iterable[Batch]:
+    def batches(self, inputs: Any, ordered: bool = True) -> Iterable[Batch]:
         """The training set (None), the batch in pieces that fit memory, or the user's loader."""
         return (
             self.train_dataloader if inputs is None else self._examples.of_inputs(inputs, ordered)
         )
 
-    def _bar(self, doing: str, total: int | None, show: bool) -> "tqdm[Any]":
+    def progress(self, doing: str, total: int | None, show: bool) -> "tqdm[Any]":
         text = f"Using {self.get_name()} to {doing}"
         return tqdm(desc=text, total=total, disable=not show)

@@ -207,19 +207,23 @@ class InnerProductInfluence(ExampleInfluence):
                 it in memory; the scores are the same.
         """
         doing = "compute self influence. Processing"
-        with self._session() as loader:
+        with self.session() as loader:
             terms, batches = self._plan(loader, inputs, show_progress=show_progress)
             rounds = [[term] for term in terms] if outer_loop_by_checkpoints else [terms]
-            outer = self._bar(f"{doing} checkpoint", len(rounds), show_progress and len(rounds) > 1)
+            outer = self.progress(
+                f"{doing} checkpoint", len(rounds), show_progress and len(rounds) > 1
+            )
             total = torch.zeros(())
             with outer:
                 for some in rounds:
                     reducer = AllScores()
-                    with self._bar(f"{doing} batch", _times(batches, some), show_progress) as bar:
+                    with self.progress(
+                        f"{doing} batch", _times(batches, some), show_progress
+                    ) as bar:
                         Stream(some, loader, self._sample, tick=bar.update).self_scores(
                             batches, reducer
                         )
-                    total = reducer.result() + total.to(self._device)
+                    total = reducer.result() + total.to(self.device)
                     outer.update()
         return total.to(self._dtype)
 
@@ -249,7 +253,7 @@ class InnerProductInfluence(ExampleInfluence):
 
     def _examples_at(self, indices: Tensor) -> Iterable[Batch]:
         chosen = chosen_rows(self.train_dataloader, indices, lambda: None)
-        return (to_device(take(batch, rows), self._device) for _, rows, batch in chosen)
+        return (to_device(take(batch, rows), self.device) for _, rows, batch in chosen)
 
     def _made_rows(self, loader: CheckpointLoader, show_progress: bool) -> KeptRows | None:
         """The training features of all examples; None where they are computed for each question."""
@@ -258,7 +262,7 @@ class InnerProductInfluence(ExampleInfluence):
         indices = range(len(self.checkpoints))
         sides = [Side(index, partial(self._cached, index)) for index in indices]
         doing = "compute the gradients of the training set. Processing checkpoint"
-        bar = partial(self._bar, doing, len(sides), show_progress)
+        bar = partial(self.progress, doing, len(sides), show_progress)
         build = Build(sides, self.train_dataloader, loader, self._sample, bar)
         if self.store is None:
             return build.in_memory()
@@ -281,7 +285,7 @@ class InnerProductInfluence(ExampleInfluence):
         each = sum(shape.numel() for shape in self._map.cached_shapes.values())
         size = rows * each * self._sample.element_size()
         # ranks share the training set out: what each would keep is not all of it
-        return is_alone() and 0 < size <= resident_bytes(self._device)
+        return is_alone() and 0 < size <= resident_bytes(self.device)
 
     def _identity(self, loader: CheckpointLoader, batches: Iterable[Batch]) -> dict[str, Any]:
         """What kept numbers belong to."""
@@ -297,7 +301,7 @@ class InnerProductInfluence(ExampleInfluence):
     ) -> tuple[list[Term], Iterable[Batch]]:
         """The terms, and the inputs in batches."""
         self.prepare(loader, show_progress)
-        batches = self._train_batches if inputs is None else self._batches(inputs, ordered)
+        batches = self._train_batches if inputs is None else self.batches(inputs, ordered)
         return self.terms(), batches
 
     def stream_scores(
@@ -309,12 +313,12 @@ class InnerProductInfluence(ExampleInfluence):
         aggregate: bool,
         groups: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        with self._session() as loader:
+        with self.session() as loader:
             terms, test = self._plan(loader, given(inputs), not aggregate, show_progress)
             train = self._train_batches
             if groups is not None and self._map.has_parts:
                 terms, train = self._by_parameter(terms), self.train_dataloader
-            with self._bar(doing, _times(train, terms), show_progress) as bar:
+            with self.progress(doing, _times(train, terms), show_progress) as bar:
                 stream = Stream(
                     terms,
                     loader,
@@ -350,7 +354,7 @@ class InnerProductInfluence(ExampleInfluence):
 
     def _vectors(self, inputs: Any, of_tests: bool, aggregate: bool = False) -> Tensor:
         """A side of the inputs at each checkpoint, times the root of its weight, side by side."""
-        with self._session() as loader:
+        with self.session() as loader:
             terms, batches = self._plan(loader, inputs, ordered=not aggregate)
             stream = Stream(terms, loader, self._sample)
             blocks = []

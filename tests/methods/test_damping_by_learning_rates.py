@@ -143,7 +143,7 @@ def test_the_units_of_outer_products_against_the_gauss_newton_matrix(
     data, states = TensorDataset(X, labels), [LINEAR.state_dict()]
     found = KFACInfluenceFunction(LINEAR, data, states, loss_fn=loss, curvature=curvature).fit()
     observed = found._fit_data(0).observed(0, draw=0, at_data=curvature != "fisher")
-    with found._session() as loader:
+    with found.session() as loader:
         loader.load(0)
         gradients, _ = observed(torch.arange(N), (X, labels))
     factor = curvature_factor(found.fit_state[0]["observations"], curvature != "fisher")

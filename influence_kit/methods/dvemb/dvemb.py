@@ -191,7 +191,7 @@ class DVEmb(InnerProductInfluence):
         if self._embedded.rows is None:
             check_memory(self._examples.train_count, self._size, self._steps, self._sample)
             doing, of_examples = "embed the training examples. Processing step", self._own_gradients
-            with self._session(), self._bar(doing, len(self._steps), show_progress) as bar:
+            with self.session(), self.progress(doing, len(self._steps), show_progress) as bar:
                 read = StepGradients(
                     self.model, self.trace, self._steps, of_examples, self._by_index.rows
                 )
@@ -232,8 +232,8 @@ class DVEmb(InnerProductInfluence):
             ``[m, P]`` (``[1, P]`` if ``aggregate``); the scores are its dot products with
             ``embeddings()``.
         """
-        with self._session() as loader:
-            batches = self._batches(given(inputs), ordered=not aggregate)
+        with self.session() as loader:
+            batches = self.batches(given(inputs), ordered=not aggregate)
             vectors = Stream([], loader, self._sample).vectors(self.test_at(0), batches, aggregate)
         return vectors.to(self._dtype)
 
@@ -268,9 +268,9 @@ class DVEmb(InnerProductInfluence):
     def _train_batches(self) -> Iterable[Batch]:
         return places_in_pieces(self._examples.train_count, self._by_index.rows)
 
-    def _batches(self, inputs: Any, ordered: bool = True) -> Iterable[Batch]:
+    def batches(self, inputs: Any, ordered: bool = True) -> Iterable[Batch]:
         if not isinstance(inputs, Tensor):
-            return super()._batches(inputs, ordered)
+            return super().batches(inputs, ordered)
         if inputs.dim() != 2 or inputs.shape[1] != self._size:
             raise InvalidArgumentError(
                 f"`inputs` is a tensor of shape {list(inputs.shape)}; a test side made by "
@@ -296,7 +296,7 @@ class DVEmb(InnerProductInfluence):
         """The gradients of the same examples, at the weights that are in the model."""
         (places,) = batch
         examples = self._by_index(places.tolist())
-        return self.train_at(0)(to_device(examples, self._device))
+        return self.train_at(0)(to_device(examples, self.device))
 
     @property
     def _by_index(self) -> ExamplesByPlace:

@@ -126,11 +126,11 @@ class EmbeddingInfluence(InfluenceFunction):
             inputs: the same as ``inputs_dataset``.
         """
         chosen = given(inputs_dataset if inputs is None else inputs)
-        with self._session() as loader:
+        with self.session() as loader:
             _, batches = self._plan(loader, chosen, not aggregate, show_progress)
             features = (self.test_at if test else self.train_at)(0).features
             side = Side(0, features, (self._embed,))
-            with self._bar("embed examples. Processing checkpoint", 1, show_progress) as bar:
+            with self.progress("embed examples. Processing checkpoint", 1, show_progress) as bar:
                 vectors = Stream([], loader, self._sample).vectors(side, batches, aggregate)
                 bar.update()
         vectors = vectors.to(self._dtype)

@@ -42,8 +42,12 @@ class ExplicitInfluenceFunction(InfluenceFunction):
         damping: added to the eigenvalues of C: a number, a dict by block, or "auto" (or "trace"):
             the mean eigenvalue of the block, which is its trace over the number of its parameters,
             or of examples where those are fewer; "mean" is always over the parameters.
-        curvature: "ggn", "hessian", "fisher" or "empirical_fisher"; see ``CurvatureInfluence``.
-        blocks: "full", "layer", "parameter" or a dict; see ``CurvatureInfluence``.
+        curvature: "ggn" (Gauss-Newton, J^T H J: the Hessian for models that are linear in their
+            parameters, and never negative for a loss that is convex in the outputs), "hessian" (may
+            be indefinite away from a minimum), "fisher" (outer products of gradients at labels
+            drawn from the model) or "empirical_fisher" (at the labels of the data).
+        blocks: "full", "layer", "parameter", or names of parameters by block: what is between
+            blocks is taken for zero, and a parameter that no block has for frozen.
         hessian_dataset: the data over which C is a mean; the training set where None.
         relative: RelatIF: None, "l" or "theta".
         seed: of the labels that "fisher" draws.

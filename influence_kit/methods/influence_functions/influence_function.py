@@ -258,7 +258,7 @@ class InfluenceFunction(InnerProductInfluence):
             show_progress: a bar over the checkpoints.
         """
         self.forget()
-        with self._session() as loader:
+        with self.session() as loader:
             self._fit_everywhere(loader, show_progress)
         return self
 
@@ -268,7 +268,7 @@ class InfluenceFunction(InnerProductInfluence):
 
         What may be set again without fitting again (a damping, a ridge) is not part of it.
         """
-        with self._session() as loader:
+        with self.session() as loader:
             self._fit_everywhere(loader)
             self._fit.save(folder, self._description(loader))
 
@@ -279,13 +279,13 @@ class InfluenceFunction(InnerProductInfluence):
         Raises:
             InvalidArgumentError: where it was saved for another model, data set, loss or setting.
         """
-        with self._caches.beside(), self._session() as loader:
+        with self._caches.beside(), self.session() as loader:
             self._fit.load(
                 folder,
                 self._description(loader),
                 loader,
                 len(self.checkpoints),
-                self._device,
+                self.device,
                 self._caches,
             )
             self._map.take_state(self._fit.states[0])
@@ -302,7 +302,7 @@ class InfluenceFunction(InnerProductInfluence):
             ``[m, C * P]``, parameters in the model's order (``[1, C * P]`` if ``aggregate``); the
             scores are its dot products with the gradients of the training loss at all checkpoints.
         """
-        with self._session() as loader:
+        with self.session() as loader:
             terms, batches = self._plan(loader, given(inputs), ordered=not aggregate)
             stream = Stream(terms, loader, self._sample)
             blocks = [
@@ -384,16 +384,16 @@ class InfluenceFunction(InnerProductInfluence):
         name = None if layer is None else check_layer(self.model, layer)
         places = check_places(train_indices, self._examples.train_count)
         perturbed = Perturbed(self.model, name)
-        with self._session() as loader:
+        with self.session() as loader:
             # what cannot be perturbed is refused before the curvature is measured
-            perturbed.value(DataSet(self.train_dataloader, self._device).first())
+            perturbed.value(DataSet(self.train_dataloader, self.device).first())
             terms, batches = self._plan(loader, given(inputs), show_progress=show_progress)
             stream = Stream(terms, loader, self._sample)
             sides = [(stream.test_side(term.test, batches), term.weight_at(1.0)) for term in terms]
             vectors = [self._map.transpose(side).flat() * weight for side, weight in sides]
             found = Perturbation(self._source, self._train_loss, perturbed, loader, vectors)
             doing = "compute perturbation influence for training batches"
-            with self._bar(doing, self.train_dataloader_len, show_progress) as bar:
+            with self.progress(doing, self.train_dataloader_len, show_progress) as bar:
                 rows = chosen_rows(self.train_dataloader, places, bar.update)
                 if k is not None:
                     return most_influential(found.blocks(rows), k)
@@ -445,7 +445,7 @@ class InfluenceFunction(InnerProductInfluence):
         indices = range(len(self.checkpoints))
         show = show_progress and not all(index in self._fit.states for index in indices)
         doing = f"fit {self._fit.what}. Processing checkpoint"
-        with self._bar(doing, len(indices), show) as bar:
+        with self.progress(doing, len(indices), show) as bar:
             for index in indices:
                 self._fit_at(index, loader)
                 bar.update()
@@ -469,7 +469,7 @@ class InfluenceFunction(InnerProductInfluence):
         is_cached = of_training and inverse.takes_own_labels and self._map.is_short
         examples = DataSet(
             self._train_batches if is_cached else self._hessian_loader,
-            self._device,
+            self.device,
             index,
             inverse.wording.data,
             inverse.sample_size(self._partition),
@@ -482,7 +482,7 @@ class InfluenceFunction(InnerProductInfluence):
             self._sample,
             self._memory,
             partial(self._cached, index),
-            lambda: DataSet(self.train_dataloader, self._device).count,
+            lambda: DataSet(self.train_dataloader, self.device).count,
             self.checkpoints,
             self._hessian_loader,
             of_training,
@@ -522,11 +522,11 @@ class InfluenceFunction(InnerProductInfluence):
             values = [self._damping[name] for name in names]
         else:
             values = [self._damping] * len(names)
-        return torch.tensor(values, dtype=torch.float64, device=self._device)
+        return torch.tensor(values, dtype=torch.float64, device=self.device)
 
     @contextmanager
-    def _session(self) -> Iterator[CheckpointLoader]:
-        with super()._session() as loader:
+    def session(self) -> Iterator[CheckpointLoader]:
+        with super().session() as loader:
             try:
                 yield loader
             finally:

@@ -169,8 +169,8 @@ class KNNShapley(ExampleInfluence):
         """
         doing = "compute self influence. Processing batch"
         reducer = AllScores()
-        with self._session() as loader:
-            points, _ = self._points(loader, self._batches(inputs), None, doing, show_progress)
+        with self.session() as loader:
+            points, _ = self._points(loader, self.batches(inputs), None, doing, show_progress)
             for rows, block in self._blocks(points, points, show_progress):
                 reducer.update(rows, block.gather(1, rows.to(block.device)[:, None]).squeeze(1))
         return reducer.result().to(self._dtype)
@@ -183,12 +183,12 @@ class KNNShapley(ExampleInfluence):
     def stream_scores(
         self, inputs: Any, reducer: Reducer, doing: str, show_progress: bool, aggregate: bool
     ) -> None:
-        with self._session() as loader:
-            tests = self._batches(given(inputs), ordered=not aggregate)
+        with self.session() as loader:
+            tests = self.batches(given(inputs), ordered=not aggregate)
             train, test = self._points(loader, self.train_dataloader, tests, doing, show_progress)
             blocks = self._blocks(train, test, show_progress)
             if aggregate:
-                total = torch.zeros(1, train[0].n, dtype=torch.float64, device=self._device)
+                total = torch.zeros(1, train[0].n, dtype=torch.float64, device=self.device)
                 for _, block in blocks:
                     total += block.sum(0)
                 mine = _of_this_rank(1)
@@ -211,12 +211,12 @@ class KNNShapley(ExampleInfluence):
         total = None if length is None else length * len(places)
         features = Features(self.model, self.layer)
         any_number = self.utility == "squared_error"
-        read = Reader(features, self.metric == "cosine", any_number, self._device)
+        read = Reader(features, self.metric == "cosine", any_number, self.device)
         read.refuse_unfit_labels(train, "training")
         if test is not None:
             read.refuse_unfit_labels(test, "test")
         found: tuple[list[Points], list[Points]] = ([], [])
-        with self._bar(doing, total, show_progress) as bar:
+        with self.progress(doing, total, show_progress) as bar:
             for place in places:
                 if place is not None:
                     loader.load(place)
@@ -230,11 +230,11 @@ class KNNShapley(ExampleInfluence):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's test examples, some at a time, with their scores ``[b, n]``, float64."""
         n, mine = train[0].n, _of_this_rank(test[0].n)
-        size = rows_within(4 * workspace_bytes(self._device), BYTES_A_PAIR * n)
+        size = rows_within(4 * workspace_bytes(self.device), BYTES_A_PAIR * n)
         doing = "value training examples. Processing test example"
-        with self._bar(doing, len(mine), show_progress) as bar:
+        with self.progress(doing, len(mine), show_progress) as bar:
             for rows in mine.split(size):
-                total = torch.zeros(len(rows), n, dtype=torch.float64, device=self._device)
+                total = torch.zeros(len(rows), n, dtype=torch.float64, device=self.device)
                 for known, asked in zip(train, test, strict=True):
                     total += self._values(known, asked.features[rows], asked.labels[rows])
                 yield rows, total.div_(len(train))

@@ -192,14 +192,14 @@ class RepresenterPointSelection(InnerProductInfluence):
             show_progress: a bar over the checkpoints.
         """
         self.forget()
-        with self._session() as loader:
+        with self.session() as loader:
             self.prepare(loader, show_progress)
         return self
 
     @starts_again
     def save(self, folder: str | Path) -> None:
         """Write the refitted layers to a folder; fits where that has not been done."""
-        with self._session() as loader:
+        with self.session() as loader:
             self.prepare(loader)
             self._fit.save(folder, self._description(loader))
 
@@ -210,13 +210,13 @@ class RepresenterPointSelection(InnerProductInfluence):
         Raises:
             InvalidArgumentError: where it was saved for another model, data set, loss or setting.
         """
-        with self._caches.beside(), self._session() as loader:
+        with self._caches.beside(), self.session() as loader:
             self._fit.load(
                 folder,
                 self._description(loader),
                 loader,
                 len(self.checkpoints),
-                self._device,
+                self.device,
                 self._caches,
             )
         return self
@@ -270,11 +270,11 @@ class RepresenterPointSelection(InnerProductInfluence):
         indices, states = range(len(self.checkpoints)), self._fit.states
         show = show_progress and not all(index in states for index in indices)
         doing = "fit the last layer. Processing checkpoint"
-        with self._bar(doing, len(indices), show) as bar:
+        with self.progress(doing, len(indices), show) as bar:
             for index in indices:
                 loader.load(index)
                 if index not in states:
-                    head = self._refit.head(self.train_dataloader, self._device)
+                    head = self._refit.head(self.train_dataloader, self.device)
                     examples = torch.tensor(head.n)
                     states[index] = {"weights": head.weights, "examples": examples}
                 bar.update()
@@ -323,7 +323,7 @@ class RepresenterPointSelection(InnerProductInfluence):
             raise InvalidArgumentError(
                 f"`checkpoint` must be from 0 to {len(self.checkpoints) - 1}; got {checkpoint!r}"
             )
-        with self._session() as loader:
+        with self.session() as loader:
             _, batches = self._plan(loader, inputs)
             side = Side(checkpoint, partial(self._both_sides, checkpoint))
             form = Stream([], loader, self._sample).test_side(side, batches).forms[VALUE]

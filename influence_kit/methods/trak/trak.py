@@ -186,8 +186,8 @@ class TRAK(InfluenceFunction):
         """The mean over checkpoints of the slopes of any examples, ``[n]``."""
         assert isinstance(self._map, OutputFeatures)
         slopes_of = partial(self._map.slopes_alone, loss=self._train_loss)
-        with self._session() as loader:
-            stream, batches = Stream([], loader, self._sample), self._batches(inputs)
+        with self.session() as loader:
+            stream, batches = Stream([], loader, self._sample), self.batches(inputs)
             sides = [Side(index, slopes_of) for index in range(len(self.checkpoints))]
             slopes = [stream.vectors(side, batches) for side in sides]
         return torch.cat(slopes, dim=1).mean(1)
