@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from influence_kit.checkpoints.found import load_checkpoint
+from influence_kit.checkpoints.discovery import load_checkpoint
 from influence_kit.core.arguments import check_count
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.preservation.dropout_masks import MASKS

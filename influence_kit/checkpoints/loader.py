@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from influence_kit.checkpoints.found import LoadFunction, label_of, load_checkpoint, load_with_rate
+from influence_kit.checkpoints.discovery import (
+    LoadFunction,
+    label_of,
+    load_checkpoint,
+    load_with_rate,
+)
 from influence_kit.checkpoints.same_objects import SameObjects
 from influence_kit.core.dtypes import real
 from influence_kit.errors import InvalidArgumentError

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from influence_kit.checkpoints.discovery import find_checkpoints, label_of
 from influence_kit.checkpoints.files import STEP_KEYS
-from influence_kit.checkpoints.found import find_checkpoints, label_of
 from influence_kit.core.arguments import check_count
 from influence_kit.learning_rates.trainer_folder import TRAINER_STATE, trainer_state
 from influence_kit.storage.torch_files import values_of

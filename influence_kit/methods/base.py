@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
-from influence_kit.checkpoints.found import LoadFunction, find_checkpoints, load_checkpoint
+from influence_kit.checkpoints.discovery import LoadFunction, find_checkpoints, load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader, Fingerprint
 from influence_kit.core.arguments import check_count
 from influence_kit.core.dtypes import exact_dtype

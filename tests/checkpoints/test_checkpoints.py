@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from influence_kit import checkpoint_table, load_checkpoint
+from influence_kit.checkpoints.discovery import find_checkpoints
 from influence_kit.checkpoints.files import read
-from influence_kit.checkpoints.found import find_checkpoints
 from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.errors import InvalidArgumentError
 

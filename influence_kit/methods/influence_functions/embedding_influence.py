@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from influence_kit.checkpoints.found import LoadFunction, load_checkpoint
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.core.arguments import check_count, check_number
 from influence_kit.curvature.curvature import HessianOfLoss
 from influence_kit.curvature.passes import DataSet

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from influence_kit.checkpoints.found import LoadFunction, load_checkpoint
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.core.dtypes import has_complex
 from influence_kit.data.batches import Batch

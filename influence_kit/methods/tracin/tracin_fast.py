@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from influence_kit.checkpoints.found import LoadFunction, load_checkpoint
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.core.locks import alone_with
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.source import GradientSource, Verify

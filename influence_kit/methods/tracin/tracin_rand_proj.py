@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from influence_kit.checkpoints.found import LoadFunction, load_checkpoint
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.core.arguments import check_count
 from influence_kit.core.draws import check_seed
 from influence_kit.core.memory import rows_within, workspace_bytes
