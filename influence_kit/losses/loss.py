@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from influence_kit.data.batches import Batch, map_outputs, map_tensors, targets_of
 from influence_kit.data.class_labels import IGNORED_LABEL, check_labels, label_in
 from influence_kit.errors import InvalidArgumentError, LabelError
-from influence_kit.losses.loss_parts import compare_parts
 from influence_kit.losses.model_losses import (
     OWN_FORMULAS,
     OwnFormula,
@@ -26,6 +25,7 @@ from influence_kit.losses.model_losses import (
     next_token_losses,
     same_slopes,
 )
+from influence_kit.losses.reduction_check import compare_parts
 
 LossFunction = Callable[[Any, Any], Tensor]
 CROSS_ENTROPIES = (nn.CrossEntropyLoss, nn.NLLLoss)
