@@ -43,7 +43,7 @@ from influence_kit.gradients.check import refuse_meta, refuse_mixing_layers
 from influence_kit.gradients.source import GradientSource, Verify, check_verify, comfortable_rows
 from influence_kit.losses.loss import Loss, LossFunction, declared_reduction
 from influence_kit.losses.margins import OutputFunction
-from influence_kit.losses.test_measures import measure_of_tests, refuse_both
+from influence_kit.losses.measures import measure_of_tests, refuse_both
 from influence_kit.methods.kept_of import KeptOf
 from influence_kit.methods.layer_names import Layers, check_layers
 from influence_kit.methods.origin import Given
