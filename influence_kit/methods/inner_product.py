@@ -27,10 +27,10 @@ from influence_kit.methods.gradient_cache import Build, KeptRows, Places
 from influence_kit.methods.identity import identity
 from influence_kit.methods.parameter_selection import group_by_layer
 from influence_kit.methods.starting_again import starts_again
+from influence_kit.scoring.progress import Watch
 from influence_kit.scoring.reducers import AllScores, Reducer
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term, Transform
-from influence_kit.scoring.watch import Watch
 
 
 class InnerProductInfluence(ExampleInfluence):

@@ -19,9 +19,9 @@ from influence_kit.core.memory import MIB, rows_within
 from influence_kit.data.batches import Batch, example_count, nbytes, to_device
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.gradients.per_example import Gradients, join_examples
+from influence_kit.scoring.progress import Watch
 from influence_kit.scoring.reducers import Reducer
 from influence_kit.scoring.term import Side, Term
-from influence_kit.scoring.watch import Watch
 
 # a slab of raw data, and a block of scores that is reduced and dropped
 SLAB_BYTES = 256 * MIB

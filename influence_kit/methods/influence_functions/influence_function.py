@@ -33,10 +33,10 @@ from influence_kit.scoring.features import (
     joined,
     most_influential,
 )
+from influence_kit.scoring.progress import Watch
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term
 from influence_kit.scoring.transforms import unit_influence
-from influence_kit.scoring.watch import Watch
 
 TakeGiven = Callable[[Any], Gradients]
 
