@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from influence_kit.core.random_states import kept_random_state, same_random_states
 from influence_kit.data.batch_axes import BatchAxes, Marker
 from influence_kit.data.batches import Batch, example_count
-from influence_kit.data.example_draws import (
+from influence_kit.data.determinism import (
     SEED,
     drawn_by_index,
     first_example,

@@ -29,7 +29,7 @@ from influence_kit.data.batches import (
     to_device,
 )
 from influence_kit.data.checked_batches import CheckedBatches
-from influence_kit.data.example_draws import first_example
+from influence_kit.data.determinism import first_example
 from influence_kit.data.inputs import (
     as_examples,
     refuse_inputs,
