@@ -17,7 +17,7 @@ from influence_kit.data.determinism import (
     reads_by_index,
 )
 from influence_kit.data.fingerprints import Fingerprint, fingerprint, same_rows, targets_repeat
-from influence_kit.data.inputs import dimensions
+from influence_kit.data.input_checks import dimensions
 from influence_kit.data.loaders import Slices, loader_length, promised_rows
 from influence_kit.errors import InvalidArgumentError
 

@@ -16,7 +16,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from influence_kit.data.batches import Batch, is_dataset
 from influence_kit.data.index_order import LISTED, fixed_order, index_sampler, listed_rows
-from influence_kit.data.inputs import reads_once, refuse_no_data
+from influence_kit.data.input_checks import reads_once, refuse_no_data
 from influence_kit.errors import InvalidArgumentError
 
 HESSIAN_DATA = "hessian_dataset"

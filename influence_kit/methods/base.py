@@ -30,7 +30,7 @@ from influence_kit.data.batches import (
 )
 from influence_kit.data.checked_batches import CheckedBatches
 from influence_kit.data.determinism import first_example
-from influence_kit.data.inputs import (
+from influence_kit.data.input_checks import (
     as_examples,
     refuse_inputs,
     refuse_no_data,
