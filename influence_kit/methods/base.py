@@ -40,7 +40,12 @@ from influence_kit.data.input_checks import (
 from influence_kit.data.loaders import as_loader, check_order, loader_length
 from influence_kit.errors import InvalidArgumentError, PassAgain
 from influence_kit.gradients.check import refuse_meta, refuse_mixing_layers
-from influence_kit.gradients.source import GradientSource, Verify, check_verify, comfortable_rows
+from influence_kit.gradients.gradient_source import (
+    GradientSource,
+    Verify,
+    check_verify,
+    comfortable_rows,
+)
 from influence_kit.losses.loss import Loss, LossFunction, declared_reduction
 from influence_kit.losses.margins import OutputFunction
 from influence_kit.losses.measures import measure_of_tests, refuse_both

@@ -13,8 +13,8 @@ from influence_kit.curvature.curvature import HessianOfLoss
 from influence_kit.curvature.passes import DataSet
 from influence_kit.errors import CurvatureError, InvalidArgumentError
 from influence_kit.gradients.forms import Dense
+from influence_kit.gradients.gradient_source import Verify
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.gradients.source import Verify
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.base import BatchSize

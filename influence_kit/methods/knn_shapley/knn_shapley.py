@@ -18,7 +18,7 @@ from influence_kit.core.memory import rows_within, workspace_bytes
 from influence_kit.data.batches import Batch
 from influence_kit.data.loaders import loader_length
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.gradients.source import GradientSource
+from influence_kit.gradients.gradient_source import GradientSource
 from influence_kit.methods.activations import Features
 from influence_kit.methods.example_influence import ExampleInfluence, given
 from influence_kit.methods.knn_shapley.knn_points import Points, Reader

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.core.locks import alone_with
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.gradients.source import GradientSource, Verify
+from influence_kit.gradients.gradient_source import GradientSource, Verify
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.base import BatchSize

@@ -14,7 +14,7 @@ from influence_kit.core.arguments import check_count
 from influence_kit.core.draws import check_seed
 from influence_kit.core.memory import rows_within, workspace_bytes
 from influence_kit.errors import NonFiniteError
-from influence_kit.gradients.source import Verify
+from influence_kit.gradients.gradient_source import Verify
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.base import BatchSize

@@ -15,8 +15,8 @@ from influence_kit.core.dtypes import exact_dtype
 from influence_kit.data.batches import Batch, call_model, example_count, targets_of
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.forms import Dense
+from influence_kit.gradients.gradient_source import GradientSource
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.gradients.source import GradientSource
 from influence_kit.losses.loss import Loss
 from influence_kit.losses.margins import (
     OutputFunction,

@@ -16,8 +16,8 @@ from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.curvature.passes import DataSet
 from influence_kit.data.batches import Batch
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.gradients.gradient_source import Verify
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.gradients.source import Verify
 from influence_kit.losses.loss import Loss, LossFunction
 from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.base import BatchSize
