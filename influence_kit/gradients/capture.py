@@ -22,13 +22,13 @@ from influence_kit.core.dtypes import exact, exact_dtype, has_complex, real_shap
 from influence_kit.core.scaling import scaled_by_powers
 from influence_kit.data.batches import Batch, call_model, example_count, example_lengths
 from influence_kit.gradients import functional
-from influence_kit.gradients.clear_errors import clear_errors
 from influence_kit.gradients.forms import Dense, Form
 from influence_kit.gradients.graph import refuse_without_graph, uses_in_graph
 from influence_kit.gradients.layouts import ROWS, SHARED, arrange, shared
 from influence_kit.gradients.loss_scaling import summed_loss
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rules import Rule, rule_for
+from influence_kit.gradients.torch_errors import clear_errors
 from influence_kit.losses.loss import Loss
 
 FunctionalGradients = Callable[..., dict[str, Dense]]
