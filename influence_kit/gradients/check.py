@@ -18,14 +18,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from influence_kit.data.batches import Batch, call_model, example_count, take
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients import functional
-from influence_kit.gradients.capture import Capture, Layer, Use, use_forms
-from influence_kit.gradients.comparison import (
+from influence_kit.gradients.autograd_comparison import (
     ALONE,
     WIDENED,
     Comparison,
     same_random_state,
     tolerance_of,
 )
+from influence_kit.gradients.capture import Capture, Layer, Use, use_forms
 from influence_kit.gradients.explanation import explanation
 from influence_kit.gradients.forms import Form
 from influence_kit.gradients.layouts import ROWS, SHARED, candidates

@@ -13,9 +13,9 @@ from influence_kit.core.memory import rows_within, workspace_bytes
 from influence_kit.data.batches import Batch, call_model, example_count, example_lengths, take
 from influence_kit.errors import InvalidArgumentError, LabelError, PassAgain
 from influence_kit.gradients import functional
+from influence_kit.gradients.autograd_comparison import EXAMPLES, is_random
 from influence_kit.gradients.capture import Capture
 from influence_kit.gradients.check import check, drawn, drawn_of_batch
-from influence_kit.gradients.comparison import EXAMPLES, is_random
 from influence_kit.gradients.explanation import explanation
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.schedule import Schedule

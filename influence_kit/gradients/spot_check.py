@@ -13,15 +13,15 @@ from influence_kit.core.dtypes import real_shape
 from influence_kit.data.batches import Batch, example_count, take
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients import functional
-from influence_kit.gradients.capture import Capture
-from influence_kit.gradients.check import MIXES
-from influence_kit.gradients.comparison import (
+from influence_kit.gradients.autograd_comparison import (
     WIDENED,
     Tolerance,
     differences,
     is_random,
     same_random_state,
 )
+from influence_kit.gradients.capture import Capture
+from influence_kit.gradients.check import MIXES
 from influence_kit.gradients.explanation import explanation
 from influence_kit.gradients.forms import Form, join
 from influence_kit.gradients.per_example import Gradients
