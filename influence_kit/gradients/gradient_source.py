@@ -16,9 +16,9 @@ from influence_kit.gradients import functional
 from influence_kit.gradients.autograd_comparison import EXAMPLES, is_random
 from influence_kit.gradients.capture import Capture
 from influence_kit.gradients.check import check, drawn, drawn_of_batch
+from influence_kit.gradients.check_schedule import Schedule
 from influence_kit.gradients.explanation import explanation
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.gradients.schedule import Schedule
 from influence_kit.gradients.spot_check import added_up, compare, compare_widely, not_yet_moving
 from influence_kit.losses.loss import Loss
 
