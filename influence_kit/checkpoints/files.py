@@ -18,9 +18,9 @@ from torch import Tensor
 
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.accelerate_folder import accelerate_rate
+from influence_kit.learning_rates.combined_file import wrapped_rate
 from influence_kit.learning_rates.rate import NO_RATE, RATE_KEYS, Rate, stored_rate
 from influence_kit.learning_rates.trainer_folder import trainer_rate, trainer_state
-from influence_kit.learning_rates.wrapped import wrapped_rate
 from influence_kit.preservation.dropout_masks import MASKS
 from influence_kit.storage.torch_files import damaged, load_file
 

@@ -10,6 +10,13 @@ from torch import Tensor
 
 from influence_kit.learning_rates.accelerate_folder import accelerate_rate, accelerate_state
 from influence_kit.learning_rates.applied import State, TrainingState
+from influence_kit.learning_rates.combined_file import (
+    OPTIMIZER_KEYS,
+    SCHEDULER_KEYS,
+    UPDATE_KEYS,
+    wrapped_rate,
+    wrapped_state,
+)
 from influence_kit.learning_rates.rate import NO_RATE, NONE, RATE_KEYS, Rate, is_one_number
 from influence_kit.learning_rates.rate import stored_rate as rate_of
 from influence_kit.learning_rates.trainer_folder import (
@@ -18,13 +25,6 @@ from influence_kit.learning_rates.trainer_folder import (
     trainer_rate,
     trainer_state,
     trainer_steps,
-)
-from influence_kit.learning_rates.wrapped import (
-    OPTIMIZER_KEYS,
-    SCHEDULER_KEYS,
-    UPDATE_KEYS,
-    wrapped_rate,
-    wrapped_state,
 )
 from influence_kit.storage.torch_files import values_of
 
