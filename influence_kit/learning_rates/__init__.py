@@ -2,5 +2,5 @@
 
 Schedulers and optimizers hold the rate of the *next* step. The applied one is found in logs
 (``trainer``), by evaluating the scheduler's closed form one step back (``closed_forms``), or from
-the rates known at other steps (``known_rates``).
+the rates known at other steps (``interpolation``).
 """

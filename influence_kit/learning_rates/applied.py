@@ -16,7 +16,7 @@ from influence_kit.learning_rates.closed_forms import (
     scheduler_name,
     steps_taken,
 )
-from influence_kit.learning_rates.known_rates import rate_at
+from influence_kit.learning_rates.interpolation import rate_at
 from influence_kit.learning_rates.rate import APPLIED, ESTIMATED, Rate, one_rate
 
 State = Mapping[str, Any]

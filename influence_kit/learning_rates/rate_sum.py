@@ -23,7 +23,7 @@ from influence_kit.learning_rates.closed_forms import (
     scheduler_name,
     steps_taken,
 )
-from influence_kit.learning_rates.known_rates import rate_at
+from influence_kit.learning_rates.interpolation import rate_at
 from influence_kit.learning_rates.optimizers import gain_of, only_sgd
 from influence_kit.learning_rates.rate import NONE
 from influence_kit.learning_rates.training_record import TrainingRecord, record_of

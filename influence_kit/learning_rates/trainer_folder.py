@@ -8,7 +8,7 @@ from typing import Any
 
 from influence_kit.learning_rates.applied import TrainingState, applied_rate
 from influence_kit.learning_rates.closed_forms import is_scheduler
-from influence_kit.learning_rates.known_rates import rate_at
+from influence_kit.learning_rates.interpolation import rate_at
 from influence_kit.learning_rates.rate import APPLIED, Rate, one_rate
 from influence_kit.learning_rates.siblings import folders_beside, numbered_folders, rates_of
 from influence_kit.storage.torch_files import values_of
