@@ -227,7 +227,7 @@ class Once:
         (
             lambda: checkpoint_losses(MODEL, Once(), RUN, nn.CrossEntropyLoss()),
             InvalidArgumentError,
-            "`dataset` gives its examples only once, and it is read more often",
+            "`dataset` gives its examples only once, but it is read several times",
         ),
         (
             lambda: checkpoint_losses(MODEL, EMPTY, RUN, nn.CrossEntropyLoss()),
