@@ -100,7 +100,7 @@ class TwoSided(UnitMap):
         for start in range(0, len(form.ids), step):
             some = slice(start, start + step)
             outer = left[some].unsqueeze(2) * right[some].unsqueeze(1)
-            product.index_add_(0, form.places[some], outer)
+            product.index_add_(0, form.examples[some], outer)
         return product
 
     def _written(self, form: Form) -> Tensor:
