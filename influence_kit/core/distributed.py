@@ -24,7 +24,7 @@ def is_mine(batch_number: int) -> bool:
 
 
 def gather_columns(tensor: Tensor) -> Tensor:
-    """The tensors ``[..., n_rank]`` of all ranks, side by side in the order of ranks."""
+    """The tensors ``[..., n_rank]`` of all ranks, concatenated in the order of ranks."""
     if is_alone():
         return tensor
     device = tensor.device

@@ -93,7 +93,7 @@ def with_one_less(
     shapes_seen: Sequence[tuple[tuple[int, ...], ...]],
     axes: Axes,
     label: int | None,
-    said: Sequence[Any],
+    given: Sequence[Any],
 ) -> Iterator[Axes]:
     """The axes with one leaf given to the whole batch: it may have its length only by chance."""
     counted = [axis for axis in axes if axis is not None]
@@ -103,7 +103,7 @@ def with_one_less(
     if len(counted) < 2 or len(lengths) > 1:
         return
     for leaf, axis in enumerate(axes):
-        if axis is not None and leaf != label and said[leaf] is ...:
+        if axis is not None and leaf != label and given[leaf] is ...:
             yield (*axes[:leaf], None, *axes[leaf + 1 :])
 
 

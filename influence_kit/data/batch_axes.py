@@ -196,13 +196,13 @@ class BatchAxes:
         seen.shapes.append(shapes)
         seen.counts.append(count)
         found = likely_axes(seen.shapes, seen.counts, label_leaf(batch))
-        said = given_axes(self._given, batch)
+        given = given_axes(self._given, batch)
         ways = (
-            tuple(a if own is ... else own for a, own in zip(axes, said, strict=True))
+            tuple(a if own is ... else own for a, own in zip(axes, given, strict=True))
             for axes in found
         )
         seen.ways, seen.taken = list(dict.fromkeys(ways)), 0
-        seen.last_resorts = list(with_one_less(seen.shapes, seen.ways[0], label_leaf(batch), said))
+        seen.last_resorts = list(with_one_less(seen.shapes, seen.ways[0], label_leaf(batch), given))
 
 
 def _listed(shapes: Iterable[tuple[int, ...]]) -> str:

@@ -1,7 +1,7 @@
 """Whether a loader gives its examples in a fixed order: its indices are listed several times.
 
-Only indices are read, and no examples. A sampler is judged by the indices that it gives, whatever
-its class.
+Only indices are read, and no examples. A sampler of any class is judged by the indices that it
+gives.
 """
 
 import copy

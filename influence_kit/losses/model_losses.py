@@ -111,7 +111,7 @@ def compare_own(formula: OwnFormula, outputs: Any, labels: Tensor, where: str) -
 
 
 def _is_half(value: Tensor) -> bool:
-    """Whether a number is exact in half precision, whatever its dtype now."""
+    """Whether a number, of any dtype, is exact in half precision."""
     return any(bool(value == value.to(half).to(value)) for half in HALF)
 
 

@@ -207,7 +207,7 @@ class Once:
         (
             lambda: checkpoint_losses(MODEL, DATA, RUN, lambda z, y: z[:, 0].repeat(2)),
             InvalidArgumentError,
-            r"returned a tensor of shape \[22\] for 11 examples; its first dimension must be the",
+            r"returned a tensor of shape \[22\] for 11 examples; its first dimension must count",
         ),
         (
             lambda: checkpoint_losses(MODEL, DATA, RUN, lambda z, y: z[:, 0] / (y != 1)),

@@ -103,7 +103,7 @@ def test_ids_beyond_an_embedding_are_named() -> None:
     model = nn.Sequential(nn.Embedding(9, 2), nn.Flatten(), nn.Linear(8, 3)).double()
     ids = torch.arange(4 * N).reshape(N, 4) % 9
     ids[7, 1] = 9
-    with pytest.raises(InvalidArgumentError, match="the id 9, and the embedding '0' has rows 0 to"):
+    with pytest.raises(InvalidArgumentError, match="the id 9, but the embedding '0' has rows 0 to"):
         scores(model, nn.CrossEntropyLoss(), x=ids)
 
 

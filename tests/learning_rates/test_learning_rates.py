@@ -201,7 +201,7 @@ def test_an_optimizer_without_a_scheduler_has_its_rate_and_one_with_a_lost_one_a
 
 def test_two_optimizers_with_different_rates_are_refused():
     states = [{"param_groups": [{"lr": rate}]} for rate in (0.1, 0.2)]
-    match = r"several learning rates, \[0.1, 0.2\]; store the one that counts"
+    match = r"several learning rates, \[0.1, 0.2\]; store the one to use"
     with pytest.raises(InvalidArgumentError, match=match):
         load_checkpoint(nn.Linear(2, 1), {"state_dict": weights(), "optimizer_states": states})
 
