@@ -49,7 +49,7 @@ def dropout_ensemble(
         checkpoint: the weights and their learning rate: anything that ``load_checkpoint`` takes.
             None for the model's own weights, with learning rate 1.
         p: one rate for all dropout layers, or rates per layer; None for each layer's own.
-        axes: the dimension of the features per layer, where it is not the one above.
+        axes: the dimension of the features per layer, if it differs from the default above.
 
     Returns:
         A list to pass as ``checkpoints``. Your own load function may call

@@ -32,7 +32,7 @@ def gather_columns(tensor: Tensor) -> Tensor:
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, size)
     widths = [int(s) for s in sizes]
-    # all_gather wants one shape: pad to the widest rank
+    # all_gather needs equal shapes: pad to the widest rank
     padded = tensor.new_zeros((*tensor.shape[:-1], max(widths)))
     padded[..., : tensor.shape[-1]] = tensor
     parts = [torch.empty_like(padded) for _ in widths]

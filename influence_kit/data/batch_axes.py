@@ -72,8 +72,8 @@ class BatchAxes:
         self._has_learnt_better = False
 
     @property
-    def nothing_said(self) -> bool:
-        """Whether the user gave no axes."""
+    def is_inferred(self) -> bool:
+        """Whether the user gave no axes, so that all are inferred."""
         return self._given is None
 
     def mark(self, batch: Any, count: int | None = None) -> Known:
@@ -89,7 +89,7 @@ class BatchAxes:
         """
         if isinstance(batch, Known):
             return batch
-        count = in_lists(batch) if count is None and self.nothing_said else count
+        count = in_lists(batch) if count is None and self.is_inferred else count
         seen = self._seen.setdefault(structure_of(batch), _Seen())
         shapes: tuple[tuple[int, ...], ...] = tuple(shape_of(leaf) for leaf in leaves(batch))
         before = seen.axes
@@ -254,7 +254,7 @@ class Marker:
     def _stacks(self) -> bool:
         """Whether torch's own function stacks examples in the first dimension of every tensor."""
         collate = getattr(self.loader, "collate_fn", None)
-        return collate is default_collate and self._axes.nothing_said
+        return collate is default_collate and self._axes.is_inferred
 
 
 def stacked(batch: Any) -> Known:

@@ -146,7 +146,7 @@ def dimensions(item: Any) -> dict[tuple[Any, ...], int]:
 
 
 def refuse_one_example(inputs: Any, of_training: Mapping[tuple[Any, ...], int]) -> None:
-    """Refuse test inputs that have one dimension less than a training batch everywhere."""
+    """Refuse test inputs whose tensors all have one dimension fewer than a training batch's."""
     found = dimensions(inputs)
     if found and found == {position: n - 1 for position, n in of_training.items()}:
         raise InvalidArgumentError(

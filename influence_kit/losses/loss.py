@@ -358,7 +358,7 @@ class Loss:
 
 
 def _squared_errors(loss_fn: nn.MSELoss, outputs: Any, targets: Any) -> Tensor:
-    """``nn.MSELoss`` by plain arithmetic, whose higher derivatives torch has, unlike its own's."""
+    """``nn.MSELoss`` by plain arithmetic: torch's own cannot be differentiated often enough."""
     if loss_fn.reduction == "none" or outputs.shape != targets.shape:
         value: Tensor = loss_fn(outputs, targets)
         return value

@@ -1,4 +1,4 @@
-"""What scores of test examples are of: a loss (lower is better) or an output (higher is better).
+"""The function of test examples that scores explain: a loss to lower, or an output to raise.
 
 Shapes: n examples, c classes.
 """
@@ -57,7 +57,7 @@ class LossOfTests(Loss):
         self._is_known = False
 
     def returned(self, outputs: Any, targets: Any) -> Tensor:
-        """What the loss returns, checked to be a tensor and, once, no measure that should rise."""
+        """What the loss returns, checked, and once compared with measures that should rise."""
         before = _version(outputs)
         value = super().returned(outputs, targets)
         if not self._is_known and before == _version(outputs):
