@@ -1,7 +1,7 @@
 """Training-data attribution for PyTorch: which training examples made my model do this?"""
 
+from influence_kit.checkpoints.discovery import checkpoint_table, load_checkpoint
 from influence_kit.checkpoints.dropout_ensemble import dropout_ensemble
-from influence_kit.checkpoints.found import checkpoint_table, load_checkpoint
 from influence_kit.checkpoints.selection import select_checkpoints
 from influence_kit.errors import CurvatureError
 from influence_kit.losses.margins import classification_margin

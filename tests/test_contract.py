@@ -66,10 +66,10 @@ def test_batch_size_does_not_matter(method: str, case: Case) -> None:
 
 @every_method
 @every_model
-def test_slabs_do_not_matter(method: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_do_not_matter(method: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     indices, values = oracles.top_k(plain_scores(method, case), 3, True)
-    monkeypatch.setattr("influence_kit.scoring.stream.SLAB_BYTES", 1)
-    monkeypatch.setattr("influence_kit.scoring.stream.FEWEST_SLAB_ROWS", 1)
+    monkeypatch.setattr("influence_kit.scoring.stream.CHUNK_BYTES", 1)
+    monkeypatch.setattr("influence_kit.scoring.stream.FEWEST_CHUNK_ROWS", 1)
     monkeypatch.setattr("influence_kit.scoring.stream.BLOCK_BYTES", 1)
     found = build(method, case).influence(case.test, k=3)
     assert torch.equal(found.indices, indices)

@@ -24,7 +24,7 @@ from influence_kit import (
     RepresenterPointSelection,
     SimilarityInfluence,
 )
-from influence_kit.checkpoints.found import load_checkpoint
+from influence_kit.checkpoints.discovery import load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.preservation.restore import borrowed

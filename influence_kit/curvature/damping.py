@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from influence_kit.checkpoints.found import label_of
+from influence_kit.checkpoints.discovery import label_of
 from influence_kit.core.arguments import check_number
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.rate_sum import rate_sum

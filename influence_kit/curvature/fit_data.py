@@ -17,8 +17,8 @@ from influence_kit.curvature.observed_gradients import ObservedGradients
 from influence_kit.curvature.passes import DataSet, Features, Memory, Remembered
 from influence_kit.data.batches import Batch
 from influence_kit.gradients.feature_map import FeatureMap
+from influence_kit.gradients.gradient_source import GradientSource
 from influence_kit.gradients.per_example import Gradients, Transform
-from influence_kit.gradients.source import GradientSource
 from influence_kit.losses.loss import Loss
 from influence_kit.operators.partition import Partition
 

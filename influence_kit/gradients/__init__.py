@@ -1,4 +1,4 @@
-"""Per-example gradients of a loss: one form a parameter, captured layer by layer."""
+"""Per-example gradients of a loss: one form per parameter, captured layer by layer."""
 
 from influence_kit.gradients.convolved import Convolved
 from influence_kit.gradients.factored import Factored

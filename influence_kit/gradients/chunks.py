@@ -1,10 +1,10 @@
 """The rows of a gradient store in chunks, and a chunk as a file.
 
-Letters: K columns, b rows of a batch or chunk.
+Shapes: K columns, b rows of a batch or chunk.
 
-A chunk is a safetensors file with one tensor, ``gradients`` ``[b, K]``. Its header says to which
-place of which store it belongs, and the CRC-32 of its numbers. Nothing else decides its bytes: not
-the run, the rank or the number of interruptions.
+A chunk is a safetensors file with one tensor, ``gradients`` ``[b, K]``. Its header holds the store
+and the file name that it belongs to, and the CRC-32 of its numbers. Its bytes depend on nothing
+else: not on the run, the rank or the number of interruptions.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from influence_kit.gradients.store_manifest import DTYPES, Layout
 from influence_kit.storage.folders import replace_file
 
 TENSOR, CHECKSUM = "gradients", "crc32"
-# three times what rounding takes from numbers that are not too small for float16
+# the relative loss that causes a warning: three times that of rounding in float16's normal range
 LOST = 1e-3
-# so that numbers begin at a multiple of a cache line
+# the numbers start at a multiple of a cache line
 ALIGNMENT = 64
 
 
 def whole_chunks(
     pieces: Iterable[tuple[int, Tensor]], layout: Layout, skip: Collection[int]
 ) -> Iterator[tuple[int, Tensor]]:
-    """The chunks, and their rows ``[b, K]`` as they are stored, that pieces make up.
+    """The chunks that pieces add up to, with their rows ``[b, K]`` in the stored dtype.
 
     Args:
         pieces: ``(first row, rows [b, K])``, in ascending order.
-        layout: where one chunk ends and the next begins.
-        skip: the chunks of which no rows are kept.
+        layout: defines which rows belong to which chunk.
+        skip: the chunks whose rows are dropped.
 
     Raises:
-        InvalidArgumentError: where some rows of a chunk came and the next did not, or do not fit.
+        InvalidArgumentError: if rows of a chunk are out of order or missing, or do not fit.
         NonFiniteError: for rows that are NaN or infinite.
     """
     chunk: Tensor | None = None
@@ -63,7 +63,7 @@ def whole_chunks(
             chunk = None
     if chunk is not None:
         raise InvalidArgumentError(
-            f"row {due} did not come in its turn; pass all rows of the chunks that are missing, in "
+            f"row out of order: expected row {due}; pass all rows of the missing chunks in "
             "ascending order"
         )
 
@@ -82,15 +82,15 @@ def _cut(
 
 
 def narrowed(values: Tensor, layout: Layout, first: int) -> Tensor:
-    """Rows ``[b, K]`` in the store's dtype, on the CPU; ``first`` is the place of the first.
+    """Rows ``[b, K]`` in the store's dtype, on the CPU; ``first`` is the index of the first.
 
     Raises:
         InvalidArgumentError: for a number that the dtype cannot hold.
-        NonFiniteError: for one that is NaN or infinite.
+        NonFiniteError: for a number that is NaN or infinite.
     """
     values = values.detach()
     stored = values.to(layout.dtype)
-    # many times faster than isfinite of every number
+    # many times faster than isfinite for every number
     if not all(torch.isfinite(end) for end in torch.aminmax(stored)):
         row, column = (~torch.isfinite(stored)).nonzero()[0].tolist()
         _refuse(float(values[row, column]), first + row, layout.name_at(column), layout.dtype)
@@ -100,33 +100,33 @@ def narrowed(values: Tensor, layout: Layout, first: int) -> Tensor:
 
 
 def _refuse(value: float, row: int, name: str, dtype: torch.dtype) -> None:
-    """An error for a number that is infinite once it is stored."""
+    """Refuse a number that is infinite in the stored dtype."""
     if not math.isfinite(value):
         raise NonFiniteError(
-            f"the gradient of example {row} at '{name}' is NaN or infinite; look at that example "
-            "and at the loss there"
+            f"the gradient of example {row} at '{name}' is NaN or infinite; check that example "
+            "and its loss"
         )
     largest = torch.finfo(dtype).max
     wider = [str(other) for other in DTYPES if torch.finfo(other).max > largest]
     raise InvalidArgumentError(
-        f"the gradient of example {row} at '{name}' holds {value:g}, and the largest number of "
+        f"the gradient of example {row} at '{name}' holds {value:g}, but the largest number of "
         f"{dtype} is {largest:g}; store {' or '.join(wider)}"
     )
 
 
 def _warn_of_small(values: Tensor, stored: Tensor) -> None:
-    """A warning where numbers are too small for float16, and too much of them is lost."""
+    """Warn if numbers are too small for float16, so that too much of them is lost."""
     lost = torch.linalg.vector_norm(values - stored.to(values.dtype), dtype=torch.float64)
     if lost > LOST * torch.linalg.vector_norm(values, dtype=torch.float64):
         warnings.warn(
-            f"torch.float16 takes more than {LOST:.1%} from gradients whose numbers are too small "
-            "for it; store torch.bfloat16 or torch.float32",
+            f"gradients lose more than {LOST:.1%} in torch.float16, which cannot hold their small "
+            "numbers; store torch.bfloat16 or torch.float32",
             stacklevel=5,
         )
 
 
 def write_chunk(path: Path, values: Tensor, store: str) -> None:
-    """Write the rows ``[b, K]`` of a chunk of a store, all or nothing."""
+    """Write the rows ``[b, K]`` of a chunk of a store atomically."""
     data = _bytes(values)
     entry = {
         "dtype": DTYPES[values.dtype],
@@ -140,23 +140,23 @@ def write_chunk(path: Path, values: Tensor, store: str) -> None:
 
 
 def read_chunk(path: Path, store: str) -> tuple[Tensor, str]:
-    """The rows ``[b, K]`` of a chunk, a map of its file, and the checksum that its header says.
+    """The rows ``[b, K]`` of a chunk, memory-mapped, and the checksum in its header.
 
     Raises:
-        InvalidArgumentError: where the file is cut off, or says that it is another chunk.
+        InvalidArgumentError: if the file is cut off, or its header is that of another chunk.
     """
     try:
         with safe_open(path, framework="pt") as file:
             found, values = file.metadata() or {}, file.get_tensor(TENSOR)
     except FileNotFoundError as error:
         raise InvalidArgumentError(
-            f"{path} is not there; build the store again, which writes what is missing"
+            f"{path} is missing; build the store again, which writes the missing chunks"
         ) from error
     except (OSError, SafetensorError) as error:
         raise _unusable(path, f"cannot be read ({error})") from error
     checksum = found.get(CHECKSUM, "")
     if found != {"store": store, "file": path.name, CHECKSUM: checksum}:
-        raise _unusable(path, f"belongs elsewhere: its header says {found}, its store is {store}")
+        raise _unusable(path, f"is of another store: its header is {found}, its store is {store}")
     return values, checksum
 
 
@@ -164,11 +164,11 @@ def check_bytes(path: Path, values: Tensor, checksum: str) -> None:
     """Compare the rows of a chunk with its checksum.
 
     Raises:
-        InvalidArgumentError: where they are not what was written.
+        InvalidArgumentError: if they differ from what was written.
     """
     found = _checksum(_bytes(values))
     if found != checksum:
-        raise _unusable(path, f"is damaged (its checksum is {found}, written was {checksum})")
+        raise _unusable(path, f"is damaged (its checksum is {found}, but {checksum} was written)")
 
 
 def _bytes(values: Tensor) -> memoryview:
@@ -182,5 +182,5 @@ def _checksum(data: memoryview) -> str:
 
 def _unusable(path: Path, what: str) -> InvalidArgumentError:
     return InvalidArgumentError(
-        f"{path} {what}; delete that file and build the store again, which writes what is missing"
+        f"{path} {what}; delete that file and build the store again, which writes missing chunks"
     )

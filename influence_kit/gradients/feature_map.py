@@ -15,8 +15,8 @@ from torch import Tensor
 from influence_kit.core.dtypes import real_shape
 from influence_kit.core.summary import summary
 from influence_kit.data.batches import Batch
+from influence_kit.gradients.gradient_source import GradientSource
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.gradients.source import GradientSource
 from influence_kit.losses.loss import Loss
 
 

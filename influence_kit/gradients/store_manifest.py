@@ -1,8 +1,8 @@
-"""What a gradient store says of itself: its rows, columns and chunks, and what they belong to.
+"""The manifest of a gradient store: its rows, columns and chunks, and what they belong to.
 
-Letters: n rows, K columns.
+Shapes: n rows, K columns.
 
-It is written when the store is made, and again, with the checksums of all chunks, when it is
+It is written when the store is created, and again, with the checksums of all chunks, when it is
 complete.
 """
 
@@ -30,9 +30,9 @@ DTYPES = {
     torch.float32: "F32",
     torch.float64: "F64",
 }
-# one chunk is mapped at a time; a file costs a few milliseconds until it is on the disk
+# one chunk is mapped at a time; writing a file takes at least a few milliseconds
 CHUNK_BYTES, SMALL_CHUNK_BYTES = 64 * MIB, 4 * MIB
-# of a smaller store: a killed build loses little, and ranks have something to share out
+# small stores are cut into this many: a killed build loses little, and ranks can share them
 FEWEST_CHUNKS = 32
 FORMAT = {"format": 1, "holds": "gradients"}
 CHUNKS, DESCRIPTION = "chunks", "description"
@@ -40,9 +40,9 @@ REMEDY = "build the store again, in a new or empty folder"
 
 
 def default_chunk_rows(rows: int, row_bytes: int, batch_size: int = 1) -> int:
-    """Rows a chunk: of 64 MiB, less in a small store; a multiple of the batch size.
+    """Rows per chunk: 64 MiB, or less in a small store; a multiple of the batch size.
 
-    Rows that are computed ``batch_size`` at a time then never belong to two chunks.
+    So a batch of rows never belongs to two chunks.
     """
     size = min(CHUNK_BYTES, max(SMALL_CHUNK_BYTES, rows * row_bytes // FEWEST_CHUNKS))
     fitting = rows_within(size, row_bytes)
@@ -51,14 +51,14 @@ def default_chunk_rows(rows: int, row_bytes: int, batch_size: int = 1) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which rows and columns there are, and in which chunk.
+    """The rows and columns of a store, and how they are cut into chunks.
 
     Args:
-        rows: n, one an example.
-        checkpoints: each has rows of its own.
-        columns: K of them: the shape of what each name has of a row, in the order of the row.
-        dtype: of the numbers.
-        chunk_rows: rows a chunk; the last one may have less.
+        rows: the number of rows n, one per example.
+        checkpoints: the number of checkpoints, each with its own rows.
+        columns: the shape of each name's part of a row, in the order of the row; K in all.
+        dtype: the dtype of the numbers.
+        chunk_rows: rows per chunk; the last one may have fewer.
     """
 
     rows: int
@@ -78,12 +78,12 @@ class Layout:
 
     @property
     def width(self) -> int:
-        """K."""
+        """The number of columns K."""
         return sum(math.prod(shape) for shape in self.columns.values())
 
     @property
     def chunks(self) -> int:
-        """How many chunks a checkpoint has."""
+        """The number of chunks per checkpoint."""
         return -(-self.rows // self.chunk_rows)
 
     def rows_of(self, chunk: int) -> range:
@@ -92,7 +92,7 @@ class Layout:
         return range(start, min(start + self.chunk_rows, self.rows))
 
     def cut(self, start: int, stop: int) -> list[tuple[int, range]]:
-        """Rows ``start`` to ``stop`` by chunk: its number, and those that lie in it."""
+        """Rows ``start`` to ``stop`` by chunk: its number, and the rows in it."""
         if not 0 <= start <= stop <= self.rows:
             raise InvalidArgumentError(
                 f"there are no rows {start} to {stop}: the store has {self.rows}"
@@ -116,14 +116,14 @@ class Layout:
         return f"{checkpoint:04d}-{chunk:06d}.safetensors"
 
     def described(self) -> dict[str, Any]:
-        """What may differ from what is wanted: all but ``chunk_rows``, key by key."""
+        """The entries that must match, key by key: all but ``chunk_rows``."""
         found = self.manifest()
         del found["chunk_rows"]
         columns = found.pop("columns")
-        return {**found, **{f"column {name}": place for name, place in columns.items()}}
+        return {**found, **{f"column {name}": span for name, span in columns.items()}}
 
     def manifest(self) -> dict[str, Any]:
-        """The same as JSON can say it; the columns of a name are ``[start, stop, shape]``."""
+        """The layout in JSON types; the columns of a name are ``[start, stop, shape]``."""
         columns, start = {}, 0
         for name, shape in self.columns.items():
             stop = start + math.prod(shape)
@@ -139,7 +139,7 @@ class Layout:
 
     @classmethod
     def of_manifest(cls, manifest: Mapping[str, Any]) -> Layout:
-        """What ``manifest`` has said; a ``ValueError`` where it is something else."""
+        """The layout from the output of ``manifest``; a ``ValueError`` if it is something else."""
         try:
             columns = {
                 name: torch.Size(shape) for name, (_, _, shape) in manifest["columns"].items()
@@ -157,13 +157,13 @@ class Manifest:
     """The manifest of a folder, without the checksums.
 
     Args:
-        folder: whose.
-        facts: what it says.
-        layout: the part of the facts that the chunks are cut by.
+        folder: the folder of the store.
+        contents: the contents of the manifest.
+        layout: the layout of rows, columns and chunks in it.
     """
 
     folder: Path
-    facts: Mapping[str, Any]
+    contents: Mapping[str, Any]
     layout: Layout
 
     @classmethod
@@ -171,17 +171,17 @@ class Manifest:
         """The manifest of a store.
 
         Raises:
-            InvalidArgumentError: where there is none that this version can read.
+            InvalidArgumentError: if there is none that this version can read.
         """
-        facts = read_manifest(folder, REMEDY)
-        facts.pop(CHUNKS, None)
-        other = differences({key: facts.get(key) for key in FORMAT}, FORMAT)
+        contents = read_manifest(folder, REMEDY)
+        contents.pop(CHUNKS, None)
+        other = differences({key: contents.get(key) for key in FORMAT}, FORMAT)
         if other:
             raise InvalidArgumentError(
                 f"{folder} holds no gradients that this version reads: {'; '.join(other)}; {REMEDY}"
             )
         try:
-            return cls(folder, facts, Layout.of_manifest(facts))
+            return cls(folder, contents, Layout.of_manifest(contents))
         except ValueError as error:
             raise InvalidArgumentError(
                 f"{folder / MANIFEST} cannot be read ({error}); {REMEDY}"
@@ -189,57 +189,57 @@ class Manifest:
 
     @classmethod
     def made(cls, folder: Path, layout: Layout, description: Mapping[str, Any]) -> Manifest:
-        """The manifest of a store, which is made where there is none.
+        """The manifest of a store, created if there is none.
 
         Raises:
-            InvalidArgumentError: where the folder holds something else.
+            InvalidArgumentError: if the folder holds something else.
         """
         others = [path.name for path in folder.glob("*") if path.suffix != ".part"]
-        # looked for after the others: another rank may be making it
+        # checked after listing the other files: another rank may be creating it
         if not (folder / MANIFEST).is_file():
             if others:
                 raise InvalidArgumentError(
-                    f"{folder} holds files ('{others[0]}') and no {MANIFEST}: it is no store of "
-                    "gradients; name a new or empty folder"
+                    f"{folder} holds files ('{others[0]}') but no {MANIFEST}: it is not a gradient "
+                    "store; give a new or empty folder"
                 )
             folder.mkdir(parents=True, exist_ok=True)
-            facts = {**FORMAT, **layout.manifest(), DESCRIPTION: dict(description)}
-            replace_file(folder / MANIFEST, _text(facts))
+            contents = {**FORMAT, **layout.manifest(), DESCRIPTION: dict(description)}
+            replace_file(folder / MANIFEST, _text(contents))
         found = cls.read(folder)
         found.check(description, layout)
         return found
 
     def check(self, description: Mapping[str, Any], layout: Layout | None = None) -> None:
-        """Compare with what is wanted.
+        """Compare with the description, and the layout if there is one.
 
         Raises:
-            InvalidArgumentError: with every difference.
+            InvalidArgumentError: lists every difference.
         """
-        found = differences(self.facts.get(DESCRIPTION, {}), description)
+        found = differences(self.contents.get(DESCRIPTION, {}), description)
         if layout is not None:
             found += differences(self.layout.described(), layout.described())
         if found:
             raise InvalidArgumentError(
-                f"{self.folder} was built for something else: {'; '.join(found)}. Name another "
-                "folder, or use the model, data, loss and settings it was built with"
+                f"{self.folder} was built for something else: {'; '.join(found)}. Give another "
+                "folder, or use the model, data, loss and settings that it was built with"
             )
 
     @cached_property
     def identity(self) -> str:
-        """What the chunks are marked with."""
-        return hashlib.sha256(json.dumps(self.facts).encode()).hexdigest()[:32]
+        """The hash that identifies the store in its chunks."""
+        return hashlib.sha256(json.dumps(self.contents).encode()).hexdigest()[:32]
 
     @property
     def is_finished(self) -> bool:
-        """Whether the folder's manifest has the checksums by now."""
+        """Whether the folder's manifest now has the checksums."""
         return CHUNKS in read_manifest(self.folder, REMEDY)
 
     def finish(self, chunks: Sequence[Mapping[str, Any]]) -> None:
-        """Add what there is to say of each chunk."""
-        text, path = _text({**self.facts, CHUNKS: list(chunks)}), self.folder / MANIFEST
+        """Add the entries of all chunks."""
+        text, path = _text({**self.contents, CHUNKS: list(chunks)}), self.folder / MANIFEST
         if path.read_bytes() != text:
             replace_file(path, text)
 
 
-def _text(facts: Mapping[str, Any]) -> bytes:
-    return json.dumps(facts, indent=2).encode()
+def _text(contents: Mapping[str, Any]) -> bytes:
+    return json.dumps(contents, indent=2).encode()

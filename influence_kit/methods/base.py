@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from influence_kit.checkpoints.found import LoadFunction, find_checkpoints, load_checkpoint
+from influence_kit.checkpoints.discovery import LoadFunction, find_checkpoints, load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader, Fingerprint
 from influence_kit.core.dtypes import exact_dtype
 from influence_kit.core.locks import alone_with
@@ -24,11 +24,11 @@ from influence_kit.data.batches import Batch, call_model
 from influence_kit.data.checked_batches import CheckedBatches
 from influence_kit.data.loaders import loader_length
 from influence_kit.gradients.check import refuse_meta, refuse_mixing_layers
+from influence_kit.gradients.gradient_source import GradientSource, Verify, check_verify
 from influence_kit.gradients.parameter_selection import choose_parameters
-from influence_kit.gradients.source import GradientSource, Verify, check_verify
 from influence_kit.losses.loss import Loss, LossFunction, declared_reduction
 from influence_kit.losses.margins import OutputFunction
-from influence_kit.losses.test_measures import measure_of_tests, refuse_both
+from influence_kit.losses.measures import measure_of_tests, refuse_both
 from influence_kit.methods.caches import Caches
 from influence_kit.methods.data_fingerprint import data_fingerprint
 from influence_kit.methods.example_batches import TRAIN, BatchSize, ExampleBatches

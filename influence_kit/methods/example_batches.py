@@ -23,8 +23,8 @@ from influence_kit.data.batches import (
     to_device,
 )
 from influence_kit.data.checked_batches import CheckedBatches
-from influence_kit.data.example_draws import first_example
-from influence_kit.data.inputs import (
+from influence_kit.data.determinism import first_example
+from influence_kit.data.input_checks import (
     as_examples,
     refuse_inputs,
     refuse_no_data,
@@ -34,7 +34,7 @@ from influence_kit.data.inputs import (
 from influence_kit.data.loaders import as_loader, check_order, loader_length
 from influence_kit.errors import InvalidArgumentError, PassAgain
 from influence_kit.gradients.check import refuse_mixing_layers
-from influence_kit.gradients.source import comfortable_rows
+from influence_kit.gradients.gradient_source import comfortable_rows
 from influence_kit.preservation.restore import borrowed
 
 BatchSize = int | Literal["auto"] | None

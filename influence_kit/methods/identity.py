@@ -8,7 +8,7 @@ import torch
 from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.curvature.passes import DataSet
 from influence_kit.data.batches import Batch, call_model, example_count, take
-from influence_kit.gradients.source import GradientSource
+from influence_kit.gradients.gradient_source import GradientSource
 from influence_kit.losses.loss import Loss
 from influence_kit.storage.folders import LOSSES, hash_of
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from influence_kit.checkpoints.found import LoadFunction, load_checkpoint
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.core.distributed import is_alone
 from influence_kit.core.memory import resident_bytes
@@ -22,9 +22,9 @@ from influence_kit.data.batches import Batch, example_count, take, to_device
 from influence_kit.data.loaders import loader_length
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.feature_map import FeatureMap
+from influence_kit.gradients.gradient_source import Verify
 from influence_kit.gradients.parameter_selection import group_by_layer
 from influence_kit.gradients.per_example import Gradients, Transform
-from influence_kit.gradients.source import Verify
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.arguments import describes_arguments

@@ -1,4 +1,4 @@
-"""The steps of a training run in a folder: a safetensors file each, its facts in the header."""
+"""The steps of a training run in a folder: one safetensors file each, metadata in its header."""
 
 import json
 from pathlib import Path
@@ -11,11 +11,11 @@ from torch import Tensor
 from influence_kit.errors import InvalidArgumentError
 
 State = dict[str, Tensor]
-SUFFIX, FINAL, FACTS = ".safetensors", "final", "facts"
+SUFFIX, FINAL, METADATA = ".safetensors", "final", "facts"
 
 
 class TraceInMemory:
-    """Steps in memory: of each its facts and its tensors."""
+    """Steps in memory: the metadata and tensors of each."""
 
     def __init__(self) -> None:
         self._steps: list[tuple[dict[str, Any], State]] = []
@@ -24,13 +24,13 @@ class TraceInMemory:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def append(self, facts: dict[str, Any], state: State) -> None:
-        """Add a step; what was final is so no longer."""
-        self._steps.append((facts, state))
+    def append(self, metadata: dict[str, Any], state: State) -> None:
+        """Add a step, and forget the weights after the last one."""
+        self._steps.append((metadata, state))
         self._final = None
 
-    def facts(self, number: int) -> dict[str, Any]:
-        """What a step was, beside its tensors."""
+    def metadata(self, number: int) -> dict[str, Any]:
+        """The settings of a step, without its tensors."""
         return self._steps[number][0]
 
     def state(self, number: int) -> State:
@@ -38,16 +38,16 @@ class TraceInMemory:
         return self._steps[number][1]
 
     def finish(self, state: State) -> None:
-        """Keep the tensors after the last step."""
+        """Store the tensors after the last step."""
         self._final = state
 
     def final(self) -> State | None:
-        """The tensors after the last step, if they were kept."""
+        """The tensors after the last step, if they were stored."""
         return self._final
 
 
 class TraceInFolder:
-    """The same in files ``step-0.safetensors``, ...; a file that is there is whole."""
+    """Steps in files ``step-0.safetensors``, ...; a file that exists is complete."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -71,18 +71,18 @@ class TraceInFolder:
             self._count -= 1
             self._path(f"step-{self._count}").unlink()
 
-    def append(self, facts: dict[str, Any], state: State) -> None:
-        """Add a step; what was final is so no longer."""
+    def append(self, metadata: dict[str, Any], state: State) -> None:
+        """Add a step, and forget the weights after the last one."""
         self._path(FINAL).unlink(missing_ok=True)
-        self._write(f"step-{self._count}", state, facts)
+        self._write(f"step-{self._count}", state, metadata)
         self._count += 1
 
-    def facts(self, number: int) -> dict[str, Any]:
-        """What a step was, beside its tensors."""
+    def metadata(self, number: int) -> dict[str, Any]:
+        """The settings of a step, without its tensors."""
         path = self._path(f"step-{number}")
         try:
             with safe_open(path, framework="pt") as file:
-                found: dict[str, Any] = json.loads(file.metadata()[FACTS])
+                found: dict[str, Any] = json.loads(file.metadata()[METADATA])
         except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
             raise _unreadable(path, error) from error
         return found
@@ -92,11 +92,11 @@ class TraceInFolder:
         return self._read(f"step-{number}")
 
     def finish(self, state: State) -> None:
-        """Keep the tensors after the last step."""
+        """Store the tensors after the last step."""
         self._write(FINAL, state, {})
 
     def final(self) -> State | None:
-        """The tensors after the last step, if they were kept."""
+        """The tensors after the last step, if they were stored."""
         return self._read(FINAL) if self._path(FINAL).is_file() else None
 
     def _path(self, name: str) -> Path:
@@ -108,17 +108,17 @@ class TraceInFolder:
         except (OSError, SafetensorError) as error:
             raise _unreadable(self._path(name), error) from error
 
-    def _write(self, name: str, state: State, facts: dict[str, Any]) -> None:
+    def _write(self, name: str, state: State, metadata: dict[str, Any]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         part = self._folder / f"{name}.part"
-        # a file takes no tensors that share memory
+        # safetensors refuses tensors that share memory
         tensors = {key: value.contiguous().clone() for key, value in state.items()}
-        save_file(tensors, part, metadata={FACTS: json.dumps(facts)})
+        save_file(tensors, part, metadata={METADATA: json.dumps(metadata)})
         part.replace(self._path(name))
 
 
 def _unreadable(path: Path, error: Exception) -> InvalidArgumentError:
     return InvalidArgumentError(
-        f"'{path}' cannot be read as a step of a trace ({error}); record the trace again, or go on "
-        "before that step with `resume_at`"
+        f"'{path}' cannot be read as a step of a trace ({error}); record the trace again, or "
+        "continue before that step with `resume_at`"
     )

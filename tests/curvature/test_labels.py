@@ -289,7 +289,7 @@ def test_a_loss_that_is_no_likelihood_is_refused(name: str, batch_size: int, unc
         (
             lambda logits: {"logits": logits},
             lambda x, y: {"x": x, "class": y},
-            r"none of the keys \['x', 'class'\] is known to hold the labels",
+            r"none of the keys \['x', 'class'\] is a known key of labels",
         ),
     ],
 )

@@ -176,7 +176,7 @@ def test_adam_is_refused() -> None:
     F.cross_entropy(model(X), Y).backward()
     optimizer.step()
     one = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 1}
-    match = r"its optimizer is Adam, AdamW or their like .* Other rules are \"auto\", \"evidence\""
+    match = r"its optimizer is Adam, AdamW or similar .* Other rules are \"auto\", \"evidence\""
     with pytest.raises(InvalidArgumentError, match=match):
         make("EKFACInfluenceFunction", model, [one], damping=RULE).fit()
 

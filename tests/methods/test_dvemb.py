@@ -250,7 +250,7 @@ def test_arguments_that_cannot_be_meant(change, match):
 
 def test_a_trace_that_does_not_fit():
     model, trace = run()
-    with pytest.raises(InvalidArgumentError, match="took example 7, and `train_dataset` has 6"):
+    with pytest.raises(InvalidArgumentError, match="used example 7, but `train_dataset` has 6"):
         DVEmb(model, TensorDataset(X[:6], Y[:6]), trace=trace, loss_fn=cross_entropy)
     with pytest.raises(InvalidArgumentError, match=r"the weights after training, \[state_dict\]"):
         make(model, list(trace))

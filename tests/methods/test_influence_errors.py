@@ -398,7 +398,7 @@ def test_a_singular_curvature_without_damping(model: nn.Module, refused: Any) ->
 @pytest.mark.parametrize(
     ("method", "match"),
     [
-        ("CGInfluenceFunction", "along a direction, so that it is not positive definite"),
+        ("CGInfluenceFunction", "along a direction, so it is not positive definite"),
         ("NystromInfluenceFunction", "is indefinite .* use curvature='ggn'"),
     ],
 )
@@ -425,7 +425,7 @@ def test_a_lissa_that_diverges(model: nn.Module, refused: Any) -> None:
 
 def test_conjugate_gradients_that_do_not_finish(model: nn.Module, unchanged: Any) -> None:
     explainer = make("CGInfluenceFunction", model, damping=1e-5, max_iter=2)
-    match = r"stopped after 2 iterations with relative residuals up to \S+ \(asked: 1e-06\) in 4 of"
+    match = r"stopped after 2 iterations with relative residuals up to \S+ \(tol: 1e-06\) in 4 of"
     with unchanged(model), pytest.warns(UserWarning, match=match):
         explainer.influence(TEST)
 

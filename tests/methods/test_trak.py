@@ -732,7 +732,7 @@ def test_an_output_without_a_loss() -> None:
 def test_targets_that_are_no_labels(unchanged: Any) -> None:
     model, data, test = regression()
     trak = make(model=model, data=data, checkpoints=[model.state_dict()])
-    match = "the targets are torch.float64, not labels .* pass `output_fn"
+    match = "the targets are torch.float64, not class labels.* pass `output_fn"
     with unchanged(model), pytest.raises(InvalidArgumentError, match=match):
         trak.influence(test)
 
@@ -740,7 +740,7 @@ def test_targets_that_are_no_labels(unchanged: Any) -> None:
 @pytest.mark.parametrize(
     ("output_fn", "match"),
     [
-        (lambda o, t: o[:, 0].mean(), "`output_fn` was said to return one loss an example"),
+        (lambda o, t: o[:, 0].mean(), "`output_fn` was declared to return one loss per example"),
         (lambda o, t: o[:2, 0], r"`output_fn` returned a tensor of shape \[2\] for"),
         (lambda o, t: 3.0, "`output_fn` must return a tensor; got a float"),
     ],

@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from influence_kit.checkpoints.found import LoadFunction, load_checkpoint
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.core.draws import check_seed
 from influence_kit.data.batches import Batch, to_device
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.gradients.gradient_source import Verify
 from influence_kit.gradients.per_example import Gradients, from_flat
-from influence_kit.gradients.source import Verify
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.arguments import documented

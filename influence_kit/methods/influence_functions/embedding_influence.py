@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from influence_kit.checkpoints.found import LoadFunction
+from influence_kit.checkpoints.discovery import LoadFunction
 from influence_kit.curvature.hessian_eigenpairs import HessianEigenpairs
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.forms import Dense
+from influence_kit.gradients.gradient_source import Verify
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.gradients.source import Verify
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.base import ExampleInfluence

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Self
 
-from influence_kit.checkpoints.found import LoadFunction, load_checkpoint
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.core.distributed import is_first_rank
 from influence_kit.curvature.damping import AUTO, DampingArgument, as_text, check_damping
@@ -28,7 +28,7 @@ from influence_kit.data.checked_batches import CheckedBatches
 from influence_kit.data.loaders import HESSIAN_DATA
 from influence_kit.errors import DampingWarning, InvalidArgumentError
 from influence_kit.gradients.feature_map import FeatureMap
-from influence_kit.gradients.source import Verify
+from influence_kit.gradients.gradient_source import Verify
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.data_fingerprint import data_fingerprint

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from influence_kit.checkpoints.found import LoadFunction, load_checkpoint
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.core.arguments import check_count
 from influence_kit.core.distributed import is_mine, sum_over_ranks
@@ -20,7 +20,7 @@ from influence_kit.core.memory import rows_within, workspace_bytes
 from influence_kit.data.batches import Batch
 from influence_kit.data.loaders import loader_length
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.gradients.source import Verify
+from influence_kit.gradients.gradient_source import Verify
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.activations import Features

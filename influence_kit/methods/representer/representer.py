@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Self
 
-from influence_kit.checkpoints.found import LoadFunction, load_checkpoint
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.core.dtypes import has_complex
 from influence_kit.data.batches import Batch
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.factored import Factored
+from influence_kit.gradients.gradient_source import Verify
 from influence_kit.gradients.parameter_selection import choose_parameters
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rules import linear, rule_for, transposed_linear
-from influence_kit.gradients.source import Verify
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.arguments import documented

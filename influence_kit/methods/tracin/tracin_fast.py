@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from influence_kit.checkpoints.found import LoadFunction, load_checkpoint
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.core.locks import alone_with
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.gradients.gradient_source import Verify
 from influence_kit.gradients.parameter_selection import choose_parameters
-from influence_kit.gradients.source import Verify
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.arguments import documented

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from influence_kit.checkpoints.found import LoadFunction, load_checkpoint
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.core.arguments import check_count
 from influence_kit.core.draws import check_seed
 from influence_kit.core.memory import rows_within, workspace_bytes
 from influence_kit.errors import NonFiniteError
-from influence_kit.gradients.source import Verify
+from influence_kit.gradients.gradient_source import Verify
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.arguments import documented

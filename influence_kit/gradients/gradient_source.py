@@ -1,4 +1,4 @@
-"""Where a method gets gradients from: a capture that is checked, again and again."""
+"""The source of a method's gradients: a capture that is checked repeatedly."""
 
 import math
 import warnings
@@ -13,28 +13,28 @@ from influence_kit.core.memory import rows_within, workspace_bytes
 from influence_kit.data.batches import Batch, call_model, example_count, example_lengths, take
 from influence_kit.errors import InvalidArgumentError, LabelError, PassAgain
 from influence_kit.gradients import functional
+from influence_kit.gradients.autograd_comparison import EXAMPLES, is_random
 from influence_kit.gradients.capture import Capture
 from influence_kit.gradients.check import check, drawn, drawn_of_batch
-from influence_kit.gradients.comparison import EXAMPLES, is_random
+from influence_kit.gradients.check_schedule import Schedule
 from influence_kit.gradients.explanation import explanation
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.gradients.schedule import Schedule
 from influence_kit.gradients.spot_check import added_up, compare, compare_widely, not_yet_moving
 from influence_kit.losses.loss import Loss
 
 MOST_ROWS = 2048
-# examples of a later batch that are compared, of small batches fewer
+# the most examples of a later batch that are compared; fewer of a small batch
 MOST_COMPARED = 8
-# how many go through the first check
+# how many examples go through the first check, the best first
 COUNTS = (EXAMPLES, 7, 4, 3)
 Verify = Literal["repeated", "once"]
 
 
 def check_verify(verify: Any) -> Verify:
-    """The argument as given.
+    """The argument, checked.
 
     Raises:
-        InvalidArgumentError: for anything but the two words.
+        InvalidArgumentError: for anything but "repeated" and "once".
     """
     if verify not in ("repeated", "once"):
         raise InvalidArgumentError(f'`verify` must be "repeated" or "once"; got {verify!r}')
@@ -45,10 +45,10 @@ def check_verify(verify: Any) -> Verify:
 class GradientSource:
     """Per-example gradients of the chosen parameters, for any loss.
 
-    The first batch of each loss is checked against autograd, and settles how gradients are
-    captured. Of later batches some are compared again (``Schedule`` says which): a few examples
-    of the batch, by themselves, must have the gradients that they were given in the batch. A
-    parameter that differs goes to ``functional``, and the pass starts again.
+    The first batch of each loss is checked against autograd, which determines how gradients are
+    captured. Some later batches are compared again (``Schedule`` chooses them): a few examples,
+    by themselves, must have the gradients that they have in the batch. A parameter that differs
+    goes to ``functional``, and the pass starts again.
 
     Args:
         model: the model.
@@ -64,35 +64,35 @@ class GradientSource:
     ) -> None:
         self.capture = Capture(model, parameters)
         self.verify = verify
-        # by loss, and whether batches have several examples, of which one alone proves nothing: the
-        # loss, the examples of the fullest batch that was checked, and the parameters whose
+        # by loss and whether batches have several examples (a single one proves nothing): the loss,
+        # the number of examples of the largest batch that was checked, and the parameters whose
         # gradient was not zero there
         self._checked: dict[tuple[int, bool], tuple[Loss, int, set[str]]] = {}
         self._schedule = Schedule()
         self._generator = torch.Generator().manual_seed(0)
-        self._said: set[str] = set()
-        # the parameters whose examples were looked for again
+        self._warned: set[str] = set()
+        # the parameters whose layouts were searched again
         self._searched: set[str] = set()
         self._is_turn_of_one = False
         self._loader: Any = None
 
     def begin(self, loader: Any) -> None:
-        """A new question: passes are counted from here.
+        """Start a new call: passes are counted from here.
 
         Args:
-            loader: its ``current`` is the number of the checkpoint that is in the model.
+            loader: its ``current`` is the index of the checkpoint that is in the model.
         """
         self._loader = loader
         self._schedule.begin()
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """The model is ready for gradients while inside."""
+        """Inside, the model has the hooks and flags for capturing gradients."""
         with self.capture.attached():
             yield
 
     def __call__(self, batch: Batch, loss: Loss) -> Gradients:
-        """The gradients of each example of a batch that is on the model's device."""
+        """The gradients of each example of a batch, which must be on the model's device."""
         is_checked = self._first_check(batch, loss)
         gradients = self._captured(batch, loss)
         if self.verify == "repeated":
@@ -100,20 +100,20 @@ class GradientSource:
         return gradients
 
     def prepare(self, batch: Batch, loss: Loss, index: int | None = None) -> None:
-        """Check what a product of the whole batch needs: that its loss is a sum over examples.
+        """Check that the loss of a batch is a sum over examples, as products of whole batches need.
 
         Args:
-            batch: on the model's device.
+            batch: the batch, on the model's device.
             loss: the loss.
-            index: of the batch's first example; None where the caller compares the loss itself
-                (``Loss.checked_total``).
+            index: the index of the batch's first example; None if the caller compares the loss
+                itself (``Loss.checked_total``).
         """
         scaled = sorted(self.capture.scaled_by_frequency)
         if scaled:
             raise InvalidArgumentError(
                 f"the embeddings {scaled} scale their gradients by how often an id occurs in the "
-                "batch (scale_grad_by_freq=True), so that no product with the curvature of the "
-                "loss is one over examples: set scale_grad_by_freq to False"
+                "batch (scale_grad_by_freq=True), so products with the curvature of the loss are "
+                "not sums over examples: set scale_grad_by_freq to False"
             )
         self._first_check(batch, loss)
         key = (self._checkpoint, id(loss), index)
@@ -139,21 +139,21 @@ class GradientSource:
         except (InvalidArgumentError, PassAgain):
             raise
         except Exception:
-            # a layer that sees its examples elsewhere than in the batches before; or the model's
-            # own error, of an output that was given a batch dimension or of no doing of ours
+            # a layer whose examples are arranged differently than in earlier batches; or an error
+            # of the model, which our batch dimension of an output may or may not have caused
             if not self.capture.misplaced:
                 if (
                     not self.capture.without_rule
                     or self.capture.functional is functional.one_by_one
                 ):
                     raise
-                # what ``vmap`` did for the first batch it may not do for one of another size
+                # ``vmap`` may work for the first batch and fail for one of another size
                 self.capture.functional = functional.one_by_one
                 self._start_again(())
             self._give_up(set(self.capture.misplaced), batch, loss)
 
     def _first_check(self, batch: Batch, loss: Loss) -> bool:
-        """Check capture and loss, where that has not been done; whether it was done now."""
+        """Check capture and loss unless that has been done; returns whether it was done now."""
         n = example_count(batch)
         distinct = min(n, EXAMPLES)
         _, seen, _ = self._checked.get((id(loss), n > 1), (loss, 0, set()))
@@ -171,21 +171,21 @@ class GradientSource:
         try:
             with self._named():
                 moving = moving | check(self.capture, few, loss)
-        except LabelError:  # which counts the few examples that were looked at
+        except LabelError:  # its index is among the few examples: raise it again for the batch
             with torch.no_grad():
                 loss.values(call_model(self.capture.model, batch), batch)
             raise
         except (InvalidArgumentError, PassAgain):
             raise
         except Exception as error:
-            # the user's own, or of a batch that cannot be cut
-            told = explanation(self.capture.model, batch, loss, of_outputs_only=True)
-            if few is batch or told is None:
+            # the model's own error, or that of a batch that cannot be cut
+            cause = explanation(self.capture.model, batch, loss, of_outputs_only=True)
+            if few is batch or cause is None:
                 raise
-            raise InvalidArgumentError(told) from error
+            raise InvalidArgumentError(cause) from error
         seen = max(seen, min(example_count(batch), EXAMPLES))
         self._checked[key] = (loss, seen, moving)
-        self._say_slow()
+        self._warn_of_slow()
 
     def _few(self, batch: Batch) -> Batch:
         """Some examples drawn from the whole batch; one example is not cut."""
@@ -193,7 +193,7 @@ class GradientSource:
         if n == 1:
             return batch
         lengths = {length for shape in example_lengths(batch) for length in shape if length > 1}
-        # as many as no other length is a multiple of, if possible
+        # a number of which no tensor length is a multiple, if possible
         counts = [c for c in COUNTS if not any(length % c == 0 for length in lengths)]
         return take(batch, drawn(n, (counts or [EXAMPLES])[0], self._generator))
 
@@ -203,7 +203,7 @@ class GradientSource:
         """Compare a batch's gradients with those of some of its examples by themselves."""
         capture, n = self.capture, gradients.n
         outside = capture.used_outside - set(capture.without_rule)
-        if outside:  # in a way that no batch before has shown
+        if outside:  # which no earlier batch has shown
             self._give_up(outside, batch, loss)
         moving = self._checked[id(loss), n > 1][2]
         seen = (self._checkpoint, loss, n > 1, capture.path, capture.shapes)
@@ -212,7 +212,7 @@ class GradientSource:
         awake = not_yet_moving(gradients, unproven) if unproven else None
         if awake is not None and self._schedule.may_look(awake.names):
             self._look_closely(batch, loss, awake.examples)
-        # the first check had examples of this batch, in another order
+        # the first check has compared examples of this batch, in another order
         if not due or (is_checked and n == 1):
             return
         rows = drawn_of_batch(n, MOST_COMPARED, self._generator)
@@ -229,10 +229,10 @@ class GradientSource:
             self._look_closely(batch, loss, rows)
 
     def _turns(self, rows: Tensor) -> list[Tensor]:
-        """Which examples to compare at once.
+        """The sets of examples to compare, each in one batch.
 
-        Together they may be changed as they were in the batch; alone few are seen. So it is in
-        turns one of them alone, and all together; both where a batch is unlike those before.
+        Together, examples may change each other as they did in the batch; alone, only few are
+        compared. So the two alternate, and a batch unlike earlier ones gets both.
         """
         if len(rows) == 1 or is_random(self.capture.model):
             return [rows]
@@ -242,16 +242,16 @@ class GradientSource:
         return [rows[-1:] if self._is_turn_of_one else rows]
 
     def _look_closely(self, batch: Batch, loss: Loss, rows: Tensor) -> None:
-        """Check some examples as the first were: rules are seen at work there that were not yet."""
+        """Check examples as in the first batch: some rules have non-zero gradients only here."""
         before = self.capture.settings
         self._check(batch, loss, batch if example_count(batch) == 1 else take(batch, rows))
         if self.capture.settings != before:
             self._start_again(())
 
     def _give_up(self, wrong: set[str], batch: Batch, loss: Loss) -> NoReturn:
-        """Compute parameters that were found wrong in another way, and start again."""
+        """Compute parameters with wrong gradients in another way, and start again."""
         capture, few = self.capture, self._few(batch)
-        if not wrong <= self._searched:  # examples may stand elsewhere than they seemed
+        if not wrong <= self._searched:  # the layout may have been wrong
             self._searched |= wrong
             before = capture.settings
             self._check(batch, loss, few)
@@ -265,23 +265,23 @@ class GradientSource:
             capture.functional = functional.one_by_one
         else:
             raise InvalidArgumentError(
-                f"{self._where}: the gradients of some examples by themselves are not those that "
-                f"they have in their batch (parameters {sorted(wrong)[:6]}), and no reason was "
-                "found; batches of one example (batch_size=1) always work"
+                f"{self._where}: the gradients of some examples by themselves differ from those "
+                f"in their batch (parameters {sorted(wrong)[:6]}), and no reason was found; "
+                "batches of one example (batch_size=1) always work"
             )
         self._start_again(wrong)
 
     def _start_again(self, slower: Collection[str]) -> NoReturn:
-        """Have the pass start again; ``slower`` are the parameters that now go without a rule."""
+        """Start the pass again; ``slower`` are the parameters that now go without a rule."""
         listed = ", ".join(sorted(slower)[:6]) + (", ..." if len(slower) > 6 else "")
         if slower:
             warnings.warn(
-                f"{self._where}: the gradients of {listed} are not those that the examples have by "
-                "themselves, as they were in the batches before: they are computed in a slower "
-                "way, and the pass starts again",
+                f"{self._where}: the gradients of {listed} differ from those of the examples by "
+                "themselves, unlike in earlier batches: they are computed in a slower way, and the "
+                "pass starts again",
                 stacklevel=2,
             )
-        raise PassAgain(f"{self._where}: {listed or 'the examples stand elsewhere'}")
+        raise PassAgain(f"{self._where}: {listed or 'the layout of examples has changed'}")
 
     @property
     def _where(self) -> str:
@@ -291,13 +291,13 @@ class GradientSource:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """An error about a batch says which one it was."""
+        """Inside, errors about a batch name it."""
         self.capture.where = self._where
         yield
 
-    def _say_slow(self) -> None:
-        names = [name for name in self.capture.without_rule if name not in self._said]
-        self._said.update(names)
+    def _warn_of_slow(self) -> None:
+        names = [name for name in self.capture.without_rule if name not in self._warned]
+        self._warned.update(names)
         if names:
             more = f", ... ({len(names)} in all)" if len(names) > 6 else ""
             warnings.warn(
@@ -309,15 +309,15 @@ class GradientSource:
 
 
 def comfortable_rows(model: nn.Module, batch: Batch, device: torch.device) -> int:
-    """How many examples like the batch's first to run at once."""
-    # what is kept, the gradients at the same places, and products of the two
+    """How many examples like the batch's first to run in one batch."""
+    # saved activations, the gradients at the same points, and products of the two
     rows = rows_within(4 * workspace_bytes(device), 2 * kept_bytes(model, batch))
-    # matrix products like rows in powers of two
+    # matrix products are fastest if rows are a power of two
     return min(MOST_ROWS, 1 << round(math.log2(rows)))
 
 
 def kept_bytes(model: nn.Module, batch: Batch) -> int:
-    """What the model keeps for backward of the batch's first example."""
+    """The bytes that the model saves for the backward pass of the batch's first example."""
     kept: dict[int, int] = {}
     parameters = {parameter.data_ptr() for parameter in model.parameters()}
 

@@ -1,4 +1,4 @@
-"""Gradients of a few examples against autograd's own: which parameters are right."""
+"""Compares the gradients of a few examples with autograd's own: which parameters are right."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,12 +15,12 @@ from influence_kit.gradients import functional
 from influence_kit.gradients.forms import Form
 from influence_kit.losses.loss import Loss
 
-# of a batch: how many go through the model together (few lengths of tensors are a multiple of it),
-# and how many of these alone, with the last
+# how many examples go through the model together (few tensor lengths are a multiple of this), and
+# how many of these, besides the last, alone
 EXAMPLES, ALONE = 5, 2
-# norms between these come from squares that float32 holds
+# the range of norms whose squares float32 can hold
 SQUARES = 1e-15, 1e15
-# of autograd's gradients that are kept from one layout that is tried to the next
+# the most bytes of autograd's gradients that are kept between the layouts that are tried
 KEPT_BYTES = 256 * MIB
 
 
@@ -28,8 +28,9 @@ KEPT_BYTES = 256 * MIB
 class Tolerance:
     """Differences that rounding explains, relative to a parameter's gradient and to the whole.
 
-    ``sums`` where both sides ran the same batch; ``alone`` where batch sizes differ, so that a unit
-    near a kink may fall on its other side; ``whole`` for gradients that are zero but for rounding.
+    ``sums`` if both gradients are of the same batch; ``alone`` if batch sizes differ, so that an
+    activation near a kink may fall on its other side; ``whole``, relative to the whole gradient,
+    for gradients that are zero up to rounding.
     """
 
     sums: float
@@ -44,7 +45,7 @@ _TOLERANCES = {
     torch.complex64: Tolerance(1e-4, 5e-2, 3e-6),
 }
 _HALF = Tolerance(1e-1, 3e-1, 1e-2)
-# of a model of less than float64 that runs in float64: parts of it may still compute in float32
+# for a narrower model that runs in float64: parts of it may still compute in float32
 WIDENED = Tolerance(1e-5, 1e-3, 1e-7)
 
 
@@ -54,22 +55,22 @@ def tolerance_of(parameter: Tensor) -> Tolerance:
 
 
 def spread(n: int, count: int) -> Tensor:
-    """``count`` places from first to last of n, repeated where n is smaller."""
+    """``count`` indices from the first to the last of n, repeated if n is smaller."""
     if n < count:
         return torch.arange(count) % n
     return torch.linspace(0, n - 1, count).round().long()
 
 
 class Comparison:
-    """A few examples, together and each alone, in a model with chosen parameters.
+    """Autograd's gradients of a few examples, together and each alone, to compare forms with.
 
     Args:
         model: the model.
         parameters: the chosen parameters, by name.
         batch: the few examples.
         loss: the loss.
-        tolerance: of their differences; None for that of each parameter's precision.
-        only_alone: parameters whose gradients autograd does not add up over examples.
+        tolerance: of the differences; None for that of each parameter's precision.
+        only_alone: parameters whose gradients autograd does not sum over examples.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Comparison:
         self.moving: set[str] = set()
 
     def wrong(self, forms: Mapping[str, Form], names: Sequence[str]) -> set[str]:
-        """The names whose forms are not what autograd gives; each reference is made in turn."""
+        """The names whose forms differ from autograd's gradients."""
         wrong: set[str] = set()
         if not names:
             return wrong
@@ -121,17 +122,17 @@ class Comparison:
         return {name: kept[name] for name in names}
 
     def _references(self) -> Iterator[tuple[slice, Batch, int]]:
-        """Which of the examples, as which batch."""
+        """The batches to compare: the slice of examples, the batch, and its number of examples."""
         yield slice(0, self.n), self.together, self.n
-        # with dropout on, the same example alone meets another mask
+        # with dropout on, an example alone gets another mask
         if not self.random and self.n > 1:
-            # the last, too: what looks at the examples before one leaves the first alone
+            # also the last one: a dependence on earlier examples does not change the first
             for i in sorted({*range(min(ALONE, self.n)), self.n - 1}):
                 yield slice(i, i + 1), take(self.together, slice(i, i + 1)), 1
 
 
 def is_random(model: nn.Module) -> bool:
-    """Whether dropout is on."""
+    """Whether dropout is active in the model."""
     return any(
         module.training and (isinstance(module, _DropoutNd) or getattr(module, "dropout", 0))
         for module in model.modules()
@@ -148,18 +149,18 @@ def differences(
     """The names whose forms do not sum to the expected gradients, and those that are not zero.
 
     Args:
-        forms: gradients of some examples, by name; none where a gradient is zero.
+        forms: gradients of some examples, by name; a zero gradient has no form.
         expected: autograd's own gradient of the sum of their losses, by name.
-        same_batch: whether both ran the same batch.
-        precisions: a tensor of the precision in which each was computed, by name.
-        tolerance: that of each precision where None.
+        same_batch: whether both are of the same batch.
+        precisions: a tensor with the precision in which each was computed, by name.
+        tolerance: of the differences; None for that of each precision.
     """
     wrong: set[str] = set()
     moving: set[str] = set()
     norms = {name: _norm(gradient) for name, gradient in expected.items()}
     whole = torch.stack(list(norms.values())).norm()
     if not torch.isfinite(whole):
-        return wrong, moving  # the scores will say which example it was
+        return wrong, moving  # the check of scores will name the example
     for name, gradient in expected.items():
         close = tolerance or tolerance_of(precisions[name])
         form = forms.get(name)
@@ -167,7 +168,7 @@ def differences(
         if form is not None:
             try:
                 difference = difference - form.summed().dense()[0]
-            except RuntimeError:  # of a layout that does not fit
+            except RuntimeError:  # the layout does not fit
                 wrong.add(name)
         norm, noise = norms[name], close.whole * whole
         relative = close.sums if same_batch else close.alone
@@ -180,14 +181,14 @@ def differences(
 
 @contextmanager
 def same_random_state(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Each pass inside draws the same numbers, and none is drawn for good."""
+    """Inside, each pass draws the same random numbers; the random state is restored."""
     devices = {p.device for p in parameters if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         yield
 
 
 def _norm(values: Tensor) -> Tensor:
-    """In float64 where the squares of these numbers do not exist in their own precision."""
+    """The norm, computed in float64 if squares overflow or vanish in the tensor's precision."""
     norm = values.norm()
     if not SQUARES[0] < float(norm) < SQUARES[1]:
         norm = values.double().norm()

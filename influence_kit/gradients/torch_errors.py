@@ -1,4 +1,4 @@
-"""Errors of torch in a user's model, in words that say what to do."""
+"""Replaces errors that torch raises in a user's model by ones with a remedy."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,26 +12,26 @@ from influence_kit.errors import InvalidArgumentError
 
 @contextmanager
 def clear_errors(model: nn.Module, batch: Batch) -> Iterator[None]:
-    """Inside, what torch says of ids beyond an embedding or of checkpointing is said again."""
+    """Inside, torch's errors about out-of-range ids and about checkpointing are explained."""
     try:
         yield
     except IndexError as error:
-        told = _beyond(model, batch) if "out of range in self" in str(error) else None
-        if told is None:
+        cause = _beyond(model, batch) if "out of range in self" in str(error) else None
+        if cause is None:
             raise
-        raise InvalidArgumentError(told) from error
+        raise InvalidArgumentError(cause) from error
     except RuntimeError as error:
         if "use_reentrant=True" not in str(error) and "Checkpointing is not" not in str(error):
             raise
         raise InvalidArgumentError(
-            "the model uses reentrant activation checkpointing, which gives gradients of weights "
-            "only: turn it off for the attribution (model.gradient_checkpointing_disable()), or "
+            "the model uses reentrant activation checkpointing, which only gives gradients of "
+            "weights: turn it off for the attribution (model.gradient_checkpointing_disable()), or "
             "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
         ) from error
 
 
 def _beyond(model: nn.Module, batch: Batch) -> str | None:
-    """The largest id of a batch that an embedding of the model does not have, in words."""
+    """An id of a batch that is out of range for an embedding of the model, in words; or None."""
     tables = [
         (name, module.num_embeddings)
         for name, module in model.named_modules()
@@ -48,7 +48,7 @@ def _beyond(model: nn.Module, batch: Batch) -> str | None:
         if small or (least < 0 and least != -100):
             name, rows = min(small or tables, key=lambda found: found[1])
             return (
-                f"the batch holds the id {most if small else least}, and the embedding '{name}' "
-                f"has rows 0 to {rows - 1}: is the tokenizer that of the model?"
+                f"the batch holds the id {most if small else least}, but the embedding '{name}' "
+                f"has rows 0 to {rows - 1}: use the model's own tokenizer"
             )
     return None

@@ -1,7 +1,7 @@
-"""The rate of one step of a schedule from the rates that are known at other steps.
+"""The learning rate at one step of a schedule, from the rates known at other steps.
 
-Used where a schedule is a function that was not saved (``LambdaLR``, so all of transformers'): the
-usual schedules are recognised by the known rates, and other ones are interpolated.
+It is used if a schedule is a function that was not saved (``LambdaLR``, so all schedules of
+transformers): the usual schedules are recognised from the known rates, and others are interpolated.
 """
 
 import math
@@ -21,12 +21,12 @@ def rate_at(
     Args:
         target: the number of steps; 0 is the rate of the first step.
         known: rates by number of steps.
-        base: the rate that the schedule's factor multiplies, where it is known.
-        total: the length of the schedule in steps, where it is known.
+        base: the rate that the schedule's factor multiplies, if it is known.
+        total: the length of the schedule in steps, if it is known.
 
     Returns:
-        The rate, "applied" where it is certain: known, on a recognised schedule, or on a straight
-        line with at least four neighbours; otherwise "estimated". None where no rate is known.
+        The rate, "applied" if it is certain: known, on a recognised schedule, or on a straight line
+        with at least four neighbours; otherwise "estimated". None if no rate is known.
     """
     if not known or target < 0:
         return None
@@ -50,7 +50,7 @@ def rate_at(
 def _interpolated(
     target: int, known: Mapping[int, float], below: list[int], above: list[int]
 ) -> Rate:
-    """A rate between two known ones; certain where two more are on the same line."""
+    """A rate between two known ones; certain if two more are on the same line."""
     a, b = below[-1], above[0]
     source = f"interpolated between the rates of steps {a + 1} and {b + 1}"
     scale = max(abs(known[a]), abs(known[b]))
@@ -60,7 +60,7 @@ def _interpolated(
             if abs(_line(step, a, b, known) - known[step]) > TOLERANCE * scale:
                 break
             line.append(step)
-    # three points may be symmetric on a curve, and equal ones the same point of several cycles
+    # three points may lie symmetrically on a curve; equal ones may be one point of several cycles
     cycle = math.gcd(*(step - a for step in line)) if known[a] == known[b] else 1
     if len(line) > 3 and cycle == 1:
         return Rate(_line(target, a, b, known), f"{source}, a straight line", APPLIED)

@@ -1,4 +1,4 @@
-"""What is measured of test examples: a loss, lower is better, or an output, higher is better.
+"""The function of test examples that scores explain: a loss to lower, or an output to raise.
 
 Shapes: n examples, c classes.
 """
@@ -17,17 +17,17 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.losses.loss import Loss, LossFunction
 from influence_kit.losses.margins import OutputFunction, classification_margin
 
-# relative; of float32, and of a label's probability computed in another way
+# relative tolerance, for float32 and a label's probability computed in another way
 SAME = 1e-5
 REMEDY = (
-    "`test_loss_fn` is a loss, lower is better; with what should rise in its place, proponents "
-    "would be called opponents. Pass it as `test_output_fn`, whose scores are positive where "
-    "training raised it; should it fall, pass its negative as `test_output_fn`"
+    "`test_loss_fn` is a loss, lower is better; with a function that should rise, proponents "
+    "would be reported as opponents. Pass it as `test_output_fn`, whose scores are positive where "
+    "training raised it; if it should fall, pass its negative as `test_output_fn`"
 )
 
 
 class RaisedOutput(Loss):
-    """Minus an output that should rise: a loss, which training lowers where it raises the output.
+    """Minus an output that should rise, as a loss: training lowers it where it raises the output.
 
     The arguments are those of ``Loss``.
     """
@@ -38,12 +38,13 @@ class RaisedOutput(Loss):
 
 
 class LossOfTests(Loss):
-    """A loss of test examples, refused where what it returns is known to be better when higher.
+    """A loss of test examples, refused if it returns a known measure that is better when higher.
 
     Args:
         loss_fn: as in ``Loss``.
-        reduction: likewise.
-        train: the loss of training examples. A model may return losses; that is seen from it.
+        reduction: as in ``Loss``.
+        train: the loss of training examples. If it returns the same measure, this is a loss after
+            all (some models return losses).
     """
 
     def __init__(self, loss_fn: LossFunction, reduction: str | None, train: Loss) -> None:
@@ -56,14 +57,14 @@ class LossOfTests(Loss):
         self._is_known = False
 
     def returned(self, outputs: Any, targets: Any) -> Tensor:
-        """What the loss returns, checked to be a tensor, and once to be none that should rise."""
+        """What the loss returns, checked, and once compared with measures that should rise."""
         before = _version(outputs)
         value = super().returned(outputs, targets)
         if not self._is_known and before == _version(outputs):
             try:
                 self._refuse_what_rises(value, outputs, targets)
                 self._is_known = True
-            except RuntimeError:  # under vmap, which shows no values
+            except RuntimeError:  # under vmap, which hides values
                 pass
         return value
 
@@ -73,7 +74,7 @@ class LossOfTests(Loss):
             return
         try:
             trained_on = known_to_rise(self._train.returned(outputs, targets), outputs, targets)
-        except Exception:  # whatever the training loss does with test examples
+        except Exception:  # the training loss may fail on test examples in any way
             trained_on = None
         if trained_on is None:
             raise InvalidArgumentError(f"`test_loss_fn` returns {found}. {REMEDY}")
@@ -85,7 +86,7 @@ def measure_of_tests(
     reduction: str | None,
     train: Loss,
 ) -> Loss:
-    """The loss that scores of test examples are of, given one of the two functions.
+    """The loss whose test gradients scores are made of, given one of the two functions.
 
     Args:
         loss_fn: the argument ``test_loss_fn``.
@@ -94,7 +95,7 @@ def measure_of_tests(
         train: the loss of training examples.
 
     Raises:
-        InvalidArgumentError: for a loss that is our own margin.
+        InvalidArgumentError: if the loss is ``classification_margin``.
     """
     if output_fn is not None:
         return RaisedOutput(output_fn, reduction, "test_output_fn")
@@ -103,7 +104,7 @@ def measure_of_tests(
 
 
 def refuse_both(loss_fn: object, output_fn: object) -> None:
-    """Refuse two measures of the same test examples, and one that cannot be called."""
+    """Refuse two functions of the same test examples, and one that is not callable."""
     if loss_fn is not None and output_fn is not None:
         raise InvalidArgumentError(
             "got both `test_loss_fn` and `test_output_fn`: scores are of one function of the test "
@@ -111,18 +112,19 @@ def refuse_both(loss_fn: object, output_fn: object) -> None:
         )
     if output_fn is not None and not callable(output_fn):
         raise InvalidArgumentError(
-            "`test_output_fn` must be a function of outputs and targets (of a dict batch: outputs "
+            "`test_output_fn` must be a function of outputs and targets (for a dict batch: outputs "
             f"and batch); got a {type(output_fn).__name__}"
         )
 
 
 def known_to_rise(value: Tensor, outputs: Any, targets: Any) -> str | None:
-    """Which known measure that is better when higher a loss has returned, in words, if any.
+    """The name of a measure that is better when higher, if that is what a loss returned; or None.
 
     Args:
-        value: one value per example ``[n]``, more of each ``[n, ...]``, or their sum or mean.
+        value: one value per example ``[n]``, several per example ``[n, ...]``, or their sum or
+            mean.
         outputs: what the model returned.
-        targets: what the loss got beside it; of a dict batch, the dict.
+        targets: the second argument of the loss; for a dict batch, the dict.
     """
     try:
         logits = logits_of(outputs)
@@ -147,7 +149,7 @@ def _of_outputs(outputs: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def _of_labels(logits: Tensor, targets: Any) -> Iterator[tuple[str, Tensor]]:
-    """What a classifier ``[n, c]`` says of its labels ``[n]``, each measure ``[n]``."""
+    """Measures ``[n]`` of the labels ``[n]`` in a classifier's logits ``[n, c]``, with names."""
     try:
         labels = targets if isinstance(targets, Tensor) else labels_of(targets)
         margins = classification_margin(logits, labels)
@@ -159,13 +161,13 @@ def _of_labels(logits: Tensor, targets: Any) -> Iterator[tuple[str, Tensor]]:
         right = logits.gather(1, column)[:, 0]
         yield "the label's logit", right
         others = logits.scatter(1, column, float("-inf")).max(1).values
-        yield "the label's logit less the largest other", right - others
+        yield "the label's logit minus the largest other", right - others
         yield "the label's log-probability", F.log_softmax(logits, 1).gather(1, column)[:, 0]
         yield "the label's probability", F.softmax(logits, 1).gather(1, column)[:, 0]
 
 
 def _is_the_same(value: Tensor, measure: Tensor) -> bool:
-    """Whether a loss has returned this measure ``[n]``, or its sum or mean."""
+    """Whether a loss returned this measure ``[n]``, or its sum or mean."""
     if value.dim() == 0:
         return any(_close(value, one) for one in (measure.sum(), measure.mean()))
     if len(value) != len(measure):
@@ -174,9 +176,9 @@ def _is_the_same(value: Tensor, measure: Tensor) -> bool:
 
 
 def _close(value: Tensor, measure: Tensor) -> bool:
-    # a whole number may be met by chance: 0 of an untrained layer, 1 of a probability that rounds
-    tells = bool((measure != measure.round()).any())
-    return tells and torch.allclose(value.double(), measure.double(), rtol=SAME, atol=0)
+    # whole numbers may agree by chance: 0 from an untrained layer, 1 from a rounded probability
+    is_informative = bool((measure != measure.round()).any())
+    return is_informative and torch.allclose(value.double(), measure.double(), rtol=SAME, atol=0)
 
 
 def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -186,8 +188,8 @@ def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _version(outputs: Any) -> int:
-    """How often the model's output was changed in place, as a loss may do that returns it."""
+    """How often the model's output was changed in place, as by a loss that returns its argument."""
     try:
         return logits_of(outputs)._version
-    except (InvalidArgumentError, RuntimeError):  # not one tensor, or of inference mode
+    except (InvalidArgumentError, RuntimeError):  # not one tensor, or made in inference mode
         return 0

@@ -1,7 +1,6 @@
-"""Checkpoints of one training run: find them, order them, load one.
+"""Finds, orders and loads the checkpoints of a training run.
 
-``checkpoint_table`` shows what there is; ``load_checkpoint`` is the default
-``checkpoints_load_func``.
+``checkpoint_table`` lists them; ``load_checkpoint`` is the default ``checkpoints_load_func``.
 """
 
 import glob
@@ -22,20 +21,20 @@ from influence_kit.preservation.dropout_masks import set_masks
 
 LoadFunction = Callable[[nn.Module, Any], float]
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
-# folders that training scripts write beside the final model
+# folders that training scripts write next to the final model
 RUN_FOLDER = re.compile(r"checkpoint-.*|(checkpoint|step|epoch)[-_]\d+")
 
 
 def find_checkpoints(checkpoints: Any, any_file: bool = False) -> list[Any]:
-    """The checkpoints that the argument names, in the order of their numbers.
+    """The checkpoints that the argument stands for, in the order of the numbers in their names.
 
     Args:
         checkpoints: a folder, a glob pattern, a list of paths (ordered by number, as Captum does),
             or any iterable of checkpoints (state dicts, say), which keeps its own order.
-        any_file: take every file of a folder, since a load function of the user's reads them.
+        any_file: take every file of a folder, because the user's own load function reads them.
 
     Raises:
-        InvalidArgumentError: where there is nothing, or a folder holds a file of another kind.
+        InvalidArgumentError: if there are no checkpoints, or a folder holds a file of another kind.
     """
     if isinstance(checkpoints, str | Path):
         return _find_paths(checkpoints, any_file)
@@ -76,9 +75,10 @@ def _refuse_foreign(entries: Sequence[Path], any_file: bool) -> None:
     foreign = [path.name for path in entries if not checkpoint_files.is_readable(path)]
     if foreign and not any_file:
         raise InvalidArgumentError(
-            f"the checkpoint folder holds what is no checkpoint: {sorted(foreign)}; checkpoints "
-            f"end in {', '.join(checkpoint_files.SUFFIXES)} or are folders of Hugging Face's "
-            "Trainer or accelerate. Pass a glob such as 'folder/*.pt', or a `checkpoints_load_func`"
+            f"the checkpoint folder holds files that are not checkpoints: {sorted(foreign)}; "
+            f"checkpoints end in {', '.join(checkpoint_files.SUFFIXES)} or are folders of Hugging "
+            "Face's Trainer or accelerate. Pass a glob such as 'folder/*.pt', or a "
+            "`checkpoints_load_func`"
         )
 
 
@@ -93,15 +93,15 @@ def load_checkpoint(model: nn.Module, checkpoint: Any) -> float:
 
     The rate is the one stored as ``learning_rate`` or ``lr``, or else the one that was applied in
     the last step before the checkpoint was saved; ``checkpoint_table`` shows where it was found.
-    Prefixes of wrappers (``module.``, ``model.``, ...) are stripped where that alone makes the keys
-    fit. Weights tied to others may be missing.
+    Prefixes of wrappers (``module.``, ``model.``, ...) are stripped if the keys fit only then.
+    Weights tied to others may be missing.
 
     Raises:
-        InvalidArgumentError: where keys, shapes or kinds of numbers (complex, real) do not fit,
-            before anything is loaded; where the learning rate is not one number.
+        InvalidArgumentError: if keys, shapes or kinds of numbers (complex, real) do not fit, before
+            anything is loaded; if the learning rate is not one number.
 
     Warns:
-        UserWarning: where the applied rate could only be estimated, and where a checkpoint of a
+        UserWarning: if the applied learning rate could only be estimated, or if a checkpoint of a
             known trainer has none.
 
     Example:
@@ -118,7 +118,7 @@ def load_checkpoint(model: nn.Module, checkpoint: Any) -> float:
 
 
 def load_with_rate(model: nn.Module, checkpoint: Any) -> Rate:
-    """``load_checkpoint`` without its warnings; also where the learning rate was found."""
+    """``load_checkpoint`` without its warnings; the learning rate with where it was found."""
     contents = checkpoint_files.read(checkpoint)
     weights = _fitting(model, contents, label_of(checkpoint))
     model.load_state_dict(weights, strict=False)
@@ -127,7 +127,7 @@ def load_with_rate(model: nn.Module, checkpoint: Any) -> Rate:
 
 
 def _fitting(model: nn.Module, contents: Contents, label: str) -> dict[str, Any]:
-    """The weights under the model's own keys, with nothing missing."""
+    """The weights under the model's own keys, checked to fit."""
     expected = model.state_dict(keep_vars=True)
     given = _rename(contents, set(expected))
     pointers = {v.data_ptr() for k, v in expected.items() if k in given and isinstance(v, Tensor)}
@@ -154,7 +154,7 @@ def _fitting(model: nn.Module, contents: Contents, label: str) -> dict[str, Any]
         raise InvalidArgumentError(
             f"checkpoint {label} does not fit the model: missing keys {_shown(missing)}, "
             f"unexpected keys {_shown(unexpected)}, other shapes {_shown(shapes)}{more}; "
-            "is it of this model?"
+            "pass checkpoints of this model"
         )
     return given
 
@@ -171,7 +171,7 @@ def _shown(items: Sequence[str], most: int = 5) -> str:
 
 
 def _rename(contents: Contents, expected: set[str]) -> dict[str, Any]:
-    """The weights with wrappers' prefixes stripped or added where the keys fit better so."""
+    """The weights, with wrappers' prefixes stripped or added if more keys fit then."""
     best = dict(contents.weights)
     if contents.is_adapter:  # the file's keys lack the adapter's name
         best = {
@@ -180,7 +180,7 @@ def _rename(contents: Contents, expected: set[str]) -> dict[str, Any]:
         }
     renamings, stripped = [best], best
     while prefix := next((p for p in PREFIXES if stripped and _all_start(stripped, p)), None):
-        # a wrapper may wrap another
+        # wrappers may be nested
         stripped = {key.removeprefix(prefix): value for key, value in stripped.items()}
         renamings.append(stripped)
     renamings += [{p + key: value for key, value in best.items()} for p in PREFIXES]
@@ -201,12 +201,12 @@ class CheckpointRow:
     """One line of ``checkpoint_table``.
 
     Args:
-        checkpoint: its path.
+        checkpoint: the path of the checkpoint.
         step: the step or epoch at which it was saved.
-        learning_rate: the rate that weighs it.
-        rate_source: where the rate was found.
-        rate_kind: "stored" beside the weights, "applied" in the last step before it was saved,
-            "estimated" (it may differ from the applied one) or "none".
+        learning_rate: the learning rate that weights it.
+        rate_source: where the learning rate was found.
+        rate_kind: "stored" with the weights, "applied" in the last step before the checkpoint was
+            saved, "estimated" (it may differ from the applied one) or "none".
     """
 
     checkpoint: str
@@ -217,7 +217,7 @@ class CheckpointRow:
 
 
 class CheckpointTable(list[CheckpointRow]):
-    """What ``checkpoint_table`` found; prints as a table."""
+    """The rows of ``checkpoint_table``; prints as a table."""
 
     def __str__(self) -> str:
         lines = [("checkpoint", "step", "learning rate", "kind", "found")]
@@ -233,7 +233,7 @@ class CheckpointTable(list[CheckpointRow]):
 
 
 def checkpoint_table(checkpoints: Any) -> CheckpointTable:
-    """The checkpoints that a method would use: name, step, learning rate, and where that was found.
+    """The checkpoints that a method would use: name, step, learning rate and where it was found.
 
     The kind of the rate is "stored", "applied", "estimated" or "none" (``CheckpointRow``).
 
@@ -243,9 +243,9 @@ def checkpoint_table(checkpoints: Any) -> CheckpointTable:
         in memory 0  3     0.1            stored  stored as 'learning_rate'
     """
     table = CheckpointTable()
-    for place, item in enumerate(find_checkpoints(checkpoints)):
+    for index, item in enumerate(find_checkpoints(checkpoints)):
         contents = checkpoint_files.read(item)
         rate = contents.rate
-        name = str(item) if isinstance(item, str | Path) else f"in memory {place}"
+        name = str(item) if isinstance(item, str | Path) else f"in memory {index}"
         table.append(CheckpointRow(name, contents.step, rate.value, rate.source, rate.kind))
     return table

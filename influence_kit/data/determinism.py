@@ -1,4 +1,4 @@
-"""A few examples of a loader, drawn again and again to see whether they are the same each time."""
+"""Draws a few examples of a loader several times, to see whether they are the same each time."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,8 +18,8 @@ from influence_kit.data.batches import Batch
 from influence_kit.data.index_order import LISTED, first_indices
 from influence_kit.data.loaders import loader_length
 
-# examples, and how often each is drawn: of 4 images that are flipped or not, all stay as they are
-# in one of 4096 cases
+# the number of examples, and how often each is drawn: 4 images that are randomly flipped come out
+# the same in all 4 draws with probability 1/4096
 EXAMPLES, DRAWS = 4, 4
 SEED = 31_337
 
@@ -35,7 +35,7 @@ def is_constant(loader: Any) -> bool:
 
 
 def reads_by_index(loader: Any) -> bool:
-    """Whether a loader looks examples up by the indices of a sampler, and does nothing else."""
+    """Whether a loader does nothing but look up examples by the indices of a sampler."""
     by_index = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
     return by_index and not _has_own_loop(loader)
 
@@ -47,7 +47,7 @@ def _has_own_loop(loader: Any) -> bool:
 def drawn_by_index(loader: Any) -> list[Batch]:
     """Batches of the same few examples, each drawn as the loader itself would draw it.
 
-    Empty where examples from all over the data make no batch for the loader.
+    Empty if the loader cannot make a batch of examples from all over the data.
     """
     some = _some_indices(loader)
     if not some:
@@ -55,12 +55,12 @@ def drawn_by_index(loader: Any) -> list[Batch]:
     by_batch = loader.batch_sampler is not None
     again: DataLoader[Any] = DataLoader(
         loader.dataset,
-        # an index may be that of a whole batch
+        # without a batch sampler, an index may be that of a whole batch
         batch_size=1 if by_batch else None,
         batch_sampler=[some] * DRAWS if by_batch else None,
         sampler=None if by_batch else some[:1] * DRAWS,
         collate_fn=loader.collate_fn,
-        num_workers=min(1, loader.num_workers),  # where only a worker can read the data
+        num_workers=min(1, loader.num_workers),  # one, as perhaps only a worker can read the data
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
         generator=torch.Generator().manual_seed(SEED),
@@ -68,12 +68,12 @@ def drawn_by_index(loader: Any) -> list[Batch]:
     try:
         with kept_random_state(SEED):
             return list(again)
-    except Exception:  # a collator may want other batches than these: what is wrong, a pass shows
+    except Exception:  # a collator may need other batches; the first pass shows any real error
         return []
 
 
 def first_example(data: Any) -> Any:
-    """An example that torch's default collation is to put into batches; None where none is known.
+    """An example that torch's default collation will put into batches; None if none can be read.
 
     Args:
         data: a Dataset, or a loader of one.
@@ -87,12 +87,12 @@ def first_example(data: Any) -> Any:
     try:
         with kept_random_state(SEED):
             return data[0]
-    except Exception:  # an empty data set, or one of other indices: a pass shows what is wrong
+    except Exception:  # an empty data set or other indices: the first pass shows any real error
         return None
 
 
 def _some_indices(loader: "DataLoader[Any]") -> list[Any]:
-    """Indices from all over the data; those of the first batch where batches are put together."""
+    """Indices from all over the data; those of the first batch for a custom batch sampler."""
     batches = loader.batch_sampler
     if batches is not None and type(batches) is not BatchSampler:
         return first_indices(batches, batch=True)
@@ -100,4 +100,4 @@ def _some_indices(loader: "DataLoader[Any]") -> list[Any]:
     if len(listed) == LISTED and listed == list(range(LISTED)):
         listed = range(loader_length(loader.dataset) or LISTED)
     ends = torch.linspace(0, len(listed) - 1, EXAMPLES).round().long().unique().tolist()
-    return [listed[place] for place in ends] if len(listed) else []
+    return [listed[index] for index in ends] if len(listed) else []

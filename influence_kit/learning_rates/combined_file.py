@@ -1,6 +1,6 @@
-"""The applied rate of a file with weights, optimizers and schedulers in one dict.
+"""The applied learning rate of a file with weights, optimizers and schedulers in one dict.
 
-Those of Lightning (``.ckpt``) and of loops of the user's own.
+Such files are written by Lightning (``.ckpt``) and by users' own loops.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,8 +44,8 @@ def wrapped_state(saved: State, path: Path | None) -> TrainingState:
     """The optimizers and schedulers of a checkpoint in one dict.
 
     Args:
-        saved: what was saved.
-        path: its file, whose neighbours may be of the same run.
+        saved: the dict that was saved.
+        path: its file; other files in the folder may be of the same run.
     """
     lightning = LIGHTNING in saved
     key, optimizers = _states(saved, OPTIMIZER_KEYS, _is_optimizer)
@@ -54,7 +54,7 @@ def wrapped_state(saved: State, path: Path | None) -> TrainingState:
     if scheduler_key:
         where += f", scheduler state '{scheduler_key}'"
     loops, epoch = saved.get("loops"), saved.get("epoch")
-    # Lightning saves in the middle of an epoch, too: where its loops do not tell, nothing does
+    # Lightning also saves within epochs: its epoch is not used if there are loop counters
     counts = type(epoch) is int and not (lightning and loops)
     return TrainingState(
         optimizers,
@@ -74,7 +74,7 @@ def _is_optimizer(state: Any) -> bool:
 def _states(
     saved: State, keys: tuple[str, ...], fits: Callable[[Any], bool]
 ) -> tuple[str, list[State]]:
-    """The first key with state dicts that fit, and these."""
+    """The first key with state dicts that fit, and those state dicts."""
     for key in keys:
         held = saved.get(key)
         states: list[Any] = list(held) if isinstance(held, list | tuple) else [held]
@@ -85,10 +85,10 @@ def _states(
 
 
 def _lightning_back(loops: Any, schedulers: Sequence[State], epoch: Any) -> int | None:
-    """Whether Lightning stepped the scheduler after the last step of the optimizer.
+    """1 if Lightning stepped the scheduler after the optimizer's last step, 0 if not, or None.
 
-    It does so before any checkpoint is saved, at each step or at the end of the epoch, except that
-    ``ReduceLROnPlateau`` comes after it.
+    Lightning steps schedulers at each step or at the end of the epoch, before any checkpoint is
+    saved, but ``ReduceLROnPlateau`` after it.
     """
     try:
         fit = loops["fit_loop"]
@@ -100,7 +100,7 @@ def _lightning_back(loops: Any, schedulers: Sequence[State], epoch: Any) -> int 
     except (KeyError, TypeError):
         return None
     if len(schedulers) != 1 or not optimizer["step"]["total"]["completed"]:
-        return None  # several share one count; a manual loop steps them at will
+        return None  # several share one count; a manual loop may step them at any time
     steps = steps_taken(schedulers[0])
     if "patience" in schedulers[0]:
         return 0 if steps == epoch else None
@@ -110,14 +110,14 @@ def _lightning_back(loops: Any, schedulers: Sequence[State], epoch: Any) -> int 
         return 0
     if called == updates or (called == 1 and last):
         return 1
-    # every `frequency` batches: the frequency is certain where one alone is possible
+    # every `frequency` batches: certain if only one frequency is possible
     possible = range(ready // (called + 1) + 1, ready // called + 1)
     after = {ready % frequency == 0 for frequency in possible}
     return int(after.pop()) if len(after) == 1 else None
 
 
 def _others(path: Path | None, schedulers: Sequence[State]) -> dict[int, float]:
-    """The rates of the checkpoints beside a file, by number of scheduler steps."""
+    """The rates of neighbouring checkpoint files, by number of scheduler steps."""
     if path is None:
         return {}
     found = [_states(values_of(p), SCHEDULER_KEYS, is_scheduler)[1] for p in files_beside(path)]

@@ -1,30 +1,30 @@
 """Which batches are compared with autograd again: at each checkpoint the batches 1, 2, 4, 8, ...
 
-And a batch whose layers are called in another way than seen before, or whose lengths lie beyond
-those that were compared.
+Also compared are batches in which layers are called in a new way, or whose tensor lengths lie
+outside those compared before.
 """
 
 from collections.abc import Collection, Hashable, Sequence
 
 from influence_kit.losses.loss import Loss
 
-# so many different shapes are all compared; later ones where they are longer or shorter than all
+# the first shapes are all compared; later ones only if longer or shorter than all before
 FIRST_SHAPES = 8
 
 
 class Schedule:
-    """Counts the batches of a question, and says which to compare again."""
+    """Counts the batches of a call, and decides which to compare again."""
 
     def __init__(self) -> None:
         self.begin()
         self._paths: set[Hashable] = set()
         self._shapes: dict[Hashable, list[Sequence[int]]] = {}
         self._waits: dict[str, int] = {}
-        # whether the last batch was unlike those before
+        # whether the last batch was unlike earlier ones
         self.is_surprised = False
 
     def begin(self) -> None:
-        """A new question: batches are counted from 1 at each checkpoint."""
+        """Start a new call: batches are counted from 1 at each checkpoint."""
         self._counts: dict[tuple[int | None, int, bool], int] = {}
         self._keys: set[Hashable] = set()
         self.seen = 1
@@ -37,12 +37,12 @@ class Schedule:
         path: Hashable,
         shapes: Sequence[Sequence[int]],
     ) -> bool:
-        """Count a batch; whether it is to be compared.
+        """Count a batch; returns whether it must be compared.
 
         Args:
-            checkpoint: the number of the checkpoint in the model.
-            loss: the loss of the batch (its training or test loss).
-            several: whether it has more than one example: one alone shows nothing of others.
+            checkpoint: the index of the checkpoint in the model.
+            loss: the loss of the batch (training or test loss).
+            several: whether it has more than one example: a single one shows no mixing.
             path: how the layers were called.
             shapes: the lengths of the batch's tensors, without the number of examples.
         """
@@ -69,13 +69,13 @@ class Schedule:
         return beyond
 
     def is_new(self, key: Hashable) -> bool:
-        """Whether a key was not seen in this question."""
+        """Whether a key is new in this call."""
         found = key not in self._keys
         self._keys.add(key)
         return found
 
     def may_look(self, names: Collection[str]) -> bool:
-        """Whether to look at parameters that moved for the first time: less and less often."""
+        """Whether to check parameters with their first non-zero gradients: less and less often."""
         look = False
         for name in names:
             wait = self._waits[name] = self._waits.get(name, 0) + 1

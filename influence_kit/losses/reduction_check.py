@@ -1,6 +1,6 @@
-"""A batch's reduced loss against the losses of two parts of it: is it a sum or mean over examples?
+"""Compares a batch's reduced loss with those of two parts: is it a sum or mean over examples?
 
-The loss alone is called again, on parts of the outputs that are there.
+Only the loss is called again, on parts of the existing outputs.
 """
 
 import math
@@ -19,34 +19,34 @@ Values = Callable[[Any, Batch], Tensor]
 def compare_parts(
     values: Values, outputs: Any, batch: Batch, value: Tensor, n: int, reduction: str | None
 ) -> str | None:
-    """What is wrong with a loss of n examples, in words; None where it is as it should be.
+    """Why a loss of n examples is not their sum or mean, in words; None if it is.
 
     Args:
         values: the loss of outputs and a batch.
-        outputs: of the model, without a graph.
+        outputs: the model's outputs, without a graph.
         batch: the batch.
-        value: its loss, a scalar.
+        value: the batch's loss, a scalar.
         n: the number of its examples.
-        reduction: "sum", "mean", or None for either.
+        reduction: "sum", "mean", or None to accept either.
     """
     if not bool(value.isfinite()):
-        return None  # the scores will say which example it was
+        return None  # the check of scores will name the example
     order = _order(n, value.device)
     parts = order[: n // 2], order[n // 2 :]
-    said = None
+    difference = None
     for axis in (0, 1):
         losses = [_of_part(values, outputs, batch, rows, n, axis) for rows in parts]
         found = [loss for loss in losses if loss is not None]
         if len(found) < 2:
             continue
-        said = _wrong(value, found, [len(rows) for rows in parts], n, reduction)
-        if said is None:
+        difference = _difference(value, found, [len(rows) for rows in parts], n, reduction)
+        if difference is None:
             return None
-    return said
+    return difference
 
 
 def _order(n: int, device: torch.device) -> Tensor:
-    """The examples in an order that depends on their number alone."""
+    """A fixed random order of n examples, which depends on n only."""
     generator = torch.Generator().manual_seed(n)
     return torch.randperm(n, generator=generator).to(device)
 
@@ -54,7 +54,7 @@ def _order(n: int, device: torch.device) -> Tensor:
 def _of_part(
     values: Values, outputs: Any, batch: Batch, rows: Tensor, n: int, axis: int
 ) -> Tensor | None:
-    """The loss of some examples; None where the outputs cannot be cut along that axis."""
+    """The loss of some examples; None if the outputs cannot be cut along that axis."""
     cut: list[bool] = []
 
     def part(tensor: Tensor) -> Tensor:
@@ -73,11 +73,11 @@ def _of_part(
         return values(some, take(batch, rows))
     except InvalidArgumentError:
         raise
-    except Exception:  # shapes that do not fit: the other axis may
+    except Exception:  # shapes that do not fit; those of the other axis may
         return None
 
 
-def _wrong(
+def _difference(
     value: Tensor, losses: list[Tensor], counts: list[int], n: int, reduction: str | None
 ) -> str | None:
     if any(loss.dim() > 0 for loss in losses):
@@ -92,6 +92,6 @@ def _wrong(
         if abs(times * whole - math.fsum(weighted)) <= close * scale + 1e-12:
             return None
     return (
-        f"the batch of {n} examples has {whole:.6g}, and two parts of it, of {counts[0]} and "
-        f"{counts[1]}, have {parts[0]:.6g} and {parts[1]:.6g}"
+        f"the batch of {n} examples has the loss {whole:.6g}, and two parts of it, of {counts[0]} "
+        f"and {counts[1]}, have {parts[0]:.6g} and {parts[1]:.6g}"
     )
