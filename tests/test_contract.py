@@ -82,7 +82,7 @@ def test_a_small_workspace_does_not_matter(
     method: str, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = plain_scores(method, case)
-    for name in ("forms", "rows", "functional", "source"):
+    for name in ("forms", "rows", "functional", "gradient_source"):
         monkeypatch.setattr(f"influence_kit.gradients.{name}.workspace_bytes", lambda device: 300)
     monkeypatch.setattr("influence_kit.gradients.forms.resident_bytes", lambda device: 300)
     assert_close(plain_scores(method, case), expected)
