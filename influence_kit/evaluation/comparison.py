@@ -74,11 +74,16 @@ class Comparison:
         return "\n".join([self._methods(), *self._notes(), "", title, *self._correlations()])
 
     def _methods(self) -> str:
-        header = ["", "method", "seconds", "added MiB"]
-        rows = [
-            [place, name, *_shown(cost)]
-            for place, (name, cost) in enumerate(zip(self.names, self.costs, strict=True), 1)
+        header = ["", "method", "seconds"]
+        rows: list[list[object]] = [
+            [number, name, "-" if cost is None else f"{cost.seconds:.2f}"]
+            for number, (name, cost) in enumerate(zip(self.names, self.costs, strict=True), 1)
         ]
+        memory = [None if cost is None else cost.mebibytes for cost in self.costs]
+        if any(size is not None for size in memory):
+            header.append("added MiB")
+            for row, size in zip(rows, memory, strict=True):
+                row.append("-" if size is None else f"{size:.0f}")
         if self.scores is not None:
             header[2:2] = ["LDS", "std. error"]
             for row, score in zip(rows, self.scores, strict=True):
@@ -112,7 +117,7 @@ def compare(
     truth: SubsetTruth | None = None,
     show_progress: bool = False,
 ) -> Comparison:
-    """Rank correlation between methods, LDS where the truth is given, time and added memory.
+    """Rank correlation between methods, LDS where the truth is given, time, and memory on a GPU.
 
     Each method's ``influence(inputs)`` is called once, in order, so that the time is that of a
     first call: with the fit, where the method is not fitted yet.
@@ -191,10 +196,3 @@ def _named(methods: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
 def _agreement(rows: Sequence[Tensor]) -> Tensor:
     values = [[float(pearson(left, right).mean()) for right in rows] for left in rows]
     return torch.tensor(values, dtype=torch.float64)
-
-
-def _shown(cost: Cost | None) -> list[str]:
-    if cost is None:
-        return ["-", "-"]
-    memory = "-" if cost.mebibytes is None else f"{cost.mebibytes:.0f}"
-    return [f"{cost.seconds:.2f}", memory]

@@ -5,6 +5,8 @@ functions with their closures are described by what is in them. Large tensors an
 data: they are described by their kind and length, and the weights of a model not at all.
 """
 
+import contextlib
+import dis
 import enum
 import functools
 import hashlib
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.evaluation.source_hash import nested, source_hash
 
 PLAIN = (bool, int, str, types.NoneType)
 # said in full by what they print
@@ -69,19 +72,19 @@ class _Description:
         owner = getattr(function, "__self__", None)
         if isinstance(function, types.MethodType) and not inspect.isclass(owner):
             uses = {**_attributes(owner), **uses}
-        if inspect.isclass(function):
-            uses = {**_of_class(function), **uses}
-            function = function.__init__
+        kind = function if inspect.isclass(function) else None
+        if kind is not None:
+            uses = {**_of_class(kind), **uses}
+            function = kind.__init__
         elif not inspect.isroutine(function):
             uses = {**_attributes(function), **uses}
             function = type(function).__call__
         function = inspect.unwrap(function)
-        code = getattr(function, "__code__", None)
-        if code is None:  # written in another language
+        if not isinstance(function, types.FunctionType):  # written in another language
             return {"name": name, "uses": self._all(uses)} if uses else {"name": name}
         return {
             "name": name,
-            "code": code_hash(code),
+            "code": source_hash(function, kind),
             "uses": self._all({**_around(function), **uses}),
         }
 
@@ -156,15 +159,25 @@ def _refusal(name: str, value: Any, why: str) -> InvalidArgumentError:
     )
 
 
-def _around(function: Any) -> dict[str, Any]:
+def _around(function: types.FunctionType) -> dict[str, Any]:
     """The variables around a function, and its default arguments."""
-    outside = inspect.getclosurevars(function)
+    # also of code within: a comprehension is such code in some versions of Python
+    names = {
+        instruction.argval
+        for code in nested(function.__code__)
+        for instruction in dis.get_instructions(code)
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    }
+    outside = {name: value for name, value in function.__globals__.items() if name in names}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # of a name without a value yet
+            outside[name] = cell.cell_contents
     defaults = {
         parameter.name: parameter.default
         for parameter in inspect.signature(function).parameters.values()
         if parameter.default is not parameter.empty
     }
-    return {**outside.globals, **outside.nonlocals, **defaults}
+    return {**outside, **defaults}
 
 
 def _attributes(value: Any) -> dict[str, Any]:
@@ -217,16 +230,3 @@ def _length(value: Any) -> int | None:
         return len(value)
     except (TypeError, NotImplementedError):
         return None
-
-
-def code_hash(code: types.CodeType) -> str:
-    """A hash of what a function does, not of where it stands or how it is laid out."""
-    digest = hashlib.sha256(code.co_code)
-    for item in (*code.co_consts, code.co_names, code.co_varnames):
-        if isinstance(item, types.CodeType):
-            text = code_hash(item)
-        else:
-            # the order of a set is another in each process
-            text = str(sorted(map(repr, item))) if isinstance(item, frozenset) else repr(item)
-        digest.update(text.encode())
-    return digest.hexdigest()[:16]
