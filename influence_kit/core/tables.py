@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from influence_kit.core.arguments import check_sequence, check_texts
 from influence_kit.errors import InvalidArgumentError
 
 
@@ -22,7 +23,9 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         loss             0.98
         self-influence  0.997
     """
-    for place, row in enumerate(rows):
+    header = check_texts(header, "header", "names of columns")
+    for place, row in enumerate(check_sequence(rows, "rows", "rows")):
+        check_sequence(row, f"rows[{place}]", "cells")
         if len(row) != len(header):
             raise InvalidArgumentError(
                 f"row {place} of the table has {len(row)} cells where the header has "

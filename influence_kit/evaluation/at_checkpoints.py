@@ -18,6 +18,7 @@ from influence_kit.checkpoints.found import (
     load_checkpoint,
 )
 from influence_kit.checkpoints.loader import CheckpointLoader
+from influence_kit.core.arguments import check_count, check_flag, check_function, shown
 from influence_kit.data.batches import Batch, call_model, example_count, take, to_device
 from influence_kit.data.checked_batches import CheckedBatches
 from influence_kit.data.class_labels import logits_of
@@ -66,6 +67,9 @@ def checkpoint_losses(
         >>> checkpoint_losses(model, data, run, nn.MSELoss()).tolist()
         [[1.0, 4.0], [0.25, 1.0]]
     """
+    check_count(batch_size, "batch_size")
+    if loss_fn is not None:
+        check_function(loss_fn, "loss_fn", "loss_fn(outputs, targets)")
     loss = Loss(loss_fn, declared_reduction(loss_fn, None), "loss_fn")
     loader = as_loader(dataset, batch_size, "dataset")
     run = _Run(model, checkpoints, checkpoints_load_func, show_progress)
@@ -99,6 +103,7 @@ def checkpoint_logits(
             without logits ``[n, c]``.
         NonFiniteError: where a logit is NaN or infinite.
     """
+    check_count(batch_size, "batch_size")
     loader = as_loader(dataset, batch_size, "dataset")
     run = _Run(model, checkpoints, checkpoints_load_func, show_progress)
     return run.measured(loader, "logits", lambda batch: _logits(model, batch))
@@ -116,6 +121,7 @@ class _Run(NamedTuple):
         self, loader: Iterable[Batch], what: str, measure: Callable[[Batch], Tensor]
     ) -> Tensor:
         """What is measured of all batches at each checkpoint, float64 ``[C, n, ...]``."""
+        self._check()
         batches = CheckedBatches(loader, "dataset")
         device = next(self.model.parameters()).device
         found = find_checkpoints(self.checkpoints, self.load is not load_checkpoint)
@@ -137,6 +143,14 @@ class _Run(NamedTuple):
                 rows.append(torch.cat(parts))
                 _refuse_not_finite(rows[-1], what, f"checkpoint {place} ({label_of(found[place])})")
         return torch.stack(rows)
+
+    def _check(self) -> None:
+        if not isinstance(self.model, nn.Module) or next(self.model.parameters(), None) is None:
+            raise InvalidArgumentError(
+                f"`model` must be a torch.nn.Module with parameters; got {shown(self.model)}"
+            )
+        check_function(self.load, "checkpoints_load_func", "load(model, checkpoint) -> number")
+        check_flag(self.show_progress, "show_progress")
 
 
 def _refuse_not_finite(values: Tensor, what: str, where: str) -> None:

@@ -7,7 +7,7 @@ likely wrong. Letters: n training and m test examples, C checkpoints, c classes,
 import torch
 from torch import Tensor
 
-from influence_kit.core.arguments import check_count
+from influence_kit.core.arguments import check_count, shown
 from influence_kit.core.memory import rows_within, workspace_bytes
 from influence_kit.core.scaling import unit_rows
 from influence_kit.errors import InvalidArgumentError
@@ -28,7 +28,20 @@ def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
         >>> log_odds(torch.tensor([[2.0, 0.5]]), torch.tensor([0])).tolist()
         [1.5]
     """
-    own, others = _own_and_others(logits, labels)
+    for name, given in (("logits", logits), ("labels", labels)):
+        if not isinstance(given, Tensor) or given.layout != torch.strided or given.is_complex():
+            raise InvalidArgumentError(
+                f"`{name}` must be a dense tensor of real numbers; got {shown(given)}"
+            )
+    whole = not (
+        labels.is_meta or logits.is_meta or labels.is_floating_point() or labels.dtype == torch.bool
+    )
+    if logits.dim() != 2 or labels.shape != logits.shape[:1] or not len(labels) or not whole:
+        raise InvalidArgumentError(
+            f"`logits` has shape {list(logits.shape)} and `labels` {list(labels.shape)}, of "
+            f"{labels.dtype}; expected [m, c] and the class of each, integers [m]"
+        )
+    own, others = _own_and_others(logits, labels.long())
     return own - others.logsumexp(dim=-1)
 
 

@@ -15,12 +15,23 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from influence_kit.core.arguments import check_count, check_number
+from influence_kit.core.arguments import (
+    check_count,
+    check_seed,
+    check_seeds,
+)
 from influence_kit.core.memory import resident_bytes, rows_within
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.evaluation.arrays import indices_in
 from influence_kit.evaluation.batch_order import Part, Step, own_batches, shared_batches
-from influence_kit.evaluation.recipe import as_seed, seeded
+from influence_kit.evaluation.recipe import seeded
 from influence_kit.evaluation.settings import describe_function
+from influence_kit.evaluation.sgd_arguments import (
+    check_epochs,
+    check_new_model,
+    check_settings,
+    check_subsets,
+)
 from influence_kit.evaluation.stacked_models import (
     INSTEAD,
     ModelStack,
@@ -96,24 +107,15 @@ class BatchedSGD:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained, before hours of training."""
-        for name in ("epochs", "batch_size"):
-            check_count(getattr(self, name), name)
-        if self.at_once != "auto":
-            check_count(self.at_once, "at_once", instead='"auto"')
-        check_number(self.learning_rate, "learning_rate", above=0)
-        check_number(self.momentum, "momentum", least=0, below=1)
-        check_number(self.weight_decay, "weight_decay", least=0)
-        if len(self.inputs) != len(self.targets):
-            raise InvalidArgumentError(
-                f"got {len(self.inputs)} inputs and {len(self.targets)} targets; there must be one "
-                "target an input"
-            )
+        check_settings(self)
         with seeded(0):
-            check_model(self.make_model().train(), self.inputs[:2])
-            stack = ModelStack.of([self.make_model(), self.make_model()])
+            check_model(self._new_model().train(), self.inputs[:2])
+            stack = ModelStack.of([self._new_model(), self._new_model()])
             try:
                 self._gradients(stack, [Part(None, torch.zeros(2, 2).long())])
-            except RuntimeError as error:
+            except InvalidArgumentError:
+                raise
+            except (RuntimeError, TypeError, IndexError, ValueError) as error:
                 raise InvalidArgumentError(
                     f"torch.func.vmap cannot train this model: {error}. {INSTEAD}"
                 ) from error
@@ -133,12 +135,7 @@ class BatchedSGD:
         Raises:
             InvalidArgumentError: for subsets of different sizes, or another number of seeds.
         """
-        sizes = sorted({len(subset) for subset in subsets})
-        if len(sizes) != 1 or len(subsets) != len(seeds):
-            raise InvalidArgumentError(
-                f"got {len(subsets)} subsets of sizes {sizes} and {len(seeds)} seeds; models that "
-                "are trained at once need subsets of one size, and a seed each"
-            )
+        subsets, seeds = check_subsets(subsets, seeds, len(self.inputs))
         stack = ModelStack.of([self._made(seed) for seed in seeds])
         for _ in self._train(stack, subsets, seeds):
             pass
@@ -146,6 +143,7 @@ class BatchedSGD:
 
     def train_many(self, subsets: Sequence[Tensor], seeds: Sequence[int]) -> Iterator[nn.Module]:
         """The models trained on the subsets, all of one size."""
+        seeds = check_seeds(seeds)
         stacked = self.stacked(subsets, seeds)
         for place, seed in enumerate(seeds):
             yield put_into(self._made(seed), stacked, place)
@@ -168,11 +166,8 @@ class BatchedSGD:
         Raises:
             InvalidArgumentError: for no epochs, or others.
         """
-        if len(epochs) == 0 or list(epochs) != sorted({*epochs} & {*range(1, self.epochs + 1)}):
-            raise InvalidArgumentError(
-                f"`epochs` is {list(epochs)}; it must be one or more of 1 to {self.epochs}, "
-                "ascending"
-            )
+        indices = indices_in(indices, len(self.inputs))
+        epochs = check_epochs(epochs, self.epochs)
         model, kept = self._made(seed), []
         stack = ModelStack.of([self._made(seed)])
         for epoch in self._train(stack, [indices], [seed]):
@@ -186,6 +181,7 @@ class BatchedSGD:
 
     def at_once_of(self, size: int) -> int:
         """How many models on ``size`` examples each to train at once."""
+        check_count(size, "size")
         if self.at_once != "auto":
             return self.at_once
         model = self._made(0)
@@ -207,13 +203,16 @@ class BatchedSGD:
 
     def _made(self, seed: int) -> nn.Module:
         with seeded(seed):
-            return self.make_model()
+            return self._new_model()
+
+    def _new_model(self) -> nn.Module:
+        return check_new_model(self.make_model())
 
     def _train(
         self, stack: ModelStack, subsets: Sequence[Tensor], seeds: Sequence[int]
     ) -> Iterator[int]:
         """Train the stacked models in place; yields each epoch's number, from 1, at its end."""
-        generators = [torch.Generator().manual_seed(as_seed(seed)) for seed in seeds]
+        generators = [torch.Generator().manual_seed(check_seed(seed)) for seed in seeds]
         velocities = [torch.zeros_like(weight) for weight in stack.weights]
         for epoch in range(1, self.epochs + 1):
             if self.same_batches:

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from influence_kit.core.arguments import check_flag, check_text, shown
 from influence_kit.core.tables import text_table
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, numbers
@@ -139,7 +141,8 @@ def compare(
         tensor([[1.0000, 0.5000],
                 [0.5000, 1.0000]], dtype=torch.float64)
     """
-    named = _named(methods)
+    check_flag(show_progress, "show_progress")
+    named, truth = _named(methods), _checked_truth(truth)
     rows: dict[str, _Row] = {}
     for name, method in tqdm(named.items(), desc="compare", disable=not show_progress):
         rows[name] = row = _row_of(name, method, inputs, truth)
@@ -169,8 +172,14 @@ class _Row(NamedTuple):
 
 
 def _row_of(name: str, method: Any, inputs: Any, truth: SubsetTruth | None) -> _Row:
-    if isinstance(method, Tensor):
+    scores: Any
+    if isinstance(method, Tensor | np.ndarray):
         scores, cost = method, None
+    elif not callable(getattr(method, "influence", None)):
+        raise InvalidArgumentError(
+            f"the method {name} is {shown(method)}; expected scores [m, n], or an object with "
+            "`influence(inputs)`"
+        )
     else:
         scores, cost = measured(lambda: method.influence(inputs))
     tau = numbers(scores, f"the scores of {name}", "[m, n]")
@@ -178,12 +187,25 @@ def _row_of(name: str, method: Any, inputs: Any, truth: SubsetTruth | None) -> _
     return _Row(ranks(tau), int(is_constant(tau).sum()), cost, score)
 
 
-def _named(methods: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
-    pairs = (
-        list(methods.items())
-        if isinstance(methods, Mapping)
-        else [(type(method).__name__, method) for method in methods]
-    )
+def _checked_truth(truth: Any) -> SubsetTruth | None:
+    if truth is None:
+        return None
+    if not isinstance(truth, tuple) or len(truth) != len(SubsetTruth._fields):
+        raise InvalidArgumentError(
+            f"`truth` must be a SubsetTruth(subsets, outputs, outputs_are); got {shown(truth)}"
+        )
+    return SubsetTruth(*truth)
+
+
+def _named(methods: Any) -> dict[str, Any]:
+    if isinstance(methods, Mapping):
+        pairs = [(check_text(name, "a name in `methods`"), m) for name, m in methods.items()]
+    elif isinstance(methods, list | tuple):
+        pairs = [(type(method).__name__, method) for method in methods]
+    else:
+        raise InvalidArgumentError(
+            f"`methods` must be a dict {{name: method}}, or a list of methods; got {shown(methods)}"
+        )
     named = dict(pairs)
     if not named or len(named) < len(pairs):
         raise InvalidArgumentError(

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from influence_kit.core.arguments import check_count
+from influence_kit.core.arguments import check_count, check_flag, check_seed, shown
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import (
     Values,
@@ -24,6 +24,7 @@ Kind = Literal["margin", "loss"]
 SIGNS = {"margin": 1.0, "loss": -1.0}
 # of a sum of n numbers in float64, relative to the largest
 ROUNDING = torch.finfo(torch.float64).eps
+MOST = 2**31 - 1  # examples, or subsets
 
 
 def half_subsets(n: int, count: int, fraction: float = 0.5, seed: int = 0) -> Tensor:
@@ -42,14 +43,14 @@ def half_subsets(n: int, count: int, fraction: float = 0.5, seed: int = 0) -> Te
         >>> half_subsets(6, count=4).sum(dim=1).tolist()
         [3, 3, 3, 3]
     """
-    check_count(count, "count", least=0)
-    size = count_of(fraction, check_count(n, "n"))
+    check_count(count, "count", least=0, most=MOST)
+    size = count_of(fraction, check_count(n, "n", most=MOST))
     if count < 1 or not 0 < size < n:
         raise InvalidArgumentError(
             f"got {count} subsets of a share of {fraction} of {n} examples, {size} each; there "
             f"must be at least one subset, and 1 to {n - 1} examples in each"
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_seed(seed))
     masks = torch.zeros(count, n, dtype=torch.bool)
     for mask in masks:
         mask[torch.randperm(n, generator=generator)[:size]] = True
@@ -99,6 +100,7 @@ def linear_datamodeling_score(
         >>> round(linear_datamodeling_score(scores, subsets, outputs, "margin").mean, 6)
         1.0
     """
+    check_flag(leave_out_constant, "leave_out_constant")
     tau = numbers(scores, "scores", "[m, n]")
     (m, n), masks = tau.shape, subset_masks(subsets, tau.shape[1])
     repeats = repeated_numbers(outputs, "outputs", "[S, R, m]")
@@ -117,9 +119,9 @@ def linear_datamodeling_score(
 
 def sign_of(outputs_are: str) -> float:
     """1 where a proponent raises the output, -1 where it lowers it."""
-    if outputs_are not in SIGNS:
+    if not isinstance(outputs_are, str) or outputs_are not in SIGNS:
         raise InvalidArgumentError(
-            f'`outputs_are` is {outputs_are!r}; it must be "margin" (higher is better) or "loss" '
-            "(lower is better)"
+            f'`outputs_are` is {shown(outputs_are)}; it must be "margin" (higher is better) or '
+            '"loss" (lower is better)'
         )
     return SIGNS[outputs_are]

@@ -9,16 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from influence_kit.core.arguments import check_count
+from influence_kit.core.arguments import check_count, check_flag
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.evaluation.arrays import Values, numbers, places, repeated_numbers
+from influence_kit.evaluation.arrays import Values, indices_in, numbers, repeated_numbers
 from influence_kit.evaluation.correlation import (
     RowCorrelation,
     pearson,
     row_correlations,
     spearman,
 )
-from influence_kit.evaluation.datamodel import Kind, sign_of
+from influence_kit.evaluation.datamodel import MOST, Kind, sign_of
 from influence_kit.evaluation.recipe import Measure, TrainFunction
 from influence_kit.evaluation.retraining import Retraining, as_retraining
 
@@ -79,12 +79,14 @@ def leave_one_out(
         [[3.0, 1.25, -0.75]]
     """
     sign = sign_of(outputs_are)
-    if check_count(n, "n", least=0) < 2:
+    check_flag(by_seed, "by_seed")
+    retraining = as_retraining(train)
+    if check_count(n, "n", least=0, most=MOST) < 2:
         raise InvalidArgumentError(f"`n` is {n}; leaving one out needs at least two examples")
-    left_out = places(indices, n)
+    left_out = torch.arange(n) if indices is None else indices_in(indices, n)
     masks = torch.ones(1 + len(left_out), n, dtype=torch.bool)
     masks[torch.arange(1, len(masks)), left_out] = False
-    outputs = as_retraining(train).outputs(masks, measure, seeds)
+    outputs = retraining.outputs(masks, measure, seeds)
     differences = sign * (outputs[:1] - outputs[1:]).permute(1, 2, 0)
     return differences if by_seed else differences.mean(dim=0)
 
@@ -114,6 +116,7 @@ def loo_correlation(
         >>> loo_correlation([[3.0, 1.0, 2.0]], [[0.3, 0.1, 0.9]]).spearman.per_test
         tensor([0.5000], dtype=torch.float64)
     """
+    check_flag(leave_out_constant, "leave_out_constant")
     predicted = numbers(scores, "scores", "[m, k]")
     real = repeated_numbers(differences, "differences", "[R, m, k]")
     if predicted.shape != real.shape[1:]:

@@ -6,6 +6,7 @@ Letters: n examples, of which w have a wrong label.
 import torch
 from torch import Tensor
 
+from influence_kit.core.arguments import check_number
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, count_of, marks, numbers
 
@@ -119,11 +120,7 @@ def _order(values: Tensor) -> Tensor:
 
 def _counts(scores: Values, is_wrong: Values, fraction: float) -> tuple[int, int, int]:
     """How many examples are inspected, how many wrong labels are among them, and the letter w."""
-    if not 0 < fraction <= 1:
-        raise InvalidArgumentError(
-            f"`fraction` is the share of the examples inspected; got {fraction}, expected a number "
-            "above 0 and at most 1"
-        )
+    check_number(fraction, "fraction", above=0, most=1)
     values, wrong = _checked(scores, is_wrong)
     inspected = count_of(fraction, len(values))
     return inspected, int(wrong[_order(values)[:inspected]].sum()), int(wrong.sum())

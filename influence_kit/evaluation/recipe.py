@@ -1,6 +1,5 @@
 """How a user trains a model, and what tells one way of training from another."""
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
@@ -8,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from influence_kit.errors import InvalidArgumentError
+from influence_kit.core.arguments import check_seed
 from influence_kit.evaluation.settings import describe_function
 
 TrainFunction = Callable[[Tensor, int], nn.Module]
@@ -40,24 +39,10 @@ class TrainsMany(Protocol):
         ...
 
 
-def as_seed(seed: Any) -> int:
-    """The seed as an int.
-
-    Raises:
-        InvalidArgumentError: for anything else: torch would take 1.5 for 1.
-    """
-    try:
-        if not isinstance(seed, bool):
-            return operator.index(seed)
-    except TypeError:
-        pass
-    raise InvalidArgumentError(f"a seed must be an int; got {seed!r}")
-
-
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Torch's random state set by ``seed`` inside, and as it was afterwards."""
-    seed = as_seed(seed)
+    seed = check_seed(seed)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

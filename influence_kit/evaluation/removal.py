@@ -6,14 +6,18 @@ Letters: m test and n training examples, K counts, F fractions, R repeats (seeds
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from influence_kit.core.arguments import check_count, check_flag, check_seed, check_sequence
 from influence_kit.core.tables import text_table
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, count_of, numbers, standard_error
 from influence_kit.evaluation.recipe import Measure, TrainFunction
 from influence_kit.evaluation.retraining import Retraining, as_retraining
+
+MOST_REPEATS = 2**20
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -95,11 +99,12 @@ def brittleness(
         InvalidArgumentError: for counts outside their range, predictions of other than m test
             examples, or such that are no classes; otherwise as ``Retraining.outputs``.
     """
+    retraining = as_retraining(train)
     tau = numbers(scores, "scores", "[m, n]")
     masks = _without_top(tau, counts)
     everything = torch.ones(1, tau.shape[1], dtype=torch.bool)
     jobs = torch.cat([everything, masks.flatten(0, 1)])
-    classes = as_retraining(train).outputs(jobs, predict, seeds)
+    classes = retraining.outputs(jobs, predict, seeds)
     if classes.shape[2] != len(tau):
         raise InvalidArgumentError(
             f"`predict` returned {classes.shape[2]} classes; the scores are of {len(tau)} test "
@@ -120,7 +125,9 @@ def brittleness(
 def _without_top(scores: Tensor, counts: Sequence[int]) -> Tensor:
     """What is left without each test example's top proponents, bool ``[m, K, n]``."""
     m, n = scores.shape
-    wrong = [count for count in counts if not 1 <= count < n]
+    counts = list(check_sequence(counts, "counts", "ints"))
+    wrong = [c for c in counts if not isinstance(c, int | np.integer) or not 1 <= c < n]
+    wrong += [c for c in counts if isinstance(c, bool)]
     if wrong or len(counts) == 0:
         raise InvalidArgumentError(
             f"`counts` is {list(counts)}; each must be from 1 to {n - 1}, as many proponents as "
@@ -162,6 +169,9 @@ def removal_curve(
         InvalidArgumentError: for no repeats, or a fraction that leaves no example or more than
             there are; otherwise as ``Retraining.outputs``.
     """
+    retraining, keep, seed = as_retraining(train), check_flag(keep, "keep"), check_seed(seed)
+    check_count(repeats, "repeats", least=0, most=MOST_REPEATS)
+    fractions = check_sequence(fractions, "fractions", "shares of the training set")
     values = numbers(scores, "scores", "[n]")
     n, seeds = len(values), range(seed, seed + repeats)
     sizes = [count_of(fraction, n) for fraction in fractions]
@@ -180,6 +190,6 @@ def removal_curve(
         for column, order in enumerate(orders):
             masks[place, column, order[:size]] = keep
     pairs = masks.flatten(0, 1)
-    outputs = as_retraining(train).paired_outputs(pairs, measure, [*seeds, *seeds] * len(sizes))
+    outputs = retraining.paired_outputs(pairs, measure, [*seeds, *seeds] * len(sizes))
     curves = outputs.mean(dim=1).unflatten(0, (len(sizes), 2, repeats))
     return RemovalCurve(tuple(fractions), curves[:, 0], curves[:, 1], keep)

@@ -6,12 +6,20 @@ Letters: n training examples, m measured outputs (of test examples), S subsets, 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
+from os import PathLike
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from influence_kit.core.arguments import (
+    check_flag,
+    check_function,
+    check_seeds,
+    check_text,
+    shown,
+)
 from influence_kit.core.processes import process_count, results
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, subset_masks
@@ -21,10 +29,11 @@ from influence_kit.evaluation.recipe import (
     Settings,
     TrainFunction,
     TrainsMany,
-    as_seed,
     seeded,
 )
 from influence_kit.evaluation.training import Rows, measured, train_group, trained
+
+CALL = "train_fn(indices, seed) -> model"
 
 
 class Retraining:
@@ -78,8 +87,19 @@ class Retraining:
         n_jobs: int = 1,
         show_progress: bool = False,
     ) -> None:
-        self.train_fn = train_fn
-        self.show_progress = show_progress
+        if folder is not None and (not isinstance(folder, str | PathLike) or not str(folder)):
+            raise InvalidArgumentError(
+                f"`folder` must be the path of a folder, or None; got {shown(folder)}"
+            )
+        if model is not None and not isinstance(model, nn.Module):
+            raise InvalidArgumentError(
+                "`model` must be a torch.nn.Module like those that `train_fn` returns, or None; "
+                f"got {shown(model)}"
+            )
+        self.train_fn = check_function(train_fn, "train_fn", CALL)
+        self.show_progress = check_flag(show_progress, "show_progress")
+        if label is not None:
+            check_text(label, "label", instead="None")
         self._model = copy.deepcopy(model)
         self._path, self._label = folder, label
         self._processes = process_count(n_jobs)
@@ -102,7 +122,7 @@ class Retraining:
         """
         masks, each_seed = _pairs(subsets, seeds)
         rows = self.paired_outputs(masks, measure, each_seed)
-        return rows.view(-1, len(seeds), rows.shape[1])
+        return rows.view(-1, len(set(each_seed)), rows.shape[1])
 
     def paired_outputs(self, subsets: Values, measure: Measure, seeds: Sequence[int]) -> Tensor:
         """What is measured of a model for each subset with its own seed, float64 ``[S, m]``.
@@ -116,8 +136,10 @@ class Retraining:
             InvalidArgumentError: as in ``outputs``.
             NonFiniteError: as in ``outputs``.
         """
-        jobs = _jobs(subset_masks(subsets), seeds)
-        rows = self._run(jobs, self._folder(subsets), measure)
+        check_function(measure, "measure", "measure(model) -> tensor [m]")
+        masks = subset_masks(subsets)
+        jobs = _jobs(masks, seeds)
+        rows = self._run(jobs, self._folder(masks), measure)
         found = [torch.as_tensor(rows[job.name]) for job in jobs]
         lengths = sorted({len(row) for row in found})
         if len(lengths) > 1:
@@ -145,11 +167,11 @@ class Retraining:
         self._run(jobs, folder, measure=None)
         return [folder.file(job) for job in jobs]
 
-    def _folder(self, subsets: Values) -> ModelFolder | None:
+    def _folder(self, masks: Tensor) -> ModelFolder | None:
         if self._path is None:
             return None
-        n = torch.as_tensor(subsets).shape[1]
-        return ModelFolder(self._path, {"examples": n, **self._settings.description()})
+        examples = masks.shape[1]
+        return ModelFolder(self._path, {"examples": examples, **self._settings.description()})
 
     def _run(self, jobs: list[Job], folder: ModelFolder | None, measure: Measure | None) -> Rows:
         """What is measured of each job, by its name."""
@@ -216,25 +238,26 @@ class Retraining:
 
 def as_retraining(train: TrainFunction | Retraining) -> Retraining:
     """A training function as a ``Retraining`` that keeps nothing on disk."""
-    return train if isinstance(train, Retraining) else Retraining(train)
+    if isinstance(train, Retraining):
+        return train
+    return Retraining(check_function(train, "train", CALL))
 
 
 def _pairs(subsets: Values, seeds: Sequence[int]) -> tuple[Tensor, list[int]]:
     """Each subset with each seed, a subset's side by side."""
-    if len(seeds) == 0:
-        raise InvalidArgumentError("got no seeds; at least one model is trained a subset")
-    seeds = [as_seed(seed) for seed in seeds]
+    seeds = check_seeds(seeds)
     if len({*seeds}) < len(seeds):
         raise InvalidArgumentError(
-            f"got the seeds {list(seeds)}; of equal ones there is one model, which is no repeat"
+            f"got the seeds {seeds}, which must be distinct: equal seeds train the same model"
         )
     masks = subset_masks(subsets)
     return masks.repeat_interleave(len(seeds), dim=0), [*seeds] * len(masks)
 
 
 def _jobs(masks: Tensor, seeds: Sequence[int]) -> list[Job]:
+    seeds = check_seeds(seeds)
     if len(seeds) != len(masks):
         raise InvalidArgumentError(
             f"got {len(seeds)} seeds for {len(masks)} models; there must be one for each"
         )
-    return [Job.of(mask, as_seed(seed)) for mask, seed in zip(masks, seeds, strict=True)]
+    return [Job.of(mask, seed) for mask, seed in zip(masks, seeds, strict=True)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from influence_kit.core.arguments import check_number
+from influence_kit.core.arguments import check_flag, check_number
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, numbers
 
@@ -68,6 +68,7 @@ def ridge_leave_one_out(
         tensor([[13.0000, 10.0000,  4.0000]], dtype=torch.float64)
     """
     x, y, tests = _examples(inputs, targets, test_inputs)
+    check_flag(bias, "bias")
     check_number(ridge, "ridge", least=0)
     penalty = torch.full((x.shape[1],), float(ridge), dtype=torch.float64)
     if bias:

@@ -64,8 +64,14 @@ def check_model(model: nn.Module, few: Tensor) -> None:
                 f"together than for each alone. {INSTEAD}"
             )
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.no_grad():
-        model(few)
+    try:
+        with torch.no_grad():
+            model(few)
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise InvalidArgumentError(
+            f"the model fails on the first of `inputs`, {few.dtype} of shape {list(few.shape)}: "
+            f"{error}"
+        ) from error
     changed = [n for n, buffer in model.named_buffers() if not torch.equal(buffer, before[n])]
     if changed:
         raise InvalidArgumentError(

@@ -5,9 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
+from influence_kit.core.arguments import check_sequence, check_text, shown
 from influence_kit.core.tables import text_table
 from influence_kit.errors import DampingWarning, InvalidArgumentError
-from influence_kit.evaluation.arrays import Values
+from influence_kit.evaluation.arrays import Values, as_tensor
 from influence_kit.evaluation.comparison import Influence
 from influence_kit.evaluation.correlation import RowCorrelation
 from influence_kit.evaluation.datamodel import Kind, linear_datamodeling_score
@@ -79,8 +83,16 @@ def tune_damping(
         InvalidArgumentError: for no values, or a method without the attribute (or with both);
             otherwise as ``linear_datamodeling_score``.
     """
+    values = [_one_value(value) for value in check_sequence(values, "values", "dampings to try")]
     if len(values) == 0:
-        raise InvalidArgumentError("got no values to try")
+        raise InvalidArgumentError("`values` is empty; pass one or more dampings to try")
+    if not callable(getattr(method, "influence", None)):
+        raise InvalidArgumentError(
+            "`method` must have `influence(inputs)`, as methods of this package; got "
+            f"{shown(method)}"
+        )
+    if attribute is not None:
+        check_text(attribute, "attribute", instead="None")
     attribute = _attribute(method, attribute)
     before = getattr(method, attribute)
     scores = []
@@ -98,6 +110,18 @@ def tune_damping(
     best = max(range(len(values)), key=lambda place: scores[place].mean)
     setattr(method, attribute, values[best])
     return Tuned(attribute, values[best], tuple(values), tuple(scores))
+
+
+def _one_value(value: Any) -> Any:
+    """A value to try; of a tensor or array its one number."""
+    if not isinstance(value, Tensor | np.ndarray):
+        return value
+    numbers = as_tensor(value, "an item of `values`", "one number")
+    if numbers.numel() != 1:
+        raise InvalidArgumentError(
+            f"an item of `values` has shape {list(numbers.shape)}; each must be one value to try"
+        )
+    return numbers.item()
 
 
 def _attribute(method: Any, asked: str | None) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from influence_kit.core.arguments import check_count
+from influence_kit.core.arguments import check_count, check_flag
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.valuation.refits import Marks, Values, standard_errors
+from influence_kit.evaluation.arrays import as_tensor
+from influence_kit.valuation.refits import MOST, Marks, Values, standard_errors
 from influence_kit.valuation.semivalue import Semivalue
 
 
@@ -59,6 +60,7 @@ class DataBanzhaf(Semivalue):
         self, inputs: Any = None, aggregate: bool = False, show_progress: bool = False
     ) -> Values:
         """The values with their standard errors."""
+        check_flag(aggregate, "aggregate")
         subsets = self._held()
         with self._bar(len(subsets), show_progress) as bar:
             utilities = self._utilities(subsets, inputs, bar)
@@ -80,12 +82,12 @@ class DataBanzhaf(Semivalue):
         """The subsets ``[s, n]``."""
         n = self.train_count
         if isinstance(self.subsets, int):
-            check_count(self.subsets, "subsets")
+            check_count(self.subsets, "subsets", most=MOST)
             return np.random.default_rng(self.seed).random((self.subsets, n)) < 0.5
-        given = np.asarray(self.subsets)
+        expected = f"an int or a bool array [s, {n}]"
+        given: Marks = as_tensor(self.subsets, "subsets", expected).numpy()
         if given.ndim != 2 or given.dtype != bool or not len(given) or given.shape[1] != n:
             raise InvalidArgumentError(
-                f"`subsets` must be an int or a bool array [s, {n}]; got {given.dtype} of shape "
-                f"{list(given.shape)}"
+                f"`subsets` must be {expected}; got {given.dtype} of shape {list(given.shape)}"
             )
         return given

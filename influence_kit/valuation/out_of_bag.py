@@ -9,7 +9,8 @@ from torch import Tensor
 
 from influence_kit.core.arguments import check_count
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.valuation.refits import Marks, Moments, Places, Valuation, Values
+from influence_kit.evaluation.arrays import as_tensor
+from influence_kit.valuation.refits import MOST, Marks, Moments, Places, Valuation, Values
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -99,16 +100,16 @@ class DataOOB(Valuation):
         """The bags ``[bags, bag_size]``, each ascending."""
         n = self.train_count
         if isinstance(self.bags, int):
-            check_count(self.bags, "bags")
+            check_count(self.bags, "bags", most=MOST)
             size = n if self.bag_size is None else self.bag_size
-            check_count(size, "bag_size")
+            check_count(size, "bag_size", most=MOST)
             random = np.random.default_rng(self.seed)
             return np.sort(random.integers(n, size=(self.bags, size)), axis=1)
         if self.bag_size is not None:
             raise InvalidArgumentError(
                 "`bag_size` is for bags that are drawn; `bags` holds them: leave one of them out"
             )
-        given = np.asarray(self.bags)
+        given = as_tensor(self.bags, "bags", "an int or an int array [bags, bag_size]").numpy()
         if given.ndim != 2 or not given.size or not np.issubdtype(given.dtype, np.integer):
             raise InvalidArgumentError(
                 "`bags` must be an int or an int array [bags, bag_size]; got "

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_kit.core.arguments import check_count, check_number
+from influence_kit.core.arguments import check_count, check_flag, check_number
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.valuation.refits import Moments, Places, Values
+from influence_kit.evaluation.arrays import as_tensor
+from influence_kit.valuation.refits import MOST, Moments, Places, Values
 from influence_kit.valuation.semivalue import Semivalue
 
 
@@ -46,6 +47,7 @@ class PermutationValue(Semivalue):
         self, inputs: Any = None, aggregate: bool = False, show_progress: bool = False
     ) -> Values:
         """The values with their standard errors; all permutations grow by one example at a time."""
+        check_flag(aggregate, "aggregate")
         orders = self._orders()
         count, n = orders.shape
         scale = n * self._size_weights()
@@ -74,10 +76,10 @@ class PermutationValue(Semivalue):
         """The permutations ``[P, n]``."""
         n = self.train_count
         if isinstance(self.permutations, int):
-            check_count(self.permutations, "permutations")
+            check_count(self.permutations, "permutations", most=MOST)
             random = np.random.default_rng(self.seed)
             return np.stack([random.permutation(n) for _ in range(self.permutations)])
-        given = np.asarray(self.permutations)
+        given = as_tensor(self.permutations, "permutations", f"an int or an array [P, {n}]").numpy()
         if given.ndim != 2 or not len(given) or given.shape[1] != n:
             raise InvalidArgumentError(
                 f"`permutations` must be an int or an array [P, {n}]; got shape {list(given.shape)}"

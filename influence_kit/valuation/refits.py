@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from influence_kit.core.arguments import check_count
+from influence_kit.core.arguments import check_count, check_flag, check_function, shown
 from influence_kit.core.processes import process_count, results
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
+from influence_kit.evaluation.arrays import as_tensor
 from influence_kit.methods.summary import summary
 
 Places = NDArray[np.int64]
 Marks = NDArray[np.bool_]
+MOST = 2**31 - 1  # examples, seeds, samples
 Fit = Callable[[np.ndarray], Any]
 Score = Callable[[Any, Any], Any]
 
@@ -68,7 +70,11 @@ class Valuation(DataInfluence):
         return summary(self)
 
     def __post_init__(self) -> None:
-        check_count(self.train_count, "train_count")
+        check_function(self.fit, "fit", "fit(indices) -> model")
+        check_function(self.score, "score", "score(model, inputs)")
+        check_count(self.train_count, "train_count", most=MOST)
+        check_count(self.seed, "seed", least=0, most=MOST)
+        check_flag(self.keep_models, "keep_models")
         process_count(self.n_jobs)
 
     @cached_property
@@ -91,6 +97,7 @@ class Valuation(DataInfluence):
 
     def _bar(self, total: int, show: bool) -> "tqdm[Any]":
         """A bar of models; there may be fewer than ``total``."""
+        check_flag(show, "show_progress")
         text = f"Using {self.get_name()} to fit models"
         return tqdm(desc=text, total=total, disable=not show)
 
@@ -137,14 +144,14 @@ def as_scores(given: Any, name: str) -> Tensor:
         NonFiniteError: where one is NaN or infinite.
     """
     try:
-        scores = torch.as_tensor(given).detach().to("cpu", torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
+        scores = as_tensor(given, name, "a number, or one per test example [m]").double()
+    except InvalidArgumentError as error:
         raise InvalidArgumentError(
-            f"{name} must be a number, or one a test example; got {given!r}"
+            f"{name} must be a number, or one per test example [m]; got {shown(given)}"
         ) from error
     if scores.dim() > 1 or scores.numel() == 0:
         raise InvalidArgumentError(
-            f"{name} must be a number, or one a test example [m]; got shape {list(scores.shape)}"
+            f"{name} must be a number, or one per test example [m]; got shape {list(scores.shape)}"
         )
     scores = scores.reshape(-1)
     bad = (~scores.isfinite()).nonzero()[:, 0].tolist()

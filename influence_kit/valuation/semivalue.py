@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from influence_kit.core.arguments import check_flag
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.methods.example_influence import Question
 from influence_kit.scoring.reducers import KMostInfluentialResults, TopK
@@ -57,6 +58,7 @@ class Semivalue(Valuation, Question):
     def _answer(
         self, inputs: Any, k: int | None, proponents: bool, show_progress: bool, aggregate: bool
     ) -> Tensor | KMostInfluentialResults:
+        check_flag(proponents, "proponents")
         values = self.values(inputs, aggregate, show_progress).values
         if k is None:
             return values

@@ -3,6 +3,8 @@
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from influence_kit.core.arguments import shown
+from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation import Comparison, RowCorrelation
 from influence_kit.viz.colours import BLUE, GREY
 from influence_kit.viz.matrix import draw_matrix
@@ -19,7 +21,14 @@ def comparison(result: Comparison) -> Figure:
 
     Args:
         result: what ``evaluation.compare`` returned.
+
+    Raises:
+        InvalidArgumentError: for anything else.
     """
+    if not isinstance(result, Comparison):
+        raise InvalidArgumentError(
+            f"`result` must be what `evaluation.compare` returned; got {shown(result)}"
+        )
     count, scores = len(result.names), result.scores
     wide = CELL * count + MARGIN
     figure = Figure(

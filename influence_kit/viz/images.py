@@ -11,15 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
+from influence_kit.core.arguments import check_count, check_sequence, check_texts, shown
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.evaluation.arrays import as_tensor, marks
 from influence_kit.scoring.reducers import KMostInfluentialResults
 from influence_kit.viz.colours import NEUTRAL, RIGHT, WRONG
 from influence_kit.viz.tables import Heads, heads_of, label_text, score_text
+from influence_kit.viz.top_results import checked_heads, checked_results
 
 Images = Tensor | np.ndarray | Sequence[Any]
 
@@ -59,7 +63,17 @@ def proponents_and_opponents(
         InvalidArgumentError: where the numbers of images, titles and results differ, or an image
             cannot be drawn.
     """
-    m = len(queries)
+    heads = heads_of(checked_heads(heads), method)
+    m = len(check_sequence(queries, "queries", "images"))
+    query_titles = check_texts(query_titles, "query_titles", "one title per image")
+    n = len(check_sequence(train_images, "train_images", "images"))
+    check_sequence(train_labels, "train_labels", "labels, one per training image", n)
+    if is_wrong is not None:
+        is_wrong = marks(is_wrong, "is_wrong", "[n]", "True where the label is wrong")
+        check_sequence(is_wrong, "is_wrong", "one per training image", n)
+    check_cmap(cmap)
+    proponents = checked_results(proponents, "proponents", n)
+    opponents = checked_results(opponents, "opponents", n)
     _check_rows(m, len(query_titles), proponents, opponents)
     shown = [proponents, opponents]
     columns = [max(results.indices.shape[1], 1) for results in shown]
@@ -69,7 +83,7 @@ def proponents_and_opponents(
     left.suptitle("test image", fontsize=10, weight="bold")
     for axes, image, title in zip(_grid(left, m, 1).flat, queries, query_titles, strict=True):
         _draw(axes, image, title, cmap)
-    for side, head, results in zip(sides, heads_of(heads, method), shown, strict=True):
+    for side, head, results in zip(sides, heads, shown, strict=True):
         side.suptitle(head, fontsize=10, weight="bold")
         _draw_results(side, results, train_images, train_labels, is_wrong, cmap)
     return figure
@@ -97,7 +111,13 @@ def suspects(
     Raises:
         InvalidArgumentError: where the numbers differ, or an image cannot be drawn.
     """
-    m = len(images)
+    m = len(check_sequence(images, "images", "images"))
+    titles = check_texts(titles, "titles", "one title per image")
+    check_sequence(given_labels, "given_labels", "one label per image")
+    if true_labels is not None:
+        check_sequence(true_labels, "true_labels", "one label per image")
+    check_count(columns, "columns", least=0)
+    check_cmap(cmap)
     counts = {"titles": len(titles), "given_labels": len(given_labels)}
     if true_labels is not None:
         counts["true_labels"] = len(true_labels)
@@ -164,6 +184,14 @@ def _draw_results(
         _draw(axes, images[index], f"#{index}\n{score_text(score)}\n{label}", cmap, colour)
 
 
+def check_cmap(cmap: Any) -> None:
+    """Refuse what is not a name of matplotlib's colours."""
+    if not isinstance(cmap, str) or cmap not in colormaps:
+        raise InvalidArgumentError(
+            f"`cmap` must be a name in matplotlib.colormaps, such as 'gray'; got {shown(cmap)}"
+        )
+
+
 def _figure(width: float, height: float) -> Figure:
     pads = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.06)
     return Figure(figsize=(width, height), layout=pads)
@@ -188,7 +216,10 @@ def _draw(axes: Axes, image: Any, title: str, cmap: str, colour: str = NEUTRAL) 
 
 def pixels_of(image: Any) -> np.ndarray:
     """An image as matplotlib takes it: ``[height, width]`` or ``[height, width, channels]``."""
-    tensor = torch.as_tensor(image).detach().cpu()
+    tensor = as_tensor(image, "an image", "numbers [height, width] or [channels, height, width]")
+    if tensor.numel() == 0 or not bool(torch.isfinite(tensor).all()):
+        kind = "no pixels" if tensor.numel() == 0 else "pixels that are not finite"
+        raise InvalidArgumentError(f"an image of shape {list(tensor.shape)} has {kind}")
     pixels: np.ndarray = tensor.float().numpy()
     if pixels.ndim == 2:
         return pixels

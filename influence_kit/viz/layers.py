@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
+from influence_kit.core.arguments import check_mapping, check_texts
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, numbers
 from influence_kit.viz.colours import NEGATIVE, POSITIVE
@@ -26,8 +27,8 @@ def layer_bars(by_layer: Mapping[str, Values], titles: Sequence[str]) -> Figure:
     Raises:
         InvalidArgumentError: for no layer, or other numbers of titles and scores.
     """
-    if not by_layer:
-        raise InvalidArgumentError("got no layer to draw; pass {layer: scores of the pairs}")
+    by_layer = check_mapping(by_layer, "by_layer", "{layer: scores of the pairs [p]}")
+    titles = check_texts(titles, "titles", "one title per pair")
     parts = [numbers(values, f"the scores of '{name}'", "[p]") for name, values in by_layer.items()]
     lengths = {name: len(part) for name, part in zip(by_layer, parts, strict=True)}
     if set(lengths.values()) != {len(titles)}:

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from influence_kit.core.arguments import check_text, check_texts
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, numbers
 from influence_kit.viz.colours import SIGNED
@@ -34,6 +35,9 @@ def feature_matrix(
     Raises:
         InvalidArgumentError: for other numbers of names, or values that are not finite.
     """
+    rows = check_texts(rows, "rows", "one name per row")
+    columns = check_texts(columns, "columns", "one name per column")
+    check_text(title, "title")
     numbers_ = numbers(values, "values", "[r, c]").numpy()
     if numbers_.shape != (len(rows), len(columns)):
         raise InvalidArgumentError(

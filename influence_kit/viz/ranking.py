@@ -8,8 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from influence_kit.core.arguments import check_count, check_texts
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.evaluation.arrays import Values, numbers
+from influence_kit.evaluation.arrays import Values, marks, numbers
 from influence_kit.viz.colours import GREY, NEUTRAL, RIGHT, WRONG
 
 BAR_INCHES, MARGIN = 0.21, 1.0
@@ -36,6 +37,11 @@ def self_influence_ranking(
     """
     values = numbers(scores, "scores", "[n]")
     n = len(values)
+    check_count(first, "first", least=0)
+    if names is not None:
+        names = check_texts(names, "names", "one name per example")
+    if is_wrong is not None:
+        is_wrong = marks(is_wrong, "is_wrong", "[n]", "True where the label is wrong")
     counts = {
         name: len(given)
         for name, given in (("names", names), ("is_wrong", is_wrong))

@@ -4,37 +4,38 @@ Letters: m test and n training examples, k of them a test example.
 """
 
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from influence_kit.core.arguments import (
+    check_count,
+    check_sequence,
+    check_text,
+    check_texts,
+    shown,
+)
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, numbers
 from influence_kit.scoring.reducers import KMostInfluentialResults
 from influence_kit.viz.colours import NEGATIVE, POSITIVE
+from influence_kit.viz.images import check_cmap
+from influence_kit.viz.report_texts import (
+    READING,
+    READING_OF_OUTPUT,
+    SUSPICION,
+    name_and_formula,
+)
 from influence_kit.viz.sections import Labels, Question, Section, TrainingSet, check_counts
 from influence_kit.viz.shown import QUERY_SIDE, Display, figure_address
 from influence_kit.viz.tables import Heads, explains_output, heads_of, label_text
+from influence_kit.viz.top_results import checked_heads
 
 CSS_PIXELS_AN_INCH = 96
-READING = (
-    "A positive score marks a proponent: training on that example lowered the loss of the test "
-    "example. A negative score marks an opponent: training on it raised that loss. Near 0 it "
-    "hardly mattered. The bars compare the scores of one test example."
-)
-READING_OF_OUTPUT = (
-    "A positive score marks a proponent: training on that example raised the output of the test "
-    "example that was asked about. A negative score marks an opponent: training on it lowered that "
-    "output. Near 0 it hardly mattered. The bars compare the scores of one test example."
-)
-SUSPICION = (
-    "The examples that the model had to bend most to fit, the highest score first. Many of them "
-    "have a wrong label; others are only rare, or hard."
-)
 
 
 class Report:
@@ -89,17 +90,20 @@ class Report:
         reading: str | None = None,
         date: str | None = None,
     ) -> None:
-        if cmap not in colormaps or letters < 1:
-            raise InvalidArgumentError(
-                f"got cmap='{cmap}' and letters={letters}; expected a name in "
-                "matplotlib.colormaps, and at least one letter"
-            )
+        check_text(title, "title")
+        for argument, given in (("reading", reading), ("date", date)):
+            if given is not None:
+                check_text(given, argument, instead="None")
+        check_cmap(cmap)
+        check_count(letters, "letters")
+        if feature_names is not None:
+            feature_names = check_texts(feature_names, "feature_names", "one name per number")
         self._display = Display(feature_names, cmap, letters)
         self._train = TrainingSet(train_examples, train_labels, true_labels, self._display)
         self._method = method
         if reading is None:
             reading = READING_OF_OUTPUT if explains_output(method) else READING
-        name, formula = _name_and_formula(method)
+        name, formula = name_and_formula(method)
         facts = {
             "Method": name,
             "Formula": formula,
@@ -139,15 +143,16 @@ class Report:
             InvalidArgumentError: for no test example, other numbers of results, titles or labels,
                 places that the training set does not have, or an example that cannot be shown.
         """
-        m, train = len(queries), self._train
+        m, train = len(check_sequence(queries, "queries", "test examples")), self._train
+        check_text(heading, "heading")
+        if titles is not None:
+            titles = check_texts(titles, "titles", "one title per test example")
         known = {"Label": labels, "Prediction": predictions}
         check_counts(m, "test", titles=titles, labels=labels, predictions=predictions)
-        written = heads_of(heads, self._method)
-        results = [
-            (head, *train.results(*result, m))
-            for head, result in zip(written, (proponents, opponents), strict=True)
-            if result is not None
-        ]
+        written = heads_of(checked_heads(heads), self._method)
+        results = [(written[0], *train.results(proponents, "proponents", m))]
+        if opponents is not None:
+            results.append((written[1], *train.results(opponents, "opponents", m)))
         questions = []
         for row, query in enumerate(queries):
             title = f"Test example #{row}" if titles is None else titles[row]
@@ -185,6 +190,9 @@ class Report:
                 show, or an example that cannot be shown.
         """
         values, n = numbers(scores, "scores", "[n]"), len(self._train)
+        check_count(first, "first", least=0)
+        check_text(heading, "heading")
+        check_text(text, "text")
         if len(values) != n or first < 1:
             raise InvalidArgumentError(
                 f"got {len(values)} scores and first={first}; there are {n} training examples, and "
@@ -209,7 +217,16 @@ class Report:
 
         Returns:
             The report itself.
+
+        Raises:
+            InvalidArgumentError: for what is not a figure, or not a text.
         """
+        check_text(heading, "heading")
+        check_text(text, "text")
+        if not isinstance(figure, Figure):
+            raise InvalidArgumentError(
+                f"`figure` must be a matplotlib.figure.Figure; got {shown(figure)}"
+            )
         width = round(CSS_PIXELS_AN_INCH * float(figure.get_figwidth()))
         return self._with(Section(heading, text, picture=figure_address(figure), width=width))
 
@@ -235,8 +252,16 @@ class Report:
         return page.render(**self._head, sections=self._sections, colours=colours)
 
     def write(self, path: str | Path) -> Path:
-        """Write the page into a file, in UTF-8, and return the file's path."""
+        """Write the page into a file, in UTF-8, and return the file's path.
+
+        Raises:
+            InvalidArgumentError: for no path, or a report without any section.
+        """
+        if not isinstance(path, str | PathLike) or not str(path):
+            raise InvalidArgumentError(f"`path` must be the path of a file; got {shown(path)}")
         path = Path(path)
+        if path.is_dir():
+            raise InvalidArgumentError(f"'{path}' is a folder; pass the path of a file")
         # half a surrogate pair, which a text decoded from bytes may hold, has no UTF-8
         path.write_bytes(self.html().encode("utf-8", "xmlcharrefreplace"))
         return path
@@ -244,11 +269,3 @@ class Report:
     def _with(self, section: Section) -> "Report":
         self._sections.append(section)
         return self
-
-
-def _name_and_formula(method: object) -> tuple[str | None, str | None]:
-    """What a method is called, and the first line of its own documentation."""
-    if method is None or isinstance(method, str):
-        return method, None
-    kind = method if isinstance(method, type) else type(method)
-    return kind.__name__, (kind.__doc__ or "").strip().partition("\n")[0] or None

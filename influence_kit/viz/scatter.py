@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from influence_kit.core.arguments import check_mapping, check_text, shown
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.evaluation.arrays import Values, numbers
+from influence_kit.evaluation.arrays import Values, as_tensor, numbers
 from influence_kit.evaluation.correlation import spearman
 from influence_kit.viz.colours import BLUE, GREY, ORANGE
 
@@ -39,9 +41,10 @@ def predicted_and_actual(
         InvalidArgumentError: for nothing to draw, shapes that differ, values that are not finite,
             or a test example whose predictions are all zero.
     """
-    if not pairs:
-        raise InvalidArgumentError("got nothing to draw; pass {title: (predicted, actual)}")
-    checked = {title: _checked(title, *pair) for title, pair in pairs.items()}
+    check_text(predicted_is, "predicted_is")
+    check_text(actual_is, "actual_is")
+    named = check_mapping(pairs, "pairs", "{title: (predicted, actual)}")
+    checked = {title: _checked(title, pair) for title, pair in named.items()}
     figure = Figure(figsize=(INCHES * len(pairs) + 0.3, INCHES + 0.5), layout="constrained")
     panels = figure.subplots(ncols=len(pairs), squeeze=False)[0]
     for axes, (title, (predicted, actual)) in zip(panels, checked.items(), strict=True):
@@ -52,10 +55,16 @@ def predicted_and_actual(
     return figure
 
 
-def _checked(title: str, predicted: Values, actual: Values) -> tuple[Tensor, Tensor]:
-    shape = "[m, k]" if torch.as_tensor(predicted).dim() == 2 else "[k]"
-    left = numbers(predicted, f"the predictions of '{title}'", shape)
-    right = numbers(actual, f"what happened in '{title}'", shape)
+def _checked(title: str, pair: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise InvalidArgumentError(
+            f"'{title}' must be a pair (predicted, actual); got {shown(pair)}"
+        )
+    predicted, actual = pair
+    name = f"the predictions of '{title}'"
+    shape = "[m, k]" if as_tensor(predicted, name, "numbers").dim() == 2 else "[k]"
+    left = numbers(predicted, name, shape)
+    right = numbers(actual, f"the actual changes of '{title}'", shape)
     if left.shape != right.shape:
         raise InvalidArgumentError(
             f"'{title}' has predictions of shape {list(left.shape)}, and what happened of "

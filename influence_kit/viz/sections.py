@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from influence_kit.core.arguments import check_sequence
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.evaluation.arrays import Values, numbers, places
 from influence_kit.viz.shown import Display, Shown
 from influence_kit.viz.tables import label_text, score_text
+from influence_kit.viz.top_results import checked_results
 
 Labels = Sequence[Any] | Tensor
 
@@ -87,6 +88,7 @@ class TrainingSet:
     display: Display
 
     def __post_init__(self) -> None:
+        check_sequence(self.examples, "train_examples", "training examples")
         check_counts(len(self), "training", train_labels=self.labels, true_labels=self.truth)
         if self.labels is None and self.truth is not None:
             raise InvalidArgumentError(
@@ -96,16 +98,15 @@ class TrainingSet:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def results(self, indices: Tensor, influence_scores: Values, m: int) -> tuple[Tensor, Tensor]:
-        """Places and scores ``[m, k]`` on the CPU; refused where they are not of m tests."""
-        scores = numbers(influence_scores, "influence_scores", "[m, k]")
-        if indices.shape != scores.shape or len(scores) != m:
+    def results(self, results: Any, name: str, m: int) -> tuple[Tensor, Tensor]:
+        """Indices and scores ``[m, k]`` on the CPU; refused where they are not of m tests."""
+        indices, scores = checked_results(results, name, len(self))
+        if len(scores) != m or scores.numel() == 0:
             raise InvalidArgumentError(
-                f"a result has indices of shape {list(indices.shape)} and influence_scores of "
-                f"{list(scores.shape)}; both must be [m, k], with a row for each of the {m} test "
-                "examples"
+                f"`{name}` has shape {list(scores.shape)}; it must be [m, k], with one row for "
+                f"each of the {m} test examples"
             )
-        return places(indices.flatten(), len(self)).view(scores.shape), scores
+        return indices, scores
 
     def table(self, caption: str, indices: Tensor, scores: Tensor, largest: Tensor) -> Table:
         """The training examples at places ``[k]``; a bar of full length is the largest score."""
@@ -129,7 +130,11 @@ class TrainingSet:
 
 def check_counts(count: int, kind: str, **given: Any) -> None:
     """Refuse no examples, and anything given that has not one item an example."""
-    counts = {name: len(items) for name, items in given.items() if items is not None}
+    counts = {
+        name: len(check_sequence(items, name, f"one item per {kind} example"))
+        for name, items in given.items()
+        if items is not None
+    }
     if count == 0 or any(other != count for other in counts.values()):
         raise InvalidArgumentError(
             f"got {count} {kind} examples, and {counts}; there must be at least one, and one of "

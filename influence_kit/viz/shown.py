@@ -19,7 +19,9 @@ from matplotlib.image import imsave
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from influence_kit.core.arguments import shown as shown_value
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.evaluation.arrays import as_tensor
 from influence_kit.viz.images import pixels_of
 
 # the longest side of an embedded image; the page shows it at two thirds of that, or larger
@@ -74,11 +76,11 @@ class Display:
         if isinstance(example, str):
             return self._text(example)
         try:
-            values = torch.as_tensor(example).detach().cpu()
-        except (TypeError, ValueError, RuntimeError) as error:
+            values = as_tensor(example, "an example", "numbers")
+        except InvalidArgumentError as error:
             raise InvalidArgumentError(
-                f"an example is a {type(example).__name__} that is no tensor ({error}); expected a "
-                "text, numbers [features], or an image (the input alone, without its label)"
+                f"an example is {shown_value(example)}, which is not a tensor; expected a text, "
+                "numbers [features], or an image (the input alone, without its label)"
             ) from error
         if values.dim() <= 1:
             return self._numbers(values.flatten())

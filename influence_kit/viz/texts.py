@@ -13,10 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from influence_kit.core.arguments import check_count, check_sequence, check_texts
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.scoring.reducers import KMostInfluentialResults
 from influence_kit.viz.colours import NEGATIVE, NEUTRAL, POSITIVE
 from influence_kit.viz.tables import Heads, heads_of, label_text, score_text
+from influence_kit.viz.top_results import checked_heads, checked_results
 
 # a column of so many letters, of a font whose letters are all as wide
 LETTERS, FONT, LETTER_INCHES, LINE_INCHES = 58, 8, 0.072, 0.155
@@ -87,6 +89,15 @@ def influential_texts(
     Raises:
         InvalidArgumentError: where the numbers of texts and results differ, or for no line.
     """
+    heads = checked_heads(heads)
+    queries = check_texts(queries, "queries", "one text per test example")
+    train_texts = check_texts(train_texts, "train_texts", "one text per training example")
+    n = len(train_texts)
+    if train_labels is not None:
+        check_sequence(train_labels, "train_labels", "labels, one per training text", n)
+    check_count(lines, "lines", least=0)
+    proponents = checked_results(proponents, "proponents", n)
+    opponents = checked_results(opponents, "opponents", n)
     counts = len(proponents.indices), len(opponents.indices)
     if len(queries) == 0 or set(counts) != {len(queries)} or lines < 1:
         raise InvalidArgumentError(

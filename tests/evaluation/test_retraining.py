@@ -357,9 +357,11 @@ def test_what_is_no_model_is_refused():
 def test_seeds_must_be_there():
     with pytest.raises(InvalidArgumentError, match="got 1 seeds for 4 models; there must be one"):
         Retraining(Trainer()).paired_outputs(SUBSETS, measure, [0])
-    with pytest.raises(InvalidArgumentError, match="got no seeds; at least one model"):
+    with pytest.raises(InvalidArgumentError, match="`seeds` is empty; at least one seed"):
         Retraining(Trainer()).outputs(SUBSETS, measure, [])
-    with pytest.raises(InvalidArgumentError, match=r"got the seeds \[3, 3\]; of equal ones"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"got the seeds \[3, 3\], which must be distinct"
+    ):
         Retraining(Trainer()).outputs(SUBSETS, measure, [3, 3])
 
 

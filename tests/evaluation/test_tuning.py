@@ -100,7 +100,7 @@ def test_an_error_leaves_the_value_as_it_was():
 
 def test_what_cannot_be_tuned_is_refused():
     ridged = Ridged()
-    with pytest.raises(InvalidArgumentError, match="got no values to try"):
+    with pytest.raises(InvalidArgumentError, match="`values` is empty; pass one or more dampings"):
         tune_damping(ridged, [], SUBSETS, TRUTH, None, "margin")
     message = r"a Ridged has none of the attributes \['strength'\]; name the one to tune"
     with pytest.raises(InvalidArgumentError, match=message):

@@ -280,8 +280,8 @@ def test_opponents_may_be_left_out_and_heads_be_others():
             r"got 6 training examples, and \{'train_labels': 6, 'true_labels': 1\}; .* one of each",
         ),
         ({"true_labels": LABELS}, r"got true_labels without train_labels, .* pass both"),
-        ({"cmap": "grey?"}, r"got cmap='grey\?' and letters=600; expected a name in matplotlib\."),
-        ({"letters": 0}, r"got cmap='gray' and letters=0; .* at least one letter"),
+        ({"cmap": "grey?"}, r"`cmap` must be a name in matplotlib\.colormaps, .*; got 'grey\?'"),
+        ({"letters": 0}, r"`letters` must be a positive int; got 0"),
     ],
 )
 def test_what_is_no_training_set_is_refused(arguments, message):
@@ -297,7 +297,7 @@ def test_what_is_no_training_set_is_refused(arguments, message):
         ({"titles": ["a"], "predictions": [1, 2, 3]}, r"\{'titles': 1, 'predictions': 3\}"),
         (
             {"queries": ["one"]},
-            r"indices of shape \[2, 2\] and influence_scores of \[2, 2\]; .* each of the 1 test",
+            r"`proponents` has shape \[2, 2\]; .* one row for each of the 1 test",
         ),
         (
             {"opponents": KMostInfluentialResults(ROW, torch.zeros(2, 1))},
@@ -305,19 +305,19 @@ def test_what_is_no_training_set_is_refused(arguments, message):
         ),
         (
             {"opponents": KMostInfluentialResults(ROW, torch.zeros(1, 0))},
-            r"`influence_scores` has shape \[1, 0\]; expected \[m, k\]",
+            r"of shape \[1, 1\] and influence_scores of \[1, 0\]; both must be \[m, k\]",
         ),
         (
             {"opponents": (torch.tensor([[6], [0]]), torch.zeros(2, 1))},
-            r"`indices` holds 6; the training set has 6 examples, 0 to 5",
+            r"`opponents.indices` holds 6; the training set has 6 examples, 0 to 5",
         ),
         (
             {"opponents": (torch.zeros(2, 1, dtype=int), [[1.0], [float("nan")]])},
-            r"1 of the 2 values in `influence_scores` are not finite; the first is nan at \[1, 0\]",
+            r"1 of the 2 values in `opponents.influence_scores` are not finite; .* index \[1, 0\]",
         ),
         (
             {"queries": [("a text", 3), "b"]},
-            r"an example is a tuple that is no tensor \(.*\); expected a text, numbers \[",
+            r"an example is \('a text', 3\), which is not a tensor; expected a text, num",
         ),
         ({"queries": torch.zeros(2, 2, 4, 5)}, r"an image has shape \[2, 4, 5\]; expected"),
     ],
