@@ -13,7 +13,7 @@ from influence_kit.demo.digits import BATCH, Digits
 from influence_kit.demo.findings import INSPECTED, SELF_INFLUENCE, Detection, Explained, winners
 from influence_kit.evaluation import detection_curve
 from influence_kit.methods.tracin.tracin import TracInCP
-from influence_kit.viz.tables import score_text
+from influence_kit.viz.captions import score_text
 
 SUSPECTS = 24
 SCORE_MEANING = f"""\

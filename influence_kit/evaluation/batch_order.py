@@ -26,12 +26,12 @@ class Part(NamedTuple):
     share: float = 1.0
 
 
-Step = list[Part]  # each model is in one part
+StepParts = list[Part]  # each model is in one part
 
 
 def own_batches(
     subsets: Sequence[Tensor], generators: Sequence[torch.Generator], size: int
-) -> Iterator[Step]:
+) -> Iterator[StepParts]:
     """An epoch's steps: each subset, all of one size, in an order of its own."""
     orders = [
         subset[torch.randperm(len(subset), generator=generator)]
@@ -43,7 +43,7 @@ def own_batches(
 
 def shared_batches(
     n: int, subsets: Sequence[Tensor], generators: Sequence[torch.Generator], size: int
-) -> Iterator[Step]:
+) -> Iterator[StepParts]:
     """An epoch's steps: the batches of all n examples, without those that a subset lacks.
 
     The loss of the examples that are left is multiplied by their share of the batch, so that each
@@ -65,7 +65,7 @@ def shared_batches(
         yield _by_size(rows, has.gather(1, rows))
 
 
-def _by_size(rows: Tensor, kept: Tensor) -> Step:
+def _by_size(rows: Tensor, kept: Tensor) -> StepParts:
     """The rows ``[B, b]`` that are kept, in parts of equally many."""
     sizes = kept.sum(dim=1)
     step = []

@@ -23,7 +23,7 @@ from influence_kit.core.arguments import (
 from influence_kit.core.memory import resident_bytes, rows_within
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import indices_in
-from influence_kit.evaluation.batch_order import Part, Step, own_batches, shared_batches
+from influence_kit.evaluation.batch_order import Part, StepParts, own_batches, shared_batches
 from influence_kit.evaluation.recipe import seeded
 from influence_kit.evaluation.settings import describe_function
 from influence_kit.evaluation.sgd_arguments import (
@@ -223,7 +223,7 @@ class BatchedSGD:
                 self._take(step, stack, velocities)
             yield epoch
 
-    def _take(self, step: Step, stack: ModelStack, velocities: list[Tensor]) -> None:
+    def _take(self, step: StepParts, stack: ModelStack, velocities: list[Tensor]) -> None:
         """Take a step of ``torch.optim.SGD``, in place."""
         gradients = self._gradients(stack, step)
         with torch.no_grad():
@@ -235,7 +235,7 @@ class BatchedSGD:
                     velocity.add_(weight, alpha=self.weight_decay)
                     weight.sub_(velocity, alpha=self.learning_rate)
 
-    def _gradients(self, stack: ModelStack, step: Step) -> Sequence[Tensor | None]:
+    def _gradients(self, stack: ModelStack, step: StepParts) -> Sequence[Tensor | None]:
         def loss(parameters: Stacked, buffers: Stacked, x: Tensor, y: Tensor) -> Tensor:
             return self.loss_fn(functional_call(stack.base, (parameters, buffers), (x,)), y)
 

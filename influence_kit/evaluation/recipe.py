@@ -49,7 +49,7 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-class Settings:
+class TrainingSettings:
     """What tells a training function from another, as it was before training changed any of it.
 
     Args:

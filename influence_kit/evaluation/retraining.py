@@ -26,12 +26,12 @@ from influence_kit.evaluation.arrays import Values, subset_masks
 from influence_kit.evaluation.model_folder import Job, ModelFolder
 from influence_kit.evaluation.recipe import (
     Measure,
-    Settings,
     TrainFunction,
+    TrainingSettings,
     TrainsMany,
     seeded,
 )
-from influence_kit.evaluation.training import Rows, measured, train_group, trained
+from influence_kit.evaluation.train_jobs import Measurements, measured, train_group, trained
 
 CALL = "train_fn(indices, seed) -> model"
 
@@ -103,7 +103,7 @@ class Retraining:
         self._model = copy.deepcopy(model)
         self._path, self._label = folder, label
         self._processes = process_count(n_jobs)
-        self._settings = Settings(train_fn, label)
+        self._settings = TrainingSettings(train_fn, label)
 
     def outputs(self, subsets: Values, measure: Measure, seeds: Sequence[int] = (0,)) -> Tensor:
         """What is measured of a model for each subset and seed, float64 ``[S, R, m]``.
@@ -173,10 +173,12 @@ class Retraining:
         examples = masks.shape[1]
         return ModelFolder(self._path, {"examples": examples, **self._settings.description()})
 
-    def _run(self, jobs: list[Job], folder: ModelFolder | None, measure: Measure | None) -> Rows:
+    def _run(
+        self, jobs: list[Job], folder: ModelFolder | None, measure: Measure | None
+    ) -> Measurements:
         """What is measured of each job, by its name."""
         jobs = list({job.name: job for job in jobs}.values())
-        rows: Rows = {}
+        rows: Measurements = {}
         with tqdm(desc="Retraining", total=len(jobs), disable=not self.show_progress) as bar:
             for found in self._finished(jobs, folder, measure):
                 rows.update(found)
@@ -191,7 +193,7 @@ class Retraining:
 
     def _finished(
         self, jobs: list[Job], folder: ModelFolder | None, measure: Measure | None
-    ) -> Iterator[Rows]:
+    ) -> Iterator[Measurements]:
         """What is measured of the models that are on disk."""
         if folder is None or not any(map(folder.has, jobs)):
             return
@@ -218,7 +220,7 @@ class Retraining:
 
     def _train(
         self, jobs: list[Job], folder: ModelFolder | None, measure: Measure | None
-    ) -> Iterable[Rows]:
+    ) -> Iterable[Measurements]:
         tasks = ((self.train_fn, group, folder, measure) for group in self._groups(jobs))
         return results(train_group, tasks, self._processes, ordered=False)
 

@@ -38,8 +38,8 @@ def check_settings(sgd: Any) -> None:
         _check_examples(getattr(sgd, name), name)
     if len(sgd.inputs) != len(sgd.targets):
         raise InvalidArgumentError(
-            f"got {len(sgd.inputs)} inputs and {len(sgd.targets)} targets; there must be one target "
-            "per input"
+            f"got {len(sgd.inputs)} inputs and {len(sgd.targets)} targets; there must be one "
+            "target per input"
         )
 
 

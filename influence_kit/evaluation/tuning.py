@@ -12,9 +12,9 @@ from influence_kit.core.arguments import check_sequence, check_text, shown
 from influence_kit.core.tables import text_table
 from influence_kit.errors import DampingWarning, InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, as_tensor
-from influence_kit.evaluation.comparison import Influence
 from influence_kit.evaluation.correlation import RowCorrelation
 from influence_kit.evaluation.datamodel import Kind, linear_datamodeling_score
+from influence_kit.evaluation.method_comparison import Influence
 
 ATTRIBUTES = ("damping", "ridge")
 

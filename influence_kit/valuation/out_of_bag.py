@@ -10,7 +10,7 @@ from torch import Tensor
 from influence_kit.core.arguments import check_count
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import as_tensor
-from influence_kit.valuation.refits import MOST, Marks, Moments, Places, Valuation, Values
+from influence_kit.valuation.refits import MOST, Indices, Marks, Moments, Valuation, Values
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -90,13 +90,13 @@ class DataOOB(Valuation):
             "`self_influence()`; `DataBanzhaf` and `TMCShapley` answer for test examples"
         )
 
-    def _outside(self, bags: Places) -> Marks:
+    def _outside(self, bags: Indices) -> Marks:
         """Marks of the training examples that each bag lacks, ``[bags, n]``."""
         outside = np.ones((len(bags), self.train_count), dtype=bool)
         np.put_along_axis(outside, bags, False, axis=1)
         return outside
 
-    def _drawn(self) -> Places:
+    def _drawn(self) -> Indices:
         """The bags ``[bags, bag_size]``, each ascending."""
         n = self.train_count
         if isinstance(self.bags, int):

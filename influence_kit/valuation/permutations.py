@@ -14,7 +14,7 @@ from torch import Tensor
 from influence_kit.core.arguments import check_count, check_flag, check_number
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import as_tensor
-from influence_kit.valuation.refits import MOST, Moments, Places, Values
+from influence_kit.valuation.refits import MOST, Indices, Moments, Values
 from influence_kit.valuation.semivalue import Semivalue
 
 
@@ -72,7 +72,7 @@ class PermutationValue(Semivalue):
                 before = after
         return moments.result()
 
-    def _orders(self) -> Places:
+    def _orders(self) -> Indices:
         """The permutations ``[P, n]``."""
         n = self.train_count
         if isinstance(self.permutations, int):

@@ -21,7 +21,7 @@ from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.evaluation.arrays import as_tensor
 from influence_kit.methods.summary import summary
 
-Places = NDArray[np.int64]
+Indices = NDArray[np.int64]
 Marks = NDArray[np.bool_]
 MOST = 2**31 - 1  # examples, seeds, samples
 Fit = Callable[[np.ndarray], Any]
@@ -82,7 +82,7 @@ class Valuation(DataInfluence):
         """The models kept, by the bytes of their places."""
         return {}
 
-    def _scores(self, jobs: Sequence[tuple[Places, Any]], bar: "tqdm[Any]") -> Iterator[Tensor]:
+    def _scores(self, jobs: Sequence[tuple[Indices, Any]], bar: "tqdm[Any]") -> Iterator[Tensor]:
         """For each pair of places and inputs, the scores of the model fitted there."""
         calls = (
             (self.fit, self.score, self._models.get(_key(places)), places, inputs, self.keep_models)
@@ -162,7 +162,7 @@ def as_scores(given: Any, name: str) -> Tensor:
 
 # stands by itself, so that another process can be asked for it
 def _fit_and_score(
-    fit: Fit, score: Score, model: Any, places: Places, inputs: Any, keep: bool
+    fit: Fit, score: Score, model: Any, places: Indices, inputs: Any, keep: bool
 ) -> tuple[Any, Tensor]:
     """The model (None unless it is kept: not every model can travel), and its scores."""
     model = fit(places) if model is None else model
@@ -171,5 +171,5 @@ def _fit_and_score(
     return (model if keep else None), scores
 
 
-def _key(places: Places) -> bytes:
+def _key(places: Indices) -> bytes:
     return places.tobytes()

@@ -4,7 +4,7 @@ Each picture is a ``matplotlib.figure.Figure``, never shown.
 """
 
 from influence_kit.core.tables import text_table
-from influence_kit.viz.comparison import comparison
+from influence_kit.viz.comparison_figure import comparison
 from influence_kit.viz.curves import detection_curves
 from influence_kit.viz.images import proponents_and_opponents, suspects
 from influence_kit.viz.layers import layer_bars

@@ -21,8 +21,8 @@ from influence_kit.core.arguments import check_count, check_sequence, check_text
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import as_tensor, marks
 from influence_kit.scoring.reducers import KMostInfluentialResults
+from influence_kit.viz.captions import Heads, heads_of, label_text, score_text
 from influence_kit.viz.colours import NEUTRAL, RIGHT, WRONG
-from influence_kit.viz.tables import Heads, heads_of, label_text, score_text
 from influence_kit.viz.top_results import checked_heads, checked_results
 
 Images = Tensor | np.ndarray | Sequence[Any]

@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 from influence_kit.core.arguments import check_mapping, check_texts
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, numbers
+from influence_kit.viz.captions import score_text
 from influence_kit.viz.colours import NEGATIVE, POSITIVE
-from influence_kit.viz.tables import score_text
 
 PANEL, BAR_INCHES, MARGIN = 2.6, 0.3, 1.0
 ROOM = 0.5  # for a number at the end of a bar, as a share of the longest

@@ -22,7 +22,9 @@ from influence_kit.core.arguments import (
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, numbers
 from influence_kit.scoring.reducers import KMostInfluentialResults
+from influence_kit.viz.captions import Heads, explains_output, heads_of, label_text
 from influence_kit.viz.colours import NEGATIVE, POSITIVE
+from influence_kit.viz.display import QUERY_SIDE, Display, figure_address
 from influence_kit.viz.images import check_cmap
 from influence_kit.viz.report_texts import (
     READING,
@@ -30,9 +32,7 @@ from influence_kit.viz.report_texts import (
     SUSPICION,
     name_and_formula,
 )
-from influence_kit.viz.sections import Labels, Question, Section, TrainingSet, check_counts
-from influence_kit.viz.shown import QUERY_SIDE, Display, figure_address
-from influence_kit.viz.tables import Heads, explains_output, heads_of, label_text
+from influence_kit.viz.sections import ExplainedTest, Labels, Section, TrainingSet, check_counts
 from influence_kit.viz.top_results import checked_heads
 
 CSS_PIXELS_AN_INCH = 96
@@ -163,7 +163,7 @@ class Report:
                 for head, indices, scores in results
             ]
             shown = self._display.shown(query, QUERY_SIDE)
-            questions.append(Question(title, shown, facts, tables))
+            questions.append(ExplainedTest(title, shown, facts, tables))
         return self._with(Section(heading, "", questions))
 
     def ranking(

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from influence_kit.core.arguments import check_sequence
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.viz.shown import Display, Shown
-from influence_kit.viz.tables import label_text, score_text
+from influence_kit.viz.captions import label_text, score_text
+from influence_kit.viz.display import Display, Shown
 from influence_kit.viz.top_results import checked_results
 
 Labels = Sequence[Any] | Tensor
@@ -40,20 +40,20 @@ class Entry(NamedTuple):
     share: str
 
 
-class Table(NamedTuple):
+class ExampleTable(NamedTuple):
     """Proponents of a test example, or its opponents, or a ranking, best first."""
 
     caption: str
     entries: Sequence[Entry]
 
 
-class Question(NamedTuple):
+class ExplainedTest(NamedTuple):
     """A test example with what is known of it, and its tables side by side."""
 
     title: str
     shown: Shown
     facts: Mapping[str, str]
-    tables: Sequence[Table]
+    tables: Sequence[ExampleTable]
 
 
 class Section(NamedTuple):
@@ -65,8 +65,8 @@ class Section(NamedTuple):
 
     heading: str
     text: str
-    questions: Sequence[Question] = ()
-    ranking: Table | None = None
+    questions: Sequence[ExplainedTest] = ()
+    ranking: ExampleTable | None = None
     picture: str | None = None
     width: int = 0
 
@@ -108,11 +108,11 @@ class TrainingSet:
             )
         return indices, scores
 
-    def table(self, caption: str, indices: Tensor, scores: Tensor, largest: Tensor) -> Table:
+    def table(self, caption: str, indices: Tensor, scores: Tensor, largest: Tensor) -> ExampleTable:
         """The training examples at places ``[k]``; a bar of full length is the largest score."""
         shares = (100 * scores.abs() / largest).nan_to_num()
         rows = zip(indices.tolist(), scores.tolist(), shares.tolist(), strict=True)
-        return Table(caption, [self._entry(*row) for row in rows])
+        return ExampleTable(caption, [self._entry(*row) for row in rows])
 
     def _entry(self, place: int, score: float, share: float) -> Entry:
         label = None if self.labels is None else label_text(self.labels[place])

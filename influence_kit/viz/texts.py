@@ -16,8 +16,8 @@ from torch import Tensor
 from influence_kit.core.arguments import check_count, check_sequence, check_texts
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.scoring.reducers import KMostInfluentialResults
+from influence_kit.viz.captions import Heads, heads_of, label_text, score_text
 from influence_kit.viz.colours import NEGATIVE, NEUTRAL, POSITIVE
-from influence_kit.viz.tables import Heads, heads_of, label_text, score_text
 from influence_kit.viz.top_results import checked_heads, checked_results
 
 # a column of so many letters, of a font whose letters are all as wide

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from influence_kit import KMostInfluentialResults, TracInCP
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.viz import detection_curves, proponents_and_opponents, suspects, text_table
+from influence_kit.viz.captions import score_text
 from influence_kit.viz.colours import NEUTRAL, RIGHT, WRONG
-from influence_kit.viz.tables import score_text
 
 TRAIN = torch.arange(6 * 4 * 5.0).view(6, 1, 4, 5)
 LABELS = torch.tensor([7, 8, 9, 7, 8, 9])

@@ -143,7 +143,7 @@ def compare(
     """
     check_flag(show_progress, "show_progress")
     named, truth = _named(methods), _checked_truth(truth)
-    rows: dict[str, _Row] = {}
+    rows: dict[str, _Scored] = {}
     for name, method in tqdm(named.items(), desc="compare", disable=not show_progress):
         rows[name] = row = _row_of(name, method, inputs, truth)
         first = next(iter(rows))
@@ -162,7 +162,7 @@ def compare(
     )
 
 
-class _Row(NamedTuple):
+class _Scored(NamedTuple):
     """What is kept of one method's scores."""
 
     ranks: Tensor
@@ -171,7 +171,7 @@ class _Row(NamedTuple):
     score: RowCorrelation | None
 
 
-def _row_of(name: str, method: Any, inputs: Any, truth: SubsetTruth | None) -> _Row:
+def _row_of(name: str, method: Any, inputs: Any, truth: SubsetTruth | None) -> _Scored:
     scores: Any
     if isinstance(method, Tensor | np.ndarray):
         scores, cost = method, None
@@ -184,7 +184,7 @@ def _row_of(name: str, method: Any, inputs: Any, truth: SubsetTruth | None) -> _
         scores, cost = measured(lambda: method.influence(inputs))
     tau = numbers(scores, f"the scores of {name}", "[m, n]")
     score = None if truth is None else linear_datamodeling_score(tau, *truth)
-    return _Row(ranks(tau), int(is_constant(tau).sum()), cost, score)
+    return _Scored(ranks(tau), int(is_constant(tau).sum()), cost, score)
 
 
 def _checked_truth(truth: Any) -> SubsetTruth | None:

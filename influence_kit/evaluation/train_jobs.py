@@ -14,7 +14,7 @@ from influence_kit.evaluation.model_folder import Job, ModelFolder
 from influence_kit.evaluation.recipe import Measure, TrainFunction, TrainsMany, seeded
 
 # what is measured of each job, by its name; None where nothing was to be measured
-Rows = dict[str, np.ndarray | None]
+Measurements = dict[str, np.ndarray | None]
 
 
 def train_group(
@@ -22,9 +22,9 @@ def train_group(
     jobs: list[Job],
     folder: ModelFolder | None,
     measure: Measure | None,
-) -> Rows:
+) -> Measurements:
     """Train, keep and measure some models; runs in a process of its own where there are several."""
-    rows: Rows = {}
+    rows: Measurements = {}
     for job, model in zip(jobs, trained(train_fn, jobs), strict=True):
         if folder is not None:
             folder.write(job, model)
