@@ -1,4 +1,4 @@
-"""How good an attribution is: retraining and functions of plain scores, which know no method."""
+"""How good an attribution is: retraining, and metrics of plain scores, whatever the method."""
 
 from influence_kit.evaluation.at_checkpoints import checkpoint_logits, checkpoint_losses
 from influence_kit.evaluation.baselines import (

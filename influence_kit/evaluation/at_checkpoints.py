@@ -1,6 +1,6 @@
-"""Losses and logits of a training set at all checkpoints of a run: what baselines are made of.
+"""Losses and logits of a training set at all checkpoints of a run: the inputs of baselines.
 
-Letters: C checkpoints, n examples, c classes.
+Shapes: C checkpoints, n examples, c classes.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +27,7 @@ from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.losses.loss import Loss, LossFunction, declared_reduction
 from influence_kit.preservation.restore import borrowed
 
-ROWS = 256  # at once, of a data set
+ROWS = 256  # per batch of a data set
 
 
 def checkpoint_losses(
@@ -40,7 +40,7 @@ def checkpoint_losses(
     batch_size: int = ROWS,
     show_progress: bool = False,
 ) -> Tensor:
-    """The loss of each example at each checkpoint, float64 ``[C, n]``: for ``mean_loss``, say.
+    """The loss of each example at each checkpoint, float64 ``[C, n]``, as ``mean_loss`` takes them.
 
     The losses are those whose gradients the methods take, in evaluation mode. A ``loss_fn`` that
     returns the sum or the mean over a batch is called for each example alone, which takes longer
@@ -50,14 +50,14 @@ def checkpoint_losses(
         model: the model, as for a method.
         dataset: the examples, as a method's ``train_dataset``.
         checkpoints: as a method takes them.
-        loss_fn: as a method takes it: one loss an example, their sum or their mean.
+        loss_fn: as a method takes it: one loss per example, their sum or their mean.
         checkpoints_load_func: ``load(model, checkpoint) -> learning rate``.
-        batch_size: how many examples at once, where ``dataset`` is no loader.
+        batch_size: examples per batch, where ``dataset`` is not a loader.
         show_progress: a bar over the checkpoints.
 
     Raises:
         InvalidArgumentError: for no checkpoints or examples, a loader that shuffles, or a loss that
-            is none of single examples.
+            is not made of the losses of single examples.
         NonFiniteError: where a loss is NaN or infinite.
 
     Example:
@@ -95,7 +95,7 @@ def checkpoint_logits(
         dataset: the examples, as a method's ``train_dataset``.
         checkpoints: as a method takes them.
         checkpoints_load_func: ``load(model, checkpoint) -> learning rate``.
-        batch_size: how many examples at once, where ``dataset`` is no loader.
+        batch_size: examples per batch, where ``dataset`` is not a loader.
         show_progress: a bar over the checkpoints.
 
     Raises:
@@ -132,16 +132,16 @@ class _Run(NamedTuple):
 
         with borrowed(self.model, probe=probe), torch.no_grad():
             states = CheckpointLoader(self.model, found, self.load)
-            for place in tqdm(range(len(found)), what, disable=not self.show_progress):
-                states.load(place)
+            for index in tqdm(range(len(found)), what, disable=not self.show_progress):
+                states.load(index)
                 parts = [measure(to_device(batch, device)).cpu().double() for batch in batches]
                 if not parts:
                     raise InvalidArgumentError(
-                        f"`dataset` gave no examples at checkpoint {place}; it must give the same "
-                        "ones whenever it is gone through"
+                        f"`dataset` gave no examples at checkpoint {index}; it must give the same "
+                        "examples in every pass"
                     )
                 rows.append(torch.cat(parts))
-                _refuse_not_finite(rows[-1], what, f"checkpoint {place} ({label_of(found[place])})")
+                _refuse_not_finite(rows[-1], what, f"checkpoint {index} ({label_of(found[index])})")
         return torch.stack(rows)
 
     def _check(self) -> None:
@@ -165,7 +165,7 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
     if logits.dim() != 2:
         raise InvalidArgumentError(
             f"the model returned logits of shape {list(logits.shape)} for {example_count(batch)} "
-            "examples; expected [n, c], a row an example"
+            "examples; expected [n, c], one row per example"
         )
     return logits
 
@@ -175,12 +175,12 @@ def _losses(model: nn.Module, loss: Loss, batch: Batch) -> Tensor:
     n, outputs = example_count(batch), call_model(model, batch)
     if loss.values(outputs, batch).dim() == 0:
         alone = list(_alone(model, loss, outputs, batch))
-        # every batch, as no single one may tell; a model's own loss may give way to a formula
+        # on every batch: one alone may not settle it; a formula may replace a model's own loss
         loss.settle((outputs, batch), alone, closeness=0.0)
         loss.total(outputs, batch, n)
         if loss.reduction != "none":
             return torch.stack([loss.values(*one).sum() for one in alone])
-    loss.total(outputs, batch, n)  # refuses what is not one loss an example
+    loss.total(outputs, batch, n)  # refuses what is not one loss per example
     return loss.values(outputs, batch).reshape(n, -1).sum(dim=1)
 
 
@@ -188,7 +188,7 @@ def _alone(model: nn.Module, loss: Loss, outputs: Any, batch: Batch) -> Iterator
     """Outputs and batch of each example by itself."""
     n = example_count(batch)
     has_rows = loss.is_of_outputs and isinstance(outputs, Tensor) and outputs.shape[:1] == (n,)
-    for place in range(n):
-        row = slice(place, place + 1)
+    for index in range(n):
+        row = slice(index, index + 1)
         one = take(batch, row)
         yield (outputs[row] if has_rows else call_model(model, one)), one

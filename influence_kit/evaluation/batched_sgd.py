@@ -1,9 +1,9 @@
 """Many small models trained at once: plain SGD on stacked parameters, by ``torch.func.vmap``.
 
-A small model leaves most of a processor idle: a step costs what calling its operations costs. With
-B models stacked, a step of all costs little more than a step of one.
+A step of a small model costs mostly the calls of its operations. With B models stacked, one step of
+all costs little more than one step of a single model.
 
-Letters: n training examples, B models trained at once, b examples a batch.
+Shapes: n training examples, B models trained at once, b examples per batch.
 """
 
 import copy
@@ -42,7 +42,7 @@ from influence_kit.evaluation.stacked_models import (
 from influence_kit.gradients.source import kept_bytes
 from influence_kit.storage.folders import hash_of
 
-# more gain nothing: by then the arithmetic takes the time
+# more gain nothing: the arithmetic dominates by then
 MOST_MODELS = 128
 
 
@@ -55,16 +55,16 @@ class BatchedSGD:
     generator of that seed, ``batch_size`` at a time (the last batch may be short), with
     ``torch.optim.SGD``. The models are those of that loop, up to rounding.
 
-    With ``same_batches``, the order of a seed is that of all n examples, whatever the subset. An
-    example that the subset lacks counts nothing in its batches, and all others as much as ever: the
-    loss of what is left of a batch is multiplied by its share. So a model without an example
-    differs by that example alone, and leaving one out is far less noisy; on half of the examples,
-    steps are half as long.
+    With ``same_batches``, a seed fixes the batches of all n examples, whatever the subset. Examples
+    outside the subset are left out of their batches, and the loss of the rest of a batch is
+    multiplied by its share of the batch. So leaving out one example changes the contribution of
+    that example alone, which makes leave-one-out far less noisy; on half of the examples, steps are
+    half as long.
 
-    Models that are trained at once take as many steps: subsets of other sizes are trained
-    separately. Learning rate, momentum and weight decay are constant. A model that changes its
-    buffers in training (BatchNorm), draws random numbers (dropout) or has operations without a
-    batching rule is refused: give ``Retraining`` an ordinary training function of it.
+    Models are trained together where their subsets have the same size. Learning rate, momentum and
+    weight decay are constant. A model that changes its buffers in training (BatchNorm), draws
+    random numbers (dropout) or has operations without a batching rule is refused: give
+    ``Retraining`` an ordinary training function instead.
 
     Args:
         make_model: makes a new model, its weights drawn from torch's random state.
@@ -73,15 +73,15 @@ class BatchedSGD:
         loss_fn: ``loss_fn(outputs, targets)``, a scalar: the mean over the batch.
         epochs: passes over the subset.
         learning_rate: of every step.
-        batch_size: the letter b.
+        batch_size: b, examples per batch.
         momentum: of ``torch.optim.SGD``.
         weight_decay: of ``torch.optim.SGD``: added to the gradient, times the weights.
-        at_once: the letter B; "auto" takes as many as fit into memory, 128 at most.
-        same_batches: whether all subsets see the batches of the whole training set.
+        at_once: B, models trained at once; "auto" takes as many as fit into memory, at most 128.
+        same_batches: whether all subsets share the batches of the whole training set.
 
     Raises:
         InvalidArgumentError: for settings outside their range, or a model that cannot be trained
-            so.
+            this way.
 
     Example:
         >>> x, y = torch.randn(20, 4), torch.arange(20) % 3
@@ -129,8 +129,8 @@ class BatchedSGD:
         """The trained parameters, and the buffers, of the models by name, ``[B, ...]``.
 
         Args:
-            subsets: the places of each model's training examples, all as many.
-            seeds: one a model.
+            subsets: the indices of the training examples of each model, all of one length.
+            seeds: one per model.
 
         Raises:
             InvalidArgumentError: for subsets of different sizes, or another number of seeds.
@@ -145,26 +145,26 @@ class BatchedSGD:
         """The models trained on the subsets, all of one size."""
         seeds = check_seeds(seeds)
         stacked = self.stacked(subsets, seeds)
-        for place, seed in enumerate(seeds):
-            yield put_into(self._made(seed), stacked, place)
+        for index, seed in enumerate(seeds):
+            yield put_into(self._made(seed), stacked, index)
 
     def checkpoints(
         self, indices: Tensor, seed: int, epochs: Sequence[int]
     ) -> list[dict[str, Any]]:
-        """Checkpoints along the run whose end is the model of ``indices`` and ``seed``.
+        """Checkpoints of the run that trains the model of ``indices`` and ``seed``.
 
         Methods take them as their ``checkpoints``.
 
         Args:
-            indices: the places of the training examples.
+            indices: of the training examples.
             seed: of the run.
-            epochs: after which to keep one, ascending, from 1 to ``epochs`` of the training.
+            epochs: after which to keep a checkpoint, ascending, from 1 to the last.
 
         Returns:
             ``{"state_dict", "learning_rate", "epoch"}`` for each.
 
         Raises:
-            InvalidArgumentError: for no epochs, or others.
+            InvalidArgumentError: for epochs that are not ascending within 1 to the last.
         """
         indices = indices_in(indices, len(self.inputs))
         epochs = check_epochs(epochs, self.epochs)
@@ -187,12 +187,12 @@ class BatchedSGD:
         model = self._made(0)
         kept = kept_bytes(model, (self.inputs[:1], self.targets[:1]))
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        # what is kept for backward, and its gradients; weights, momentum, gradients, a temporary
+        # tensors kept for backward and their gradients; weights, momentum, gradients, a temporary
         each = 2 * kept * min(size, self.batch_size) + 4 * weights
         return min(MOST_MODELS, rows_within(resident_bytes(self.inputs.device), each))
 
     def describe(self) -> dict[str, Any]:
-        """What tells this training from another: code, settings and data."""
+        """What identifies this training: code, settings and data."""
         numbers = ("epochs", "learning_rate", "batch_size", "momentum", "weight_decay")
         return {
             "make_model": describe_function(self.make_model),
@@ -230,7 +230,7 @@ class BatchedSGD:
             for weight, velocity, gradient in zip(
                 stack.weights, velocities, gradients, strict=True
             ):
-                if gradient is not None:  # the optimizer, too, leaves unused parameters alone
+                if gradient is not None:  # SGD leaves unused parameters alone, too
                     velocity.mul_(self.momentum).add_(gradient)
                     velocity.add_(weight, alpha=self.weight_decay)
                     weight.sub_(velocity, alpha=self.learning_rate)
@@ -250,5 +250,5 @@ class BatchedSGD:
                         "return a scalar, the mean over the batch"
                     )
                 totals.append(share * losses.sum())
-            # a model's loss depends on its own parameters alone: the gradient of the sum is each's
+            # each loss depends on its own parameters alone: the gradient of the sum has them all
             return torch.autograd.grad(torch.stack(totals).sum(), stack.weights, allow_unused=True)

@@ -15,7 +15,7 @@ class Cost(NamedTuple):
     """The cost of one call.
 
     Attributes:
-        seconds: of wall time.
+        seconds: wall time.
         mebibytes: by how much the memory allocated on the GPUs rose at its peak; None where no GPU
             is in use. What a call adds to the memory of a running process cannot be measured
             without changing the settings of that process: measure it in a process of its own, as

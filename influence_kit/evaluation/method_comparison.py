@@ -1,6 +1,6 @@
-"""Methods side by side: how far they agree, how right they are, and what they cost.
+"""Methods side by side: how far they agree, how well they predict retraining, what they cost.
 
-Letters: m test and n training examples, K methods.
+Shapes: m test examples, n training examples, K methods.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,12 +25,12 @@ from influence_kit.evaluation.correlation import (
 from influence_kit.evaluation.cost import Cost, measured
 from influence_kit.evaluation.datamodel import Kind, linear_datamodeling_score
 
-# of correlations side by side: as many as fit into 80 characters
+# correlations per line of a table: as many as fit into 80 characters
 COLUMNS = 10
 
 
 class Influence(Protocol):
-    """Whatever gives scores: every method of this package, and of Captum."""
+    """Any object that gives scores: every method of this package, and of Captum."""
 
     def influence(self, inputs: Any) -> Tensor:
         """Scores ``[m, n]``."""
@@ -38,7 +38,7 @@ class Influence(Protocol):
 
 
 class SubsetTruth(NamedTuple):
-    """What training on subsets did: the truth of linear datamodeling scores.
+    """What training on subsets gave: the ground truth of linear datamodeling scores.
 
     Attributes:
         subsets: which training examples each subset has, bool ``[S, n]``.
@@ -61,7 +61,7 @@ class Comparison:
             methods, ``[K, K]``.
         constant: for each method, how many test examples have the same score everywhere; their
             correlations count as 0.
-        costs: of each method's ``influence``, with whatever it fits; None of given scores.
+        costs: of each method's ``influence``, with what it fits; None for given scores.
         scores: each method's linear datamodeling score; None without a truth.
     """
 
@@ -102,7 +102,7 @@ class Comparison:
         ]
 
     def _correlations(self) -> Iterator[str]:
-        """Tables of some columns of the agreement each; methods go by their numbers."""
+        """The agreement in tables of some columns each; methods by their numbers."""
         places = range(1, len(self.names) + 1)
         for start in range(0, len(places), COLUMNS):
             some = slice(start, start + COLUMNS)
@@ -125,10 +125,10 @@ def compare(
     first call: with the fit, where the method is not fitted yet.
 
     Args:
-        methods: by name, or a list, where each is called by its class. Scores ``[m, n]`` that are
-            known already stand for a method: a baseline, say.
+        methods: by name, or a list, where each is named after its class. Known scores ``[m, n]``,
+            such as those of a baseline, may take the place of a method.
         inputs: the test examples: one batch, or a DataLoader that does not shuffle.
-        truth: what training on subsets did to the same test examples.
+        truth: what training on subsets gave for the same test examples.
         show_progress: a bar over the methods.
 
     Raises:
@@ -163,7 +163,7 @@ def compare(
 
 
 class _Scored(NamedTuple):
-    """What is kept of one method's scores."""
+    """The scores of one method, as the comparison keeps them."""
 
     ranks: Tensor
     constant: int
@@ -210,7 +210,7 @@ def _named(methods: Any) -> dict[str, Any]:
     if not named or len(named) < len(pairs):
         raise InvalidArgumentError(
             f"got the methods {[name for name, _ in pairs]}; there must be at least one, and no "
-            "two of one class in a list: pass {name: method}"
+            "two of the same class in a list: pass {name: method}"
         )
     return named
 

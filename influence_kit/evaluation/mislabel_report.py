@@ -1,4 +1,4 @@
-"""Several scores that look for wrong labels, side by side."""
+"""Several scores that look for wrong labels, compared in a table."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,11 +28,11 @@ class MislabelRow(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class MislabelReport:
-    """A row a score, the highest area under the curve first; printed as a table.
+    """One row per score, the highest area under the curve first; printed as a table.
 
     Attributes:
         fractions: the shares of the examples that are inspected.
-        rows: by falling AUC; equal ones as they were given.
+        rows: by descending AUC; ties in the given order.
     """
 
     fractions: tuple[float, ...]
@@ -57,7 +57,7 @@ def mislabel_report(
 ) -> MislabelReport:
     """How well each score finds the wrong labels.
 
-    Give the baselines beside a method's ``self_influence``: ``mean_loss``, ``last_loss``,
+    Compare a method's ``self_influence`` with baselines: ``mean_loss``, ``last_loss``,
     ``low_margin``, ``neighbor_disagreement``, ``same_label_cosine``.
 
     Args:

@@ -1,6 +1,6 @@
 """Models trained again on subsets of the training set: the ground truth of attribution.
 
-Letters: n training examples, m measured outputs (of test examples), S subsets, R seeds.
+Shapes: n training examples, m measured outputs (of test examples), S subsets, R seeds.
 """
 
 import copy
@@ -37,28 +37,28 @@ CALL = "train_fn(indices, seed) -> model"
 
 
 class Retraining:
-    """Trains models on subsets of the training set, and keeps what is measured of each.
+    """Trains models on subsets of the training set, and returns what is measured of each.
 
     Models are dropped once they are measured; with a ``folder`` they are also kept on disk, so that
-    other outputs can be measured later, and a run that was killed goes on where it was.
+    other outputs can be measured later, and an interrupted run continues where it stopped.
 
     Args:
         train_fn: ``train_fn(indices, seed) -> model``, trained on the examples at ``indices``
-            (int64, ascending). Torch's random state is set by the seed before each call, and as it
-            was afterwards. Or a ``BatchedSGD``, which trains many small models at once.
-        folder: where every finished model is kept, one safetensors file each, which are checkpoints
-            for any method; None keeps none. It is refused for another training function, or another
-            number of examples. One run at a time may use it.
-        model: one like those that ``train_fn`` returns, to load finished ones into. Where it is
-            None and finished models are found, one is trained for that.
-        label: says in the folder which training its models are of. None takes the name and code of
-            ``train_fn`` and the settings that it uses, whatever holds them: arguments of partials,
-            variables around it, attributes of objects, dataclasses, containers, small tensors, and
-            likewise of your own functions that it calls. Data (more than 1,000 numbers or items)
-            and weights are not looked at. What training itself changes (a log, a counter) is no
-            setting.
-        n_jobs: processes (of joblib) to train in; -1: as many as there are cores. ``train_fn`` and
-            the measure go to them by pickle.
+            (int64, ascending). Torch's random state is set by the seed before each call, and
+            restored afterwards. Or a ``BatchedSGD``, which trains many small models at once.
+        folder: where every finished model is kept, in one safetensors file each, which any method
+            takes as a checkpoint; None keeps none. A folder of another training function, or
+            of another number of examples, is refused. Only one run at a time may use it.
+        model: a model like those that ``train_fn`` returns, into which finished ones are loaded.
+            If it is None and finished models are found, one model is trained for that.
+        label: identifies the training in the folder. None takes the name and source of
+            ``train_fn`` and the settings that it uses, wherever they are: arguments of partials,
+            variables of enclosing scopes, attributes of objects, dataclasses, containers, small
+            tensors, and the same of your own functions that it calls. Data (more than 1,000
+            numbers or items) and weights are not compared. What training itself changes (a log, a
+            counter) is not a setting.
+        n_jobs: processes (of joblib) to train in; -1: one per core. ``train_fn`` and the measure
+            are pickled.
         show_progress: a bar over the models.
 
     Raises:
@@ -112,11 +112,11 @@ class Retraining:
             subsets: which training examples each subset has, bool ``[S, n]``.
             measure: ``measure(model) -> [m]``: margins of the test examples, say. The model is in
                 evaluation mode, and gradients are off.
-            seeds: one model is trained with each. Take others than that of the model whose
-                attribution is judged.
+            seeds: one model is trained with each. Use other seeds than that of the model whose
+                attribution is evaluated.
 
         Raises:
-            InvalidArgumentError: for what is no subset, model or measured output, or a folder of
+            InvalidArgumentError: for invalid subsets, seeds, models or outputs, or a folder of
                 something else.
             NonFiniteError: where an output is NaN or infinite.
         """
@@ -128,7 +128,7 @@ class Retraining:
         """What is measured of a model for each subset with its own seed, float64 ``[S, m]``.
 
         Args:
-            subsets: bool ``[S, n]``; of equal pairs of a subset and a seed one model is trained.
+            subsets: bool ``[S, n]``; equal pairs of a subset and a seed share one model.
             measure: as in ``outputs``.
             seeds: ``[S]``.
 
@@ -144,13 +144,13 @@ class Retraining:
         lengths = sorted({len(row) for row in found})
         if len(lengths) > 1:
             raise InvalidArgumentError(
-                f"`measure` returned {lengths[0]} values of one model and {lengths[1]} of another; "
-                "there must be as many of each"
+                f"`measure` returned {lengths[0]} values for one model and {lengths[1]} for "
+                "another; it must return the same number for each"
             )
         return torch.stack(found)
 
     def checkpoints(self, subsets: Values, seeds: Sequence[int] = (0,)) -> list[Path]:
-        """The files of the models for each subset and seed, trained where they are not there yet.
+        """The files of the models for each subset and seed, trained if they do not exist yet.
 
         Methods take them as their ``checkpoints``.
 
@@ -161,7 +161,7 @@ class Retraining:
         folder = self._folder(masks)
         if folder is None:
             raise InvalidArgumentError(
-                "checkpoints are files; give `Retraining` a `folder` to keep them in"
+                "checkpoints are files; give `Retraining` a `folder` for them"
             )
         jobs = _jobs(masks, each_seed)
         self._run(jobs, folder, measure=None)
@@ -205,7 +205,7 @@ class Retraining:
                 yield {job.name: measured(folder.read(job, model), measure, job)}
 
     def _skeleton(self, jobs: list[Job], folder: ModelFolder) -> nn.Module:
-        """A model that weights go into; only training makes one, where none was given."""
+        """A model into which weights are loaded; without a given one, one is trained."""
         if self._model is None and isinstance(self.train_fn, TrainsMany):
             with seeded(0):
                 self._model = self.train_fn.make_model()
@@ -232,7 +232,7 @@ class Retraining:
         ordered = sorted(jobs, key=lambda job: len(job.indices))
         for size, same in groupby(ordered, key=lambda job: len(job.indices)):
             group = list(same)
-            # no process without work
+            # every process gets work
             share = -(-len(group) // self._processes)
             step = min(self.train_fn.at_once_of(size), share)
             yield from (group[start : start + step] for start in range(0, len(group), step))
@@ -246,7 +246,7 @@ def as_retraining(train: TrainFunction | Retraining) -> Retraining:
 
 
 def _pairs(subsets: Values, seeds: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """Each subset with each seed, a subset's side by side."""
+    """Each subset with each seed, those of a subset in a row."""
     seeds = check_seeds(seeds)
     if len({*seeds}) < len(seeds):
         raise InvalidArgumentError(

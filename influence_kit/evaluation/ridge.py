@@ -1,6 +1,6 @@
 """Leave-one-out of ridge regression in closed form.
 
-Letters: m test and n training examples, d features.
+Shapes: m test examples, n training examples, d features.
 """
 
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""What ``BatchedSGD`` is given, checked before hours of training."""
+"""The arguments of ``BatchedSGD``, checked before hours of training."""
 
 from collections.abc import Sequence
 from typing import Any

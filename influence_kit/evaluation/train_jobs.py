@@ -1,6 +1,6 @@
-"""Training, keeping and measuring models: what happens in a process of its own.
+"""Training, keeping and measuring some models: the work of one process.
 
-Letters: m measured outputs.
+Shapes: m measured outputs.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.evaluation.model_folder import Job, ModelFolder
 from influence_kit.evaluation.recipe import Measure, TrainFunction, TrainsMany, seeded
 
-# what is measured of each job, by its name; None where nothing was to be measured
+# what is measured of each job, by its name; None where nothing is to be measured
 Measurements = dict[str, np.ndarray | None]
 
 
@@ -23,7 +23,7 @@ def train_group(
     folder: ModelFolder | None,
     measure: Measure | None,
 ) -> Measurements:
-    """Train, keep and measure some models; runs in a process of its own where there are several."""
+    """Train, keep and measure some models; where there are several processes, in one of them."""
     rows: Measurements = {}
     for job, model in zip(jobs, trained(train_fn, jobs), strict=True):
         if folder is not None:
@@ -33,7 +33,7 @@ def train_group(
 
 
 def trained(train_fn: TrainFunction, jobs: list[Job]) -> Iterator[nn.Module]:
-    """The models of some jobs, which are of one size where many are trained at once."""
+    """The models of some jobs; those trained at once have subsets of one size."""
     if isinstance(train_fn, TrainsMany):
         yield from train_fn.train_many([job.indices for job in jobs], [job.seed for job in jobs])
         return
@@ -56,9 +56,9 @@ def measured(model: nn.Module, measure: Measure, job: Job) -> np.ndarray:
         shape = f" of shape {list(found.shape)}" if isinstance(found, Tensor) else ""
         raise InvalidArgumentError(
             f"`measure` returned a {type(found).__name__}{shape}; it must return a tensor [m], one "
-            "value a test example"
+            "value per test example"
         )
-    # a copy: it may be a view of weights that the next model overwrites
+    # a copy, since it may be a view of weights that the next model overwrites
     values: np.ndarray = found.detach().to("cpu", torch.float64).numpy().copy()
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):

@@ -1,4 +1,4 @@
-"""Damping chosen by the linear datamodeling score, on data that nothing is reported of."""
+"""Damping chosen by the linear datamodeling score, on data held out for tuning."""
 
 import warnings
 from collections.abc import Sequence
@@ -25,9 +25,9 @@ class Tuned:
 
     Attributes:
         attribute: what was tuned: "damping" or "ridge".
-        value: the one with the highest score, which the method has now; the first of equal ones.
+        value: the one with the highest score (the first of equal ones), now set on the method.
         values: all that were tried.
-        scores: what each reached on the tuning data.
+        scores: the linear datamodeling score of each on the tuning data.
     """
 
     attribute: str
@@ -37,7 +37,7 @@ class Tuned:
 
     @property
     def is_at_edge(self) -> bool:
-        """Whether the best value is the smallest or largest number tried: try more beyond it."""
+        """Whether the best value is the smallest or largest one tried: then try more beyond it."""
         numeric = [value for value in self.values if isinstance(value, int | float)]
         return len(numeric) > 1 and self.value in (min(numeric), max(numeric))
 
@@ -47,7 +47,7 @@ class Tuned:
             for value, score in zip(self.values, self.scores, strict=True)
         ]
         table = text_table([self.attribute, "LDS", "std. error", ""], rows)
-        edge = "the best value is the last on its side: try more beyond it"
+        edge = "the best value is the smallest or largest one tried: try more beyond it"
         return f"{table}\n{edge}" if self.is_at_edge else table
 
 
@@ -60,18 +60,18 @@ def tune_damping(
     outputs_are: Kind,
     attribute: str | None = None,
 ) -> Tuned:
-    """The damping (or ridge) of the highest linear datamodeling score on tuning data.
+    """The damping (or ridge) with the highest linear datamodeling score on tuning data.
 
-    The method has the chosen value afterwards; after an error, the one it had. A value that is
-    chosen on some test examples looks better on them than it is: give test examples, and better
-    also subsets, that are for tuning alone, and report on others.
+    The chosen value is set on the method; after an error, the old value is restored. A value looks
+    better than it is on the test examples that it was chosen on: use test examples, and preferably
+    also subsets, for tuning alone, and report results on others.
 
-    Setting the value must not fit the method again, which holds for those of this package: the cost
-    is one fit, and one ``influence`` a value.
+    Setting the value does not fit a method of this package again: the cost is one fit, and one call
+    of ``influence`` per value.
 
     Args:
         method: with ``influence`` and an attribute ``damping`` or ``ridge``.
-        values: what to try: numbers, "auto", or whatever the attribute takes.
+        values: the values to try: numbers, "auto", or whatever the attribute takes.
         subsets: the tuning subsets, bool ``[S, n]``.
         outputs: what was measured of the tuning test examples in the models trained on these
             subsets, ``[S, m]`` or ``[S, R, m]``.
@@ -100,14 +100,14 @@ def tune_damping(
         for value in values:
             setattr(method, attribute, value)
             with warnings.catch_warnings():
-                # values that are far off are tried on purpose
+                # extreme values are tried on purpose
                 warnings.simplefilter("ignore", DampingWarning)
                 found = method.influence(inputs)
             scores.append(linear_datamodeling_score(found, subsets, outputs, outputs_are))
     except BaseException:
         setattr(method, attribute, before)
         raise
-    best = max(range(len(values)), key=lambda place: scores[place].mean)
+    best = max(range(len(values)), key=lambda index: scores[index].mean)
     setattr(method, attribute, values[best])
     return Tuned(attribute, values[best], tuple(values), tuple(scores))
 
@@ -130,6 +130,6 @@ def _attribute(method: Any, asked: str | None) -> str:
     if len(there) != 1:
         raise InvalidArgumentError(
             f"a {type(method).__name__} has {there or 'none'} of the attributes {list(wanted)}; "
-            "name the one to tune by `attribute`"
+            "pass the name of the one to tune as `attribute`"
         )
     return there[0]

@@ -1,6 +1,6 @@
 """Data Banzhaf: Wang and Jia 2022, arXiv 2205.15466.
 
-Letters: m test and n training examples, s subsets.
+Shapes: m test examples, n training examples, s subsets.
 """
 
 from dataclasses import dataclass
@@ -23,15 +23,15 @@ class DataBanzhaf(Semivalue):
     .. math::
         v(i) = \frac{1}{2^{n-1}} \sum_{S \not\ni i} \bigl(u(S + i) - u(S)\bigr)
 
-    The Banzhaf value by maximum sample reuse (arXiv 2205.15466): each subset holds each example
-    with probability 1/2, and every model counts for every value, so that it takes few models. It is
-    also the value whose order suffers least from a noisy utility. The values do not sum to
-    u(all) - u(none). Rows are test examples; positive is a proponent. ``counts`` are the subsets
-    that hold the example.
+    The Banzhaf value by maximum sample reuse (arXiv 2205.15466): each subset contains each example
+    with probability 1/2, and every model contributes to every value, so that few models are needed.
+    Of all semivalues, its ranking is the most robust to a noisy utility. The values do not sum to
+    u(all) - u(none). Rows are test examples; positive marks a proponent. ``counts`` are the numbers
+    of subsets that contain each example.
 
     Args:
-        subsets: how many to draw, or the ones to use, bool ``[s, n]``. Each fits a model. The first
-            of many drawn are the same as those of few.
+        subsets: how many to draw, or the subsets themselves, bool ``[s, n]``. One model is fitted
+            per subset. Drawing more only appends to those drawn before.
 
     The other arguments are those of ``Valuation`` and ``Semivalue``.
 
@@ -46,14 +46,14 @@ class DataBanzhaf(Semivalue):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        held = self._held()  # wrong ones are told at once
+        held = self._held()  # refuses wrong ones at once
         counts = held.sum(axis=0)
         missing = np.flatnonzero((counts == 0) | (counts == len(held)))
         if len(missing):
             raise InvalidArgumentError(
                 f"{len(missing)} of {self.train_count} training examples (the first: "
-                f"{missing[0]}) are in none or in all of the {len(held)} subsets; both kinds are "
-                "needed: use more `subsets`"
+                f"{missing[0]}) are in none or in all of the {len(held)} subsets; subsets with and "
+                "without each example are needed: use more `subsets`"
             )
 
     def values(
@@ -71,7 +71,7 @@ class DataBanzhaf(Semivalue):
         for held in (subsets, ~subsets):
             marks = torch.from_numpy(held).double()
             counts = marks.sum(dim=0)
-            # distances from the common mean, so that no large numbers cancel
+            # relative to the common mean, so that no large numbers cancel
             means = (utilities - centre).T @ marks / counts
             squares = (utilities - centre).square().T @ marks - counts * means.square()
             sides.append((means, standard_errors(squares.clamp(min=0), counts), counts))

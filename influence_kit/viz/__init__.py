@@ -1,6 +1,6 @@
-"""Pictures, tables and a web page of results.
+"""Figures, tables and a web page of results.
 
-Each picture is a ``matplotlib.figure.Figure``, never shown.
+Each figure is a ``matplotlib.figure.Figure``, which is returned and not shown.
 """
 
 from influence_kit.core.tables import text_table

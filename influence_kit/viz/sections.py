@@ -1,6 +1,6 @@
-"""What the report's template takes: questions, rankings and pictures, as words and addresses.
+"""What the template of the report takes: explained test examples, rankings and figures.
 
-Letters: m test and n training examples, k of them a test example.
+Shapes: m test examples, n training examples, k of them per test example.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,16 +22,16 @@ class Entry(NamedTuple):
     """A training example in a table.
 
     Attributes:
-        place: its place in the training set.
+        number: its index in the training set.
         shown: the example itself.
         label: its label, where known.
-        truth: what the label should be, where that is known and differs.
-        score: its score as it is written.
-        sign: "positive", "negative" or "zero".
+        truth: the correct label, where it is known and differs.
+        score: its score, as text.
+        sign: of the score: "positive", "negative" or "zero".
         share: the length of its bar, in percent of the longest.
     """
 
-    place: int
+    number: int
     shown: Shown
     label: str | None
     truth: str | None
@@ -41,14 +41,14 @@ class Entry(NamedTuple):
 
 
 class ExampleTable(NamedTuple):
-    """Proponents of a test example, or its opponents, or a ranking, best first."""
+    """The proponents or the opponents of a test example, or a ranking, best first."""
 
     caption: str
     entries: Sequence[Entry]
 
 
 class ExplainedTest(NamedTuple):
-    """A test example with what is known of it, and its tables side by side."""
+    """A test example with its label and prediction, and its tables side by side."""
 
     title: str
     shown: Shown
@@ -57,15 +57,15 @@ class ExplainedTest(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A heading and a text, with questions, a ranking or a picture under them.
+    """A heading and a text, followed by explained test examples, a ranking or a figure.
 
     Attributes:
-        width: of the picture on a page with room, in pixels of the page.
+        width: of the figure on a wide page, in CSS pixels.
     """
 
     heading: str
     text: str
-    questions: Sequence[ExplainedTest] = ()
+    explained: Sequence[ExplainedTest] = ()
     ranking: ExampleTable | None = None
     picture: str | None = None
     width: int = 0
@@ -77,8 +77,8 @@ class TrainingSet:
 
     Attributes:
         examples: the examples.
-        labels: their labels, where there are any.
-        truth: what the labels should be, where known.
+        labels: their labels, if there are any.
+        truth: the correct labels, where known.
         display: how an example is shown.
     """
 
@@ -92,14 +92,14 @@ class TrainingSet:
         check_counts(len(self), "training", train_labels=self.labels, true_labels=self.truth)
         if self.labels is None and self.truth is not None:
             raise InvalidArgumentError(
-                "got true_labels without train_labels, with which to compare them; pass both"
+                "got true_labels without the train_labels to compare them with; pass both"
             )
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def results(self, results: Any, name: str, m: int) -> tuple[Tensor, Tensor]:
-        """Indices and scores ``[m, k]`` on the CPU; refused where they are not of m tests."""
+        """Indices and scores ``[m, k]`` on the CPU, checked to be of m test examples."""
         indices, scores = checked_results(results, name, len(self))
         if len(scores) != m or scores.numel() == 0:
             raise InvalidArgumentError(
@@ -109,17 +109,17 @@ class TrainingSet:
         return indices, scores
 
     def table(self, caption: str, indices: Tensor, scores: Tensor, largest: Tensor) -> ExampleTable:
-        """The training examples at places ``[k]``; a bar of full length is the largest score."""
+        """The training examples at indices ``[k]``; the largest score has a bar of full length."""
         shares = (100 * scores.abs() / largest).nan_to_num()
         rows = zip(indices.tolist(), scores.tolist(), shares.tolist(), strict=True)
         return ExampleTable(caption, [self._entry(*row) for row in rows])
 
-    def _entry(self, place: int, score: float, share: float) -> Entry:
-        label = None if self.labels is None else label_text(self.labels[place])
-        truth = None if self.truth is None else label_text(self.truth[place])
+    def _entry(self, index: int, score: float, share: float) -> Entry:
+        label = None if self.labels is None else label_text(self.labels[index])
+        truth = None if self.truth is None else label_text(self.truth[index])
         return Entry(
-            place,
-            self.display.shown(self.examples[place]),
+            index,
+            self.display.shown(self.examples[index]),
             label,
             None if truth == label else truth,
             score_text(score),
@@ -129,7 +129,7 @@ class TrainingSet:
 
 
 def check_counts(count: int, kind: str, **given: Any) -> None:
-    """Refuse no examples, and anything given that has not one item an example."""
+    """Refuse zero examples, and anything without one item per example."""
     counts = {
         name: len(check_sequence(items, name, f"one item per {kind} example"))
         for name, items in given.items()
@@ -138,5 +138,5 @@ def check_counts(count: int, kind: str, **given: Any) -> None:
     if count == 0 or any(other != count for other in counts.values()):
         raise InvalidArgumentError(
             f"got {count} {kind} examples, and {counts}; there must be at least one, and one of "
-            "each an example"
+            "each per example"
         )

@@ -93,7 +93,7 @@ def test_a_truth_without_differences_is_refused():
     ):
         judged([0, 1, 2, 3], leave_out_constant=False)
     one = torch.ones(2, 1)
-    with pytest.raises(InvalidArgumentError, match=r"has 1 value a test example; .* at least two"):
+    with pytest.raises(InvalidArgumentError, match=r"has 1 value per test example; .* least two"):
         row_correlations(one, one[None], "outputs", False, [pearson])
 
 

@@ -330,7 +330,7 @@ def test_checkpoints_need_a_folder():
         (lambda model: torch.ones(0), r"returned a Tensor of shape \[0\]; it must return a tensor"),
         (
             lambda model: torch.ones(1 + int(model[0].bias > 0)),
-            "`measure` returned 1 values of one model and 2 of another",
+            "`measure` returned 1 values for one model and 2 for another",
         ),
     ],
 )

@@ -45,7 +45,7 @@ def test_numbers_stand_within_their_panels():
     ("by_layer", "message"),
     [
         ({}, r"`by_layer` is empty; pass a dict \{layer:"),
-        ({"a": [1.0]}, r"got 2 titles and scores of \{'a': 1\} pairs"),
+        ({"a": [1.0]}, r"got 2 titles, and scores of \{'a': 1\} pairs"),
         ({"a": [[1.0], [2.0]]}, r"`the scores of 'a'` has shape \[2, 1\]; expected \[p\]"),
     ],
 )
