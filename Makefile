@@ -36,8 +36,9 @@ quick: $(VENV)/.test  ## run in under a minute: the contract on one method per f
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS) -m quick tests/test_contract.py \
 	  tests/gradients/test_layers.py
 
-fuzz: $(VENV)/.test  ## ask FUZZ=5000 random questions whose answers are known
+fuzz: $(VENV)/.test  ## ask FUZZ=5000 random questions whose answers are known; try bad arguments
 	PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(BIN)/python -m fuzz --count $(FUZZ) --first $(FUZZ_FIRST)
+	PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(BIN)/python -m fuzz.bad_input
 
 lint: $(VENV)/.lint  ## check format and style
 	$(BIN)/ruff format --check .

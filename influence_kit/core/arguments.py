@@ -22,10 +22,7 @@ _short.maxother = _short.maxstring = 60
 
 def shown(value: Any) -> str:
     """A value as an error shows it: its beginning, and its type where that does not tell it."""
-    try:
-        written = _short.repr(value)
-    except Exception:  # what a user's own `__repr__` raises is not the error to report
-        written = "an object"
+    written = _short.repr(value)  # also of an object whose own `__repr__` fails
     kind = type(value).__name__
     return written if isinstance(value, PLAIN) or kind in written else f"{written} ({kind})"
 
@@ -223,4 +220,7 @@ def check_mapping(value: Any, name: str, of: str) -> dict[str, Any]:
         raise InvalidArgumentError(f"`{name}` must be a dict {of}; got {shown(value)}")
     if not value:
         raise InvalidArgumentError(f"`{name}` is empty; pass a dict {of}")
-    return {check_text(key, f"a key of `{name}`"): item for key, item in value.items()}
+    other = [key for key in value if not isinstance(key, str)]
+    if other:
+        raise InvalidArgumentError(f"the keys of `{name}` must be str; got {shown(other[0])}")
+    return dict(value)

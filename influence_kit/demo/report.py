@@ -44,8 +44,8 @@ def explained_text(explained: Explained, given: Tensor, true: Tensor) -> str:
     header = ["", "training image", "given label", "score", "label flipped"]
     parts = []
     chosen = zip(explained.places.items(), explained.titles, strict=True)
-    for row, ((reason, place), title) in enumerate(chosen):
-        heading = f"Test image #{place} ({reason}): {', '.join(title.splitlines())}"
+    for row, ((reason, index), title) in enumerate(chosen):
+        heading = f"Test image #{index} ({reason}): {', '.join(title.splitlines())}"
         table = text_table(header, _listed(explained, row, given, true))
         parts.append(f"{heading}\n\n{table}")
     listed = torch.cat([explained.proponents.indices, explained.opponents.indices], dim=1)
@@ -104,14 +104,14 @@ def figures(
     detections: Mapping[str, Detection],
 ) -> dict[str, Figure]:
     """The figures, by file name."""
-    places = list(explained.places.values())
+    shown = list(explained.places.values())
     suspicion = detections[SELF_INFLUENCE].scores
     top = suspicion.argsort(descending=True, stable=True)[:SUSPECTS]
     titles = [f"{i + 1}. #{n}" for i, n in enumerate(top.tolist())]
     curves = {name: detection_curve(d.scores, is_wrong) for name, d in detections.items()}
     return {
         "proponents_and_opponents.png": viz.proponents_and_opponents(
-            digits.test_images[places],
+            digits.test_images[shown],
             explained.titles,
             explained.proponents,
             explained.opponents,
@@ -136,8 +136,10 @@ def page(
     curves: Figure,
 ) -> viz.Report:
     """All results as a web page, with the images beside their scores."""
-    places = explained.places
-    chosen, wrong = list(places.values()), float((given != digits.train_labels).float().mean())
+    chosen, wrong = (
+        list(explained.places.values()),
+        float((given != digits.train_labels).float().mean()),
+    )
     made = viz.Report(
         f"Handwritten digits, {wrong:.0%} of them with a wrong label",
         digits.train_images,
@@ -150,7 +152,7 @@ def page(
         digits.test_images[chosen],
         explained.proponents,
         explained.opponents,
-        titles=[f"Test image #{place}, the {reason}" for reason, place in places.items()],
+        titles=[f"Test image #{index}, the {reason}" for reason, index in explained.places.items()],
         labels=digits.test_labels[chosen],
         predictions=explained.predictions,
     )

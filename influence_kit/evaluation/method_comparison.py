@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from influence_kit.core.arguments import check_flag, check_text, shown
+from influence_kit.core.arguments import check_flag, check_mapping, shown
 from influence_kit.core.tables import text_table
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, numbers
@@ -103,14 +103,14 @@ class Comparison:
 
     def _correlations(self) -> Iterator[str]:
         """The agreement in tables of some columns each; methods by their numbers."""
-        places = range(1, len(self.names) + 1)
-        for start in range(0, len(places), COLUMNS):
+        count = len(self.names)
+        for start in range(0, count, COLUMNS):
             some = slice(start, start + COLUMNS)
             rows = [
-                [place, *(f"{value:.2f}" for value in row[some])]
-                for place, row in zip(places, self.agreement.tolist(), strict=True)
+                [number, *(f"{value:.2f}" for value in row[some])]
+                for number, row in enumerate(self.agreement.tolist(), 1)
             ]
-            yield text_table(["", *map(str, places[some])], rows)
+            yield text_table(["", *map(str, range(1, count + 1)[some])], rows)
 
 
 def compare(
@@ -199,7 +199,7 @@ def _checked_truth(truth: Any) -> SubsetTruth | None:
 
 def _named(methods: Any) -> dict[str, Any]:
     if isinstance(methods, Mapping):
-        pairs = [(check_text(name, "a name in `methods`"), m) for name, m in methods.items()]
+        pairs = list(check_mapping(methods, "methods", "{name: method}").items())
     elif isinstance(methods, list | tuple):
         pairs = [(type(method).__name__, method) for method in methods]
     else:

@@ -42,7 +42,7 @@ def source_hash(function: FunctionType, owner: type | None = None) -> str:
 
 
 def bytecode_hash(code: CodeType) -> str:
-    """A hash of compiled code, without its place and layout."""
+    """A hash of compiled code, without its position and layout."""
     parts = [code.co_code.hex()]
     for item in (*code.co_consts, code.co_names, code.co_varnames):
         if isinstance(item, CodeType):

@@ -36,7 +36,6 @@ class DataBanzhaf(Semivalue):
     The other arguments are those of ``Valuation`` and ``Semivalue``.
 
     Example:
-        >>> places = np.arange(4)
         >>> subsets = np.array(list(np.ndindex(2, 2, 2, 2)), dtype=bool)  # all there are
         >>> DataBanzhaf(lambda s: float(s.sum()), lambda model, _: model, 4, subsets).influence()
         tensor([[0., 1., 2., 3.]], dtype=torch.float64)

@@ -200,7 +200,7 @@ class Dropping(nn.Linear):
     [
         (
             lambda: nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)),
-            r"training changes the buffer '1.running_mean', .as BatchNorm layers do.*Give",
+            r"training changes the buffer '1.running_mean' .as BatchNorm layers do.*Give",
         ),
         (
             lambda: nn.Sequential(nn.Linear(6, 3), nn.Dropout(0.1)),

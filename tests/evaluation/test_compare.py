@@ -151,7 +151,8 @@ def test_a_comparison_leaves_the_settings_of_the_process_alone(monkeypatch):
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
-        ({}, r"got the methods \[\]; there must be at least one"),
+        ({}, r"`methods` is empty; pass a dict \{name: method\}"),
+        ([], r"got the methods \[\]; there must be at least one"),
         ([Known(1), Known(2)], r"got the methods \['Known', 'Known'\]; .*: pass \{name: method\}"),
         (
             {"a": SCORES["a"], "b": SCORES["b"][:, :5]},
