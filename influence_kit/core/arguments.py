@@ -22,7 +22,8 @@ _short.maxother = _short.maxstring = 60
 
 def shown(value: Any) -> str:
     """A value as an error shows it: its beginning, and its type where that does not tell it."""
-    written = _short.repr(value)  # also of an object whose own `__repr__` fails
+    # in one line; also of an object whose own `__repr__` fails
+    written = " ".join(_short.repr(value).split())
     kind = type(value).__name__
     return written if isinstance(value, PLAIN) or kind in written else f"{written} ({kind})"
 
