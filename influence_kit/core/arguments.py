@@ -1,4 +1,4 @@
-"""Checks of what a user gives: counts, numbers, seeds, flags, texts, functions, sequences."""
+"""Checks of arguments: counts, numbers, seeds, flags, texts, functions, sequences, dicts."""
 
 import math
 import operator
@@ -21,7 +21,7 @@ _short.maxother = _short.maxstring = 60
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it: its beginning, and its type where that does not tell it."""
+    """A value as errors show it: its beginning, and its type where the value does not show it."""
     # in one line; also of an object whose own `__repr__` fails
     written = " ".join(_short.repr(value).split())
     kind = type(value).__name__
@@ -31,17 +31,17 @@ def shown(value: Any) -> str:
 def check_count(
     value: Any, name: str, least: int = 1, instead: str = "", most: int | None = None
 ) -> int:
-    """The argument of that name as an int of at least ``least``.
+    """The argument as an int of at least ``least``.
 
     Args:
         value: what was given.
-        name: of the argument.
-        least: the smallest number.
-        instead: what it may be in place of a number, for the error: '"auto"'.
-        most: the largest number; None for any.
+        name: the argument's name, for the error.
+        least: the smallest value allowed.
+        instead: what the argument may be in place of a number, for the error: '"auto"'.
+        most: the largest value allowed; None for any.
 
     Raises:
-        InvalidArgumentError: for anything else: a bool, a fraction, a number out of the range.
+        InvalidArgumentError: for anything else: a bool, a fraction, a number out of range.
     """
     is_int = isinstance(value, Integral) and not isinstance(value, bool)
     if not is_int or int(value) < least or (most is not None and int(value) > most):
@@ -64,19 +64,19 @@ def check_number(
     most: float = math.inf,
     instead: str = "",
 ) -> float:
-    """The argument of that name as a finite number within its range.
+    """The argument as a finite number within its range.
 
     Args:
         value: what was given.
-        name: of the argument.
+        name: the argument's name, for the error.
         above: the number must be larger than this.
-        least: at least this.
-        below: smaller than this.
-        most: at most this.
-        instead: what it may be in place of a number, for the error: '"auto"'.
+        least: it must be at least this.
+        below: it must be smaller than this.
+        most: it must be at most this.
+        instead: what the argument may be in place of a number, for the error: '"auto"'.
 
     Raises:
-        InvalidArgumentError: for anything else: a bool, NaN, infinity, a number out of the range.
+        InvalidArgumentError: for anything else: a bool, NaN, infinity, a number out of range.
     """
     number = isinstance(value, Real) and not isinstance(value, bool) and _is_finite(value)
     if number and above < value < below and least <= value <= most:
@@ -123,7 +123,7 @@ def check_seeds(values: Any, name: str = "seeds") -> list[int]:
 
 
 def check_flag(value: Any, name: str) -> bool:
-    """The argument of that name as a bool.
+    """The argument as a bool.
 
     Raises:
         InvalidArgumentError: for anything else, also what Python takes for true or false.
@@ -134,7 +134,7 @@ def check_flag(value: Any, name: str) -> bool:
 
 
 def check_text(value: Any, name: str, instead: str = "") -> str:
-    """The argument of that name, a ``str``.
+    """The argument, which must be a ``str``.
 
     Raises:
         InvalidArgumentError: for anything else.
@@ -146,11 +146,11 @@ def check_text(value: Any, name: str, instead: str = "") -> str:
 
 
 def check_function(value: Any, name: str, call: str) -> Any:
-    """The argument of that name, which can be called.
+    """The argument, which must be callable.
 
     Args:
         value: what was given.
-        name: of the argument.
+        name: the argument's name, for the error.
         call: how it is called, for the error: "train_fn(indices, seed) -> model".
 
     Raises:
@@ -164,11 +164,11 @@ def check_function(value: Any, name: str, call: str) -> Any:
 
 
 def check_sequence(value: Any, name: str, of: str, count: int | None = None) -> Any:
-    """The argument of that name, which has a length and items by index: a list, tensor, array.
+    """The argument, which must have a length and items by index: a list, tensor, array.
 
     Args:
         value: what was given.
-        name: of the argument.
+        name: the argument's name, for the error.
         of: what the items are, for the error: "one label per example".
         count: how many there must be; None for any number.
 
@@ -199,7 +199,7 @@ def check_sequence(value: Any, name: str, of: str, count: int | None = None) -> 
 
 
 def check_texts(value: Any, name: str, of: str, count: int | None = None) -> list[str]:
-    """The argument of that name, a sequence of ``str``, as a list."""
+    """The argument, which must be a sequence of ``str``, as a list."""
     return [
         check_text(item, f"{name}[{index}]")
         for index, item in enumerate(check_sequence(value, name, of, count))
@@ -207,11 +207,11 @@ def check_texts(value: Any, name: str, of: str, count: int | None = None) -> lis
 
 
 def check_mapping(value: Any, name: str, of: str) -> dict[str, Any]:
-    """The argument of that name, which is not empty and has ``str`` for its keys, as a dict.
+    """The argument, which must be a mapping with ``str`` keys, not empty, as a dict.
 
     Args:
         value: what was given.
-        name: of the argument.
+        name: the argument's name, for the error.
         of: what it must be, for the error: "{title: (predicted, actual)}".
 
     Raises:
