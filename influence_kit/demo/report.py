@@ -30,7 +30,7 @@ not linear over such long steps: read a large score as a rank, not as an amount.
 
 
 def data_text(digits: Digits, is_wrong: Tensor) -> str:
-    """What the network is trained on."""
+    """A description of the training data."""
     n, wrong = len(is_wrong), int(is_wrong.sum())
     return (
         f"{n} training and {len(digits.test_labels)} test images of handwritten digits, 8 x 8 "

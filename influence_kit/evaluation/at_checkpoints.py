@@ -44,7 +44,7 @@ def checkpoint_losses(
 
     The losses are those whose gradients the methods take, in evaluation mode. A ``loss_fn`` that
     returns the sum or the mean over a batch is called for each example alone, which takes longer
-    than one with ``reduction="none"``. The model comes back as it was.
+    than one with ``reduction="none"``. The model is left unchanged.
 
     Args:
         model: the model, as for a method.
@@ -53,7 +53,7 @@ def checkpoint_losses(
         loss_fn: as a method takes it: one loss per example, their sum or their mean.
         checkpoints_load_func: ``load(model, checkpoint) -> learning rate``.
         batch_size: examples per batch, where ``dataset`` is not a loader.
-        show_progress: a bar over the checkpoints.
+        show_progress: a progress bar over the checkpoints.
 
     Raises:
         InvalidArgumentError: for no checkpoints or examples, a loader that shuffles, or a loss that
@@ -87,8 +87,8 @@ def checkpoint_logits(
 ) -> Tensor:
     """The logits of each example at each checkpoint, float64 ``[C, n, c]``: for ``low_margin``.
 
-    Of a model that returns more, its ``logits``. In evaluation mode; the model comes back as it
-    was.
+    If the model returns more than logits, its ``logits`` are taken. The model is called in
+    evaluation mode, and left unchanged.
 
     Args:
         model: the model, as for a method.
@@ -96,7 +96,7 @@ def checkpoint_logits(
         checkpoints: as a method takes them.
         checkpoints_load_func: ``load(model, checkpoint) -> learning rate``.
         batch_size: examples per batch, where ``dataset`` is not a loader.
-        show_progress: a bar over the checkpoints.
+        show_progress: a progress bar over the checkpoints.
 
     Raises:
         InvalidArgumentError: for no checkpoints or examples, a loader that shuffles, or a model
@@ -120,7 +120,7 @@ class _Run(NamedTuple):
     def measured(
         self, loader: Iterable[Batch], what: str, measure: Callable[[Batch], Tensor]
     ) -> Tensor:
-        """What is measured of all batches at each checkpoint, float64 ``[C, n, ...]``."""
+        """The measurements of all batches at each checkpoint, float64 ``[C, n, ...]``."""
         self._check()
         batches = CheckedBatches(loader, "dataset")
         device = next(self.model.parameters()).device

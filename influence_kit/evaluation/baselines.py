@@ -169,7 +169,7 @@ def label_cosine(
 ) -> Tensor:
     """Scores: the cosine of the features, with a minus sign where the labels differ.
 
-    What an attribution method should beat.
+    A baseline that attribution methods should beat.
 
     Args:
         test_features: ``[m, d]``.

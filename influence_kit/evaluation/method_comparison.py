@@ -61,7 +61,7 @@ class Comparison:
             methods, ``[K, K]``.
         constant: for each method, how many test examples have the same score everywhere; their
             correlations count as 0.
-        costs: of each method's ``influence``, with what it fits; None for given scores.
+        costs: of each method's ``influence``, including the fit; None for given scores.
         scores: each method's linear datamodeling score; None without a truth.
     """
 
@@ -121,15 +121,15 @@ def compare(
 ) -> Comparison:
     """Rank correlation between methods, LDS where the truth is given, time, and memory on a GPU.
 
-    Each method's ``influence(inputs)`` is called once, in order, so that the time is that of a
-    first call: with the fit, where the method is not fitted yet.
+    Each method's ``influence(inputs)`` is called once, in order, so the time is that of a first
+    call, including the fit where the method is not fitted yet.
 
     Args:
         methods: by name, or a list, where each is named after its class. Known scores ``[m, n]``,
             such as those of a baseline, may take the place of a method.
         inputs: the test examples: one batch, or a DataLoader that does not shuffle.
         truth: what training on subsets gave for the same test examples.
-        show_progress: a bar over the methods.
+        show_progress: a progress bar over the methods.
 
     Raises:
         InvalidArgumentError: for no methods, two of one name, or scores of different shapes;

@@ -49,7 +49,7 @@ class Brittleness:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RemovalCurve:
-    """What is measured without (or with only) the examples of the highest scores.
+    """Outputs of models trained without (or with only) the examples of the highest scores.
 
     Attributes:
         fractions: the shares of the training set that are removed (kept), ``[F]``.
@@ -149,7 +149,7 @@ def removal_curve(
     repeats: int = 3,
     seed: int = 0,
 ) -> RemovalCurve:
-    """What is measured without the examples of the highest scores, and without random ones.
+    """Outputs without the examples of the highest scores, and without as many random ones.
 
     If scores identify what helps, removing by score does more harm than removing at random, and
     keeping by score less. Pass ``-scores`` to remove first what hurts. Each point of a curve is

@@ -37,7 +37,7 @@ CALL = "train_fn(indices, seed) -> model"
 
 
 class Retraining:
-    """Trains models on subsets of the training set, and returns what is measured of each.
+    """Trains models on subsets of the training set, and returns the outputs measured of each.
 
     Models are dropped once they are measured; with a ``folder`` they are also kept on disk, so that
     other outputs can be measured later, and an interrupted run continues where it stopped.
@@ -59,7 +59,7 @@ class Retraining:
             counter) is not a setting.
         n_jobs: processes (of joblib) to train in; -1: one per core. ``train_fn`` and the measure
             are pickled.
-        show_progress: a bar over the models.
+        show_progress: a progress bar over the models.
 
     Raises:
         InvalidArgumentError: for no processes, or where joblib is not installed; with a folder
@@ -106,7 +106,7 @@ class Retraining:
         self._settings = TrainingSettings(train_fn, label)
 
     def outputs(self, subsets: Values, measure: Measure, seeds: Sequence[int] = (0,)) -> Tensor:
-        """What is measured of a model for each subset and seed, float64 ``[S, R, m]``.
+        """The measured outputs of a model for each subset and seed, float64 ``[S, R, m]``.
 
         Args:
             subsets: which training examples each subset has, bool ``[S, n]``.
@@ -125,7 +125,7 @@ class Retraining:
         return rows.view(-1, len(set(each_seed)), rows.shape[1])
 
     def paired_outputs(self, subsets: Values, measure: Measure, seeds: Sequence[int]) -> Tensor:
-        """What is measured of a model for each subset with its own seed, float64 ``[S, m]``.
+        """The measured outputs of a model for each subset with its own seed, float64 ``[S, m]``.
 
         Args:
             subsets: bool ``[S, n]``; equal pairs of a subset and a seed share one model.
@@ -176,7 +176,7 @@ class Retraining:
     def _run(
         self, jobs: list[Job], folder: ModelFolder | None, measure: Measure | None
     ) -> Measurements:
-        """What is measured of each job, by its name."""
+        """The measured outputs of each job, by its name."""
         jobs = list({job.name: job for job in jobs}.values())
         rows: Measurements = {}
         with tqdm(desc="Retraining", total=len(jobs), disable=not self.show_progress) as bar:
@@ -194,7 +194,7 @@ class Retraining:
     def _finished(
         self, jobs: list[Job], folder: ModelFolder | None, measure: Measure | None
     ) -> Iterator[Measurements]:
-        """What is measured of the models that are on disk."""
+        """The measured outputs of the models that are on disk."""
         if folder is None or not any(map(folder.has, jobs)):
             return
         model = None if measure is None else self._skeleton(jobs, folder)

@@ -48,8 +48,8 @@ def ridge_leave_one_out(
         f_{-i}(x) = f(x) - \frac{x^T A^{-1} x_i \, (y_i - f(x_i))}{1 - x_i^T A^{-1} x_i},
         \qquad A = \sum_j x_j x_j^T + \text{ridge} \cdot I
 
-    What minimising sum_j (f(x_j) - y_j)^2 + ridge norm(w)^2 without example i gives, by the formula
-    of Sherman and Morrison; the ridge stays the same. In float64.
+    The minimizer of sum_j (f(x_j) - y_j)^2 + ridge norm(w)^2 without example i, by the
+    Sherman-Morrison formula, with the same ridge. In float64.
 
     Args:
         inputs: the training inputs ``[n, d]``.

@@ -13,7 +13,7 @@ from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.evaluation.model_folder import Job, ModelFolder
 from influence_kit.evaluation.recipe import Measure, TrainFunction, TrainsMany, seeded
 
-# what is measured of each job, by its name; None where nothing is to be measured
+# the measured outputs of each job, by its name; None without a measure
 Measurements = dict[str, np.ndarray | None]
 
 
@@ -49,7 +49,7 @@ def trained(train_fn: TrainFunction, jobs: list[Job]) -> Iterator[nn.Module]:
 
 
 def measured(model: nn.Module, measure: Measure, job: Job) -> np.ndarray:
-    """What is measured of a model, float64 ``[m]``."""
+    """The measured outputs of a model, float64 ``[m]``."""
     with seeded(job.seed), torch.no_grad():
         found = measure(model.eval())
     if not isinstance(found, Tensor) or found.dim() != 1 or len(found) == 0:

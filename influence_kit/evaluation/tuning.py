@@ -24,7 +24,7 @@ class Tuned:
     """The values that were tried; printed as a table.
 
     Attributes:
-        attribute: what was tuned: "damping" or "ridge".
+        attribute: the attribute that was tuned: "damping" or "ridge".
         value: the one with the highest score (the first of equal ones), now set on the method.
         values: all that were tried.
         scores: the linear datamodeling score of each on the tuning data.

@@ -17,7 +17,7 @@ def explains_output(method: object) -> bool:
 
 
 def heads_of(heads: Heads | None, method: object) -> Heads:
-    """What to write above proponents and opponents: as given, else by what the method explains."""
+    """The heads of proponents and opponents: as given, else by what the method explains."""
     if heads is not None:
         return heads
     return HEADS_OF_OUTPUT if explains_output(method) else HEADS

@@ -1,4 +1,4 @@
-"""What the template of the report takes: explained test examples, rankings and figures.
+"""The contents of the report's template: explained test examples, rankings and figures.
 
 Shapes: m test examples, n training examples, k of them per test example.
 """

@@ -1,4 +1,4 @@
-"""What ``influence(..., k=k)`` returned, as figures and reports take it.
+"""Checks of the results of ``influence(..., k=k)`` that figures and reports take.
 
 Shapes: m test examples, n training examples, k of them per test example.
 """
@@ -44,7 +44,7 @@ def checked_results(results: Any, name: str, n: int) -> KMostInfluentialResults:
 
 
 def checked_heads(heads: Any) -> tuple[str, str] | None:
-    """What to write above proponents and opponents: two texts, or None.
+    """The heads of the columns of proponents and opponents: two texts, or None.
 
     Raises:
         InvalidArgumentError: for anything else.
