@@ -71,7 +71,8 @@ def linear_datamodeling_score(
         \pm \frac{1}{R} \sum_r f_t(\theta_{sr}) \Bigr)
 
     How well the sums of scores over subsets predict the output f_t of the models trained on these
-    subsets, averaged over repeats (arXiv 2303.14186). From -1 to 1; random scores reach 0 on average.
+    subsets, averaged over repeats (arXiv 2303.14186). From -1 to 1; random scores reach 0 on
+    average.
 
     Retraining is noisy: even perfect scores do not reach 1. The noise ceiling is estimated from the
     rank correlation between the means of two halves of the repeats (averaged over random splits),
