@@ -84,6 +84,11 @@ def _refuse(names: dict[str, nn.Module], unknown: list[str | nn.Module]) -> None
             f"{len(there):,} modules, such as {_shortened(there)}"
         )
     words = [str(layer) for layer in unknown]
+    if not there:
+        raise UnknownLayerError(
+            f"the model has no layers {_shortened(words)}: it is one layer itself, a "
+            f"{type(names['']).__name__} without submodules; leave `layers` out"
+        )
     if len(there) <= SHOWN:
         raise UnknownLayerError(f"the model has no layers {_shortened(words)}; it has {there}")
     near = [name for word in words[:SHOWN] for name in get_close_matches(word, there, cutoff=0.5)]

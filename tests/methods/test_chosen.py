@@ -182,3 +182,11 @@ def test_one_layer():
     assert check_layer(model, "h.1") == check_layer(model, model.h[1]) == "h.1"
     with pytest.raises(InvalidArgumentError, match=r"one layer is wanted; 'h.\*.mlp' fits 3: \["):
         check_layer(model, "h.*.mlp")
+
+
+def test_a_model_that_is_one_layer_has_no_names() -> None:
+    match = (
+        r"no layers \['9'\]: it is one layer itself, a Linear without submodules; leave `layers`"
+    )
+    with pytest.raises(UnknownLayerError, match=match):
+        check_layers(nn.Linear(2, 2), ["9"])
