@@ -42,3 +42,7 @@ class PassAgain(Exception):  # noqa: N818 - no error: what is to be done
 
     Never reaches a user: methods catch it, drop what they made, and start the pass again.
     """
+
+
+class StorageError(OSError):
+    """A file that the system did not let be written or removed: a full disk, a permission."""

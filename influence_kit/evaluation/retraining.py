@@ -5,6 +5,7 @@ Letters: n training examples, m measured outputs (of test examples), S subsets, 
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class Retraining:
             was afterwards. Or a ``BatchedSGD``, which trains many small models at once.
         folder: where every finished model is kept, one safetensors file each, which are checkpoints
             for any method; None keeps none. It is refused for another training function, or another
-            number of examples. One run at a time may use it.
+            number of examples. A second run on the same folder waits, and then reads.
         model: one like those that ``train_fn`` returns, to load finished ones into. Where it is
             None and finished models are found, one is trained for that.
         label: says in the folder which training its models are of. None takes the name and code of
@@ -155,7 +156,10 @@ class Retraining:
         """What is measured of each job, by its name."""
         jobs = list({job.name: job for job in jobs}.values())
         rows: Rows = {}
-        with tqdm(desc="Retraining", total=len(jobs), disable=not self.show_progress) as bar:
+        is_done = folder is None or all(map(folder.has, jobs))
+        alone = nullcontext() if folder is None or is_done else folder.writing()
+        bar = tqdm(desc="Retraining", total=len(jobs), disable=not self.show_progress)
+        with bar, alone:
             for found in self._finished(jobs, folder, measure):
                 rows.update(found)
                 bar.update()

@@ -6,7 +6,8 @@ batch or chunk.
 A store is a folder of chunks (``influence_kit.gradients.chunks``) beside a ``manifest.json`` that
 says what they belong to. A chunk that is there is whole; one that is not is work to do. So there
 is nothing else to keep in step: a build that was killed goes on where it was, on any number of
-ranks, without locks, and ends in the same bytes.
+ranks, and ends in the same bytes. Two builds at once do the work twice, and end in the same bytes
+as well; ``storage.locks.alone_in`` keeps the second one waiting.
 """
 
 from __future__ import annotations
@@ -22,15 +23,12 @@ from torch import Tensor
 from influence_kit.core.distributed import is_mine
 from influence_kit.core.memory import rows_within, workspace_bytes
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.gradients.chunks import (
-    CHECKSUM,
-    check_bytes,
-    read_chunk,
-    whole_chunks,
-    write_chunk,
-)
+from influence_kit.gradients.chunks import Chunk, whole_chunks, write_chunk
 from influence_kit.gradients.per_example import Gradients, from_flat
-from influence_kit.gradients.store_manifest import Layout, Manifest, default_chunk_rows
+from influence_kit.gradients.store_manifest import KIND, Layout, Manifest, default_chunk_rows
+from influence_kit.storage.atomic import remove_file, remove_temporaries
+from influence_kit.storage.locks import is_locked
+from influence_kit.storage.tensor_files import is_own_file
 
 
 class GradientStore:
@@ -66,6 +64,8 @@ class GradientStore:
         self._manifest = manifest
         self._checked: set[str] = set()
         self._mapped: tuple[str, Tensor] | None = None
+        # the chunks that are not to be written, of checkpoints that are being filled
+        self._skipped: dict[int, set[int]] = {}
 
     @classmethod
     def create_or_open(
@@ -116,10 +116,17 @@ class GradientStore:
             manifest.check(description)
         store = cls(manifest)
         if not store.is_complete:
-            count = store.layout.checkpoints * store.layout.chunks
+            layout, names = store.layout, (path.name for path in store.folder.iterdir())
+            count = layout.checkpoints * layout.chunks
+            missing = f"{count - layout.count_of(names)} of {count} chunks are missing"
+            if is_locked(store.folder):
+                raise InvalidArgumentError(
+                    f"{folder} is not complete yet: another process is building it ({missing}); "
+                    "open it when that is done"
+                )
             raise InvalidArgumentError(
-                f"{folder} is not complete: {len(store.missing())} of {count} chunks are missing, "
-                "or `finish` was not called; build it again, which writes what is missing"
+                f"{folder} is not complete: {missing}, or `finish` was not called; build it again, "
+                "which writes what is missing"
             )
         return store
 
@@ -137,8 +144,14 @@ class GradientStore:
 
     def wanted(self, checkpoint: int, start: int, stop: int) -> bool:
         """Whether this rank lacks any of the rows ``start`` to ``stop``."""
+        skipped = self._skipped.get(checkpoint)
         return any(
-            is_mine(chunk) and not self._path(checkpoint, chunk).exists()
+            is_mine(chunk)
+            and (
+                not self._path(checkpoint, chunk).exists()
+                if skipped is None
+                else chunk not in skipped
+            )
             for chunk, _ in self.layout.cut(start, stop)
         )
 
@@ -154,19 +167,25 @@ class GradientStore:
             InvalidArgumentError: where rows of a chunk did not come, or do not fit.
             NonFiniteError: for rows that are NaN or infinite.
         """
-        theirs = {
+        skipped = {
             chunk
             for chunk in range(self.layout.chunks)
             if not is_mine(chunk) or self._path(checkpoint, chunk).exists()
         }
-        for chunk, values in whole_chunks(pieces, self.layout, theirs):
-            write_chunk(self._path(checkpoint, chunk), values, self._manifest.identity)
+        # as it is now, also where another process writes chunks meanwhile
+        self._skipped[checkpoint] = skipped
+        try:
+            for chunk, values in whole_chunks(pieces, self.layout, skipped):
+                write_chunk(self._path(checkpoint, chunk), values, self._manifest.identity)
+        finally:
+            del self._skipped[checkpoint]
 
     def empty(self) -> None:
-        """Take the chunks of an unfinished store away."""
+        """Remove the chunks of an unfinished store."""
         if not self._manifest.is_finished:
             for key in self._keys():
-                self._path(*key).unlink(missing_ok=True)
+                if is_own_file(self._path(*key), KIND):
+                    remove_file(self._path(*key))
 
     def finish(self) -> None:
         """Say in the manifest that all chunks are there, with their checksums.
@@ -182,15 +201,13 @@ class GradientStore:
                 f"{self.folder} lacks {len(missing)} chunks (checkpoint, chunk), the first of them "
                 f"{missing[0]}; `fill` them first"
             )
-        chunks = []
+        chunks = {}
         for checkpoint, chunk in self._keys():
-            path, rows = self._path(checkpoint, chunk), self.layout.rows_of(chunk)
-            _, checksum = read_chunk(path, self._manifest.identity)
-            place = {"checkpoint": checkpoint, "rows": [rows.start, rows.stop]}
-            chunks.append({"file": path.name, **place, CHECKSUM: checksum})
-        self._manifest.finish(chunks)
-        for part in self.folder.glob("*.part"):  # of writers that were killed
-            part.unlink(missing_ok=True)
+            file, rows = self._file(checkpoint, chunk).file, self.layout.rows_of(chunk)
+            index = {"checkpoint": checkpoint, "rows": [rows.start, rows.stop]}
+            chunks[file.path.name] = {**index, "size": file.size, "checksum": file.checksum}
+        self._manifest.write(chunks)
+        remove_temporaries(self.folder)
 
     # Asking it.
 
@@ -227,6 +244,8 @@ class GradientStore:
         parts = self.layout.cut(start, stop)
         if len(parts) == 1:
             return self._inside(checkpoint, *parts[0])
+        for chunk, _ in parts:  # before memory is taken for what a manifest says
+            self._file(checkpoint, chunk).require_size()
         values = torch.empty(stop - start, self.layout.width, dtype=self.layout.dtype)
         for chunk, rows in parts:
             values[rows.start - start : rows.stop - start] = self._inside(checkpoint, chunk, rows)
@@ -240,6 +259,10 @@ class GradientStore:
     def _path(self, checkpoint: int, chunk: int) -> Path:
         return self.folder / self.layout.file(checkpoint, chunk)
 
+    def _file(self, checkpoint: int, chunk: int) -> Chunk:
+        path, rows = self._path(checkpoint, chunk), self.layout.rows_of(chunk)
+        return Chunk(path, self._manifest.identity, self.layout, rows)
+
     def _sample(self, sample: Tensor | None) -> Tensor:
         half = self.layout.dtype.itemsize < 4
         dtype = torch.float32 if half else self.layout.dtype
@@ -252,12 +275,13 @@ class GradientStore:
 
     def _chunk(self, checkpoint: int, chunk: int) -> Tensor:
         """The rows of a chunk; the last one that was asked for stays mapped."""
-        path = self._path(checkpoint, chunk)
-        if self._mapped is None or self._mapped[0] != path.name:
+        name = self._path(checkpoint, chunk).name
+        if self._mapped is None or self._mapped[0] != name:
             self._mapped = None  # so that there are never two of them
-            values, checksum = read_chunk(path, self._manifest.identity)
-            if path.name not in self._checked:
-                check_bytes(path, values, checksum)
-                self._checked.add(path.name)
-            self._mapped = path.name, values
+            file = self._file(checkpoint, chunk)
+            values = file.mapped()
+            if name not in self._checked:
+                file.check(values)
+                self._checked.add(name)
+            self._mapped = name, values
         return self._mapped[1]
