@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.gradients.store_manifest import DTYPES, KIND, Layout
 from influence_kit.storage.checksums import CRC32
 from influence_kit.storage.folders import write_own
+from influence_kit.storage.locks import is_locked
 from influence_kit.storage.tensor_files import PackedTensors, TensorFile, UnreadableFileError
 
 TENSOR = "gradients"
@@ -168,6 +170,13 @@ class Chunk:
             raise self._unusable(f"does not hold {TENSOR} {shape} of type {code}")
         return found
 
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What the manifest says of the chunk."""
+        file = self.file
+        rows = [self.rows.start, self.rows.stop]
+        return {"rows": rows, "size": file.size, "checksum": file.checksum}
+
     def require_size(self) -> None:
         """Refuse a file that is too small for its rows."""
         least = len(self.rows) * self.layout.width * self.layout.dtype.itemsize
@@ -197,3 +206,19 @@ class Chunk:
             f"{self.path} {what}; delete that file and build the store again, which writes what is "
             "missing"
         )
+
+
+def incomplete(folder: Path, layout: Layout) -> InvalidArgumentError:
+    """The error about a store that lacks chunks, or was not finished."""
+    total = layout.checkpoints * layout.chunks
+    there = layout.count_of(path.name for path in folder.iterdir())
+    missing = f"{total - there} of {total} chunks are missing"
+    if is_locked(folder):
+        return InvalidArgumentError(
+            f"{folder} is not complete yet: another process is building it ({missing}); open it "
+            "when that is done"
+        )
+    return InvalidArgumentError(
+        f"{folder} is not complete: {missing}, or `finish` was not called; build it again, which "
+        "writes what is missing"
+    )

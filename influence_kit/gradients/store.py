@@ -23,11 +23,10 @@ from torch import Tensor
 from influence_kit.core.distributed import is_mine
 from influence_kit.core.memory import rows_within, workspace_bytes
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.gradients.chunks import Chunk, whole_chunks, write_chunk
+from influence_kit.gradients.chunks import Chunk, incomplete, whole_chunks, write_chunk
 from influence_kit.gradients.per_example import Gradients, from_flat
 from influence_kit.gradients.store_manifest import KIND, Layout, Manifest, default_chunk_rows
 from influence_kit.storage.atomic import remove_file, remove_temporaries
-from influence_kit.storage.locks import is_locked
 from influence_kit.storage.tensor_files import is_own_file
 
 
@@ -116,18 +115,7 @@ class GradientStore:
             manifest.check(description)
         store = cls(manifest)
         if not store.is_complete:
-            layout, names = store.layout, (path.name for path in store.folder.iterdir())
-            count = layout.checkpoints * layout.chunks
-            missing = f"{count - layout.count_of(names)} of {count} chunks are missing"
-            if is_locked(store.folder):
-                raise InvalidArgumentError(
-                    f"{folder} is not complete yet: another process is building it ({missing}); "
-                    "open it when that is done"
-                )
-            raise InvalidArgumentError(
-                f"{folder} is not complete: {missing}, or `finish` was not called; build it again, "
-                "which writes what is missing"
-            )
+            raise incomplete(store.folder, store.layout)
         return store
 
     # Building it.
@@ -145,15 +133,10 @@ class GradientStore:
     def wanted(self, checkpoint: int, start: int, stop: int) -> bool:
         """Whether this rank lacks any of the rows ``start`` to ``stop``."""
         skipped = self._skipped.get(checkpoint)
-        return any(
-            is_mine(chunk)
-            and (
-                not self._path(checkpoint, chunk).exists()
-                if skipped is None
-                else chunk not in skipped
-            )
-            for chunk, _ in self.layout.cut(start, stop)
-        )
+        chunks = (chunk for chunk, _ in self.layout.cut(start, stop))
+        if skipped is not None:
+            return any(chunk not in skipped for chunk in chunks)
+        return any(is_mine(c) and not self._path(checkpoint, c).exists() for c in chunks)
 
     def fill(self, checkpoint: int, pieces: Iterable[tuple[int, Tensor]]) -> None:
         """Write this rank's missing chunks from rows as they come.
@@ -201,11 +184,10 @@ class GradientStore:
                 f"{self.folder} lacks {len(missing)} chunks (checkpoint, chunk), the first of them "
                 f"{missing[0]}; `fill` them first"
             )
-        chunks = {}
-        for checkpoint, chunk in self._keys():
-            file, rows = self._file(checkpoint, chunk).file, self.layout.rows_of(chunk)
-            index = {"checkpoint": checkpoint, "rows": [rows.start, rows.stop]}
-            chunks[file.path.name] = {**index, "size": file.size, "checksum": file.checksum}
+        chunks = {
+            self._path(*key).name: {"checkpoint": key[0], **self._file(*key).entry}
+            for key in self._keys()
+        }
         self._manifest.write(chunks)
         remove_temporaries(self.folder)
 

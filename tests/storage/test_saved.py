@@ -338,12 +338,10 @@ def test_differences_are_short(there: Any, here: Any, told: str, tmp_path: Path)
 
 def test_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest_module, "FORMAT", 3)
-    write_folder(folder, {}, DESCRIPTION)
+    write_folder(tmp_path, {}, DESCRIPTION)
     monkeypatch.undo()
-    with pytest.raises(
-        InvalidArgumentError, match="has format 3; .* reads format 2: save it again"
-    ):
-        read_folder(folder, DESCRIPTION)
+    with pytest.raises(InvalidArgumentError, match=r"has format 3; .* reads format 2: save it"):
+        read_folder(tmp_path, DESCRIPTION)
 
 
 def test_a_folder_without_a_manifest_is_refused(folder: Path, tmp_path: Path) -> None:
