@@ -30,7 +30,7 @@ def write_file(path: Path, *parts: bytes | memoryview) -> None:
         StorageError: where the system does not let it be written; it names the file.
     """
     temporary = path.with_name(f".influence_kit-{uuid4().hex}.part")
-    with _clear_errors(path, "written"):
+    with _clear_errors(path, "written", "; what was there before is unchanged"):
         try:
             with _new_file(temporary) as file:
                 for part in parts:
@@ -45,6 +45,7 @@ def write_file(path: Path, *parts: bytes | memoryview) -> None:
                     raise
         finally:
             temporary.unlink(missing_ok=True)
+    with _clear_errors(path, "brought to the disk"):
         sync_folder(path.parent)
 
 
@@ -105,7 +106,7 @@ def _new_file(path: Path) -> IO[bytes]:
 
 
 @contextmanager
-def _clear_errors(path: Path, done: str) -> Iterator[None]:
+def _clear_errors(path: Path, done: str, more: str = "") -> Iterator[None]:
     """Errors of the system inside name the file, and say what to do."""
     try:
         yield
@@ -117,6 +118,5 @@ def _clear_errors(path: Path, done: str) -> Iterator[None]:
         reason = error.strerror or str(error)
         raise StorageError(
             error.errno or errno.EIO,
-            f"'{path}' could not be {done} ({reason}): {remedy}; what was there before is "
-            "unchanged",
+            f"'{path}' could not be {done} ({reason}): {remedy}{more}",
         ) from error

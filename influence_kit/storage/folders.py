@@ -10,7 +10,8 @@ models, activations) keeps these rules:
   contents are removed after that: at every moment one of the two is whole.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ __all__ = [
     "hash_of",
     "read_folder",
     "read_listed",
+    "removed_if_broken_off",
     "replace_contents",
     "write_folder",
     "write_listed",
@@ -71,8 +73,9 @@ def write_folder(
     path = Path(folder)
     with alone_in(path):
         listed = claim(path, kind)
-        files = dict([write_listed(path, kind, TENSORS, tensors, listed)])
-        replace_contents(path, Manifest(kind, description, files=files), listed)
+        with removed_if_broken_off(path, kind):
+            files = dict([write_listed(path, kind, TENSORS, tensors, listed)])
+            replace_contents(path, Manifest(kind, description, files=files), listed)
 
 
 def read_folder(
@@ -161,6 +164,24 @@ def replace_contents(folder: Path, manifest: Manifest, listed: Collection[str]) 
         listed: the files of the one before.
     """
     manifest.write(folder)
+    _remove_all_but(folder, manifest, listed)
+
+
+@contextmanager
+def removed_if_broken_off(folder: Path, kind: str) -> Iterator[None]:
+    """Inside, new contents are written; what an error or an interrupt leaves of them is removed."""
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):  # the error that is told is the first one
+            there = (folder / MANIFEST).exists()
+            manifest = Manifest.read(folder, kind, "") if there else Manifest(kind, {})
+            _remove_all_but(folder, manifest)
+        raise
+
+
+def _remove_all_but(folder: Path, manifest: Manifest, listed: Collection[str] = ()) -> None:
+    """Remove files of the library's, and those listed, that the manifest does not list."""
     kept = {*(manifest.files or ())}
     for path in folder.iterdir():
         if path.name in kept or not path.name.endswith(SUFFIX):

@@ -147,19 +147,21 @@ class TensorFile:
         if found is None:
             raise UnreadableFileError("its header is damaged, or influence_kit has not written it")
         header, size = found
-        entries = json.loads(header)
-        facts = entries.pop("__metadata__")
-        stop = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        if size != 8 + len(header) + stop:
-            raise UnreadableFileError(
-                f"{8 + len(header) + stop} bytes were written, {size} are there"
-            )
+        try:
+            entries = json.loads(header)
+            facts = {**entries.pop("__metadata__")}
+            stop = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+            expected = 8 + len(header) + int(stop)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise UnreadableFileError(f"its header makes no sense: {error!r}") from error
+        if size != expected:
+            raise UnreadableFileError(f"it has {size} bytes, {expected} were written")
         return cls(path, facts, entries, size)
 
     @property
     def checksum(self) -> str:
         """Of the numbers, as they were written."""
-        return self.facts["data"]
+        return str(self.facts.get("data"))
 
     def is_named(self, kind: str) -> bool:
         """Whether it was written under this name, for a folder of this kind."""

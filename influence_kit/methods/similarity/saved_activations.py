@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from influence_kit.storage.folders import (
     differences,
     hash_of,
     read_listed,
+    removed_if_broken_off,
     replace_contents,
     write_listed,
 )
@@ -78,11 +80,14 @@ class SavedActivations:
             return None
         return f"{self.folder} is of a layer that gave another output for the first example"
 
-    def begin(self) -> None:
-        """Prepare new contents beside those that are there."""
+    @contextmanager
+    def being_written(self) -> Iterator[None]:
+        """Inside, new contents are written beside those that are there."""
         make_folder(self.folder)
         self._listed = claim(self.folder, KIND)
-        self._write("first", {"first": self.first})
+        with removed_if_broken_off(self.folder, KIND):
+            self._write("first", {"first": self.first})
+            yield
 
     def add(self, outputs: Tensor) -> None:
         """Take the outputs of the next examples, ``[n, *]``."""
@@ -214,15 +219,16 @@ class Sources:
     def _save(self, missing: Sequence[SavedActivations]) -> None:
         """Compute activations at some layers, in one pass."""
         layers = {saved.description["layer"]: saved for saved in missing}
-        for saved in missing:
-            saved.begin()
         ones = {layer: saved.first.shape for layer, saved in layers.items()}
         check = RowCheck(self.module, "the outputs of layers")
-        for inputs in self._batches() if missing else ():
-            for layer, output in self.rows(ones, inputs, check).items():
-                layers[layer].add(output)
-        for saved in missing:
-            saved.end()
+        with ExitStack() as stack:
+            for saved in missing:
+                stack.enter_context(saved.being_written())
+            for inputs in self._batches() if missing else ():
+                for layer, output in self.rows(ones, inputs, check).items():
+                    layers[layer].add(output)
+            for saved in missing:
+                saved.end()
 
 
 def _missing(saved: Sequence[SavedActivations], reuse: bool) -> list[SavedActivations]:
