@@ -10,9 +10,12 @@ FUZZ ?= 5000
 FUZZ_FIRST ?= 0
 # a folder with the files of more data sets, for `make quality`
 DATA ?=
+# how many SIGKILLs and SIGINTs `make kills` sends
+KILLS ?= 300
+INTERRUPTS ?= 500
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types format docs tutorials bench fuzz quality clean
+.PHONY: help demo test lint types format docs tutorials bench fuzz kills quality clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +37,9 @@ test: $(VENV)/.test  ## run all tests and the examples in the docstrings
 
 fuzz: $(VENV)/.test  ## ask FUZZ=5000 random questions whose answers are known
 	PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(BIN)/python -m fuzz --count $(FUZZ) --first $(FUZZ_FIRST)
+
+kills: $(VENV)/.test  ## kill and interrupt whatever writes files, KILLS=300 and INTERRUPTS=500 times
+	PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(BIN)/python -m kills --kills $(KILLS) --interrupts $(INTERRUPTS)
 
 lint: $(VENV)/.lint  ## check format and style
 	$(BIN)/ruff format --check .

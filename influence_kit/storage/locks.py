@@ -55,11 +55,7 @@ class FolderLock:
         try:
             self._descriptor = os.open(self._path, flags, 0o666)
         except OSError as error:
-            raise StorageError(
-                error.errno or errno.EIO,
-                f"'{self._path}' could not be made ({error.strerror}): check the folder and its "
-                "permissions, or name another one",
-            ) from error
+            raise self._refused("made", error) from error
         try:
             self._is_taken = self._lock(self._descriptor) and self._is_named(self._descriptor)
             if self._is_taken:
@@ -102,13 +98,20 @@ class FolderLock:
             if error.errno in _BUSY:
                 return False
             if error.errno not in _NO_LOCKS:
-                raise
+                raise self._refused("locked", error) from error
             warnings.warn(
                 f"the file system of {self._folder} has no locks ({error.strerror}): see to it "
                 "that one process at a time writes there",
                 stacklevel=6,
             )
         return True
+
+    def _refused(self, done: str, error: OSError) -> StorageError:
+        return StorageError(
+            error.errno or errno.EIO,
+            f"'{self._path}' could not be {done} ({error.strerror}): check the folder and its "
+            "permissions, or name another one",
+        )
 
     def _is_named(self, descriptor: int) -> bool:
         """Whether the file is still that of the name: the one before may have taken it away."""

@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import signal
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from server_processes import context
 from torch import Size, Tensor
 
 from influence_kit.core.memory import MIB, workspace_bytes
@@ -339,10 +339,8 @@ def _build_slowly(folder: str, started: Any, pause: float) -> None:
 
 
 def _start(folder: Path, pause: float) -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["influence_kit.gradients.store"])
-    started = context.Event()
-    process = context.Process(target=_build_slowly, args=(str(folder), started, pause))
+    started = context().Event()
+    process = context().Process(target=_build_slowly, args=(str(folder), started, pause))
     process.start()
     assert started.wait(60)
     return process

@@ -175,9 +175,7 @@ def test_a_folder_that_cannot_be_made_or_emptied(
 @each_kind
 def test_every_kind_names_the_folder_that_cannot_be_made(kind: Kind, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(
-        (StorageError, InvalidArgumentError), match=r"'.*file.*' (could not|is a f)"
-    ):
+    with pytest.raises((StorageError, InvalidArgumentError), match=r"'.*file.*' (could n|is a f)"):
         kind.write(tmp_path / "file" / "sub", 0)
     if kind.holds == ".":
         with pytest.raises(InvalidArgumentError, match=r"'.*' is a file; (name|pass) a folder"):

@@ -21,6 +21,11 @@ def flipped(data: bytes, bit: int) -> bytes:
     return data[:index] + bytes([data[index] ^ (1 << place)]) + data[index + 1 :]
 
 
+def one_of_each_byte(data: bytes) -> range:
+    """One bit of each byte, the lowest of the first, the next one of the second, and so on."""
+    return range(0, 8 * len(data), 9)
+
+
 def stem(name: str) -> str:
     """What files of one sort have in common in their names: ``step`` of ``step-3.safetensors``."""
     return "model" if "-seed" in name else name.split("-")[0]
@@ -55,11 +60,11 @@ TENSORS = {
 
 
 @pytest.mark.parametrize("algorithm", ["sha256", "crc32"])
-def test_every_single_bit_of_a_file_of_tensors_counts(algorithm: str, tmp_path: Path) -> None:
+def test_every_byte_of_a_file_of_tensors_counts(algorithm: str, tmp_path: Path) -> None:
     path = tmp_path / "file.safetensors"
     PackedTensors.of(TENSORS, algorithm).write(path, "fit", {"more": "of it"})
     data = path.read_bytes()
-    for bit in range(8 * len(data)):
+    for bit in one_of_each_byte(data):
         path.write_bytes(flipped(data, bit))
         with pytest.raises(UnreadableFileError):
             TensorFile.open(path).tensors()
@@ -68,10 +73,10 @@ def test_every_single_bit_of_a_file_of_tensors_counts(algorithm: str, tmp_path: 
     assert all(torch.equal(found[name], value) for name, value in TENSORS.items())
 
 
-def test_every_single_bit_of_a_manifest_counts(tmp_path: Path) -> None:
+def test_every_byte_of_a_manifest_counts(tmp_path: Path) -> None:
     Manifest("fit", {"key": 1.5}, {"rows": 3}, {"a": {"size": 1, "checksum": "b"}}).write(tmp_path)
     data = (tmp_path / MANIFEST).read_bytes()
-    for bit in range(8 * len(data)):
+    for bit in one_of_each_byte(data):
         (tmp_path / MANIFEST).write_bytes(flipped(data, bit))
         with pytest.raises(InvalidArgumentError, match=f"{MANIFEST} cannot be read"):
             Manifest.read(tmp_path, "fit", "save it again")
