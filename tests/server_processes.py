@@ -7,7 +7,13 @@ from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from unittest import mock
 
-PRELOAD = ["influence_kit", "influence_kit.gradients.store", "folders", "kills.run", "kills.others"]
+PRELOAD = [
+    "torch._dynamo",  # which torch.func imports late
+    "influence_kit.gradients.store",
+    "folders",
+    "kills.run",
+    "kills.others",
+]
 
 
 def context() -> ForkServerContext:

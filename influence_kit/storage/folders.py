@@ -221,16 +221,18 @@ def claim(folder: Path, kind: str) -> list[str]:
     Raises:
         InvalidArgumentError: where the folder holds something else.
     """
-    if (folder / MANIFEST).exists() or (folder / MANIFEST).is_symlink():
-        remedy = "delete the folder if nothing in it is needed, or name a new or empty one"
-        return list(Manifest.read(folder, kind, remedy).files or ())
-    other = foreign_file(folder, kind)
-    if other is not None:
+    path = folder / MANIFEST
+    is_new = not (path.exists() or path.is_symlink())
+    other = foreign_file(folder, kind) if is_new else None
+    if other is not None and not path.exists():  # another process may have made it by now
         raise InvalidArgumentError(
             f"{folder} holds files ('{other}') and no {MANIFEST}: it is not {KINDS[kind]} of this "
             "version of influence_kit; name a new or empty folder"
         )
-    return []
+    if is_new and other is None:
+        return []
+    remedy = "delete the folder if nothing in it is needed, or name a new or empty one"
+    return list(Manifest.read(folder, kind, remedy).files or ())
 
 
 def foreign_file(folder: Path, kind: str) -> str | None:

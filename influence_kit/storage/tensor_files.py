@@ -9,6 +9,9 @@ of the user's is never taken for one of the library's. Other programs read it as
 from __future__ import annotations
 
 import json
+import math
+import mmap
+import operator
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from influence_kit.core.dtypes import as_bytes
@@ -52,6 +54,7 @@ _CODES = {
     "bool": "BOOL",
 }
 DTYPES = {getattr(torch, name): code for name, code in _CODES.items() if hasattr(torch, name)}
+_BY_CODE = {code: dtype for dtype, code in DTYPES.items()}
 _START = b'{"__metadata__":{"checksum":"'
 # so that numbers begin at a multiple of a cache line
 _ALIGNMENT = 64
@@ -129,12 +132,14 @@ class TensorFile:
         facts: what the header says beside the tensors.
         entries: of each tensor its type, shape and range of bytes.
         size: of the file, in bytes.
+        data_bytes: how many of them are those of the tensors.
     """
 
     path: Path
     facts: Mapping[str, str]
     entries: Mapping[str, Any]
     size: int
+    data_bytes: int
 
     @classmethod
     def open(cls, path: Path) -> TensorFile:
@@ -150,13 +155,13 @@ class TensorFile:
         try:
             entries = json.loads(header)
             facts = {**entries.pop("__metadata__")}
-            stop = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-            expected = 8 + len(header) + int(stop)
+            stop = int(max((entry["data_offsets"][1] for entry in entries.values()), default=0))
+            expected = 8 + len(header) + stop
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise UnreadableFileError(f"its header makes no sense: {error!r}") from error
         if size != expected:
             raise UnreadableFileError(f"it has {size} bytes, {expected} were written")
-        return cls(path, facts, entries, size)
+        return cls(path, facts, entries, size, stop)
 
     @property
     def checksum(self) -> str:
@@ -168,16 +173,28 @@ class TensorFile:
         return (self.facts.get("kind"), self.facts.get("file")) == (kind, self.path.name)
 
     def mapped(self) -> dict[str, Tensor]:
-        """The tensors, maps of the file, before they are compared with the checksum.
+        """The tensors, private maps of the file, before they are compared with the checksum.
 
         Raises:
-            UnreadableFileError: where the file is cut off.
+            UnreadableFileError: where the file is gone, or its header lies about the tensors.
         """
         try:
-            with safe_open(self.path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in self.entries}
-        except (OSError, SafetensorError) as error:
+            with self.path.open("rb") as file:
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            return {name: self._tensor(data, entry) for name, entry in self.entries.items()}
+        except (KeyError, OSError, TypeError, ValueError) as error:
             raise UnreadableFileError(str(error)) from error
+
+    def _tensor(self, data: mmap.mmap, entry: Mapping[str, Any]) -> Tensor:
+        dtype, shape = _BY_CODE[entry["dtype"]], [operator.index(size) for size in entry["shape"]]
+        start, stop = (operator.index(place) for place in entry["data_offsets"])
+        count = math.prod(shape)
+        if min(start, *shape, 0) < 0 or stop - start != count * dtype.itemsize:
+            raise ValueError(f"{stop - start} bytes do not hold {shape} of {dtype}")
+        if not count:
+            return torch.empty(shape, dtype=dtype)
+        start += self.size - self.data_bytes
+        return torch.frombuffer(data, dtype=dtype, count=count, offset=start).view(shape)
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
         """Compare the bytes of all tensors with the checksum.

@@ -22,8 +22,10 @@ from torch.utils.data import Dataset
 from influence_kit import GradDot
 from influence_kit.errors import InvalidArgumentError, StorageError
 from influence_kit.gradients.store import GradientStore
+from influence_kit.storage import folders as folders_module
 from influence_kit.storage import locks
 from influence_kit.storage.locks import LOCK, FolderLock, alone_in, is_locked, ranks_alone_in
+from influence_kit.storage.manifest import Manifest
 
 
 def test_a_lock_is_taken_by_one_and_leaves_no_file(tmp_path: Path) -> None:
@@ -179,6 +181,19 @@ def test_chunks_that_another_writes_meanwhile_do_no_harm(tmp_path: Path) -> None
     built.finish()
     kind = KINDS["gradients"]
     assert kind.files(tmp_path / "twice") == kind.files(tmp_path / "whole")
+
+
+def test_a_manifest_that_another_makes_meanwhile_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = folders_module.foreign_file
+
+    def late(folder: Path, kind: str) -> str | None:
+        Manifest("gradients", {}, files={"a": {"size": 1, "checksum": ""}}).write(folder)
+        return look(folder, kind)
+
+    monkeypatch.setattr(folders_module, "foreign_file", late)
+    assert folders_module.claim(tmp_path, "gradients") == ["a"]
 
 
 class Slow(Dataset):
