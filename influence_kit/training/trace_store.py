@@ -16,6 +16,7 @@ from influence_kit.storage.tensor_files import (
     PackedTensors,
     TensorFile,
     UnreadableFileError,
+    is_own_file,
 )
 
 State = dict[str, Tensor]
@@ -127,7 +128,7 @@ class TraceInFolder:
         path = self._path(FINAL)
         if not path.exists():
             return None
-        count = int(self._file(path).facts.get(COUNT, 0))
+        count = self._number(path)
         if count > self._count:
             raise InvalidArgumentError(
                 f"the trace in {self._folder} lacks step {self._count}: it was finished after "
@@ -135,6 +136,13 @@ class TraceInFolder:
             )
         # a run that went on, and was killed before it had removed what was final
         return self._read(FINAL) if count == self._count else None
+
+    def _number(self, path: Path) -> int:
+        """After how many steps the trace was finished, by what its last file says."""
+        try:
+            return int(self._file(path).facts[COUNT])
+        except (KeyError, ValueError) as error:
+            raise _unreadable(path, error) from error
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}{SUFFIX}"
@@ -169,9 +177,12 @@ class TraceInFolder:
         """Remove a file, if the trace has written it."""
         self._checked.discard(name)
         path = self._path(name)
-        if path.exists():
-            self._file(path)
-            remove_file(path)
+        if path.exists() and not is_own_file(path, KIND):
+            raise InvalidArgumentError(
+                f"'{path}' is damaged, or influence_kit did not write it, and is not removed: move "
+                "or delete it, then go on"
+            )
+        remove_file(path)
 
 
 def _unreadable(path: Path, error: Exception) -> InvalidArgumentError:
