@@ -174,7 +174,7 @@ def _on_full_disks(name: str, draws: random.Random) -> Outcome:
                 folder, filler = Path(disk) / "folder", Path(disk) / "filler"
                 _refused(outcome, on_full_disk, name, folder, draws.randrange(0, 4), filler=filler)
             finally:
-                subprocess.run(["umount", disk], check=True)
+                subprocess.run(["umount", "--lazy", disk], check=True)
     return outcome
 
 
