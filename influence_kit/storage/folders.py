@@ -143,8 +143,6 @@ def read_listed(folder: Path, manifest: Manifest, name: str, remedy: str) -> dic
         InvalidArgumentError: where it is damaged, or another file.
     """
     path, entry = folder / name, (manifest.files or {})[name]
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is not there, and {MANIFEST} lists it")
     try:
         file = TensorFile.open(path)
         expected = (True, entry["size"], entry["checksum"])
@@ -152,6 +150,8 @@ def read_listed(folder: Path, manifest: Manifest, name: str, remedy: str) -> dic
             raise UnreadableFileError(f"it is not the file that {MANIFEST} lists")
         return file.tensors()
     except UnreadableFileError as error:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is not there, and {MANIFEST} lists it") from error
         raise InvalidArgumentError(f"{path} cannot be read ({error}); {remedy}") from error
 
 

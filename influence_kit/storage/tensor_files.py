@@ -187,7 +187,7 @@ class TensorFile:
 
     def _tensor(self, data: mmap.mmap, entry: Mapping[str, Any]) -> Tensor:
         dtype, shape = _BY_CODE[entry["dtype"]], [operator.index(size) for size in entry["shape"]]
-        start, stop = (operator.index(place) for place in entry["data_offsets"])
+        start, stop = (operator.index(offset) for offset in entry["data_offsets"])
         count = math.prod(shape)
         if min(start, *shape, 0) < 0 or stop - start != count * dtype.itemsize:
             raise ValueError(f"{stop - start} bytes do not hold {shape} of {dtype}")

@@ -53,7 +53,8 @@ class TrainingTrace(Sequence[Mapping[str, Any]]):
         resume_at: go on with the trace in ``folder`` after that many steps; later ones are deleted.
 
     Raises:
-        InvalidArgumentError: for a folder that holds a trace already, without ``resume_at``.
+        InvalidArgumentError: for a folder that holds a trace already, without ``resume_at``, or
+            other files.
 
     Example:
         >>> import torch

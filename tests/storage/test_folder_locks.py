@@ -2,6 +2,7 @@
 
 import errno
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from folders import DATA, KINDS, TEST, build_store, net, store
 from server_processes import context
 from torch import Tensor, nn
@@ -207,9 +209,11 @@ class Slow(Dataset):
         return DATA[index]
 
 
-def ask(folder: str, results: Any) -> None:
+def ask(folder: str, results: Any, rank: int | None = None, rendezvous: str = "") -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    if rank is not None:
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     states = [net(seed).state_dict() for seed in range(3)]
     loss = nn.CrossEntropyLoss()
     results.put(GradDot(net(), Slow(), states, loss_fn=loss, store=folder).influence(TEST).numpy())
@@ -218,8 +222,31 @@ def ask(folder: str, results: Any) -> None:
 @pytest.mark.slow
 def test_two_builders_and_a_reader_get_the_same_answer(tmp_path: Path) -> None:
     results = context().Queue()
-    arguments = str(tmp_path / "store"), results
-    processes = [context().Process(target=ask, args=arguments) for _ in range(3)]
+    store_folder = str(tmp_path / "store")
+    processes = [context().Process(target=ask, args=(store_folder, results)) for _ in range(3)]
+    answers_are_right(processes, results)
+    assert not list((tmp_path / "store").glob(".*"))
+
+
+@pytest.mark.slow
+def test_two_runs_of_two_ranks_build_one_store(tmp_path: Path) -> None:
+    """The ranks of a run hold the lock together; the other run waits, and reads."""
+    results = context().Queue()
+    processes = [
+        context().Process(
+            target=ask, args=(str(tmp_path / "store"), results, rank, str(tmp_path / f"run{run}"))
+        )
+        for run in range(2)
+        for rank in range(2)
+    ]
+    answers_are_right(processes, results)
+    ask(str(tmp_path / "alone"), queue.Queue())
+    kind = KINDS["gradients"]
+    assert kind.files(tmp_path / "store") == kind.files(tmp_path / "alone")
+
+
+def answers_are_right(processes: list[Any], results: Any) -> None:
+    """All processes give the scores that no store and no other process has had a part in."""
     for process in processes:
         process.start()
     found = [torch.from_numpy(results.get(timeout=60)) for _ in processes]
@@ -229,4 +256,3 @@ def test_two_builders_and_a_reader_get_the_same_answer(tmp_path: Path) -> None:
     expected = GradDot(net(), DATA, states, loss_fn=nn.CrossEntropyLoss()).influence(TEST)
     for one in found:
         torch.testing.assert_close(one, expected, rtol=1e-12, atol=1e-14)
-    assert not list((tmp_path / "store").glob(".*"))

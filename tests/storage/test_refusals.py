@@ -80,9 +80,7 @@ def test_activations_without_their_files_are_computed_again(tmp_path: Path) -> N
     whole, there = kind.files(tmp_path), tmp_path / kind.holds
     found = Manifest.read(there, "activations", "")
     Manifest("activations", found.description, files={}).write(there)
-    with pytest.raises(
-        UserWarning, match=r"are computed again, because .* lists no outputs"
-    ):
+    with pytest.raises(UserWarning, match=r"are computed again, because .* lists no outputs"):
         kind.read(tmp_path, 0)
     kind.write(tmp_path, 0)
     assert kind.files(tmp_path) == whole
