@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,9 @@ class Server:
         begun, done = receiver.recv()
         if moment is not None:
             process.join(moment)
-            if process.exitcode is None and process.pid is not None:
-                os.kill(process.pid, number)
+            with suppress(ProcessLookupError):  # it has ended by now
+                if process.exitcode is None and process.pid is not None:
+                    os.kill(process.pid, number)
         process.join(PATIENCE)
         last = begun
         while True:
