@@ -17,7 +17,7 @@ from benchmarks.models import CASES, Case
 from benchmarks.speed import machine, write_section
 from influence_kit import TracInCP
 from influence_kit.data.checked_batches import CheckedBatches
-from influence_kit.gradients.source import GradientSource
+from influence_kit.gradients.gradient_source import GradientSource
 from influence_kit.losses.loss import Loss
 from influence_kit.methods.base import InfluenceBase
 

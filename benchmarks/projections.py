@@ -62,7 +62,7 @@ def projecting(rounds: int) -> dict[str, float]:
         "GraSS 4096": GraSS(*common, loss_fn=case.loss_fn, projection_dim=4096),
     }
     joint = joint_projection(dict(model.named_parameters()), "sjlt", 4096, "features", 0)
-    with dots._session() as loader:
+    with dots.session() as loader:
         loader.load(0)
 
         def capture() -> object:

@@ -1,7 +1,7 @@
 """Training-data attribution for PyTorch: which training examples made my model do this?"""
 
+from influence_kit.checkpoints.discovery import checkpoint_table, load_checkpoint
 from influence_kit.checkpoints.dropout_ensemble import dropout_ensemble
-from influence_kit.checkpoints.found import checkpoint_table, load_checkpoint
 from influence_kit.checkpoints.selection import select_checkpoints
 from influence_kit.errors import CurvatureError
 from influence_kit.losses.margins import classification_margin
@@ -10,6 +10,7 @@ from influence_kit.methods.influence_functions.arnoldi import ArnoldiInfluenceFu
 from influence_kit.methods.influence_functions.conjugate_gradients import CGInfluenceFunction
 from influence_kit.methods.influence_functions.datainf import DataInf
 from influence_kit.methods.influence_functions.explicit import ExplicitInfluenceFunction
+from influence_kit.methods.influence_functions.influence_function import InfluenceFunction
 from influence_kit.methods.influence_functions.kfac import (
     EKFACInfluenceFunction,
     KFACInfluenceFunction,
@@ -57,6 +58,7 @@ __all__ = [
     "GraSS",
     "GradCos",
     "GradDot",
+    "InfluenceFunction",
     "InnerProductInfluence",
     "KFACInfluenceFunction",
     "KMostInfluentialResults",

@@ -27,7 +27,8 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     text = (
         "Train a small network on handwritten digits, a tenth of them with a wrong label; show "
         "which training images helped and hurt three predictions (TracInCP); find the wrong labels "
-        "by self-influence and, beside it, by the loss. Takes some ten seconds, downloads nothing."
+        "by self-influence and, for comparison, by the loss. Takes about ten seconds; downloads "
+        "nothing."
     )
     parser = commands.add_parser(
         "demo", help="train a digit classifier, explain it, find wrong labels", description=text
@@ -43,8 +44,8 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 def _add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     text = (
-        "Print the checkpoints that a method would use, in order: file, step, learning rate, its "
-        "kind (stored, applied, estimated or none) and where it was found. Read are .pt, .pth, "
+        "Print the checkpoints that a method would use, in order: file, step, learning rate, the "
+        "rate's kind (stored, applied, estimated or none) and where it was found. Reads .pt, .pth, "
         ".ckpt, .bin and .safetensors files, the checkpoint-N folders of Hugging Face's Trainer "
         "and the folders of accelerate's save_state."
     )
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         if given.command == "demo":
-            # bars are for people: in a log they would be a line for every step
+            # progress bars only on a terminal: a log would get one line per step
             bars = sys.stderr.isatty()
             demo.run(
                 given.output, say=lambda text: print(f"{text}\n", flush=True), show_progress=bars
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _checkpoints(paths: Sequence[str]) -> str | list[str]:
-    """One argument may be a folder or a pattern; files stand in a list."""
+    """A single argument may be a folder or a pattern; files are given as a list."""
     if len(paths) == 1 and not Path(paths[0]).is_file():
         return paths[0]
     return list(paths)

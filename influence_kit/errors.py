@@ -1,32 +1,32 @@
-"""What a user's mistake raises, or warns of: what was got, what there is, what to do."""
+"""The errors and warnings of the package: what was got, what there is, what to do."""
 
 
 class InvalidArgumentError(AssertionError, ValueError):
     """A wrong argument.
 
-    A ``ValueError``; also an ``AssertionError``, because Captum raises that in the same places and
-    its users may catch it.
+    A ``ValueError``; also an ``AssertionError``, because Captum raises one in the same situations
+    and its users may catch it.
     """
 
 
 class FixedAttributeError(InvalidArgumentError, AttributeError):
-    """An attribute that was assigned and is read-only, or that there is not."""
+    """An assignment to an attribute that is read-only or that does not exist."""
 
 
 class ChangedError(InvalidArgumentError):
-    """Weights, data, a loss or a model that are not those of what an object keeps."""
+    """Weights, data, a loss or a model that differ from those that the stored results are of."""
 
 
 class LabelError(InvalidArgumentError):
-    """A label that names no class, with the example that has it."""
+    """A label that is not the index of a class; the message names the example."""
 
 
 class UnknownLayerError(ValueError, AttributeError):
-    """A layer name that the model does not have (Captum raises ``AttributeError`` there)."""
+    """A layer name that the model does not have (Captum raises ``AttributeError`` for it)."""
 
 
 class NonFiniteError(ValueError):
-    """A score that is NaN or infinite, with the example and the layer it came from."""
+    """A score that is NaN or infinite; the message names the example and the layer."""
 
 
 class CurvatureError(ValueError):
@@ -34,13 +34,13 @@ class CurvatureError(ValueError):
 
 
 class DampingWarning(UserWarning):
-    """Scores of a damped curvature that have hardly to do with the gradients they are made of."""
+    """A damping so small that the scores have little to do with the gradients."""
 
 
-class PassAgain(Exception):  # noqa: N818 - no error: what is to be done
-    """What was computed so far is in doubt, for what was learnt since: the question starts again.
+class PassAgain(Exception):  # noqa: N818 - a signal, not an error
+    """Something was learnt during a pass that makes its earlier results doubtful: start it again.
 
-    Never reaches a user: methods catch it, drop what they made, and start the pass again.
+    It never reaches a user: methods catch it, drop the results, and start the pass again.
     """
 
 

@@ -65,9 +65,17 @@ def copy_tutorials():
         )  # with its time, so that it is built again only if it changed
 
 
+def readable_signature(app, what, name, obj, options, signature, returned):
+    """A signature that Sphinx can parse: only then does it print short names of types."""
+    if signature is not None:
+        signature = re.sub(r"<(?:function|class) '?(?:\w+\.)*(\w+)'?>", r"\1", signature)
+    return signature, returned
+
+
 def setup(app):
     """Called by Sphinx before anything is read."""
     copy_tutorials()
+    app.connect("autodoc-process-signature", readable_signature)
     app.add_html_math_renderer(
         "mathml", (formula("span", False), None), (formula("div", True), None)
     )

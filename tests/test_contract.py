@@ -66,10 +66,10 @@ def test_batch_size_does_not_matter(method: str, case: Case) -> None:
 
 @every_method
 @every_model
-def test_slabs_do_not_matter(method: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_do_not_matter(method: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     indices, values = oracles.top_k(plain_scores(method, case), 3, True)
-    monkeypatch.setattr("influence_kit.scoring.stream.SLAB_BYTES", 1)
-    monkeypatch.setattr("influence_kit.scoring.stream.FEWEST_SLAB_ROWS", 1)
+    monkeypatch.setattr("influence_kit.scoring.stream.CHUNK_BYTES", 1)
+    monkeypatch.setattr("influence_kit.scoring.stream.FEWEST_CHUNK_ROWS", 1)
     monkeypatch.setattr("influence_kit.scoring.stream.BLOCK_BYTES", 1)
     found = build(method, case).influence(case.test, k=3)
     assert torch.equal(found.indices, indices)
@@ -82,7 +82,7 @@ def test_a_small_workspace_does_not_matter(
     method: str, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = plain_scores(method, case)
-    for name in ("forms", "rows", "functional", "source"):
+    for name in ("forms", "rows", "functional", "gradient_source"):
         monkeypatch.setattr(f"influence_kit.gradients.{name}.workspace_bytes", lambda device: 300)
     monkeypatch.setattr("influence_kit.gradients.forms.resident_bytes", lambda device: 300)
     assert_close(plain_scores(method, case), expected)
@@ -375,7 +375,7 @@ def test_a_store_is_asked_in_place_of_the_data(
     asked = build(method, case, **kept)
     with monkeypatch.context() as patched:
         if "hessian_dataset" not in signature(type(asked)).parameters:
-            patched.setattr(asked, "_train_features", None)
+            patched.setattr(asked._map, "cached", None)
         assert_close(scores(asked, case.test), expected, close)
         best = asked.influence(case.test, k=3)
         assert torch.equal(best.indices, oracles.top_k(expected, 3, True)[0])

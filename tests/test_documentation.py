@@ -99,7 +99,7 @@ def test_the_readme_has_code() -> None:
 
 
 def test_every_page_is_in_the_map() -> None:
-    map_of_pages = (SPHINX / "index.md").read_text()
+    map_of_pages = "".join((SPHINX / name).read_text() for name in ("index.md", "api.md"))
     pages = {page.stem for page in SPHINX.glob("*.md")} - {"index"}
     assert {page for page in pages if f"\n{page}\n" not in map_of_pages} == set()
 

@@ -169,7 +169,9 @@ def test_what_names_no_checkpoints_is_refused(model, refused, method, checkpoint
 def test_a_checkpoint_folder_with_a_foreign_file_is_refused(model, refused, method, tmp_path):
     torch.save(weights(model), tmp_path / "ck1.pt")
     (tmp_path / "notes.txt").write_text("")
-    with refused(model, InvalidArgumentError, r"holds what is no checkpoint: \['notes.txt'\]"):
+    with refused(
+        model, InvalidArgumentError, r"holds files that are not checkpoints: \['notes.txt'\]"
+    ):
         make(method, model, checkpoints=tmp_path)
 
 
@@ -306,8 +308,8 @@ INPUTS = {
         "`inputs` must be a batch .* or a DataLoader; got a generator: which can be read only once",
     ),
     "a text": ("abc", "`inputs` must be a batch .* got a str: tokenize it"),
-    "an array": (X.numpy(), r"`inputs` must be a batch .* got a ndarray: make tensors of it"),
-    "a table": (Table(), "`inputs` must be a batch .* got a Table: make tensors of its columns"),
+    "an array": (X.numpy(), r"`inputs` must be a batch .* got a ndarray: convert it to a tensor"),
+    "a table": (Table(), "`inputs` must be a batch .* got a Table: convert its columns to tensors"),
     "a list of dicts": (
         [{"x": X[0], "y": 1}, {"x": X[1], "y": 0}],
         r"`inputs` is a list of 2 dicts with the same keys \['x', 'y'\]; a batch is one dict",
@@ -424,12 +426,12 @@ LOSSES = {
     "second dimension": (
         lambda o, t: F.cross_entropy(o, t, reduction="none").unsqueeze(0),
         InvalidArgumentError,
-        "`loss_fn` returned a tensor of shape .* its first dimension must be the examples",
+        "`loss_fn` returned a tensor of shape .* its first dimension must count the examples",
     ),
     "hidden reduction": (
         Declares("none", "mean"),
         InvalidArgumentError,
-        "Loss function is applying a reduction. `loss_fn` was said to return one loss an example",
+        "Loss function is applying a reduction. `loss_fn` was declared to return one loss per",
     ),
     "other reduction": (
         Declares("sum", "mean"),
@@ -439,7 +441,7 @@ LOSSES = {
     "no reduction": (
         Declares("mean", "none"),
         InvalidArgumentError,
-        "`loss_fn` was said to return the mean over the batch and returned a tensor of shape",
+        "`loss_fn` was declared to return the mean over the batch and returned a tensor of shape",
     ),
     "class weights": (
         nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0], dtype=torch.float64)),
@@ -479,7 +481,7 @@ class Returns(nn.Module):
 @pytest.mark.parametrize(
     ("batch", "match"),
     [
-        (TEST, "without a `loss_fn` the model's output is differentiated, which must be a tensor"),
+        (TEST, "without a `loss_fn` the model's output is differentiated and must be a tensor"),
         ({"x": X[:4]}, "the model returned a dict without a loss; put the labels into the batch"),
     ],
     ids=["tuple", "dict"],

@@ -24,7 +24,7 @@ from influence_kit import (
     RepresenterPointSelection,
     SimilarityInfluence,
 )
-from influence_kit.checkpoints.found import load_checkpoint
+from influence_kit.checkpoints.discovery import load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.preservation.restore import borrowed
@@ -558,7 +558,7 @@ def test_a_transformers_model_gives_what_it_gave(unchanged, name):
 
 
 def test_masks_come_off_and_a_users_own_stay(unchanged):
-    from influence_kit.checkpoints import dropout_ensemble
+    from influence_kit import dropout_ensemble
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 6), nn.Dropout(0.5), nn.Linear(6, 2)).double().eval()

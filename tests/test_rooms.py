@@ -125,13 +125,13 @@ from influence_kit import operators, __version__
 
 from influence_kit.errors import InvalidArgumentError
 from ..scoring.term import Term
-from . import summary
+from . import structure
 def late():
     from influence_kit.viz import table
 """
     monkeypatch.setitem(SOURCES, "viz", ROOT / "viz" / "__init__.py")
     found = set(imports(here, ast.parse(text)))
-    assert found == {"data", "operators", "", "errors", "scoring.term", "methods.summary", "viz"}
+    assert found == {"data", "operators", "", "errors", "scoring.term", "methods.structure", "viz"}
 
 
 @pytest.mark.parametrize(

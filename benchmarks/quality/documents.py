@@ -1,6 +1,6 @@
-"""What the documentation says of quality: a part of sphinx/choosing.md, made of the figures.
+"""The figures of quality in the documentation: a part of sphinx/choosing.md, made from the results.
 
-Sentences count for themselves, so that none can be false of the table above it.
+The sentences are computed from the same results as the tables, so they cannot contradict them.
 """
 
 import re
@@ -43,7 +43,7 @@ def with_part(text: str, part: str) -> str:
 
 
 def choosing(figures: Figures) -> str:
-    """The part of the choosing page: tables, and what they say."""
+    """The part of the choosing page: tables, and sentences computed from them."""
     runs = {name: one for name, one in figures.scores.items() if one.ceiling is not None}
     parts = [
         summary(runs),
@@ -52,14 +52,14 @@ def choosing(figures: Figures) -> str:
     ]
     if any(name in figures.metrics for name in OTHERS):
         parts += [
-            "Wrong labels found by self-influence (AUC), and correlation with leaving one out:",
+            "Wrong labels found by self-influence (AUC), and correlation with leave-one-out:",
             _other_metrics(figures),
         ]
     return "\n" + "\n\n".join(parts) + "\n\n"
 
 
 def for_small_models(scores: Mapping[str, Scores]) -> Standing:
-    """The method whose default is best, whatever it costs."""
+    """The method whose default is best, whatever the cost."""
     return standings(scores)[0]
 
 
@@ -74,12 +74,12 @@ def _settings(scores: Mapping[str, Scores]) -> Iterator[str]:
 
 
 def _lessons(scores: Mapping[str, Scores]) -> Iterator[str]:
-    """What the table says, counted."""
+    """What the table shows, computed."""
     small, large = for_small_models(scores), for_large_models(scores)
     yield (
-        f"**The best default of a small model** is `{small.method}`: {small.share:.2f} of the "
-        f"ceiling, for up to {small.passes:.0f} passes. At most {FEW_PASSES:.0f} passes buy "
-        f"{large.share:.2f}, with `{large.method}`."
+        f"**The best default for a small model** is `{small.method}`: {small.share:.2f} of the "
+        f"ceiling, for up to {small.passes:.0f} passes. With at most {FEW_PASSES:.0f} passes, "
+        f"`{large.method}` is best and reaches {large.share:.2f}."
     )
     yield _of_runs(scores)
     yield _of_dampings(scores)
@@ -102,8 +102,9 @@ def _of_runs(scores: Mapping[str, Scores]) -> str:
     told = ", ".join(f"`{method}` by {mean[method]:.2f}" for method in ranked)
     return (
         "**The mean over several checkpoints** of one run "
-        f"([how](concepts.md#several-checkpoints)) is better than the last alone in {better} of "
-        f"{len(both)} cases (a method in a setting); on average {told}."
+        f"([how](concepts.md#several-checkpoints)) is better than the last checkpoint alone "
+        f"in {better} of {len(both)} cases (a case is one method in one setting). The mean gain: "
+        f"{told}."
     )
 
 
@@ -120,7 +121,7 @@ def _of_dampings(scores: Mapping[str, Scores]) -> str:
     return (
         '**`damping="auto"`** at the last checkpoint is within '
         f"{TOLERANCE} ({min(TOLERANCES.values())} for K-FAC and EK-FAC) of the best single number "
-        f"of a sweep from 1e-6 to 10: {told} settings. `benchmarks/QUALITY.md` names the others."
+        f"of a sweep from 1e-6 to 10: {told} settings. `benchmarks/QUALITY.md` lists the others."
     )
 
 
@@ -135,10 +136,10 @@ def _of_datainf(scores: Mapping[str, Scores]) -> str:
         if row and row.best and plain and plain.last:
             gains.append(row.best[1].mean - plain.last.mean)
     return (
-        f"**`DataInf`** at its best damping is above `GradDot` by {max(gains):.2f} at most, and by "
-        f"{sum(gains) / len(gains):.2f} on average: where the damping is far below the squared "
-        "length of the gradients, its average of inverses takes out of a gradient little but the "
-        "example's own direction, and where it is far above, nothing."
+        f"**`DataInf`** at its best damping is better than `GradDot` by {max(gains):.2f} at most, "
+        f"and by {sum(gains) / len(gains):.2f} on average. If the damping is far below the squared "
+        "norms of the gradients, the mean of the inverses removes from a gradient little more than "
+        "the example's own direction; if it is far above, nothing."
     )
 
 

@@ -1,4 +1,4 @@
-"""QUALITY.md, made of the figures."""
+"""QUALITY.md, made from the figures."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,21 +11,22 @@ from benchmarks.settings.catalog import SETTINGS
 PAGE = Path(__file__).parents[1] / "QUALITY.md"
 HEAD = """# Quality
 
-Written by `make quality` ({made}) from `benchmarks/quality.json`. LDS: linear datamodeling
-score, the mean Spearman correlation of summed scores with the outputs of models trained on random
-halves; the noise ceiling is what perfect scores would reach. Errors are standard errors over three
-target models, or over test examples where all seeds train one model. Methods have their defaults
-unless `benchmarks/settings/methods.py` says otherwise.
+Written by `make quality` ({made}) from `benchmarks/quality.json`. LDS is the linear datamodeling
+score: the mean Spearman correlation between summed scores and the outputs of models trained on
+random halves. The noise ceiling is what perfect scores would reach. Errors are standard errors over
+three target models, or over test examples where all seeds train the same model. Methods have their
+defaults unless `benchmarks/settings/methods.py` sets something else.
 
 ## Summary
 
-The LDS as a share of the ceiling, of the default: at the last checkpoint / over {checkpoints}
-checkpoints of the run, evenly spaced. GradDot and GradCos look at the last alone, TracInCP follows
-the run. The mean is over the settings in which all methods of the table were judged, and over the
-run where a method takes one. *Passes* are counted by a hook: examples that went forward through the
-model for one question about all test examples, fitting included, as multiples of all training and
-test examples; from the least setting to the greatest. A backward pass follows most of them, and
-{cg} carries one vector per test example through nearly all.
+The LDS of the defaults as a share of the ceiling: at the last checkpoint / over {checkpoints}
+checkpoints of the run, evenly spaced. GradDot and GradCos use the last checkpoint only, TracInCP
+uses the run. The mean is over the settings in which all methods of the table were measured, and it
+takes the figure over the run where there is one. *Passes* are counted by a hook: the number of
+examples that went forward through the model for the scores of all test examples, including fits, as
+a multiple of the number of all training and test examples; from the smallest to the largest over
+the settings. Most forward passes are followed by a backward pass, and nearly all passes of {cg}
+carry one vector per test example.
 """
 CG = "`CGInfluenceFunction`"
 # of a default that the list of short ones names: why, where it is known
@@ -53,17 +54,17 @@ def page(figures: Figures) -> str:
     parts = [HEAD.format(made=figures.made, checkpoints=CHECKPOINTS, cg=CG), summary(runs)]
     if minima:
         parts += [
-            "Trained to the minimum, where there is one model and one checkpoint: nothing of the "
-            "truth is noise, and the ceiling is 1. There `ExplicitInfluenceFunction` and "
-            f"{CG} are given the weight decay as their damping.",
+            "Trained to the minimum, with one model and one checkpoint: the truth has no noise, "
+            "and the ceiling is 1. `ExplicitInfluenceFunction` and "
+            f"{CG} take the weight decay as their damping.",
             summary(minima),
         ]
     parts += ["## Defaults below the best of the sweep", short_defaults(figures)]
     parts += [section(name, one) for name, one in figures.scores.items()]
     parts += [
         f"## {SETTINGS[name].title} (`{name}`): other metrics\n\n"
-        f"{_sentence(one.remark)} LOO: correlation with really leaving examples out (Pearson, and "
-        "of ranks). AUC and recall: wrong labels found by self-influence, beside the loss.\n\n"
+        f"{_sentence(one.remark)} LOO: correlation with leave-one-out retraining (Pearson, and "
+        "of ranks). AUC and recall: wrong labels found by self-influence, next to the loss.\n\n"
         + _metric_table(one.rows)
         for name, one in figures.metrics.items()
     ]
@@ -129,7 +130,7 @@ def short_defaults(figures: Figures) -> str:
     ]
     tolerated = f"{TOLERANCE} ({min(TOLERANCES.values())} for K-FAC and EK-FAC)"
     told = "\n".join(lines) or "None."
-    return f"Below it by more than {tolerated}, at the last checkpoint:\n\n{told}"
+    return f"Below the best by more than {tolerated}, at the last checkpoint:\n\n{told}"
 
 
 def section(name: str, scores: Scores) -> str:
@@ -144,8 +145,8 @@ def section(name: str, scores: Scores) -> str:
     return "\n\n".join(
         [
             f"## {SETTINGS[name].title} (`{name}`)",
-            f"{_sentence(scores.remark)} Noise ceiling {ceiling}. Bold: further below the best of "
-            "the sweep than is tolerated.",
+            f"{_sentence(scores.remark)} Noise ceiling {ceiling}. Bold: below the best of the "
+            "sweep by more than the tolerance.",
             table(["method", "LDS, last", "over the run", "best of the sweep", "damping"], rows),
         ]
     )

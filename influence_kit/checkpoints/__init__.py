@@ -1,1 +1,1 @@
-"""Checkpoints: finding, choosing and loading them."""
+"""Finds, selects and loads checkpoints."""

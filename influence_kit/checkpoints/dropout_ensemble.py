@@ -1,4 +1,4 @@
-"""Cheap ensembles: the thinned networks of one trained model, as checkpoints.
+"""Dropout ensembles: thinned networks of one trained model, as checkpoints.
 
 Deng et al. 2024, "Efficient Ensembles Improve Training Data Attribution", arXiv 2405.17293.
 """
@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from influence_kit.checkpoints.found import load_checkpoint
+from influence_kit.checkpoints.discovery import load_checkpoint
 from influence_kit.core.arguments import check_count
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.preservation.dropout_masks import MASKS
@@ -30,33 +30,34 @@ def dropout_ensemble(
 ) -> list[dict[str, Any]]:
     """Checkpoints of n thinned networks: the same weights, a fixed mask at every dropout layer.
 
-    Scores over them are those of an ensemble, without training it (arXiv 2405.17293). A mask has
-    one entry a feature, 0 or 1 / (1 - rate), and is the same for every example, training or test,
-    and for every batch size and device. Features are the last dimension of tensors of two or three
-    (``[n, d]``, ``[n, t, d]``), and dimension 1 of those of more (``[n, c, h, w]``, and attention
-    ``[n, heads, t, t]``) and of ``Dropout1d``, ``Dropout2d`` and ``Dropout3d``.
+    Scores over them are scores of an ensemble, without training one (arXiv 2405.17293). A mask has
+    one entry per feature, 0 or 1 / (1 - rate), and is the same for every example, training or test,
+    and for every batch size and device. Features are the last dimension of tensors with two or
+    three dimensions (``[n, d]``, ``[n, t, d]``), and dimension 1 of tensors with more
+    (``[n, c, h, w]``, and attention ``[n, heads, t, t]``) and of ``Dropout1d``, ``Dropout2d`` and
+    ``Dropout3d``.
 
-    Masks are put on the layers of the model when a method loads the checkpoint, and taken off again
-    with it. Dropout that is no layer (``F.dropout``, the ``dropout`` of ``nn.MultiheadAttention``
-    and of recurrent layers) stays off. The checkpoints are dicts of tensors, which share memory,
-    and plain values: ``torch.save`` keeps them.
+    The masks are set on the layers of the model when a method loads the checkpoint, and removed
+    with it. Dropout that is not a layer (``F.dropout``, the ``dropout`` of
+    ``nn.MultiheadAttention`` and of recurrent layers) stays off. The checkpoints are dicts of plain
+    values and of tensors, which share memory: ``torch.save`` can save them.
 
     Args:
-        model: the model, with dropout layers; it stays as it is.
-        n: how many checkpoints.
-        seed: of the masks; member i is the same for every n.
-        checkpoint: the weights, and their learning rate: what ``load_checkpoint`` takes. None for
-            the model's own, with learning rate 1.
-        p: one rate for all dropout layers, or rates by layer; a layer's own where None.
-        axes: the dimension of the features by layer, where it is another.
+        model: the model, with dropout layers; it is not changed.
+        n: the number of checkpoints.
+        seed: the seed of the masks; member i is the same for every n.
+        checkpoint: the weights and their learning rate: anything that ``load_checkpoint`` takes.
+            None for the model's own weights, with learning rate 1.
+        p: one rate for all dropout layers, or rates per layer; None for each layer's own.
+        axes: the dimension of the features per layer, if it differs from the default above.
 
     Returns:
-        A list for ``checkpoints=``. A load function of your own may call
+        A list to pass as ``checkpoints``. Your own load function may call
         ``load_checkpoint(model, member)``.
 
     Raises:
-        InvalidArgumentError: for a model without dropout layers or with rates of 0 alone, and for
-            ``AlphaDropout``, which is more than a mask.
+        InvalidArgumentError: for a model without dropout layers or only with rates of 0, and for
+            ``AlphaDropout``, which does more than multiply by a mask.
 
     Example:
         >>> import torch
@@ -92,7 +93,7 @@ def _rates(model: nn.Module, layers: Mapping[str, _DropoutNd], p: Rates) -> dict
     """The rate of each layer that drops something."""
     if not layers:
         raise InvalidArgumentError(
-            f"the {type(model).__name__} has no dropout layers (nn.Dropout and its kin), so that "
+            f"the {type(model).__name__} has no dropout layers (nn.Dropout, nn.Dropout1d, ...), so "
             "there are no thinned networks to make an ensemble of; pass checkpoints of several runs"
         )
     rates: dict[str, Any] = {name: layer.p for name, layer in layers.items()}
@@ -110,13 +111,13 @@ def _rates(model: nn.Module, layers: Mapping[str, _DropoutNd], p: Rates) -> dict
         if rate > 0 and isinstance(layers[name], nn.AlphaDropout | nn.FeatureAlphaDropout):
             raise InvalidArgumentError(
                 f"the dropout layer '{name}' is an {type(layers[name]).__name__}, which does more "
-                f"than multiply by a mask; leave it out by p={{'{name}': 0}}"
+                f"than multiply by a mask; leave it out with p={{'{name}': 0}}"
             )
     dropping = {name: float(rate) for name, rate in rates.items() if rate > 0}
     if not dropping:
         raise InvalidArgumentError(
-            f"the dropout layers {list(layers)} have rate 0, so that all members of an ensemble "
-            "would be the same; `p` sets other rates"
+            f"the dropout layers {list(layers)} have rate 0, so all members of an ensemble would "
+            "be the same; set other rates with `p`"
         )
     return dropping
 
@@ -125,6 +126,6 @@ def _check_names(argument: str, names: Mapping[str, Any], layers: Mapping[str, n
     unknown = [name for name in names if name not in layers]
     if unknown:
         raise InvalidArgumentError(
-            f"`{argument}` names {unknown}, which are no dropout layers of the model; it has "
-            f"{list(layers)}"
+            f"`{argument}` has the keys {unknown}, which are not dropout layers of the model; it "
+            f"has {list(layers)}"
         )

@@ -1,9 +1,9 @@
-"""What a saved checkpoint holds: weights, step, learning rate, and where the rate was found.
+"""Reads saved checkpoints: weights, step, learning rate, and where the learning rate was found.
 
-Read are ``.pt``, ``.pth``, ``.ckpt`` and ``.bin`` files (a state dict, or a dict with one under
+Formats: ``.pt``, ``.pth``, ``.ckpt`` and ``.bin`` files (a state dict, or a dict with one under
 ``model_state_dict``, ``state_dict`` or ``model``), ``.safetensors`` files, the ``checkpoint-N``
-folders of Hugging Face's ``Trainer`` and the folders of accelerate's ``save_state``. Nothing is
-unpickled but tensors and plain values.
+folders of Hugging Face's ``Trainer`` and the folders of accelerate's ``save_state``. Only tensors
+and plain values are unpickled.
 """
 
 import json
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.accelerate_folder import accelerate_rate
+from influence_kit.learning_rates.combined_file import wrapped_rate
 from influence_kit.learning_rates.rate import NO_RATE, RATE_KEYS, Rate, stored_rate
 from influence_kit.learning_rates.trainer_folder import trainer_rate, trainer_state
-from influence_kit.learning_rates.wrapped import wrapped_rate
 from influence_kit.preservation.dropout_masks import MASKS
 from influence_kit.storage.tensor_files import UnreadableFileError, check_if_own
 from influence_kit.storage.torch_files import damaged, load_file
@@ -29,7 +29,7 @@ TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")
 WEIGHT_KEYS = ("model_state_dict", "state_dict", "model")
 STEP_KEYS = ("global_step", "step", "epoch")
-# the weights of a folder, best first; an index names the files of a sharded model
+# the weights of a folder, best first; an index lists the files of a sharded model
 FOLDER_WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -41,7 +41,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Contents:
-    """A checkpoint read."""
+    """The contents of a checkpoint."""
 
     weights: Mapping[str, Any]
     step: int | None = None
@@ -56,12 +56,12 @@ def is_trainer_folder(path: Path) -> bool:
 
 
 def is_readable(path: Path) -> bool:
-    """Whether ``read`` knows the kind of file."""
+    """Whether ``read`` can read this kind of file."""
     return is_trainer_folder(path) if path.is_dir() else path.suffix in SUFFIXES
 
 
 def read(checkpoint: Any) -> Contents:
-    """Read a path or a dict already in memory.
+    """Read a checkpoint from a path, or from a dict in memory.
 
     Raises:
         InvalidArgumentError: for a file of another kind, or one that holds other Python objects.
@@ -70,8 +70,9 @@ def read(checkpoint: Any) -> Contents:
         return _unwrap(checkpoint)
     if not isinstance(checkpoint, str | Path):
         raise InvalidArgumentError(
-            f"a checkpoint is a path or a state dict; got a {type(checkpoint).__name__}: pass a "
-            "`checkpoints_load_func(model, checkpoint)` that loads it and returns its learning rate"
+            f"a checkpoint must be a path or a state dict; got a {type(checkpoint).__name__}: pass "
+            "a `checkpoints_load_func(model, checkpoint)` that loads it and returns its learning "
+            "rate"
         )
     path = Path(checkpoint)
     if not path.exists():
@@ -84,8 +85,8 @@ def read(checkpoint: Any) -> Contents:
         contents = _unwrap(load_file(path), path)
     else:
         raise InvalidArgumentError(
-            f"'{path}' is not a checkpoint that can be read: its ending is none of "
-            f"{', '.join(SUFFIXES)}; pass a `checkpoints_load_func` for files of your own"
+            f"'{path}' is not a checkpoint that can be read: its ending is not one of "
+            f"{', '.join(SUFFIXES)}; pass a `checkpoints_load_func` for your own file formats"
         )
     if contents.step is None:
         numbers = re.findall(r"\d+", path.stem)
@@ -118,7 +119,7 @@ def _read_folder(path: Path) -> Contents:
     weights: dict[str, Any] = {}
     if not present and not (path / ADAPTER_WEIGHTS).is_file():
         raise InvalidArgumentError(
-            f"the folder '{path}' is no checkpoint: it holds none of "
+            f"the folder '{path}' is not a checkpoint: it holds none of "
             f"{', '.join((*FOLDER_WEIGHTS, ADAPTER_WEIGHTS))}"
         )
     if not present:
@@ -137,7 +138,7 @@ def _read_folder(path: Path) -> Contents:
 
 
 def _unwrap(saved: Any, path: Path | None = None) -> Contents:
-    """Weights and rate from a state dict, or from a dict around one."""
+    """Weights and learning rate from a state dict, or from a dict that holds one."""
     if not isinstance(saved, Mapping):
         raise InvalidArgumentError(
             f"a checkpoint holds a {type(saved).__name__}; expected a state dict, or a dict with "
@@ -145,7 +146,7 @@ def _unwrap(saved: Any, path: Path | None = None) -> Contents:
         )
     wrapped = [key for key in WEIGHT_KEYS if isinstance(saved.get(key), Mapping)]
     extra = (*RATE_KEYS, *STEP_KEYS)
-    # beside the weights, an array of one of these names is a weight
+    # among the weights, an array with one of these names is a weight
     around = (
         saved if wrapped else {k: v for k, v in saved.items() if k in extra and not _is_array(v)}
     )

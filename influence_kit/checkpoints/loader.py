@@ -1,4 +1,4 @@
-"""Checkpoints go into the model one at a time, and the user's state dicts are safe from it."""
+"""Loads checkpoints into the model one at a time, without changing the user's state dicts."""
 
 import math
 import warnings
@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from influence_kit.checkpoints.found import LoadFunction, label_of, load_checkpoint, load_with_rate
+from influence_kit.checkpoints.discovery import (
+    LoadFunction,
+    label_of,
+    load_checkpoint,
+    load_with_rate,
+)
 from influence_kit.checkpoints.same_objects import SameObjects
 from influence_kit.core.dtypes import real
 from influence_kit.errors import InvalidArgumentError
@@ -22,13 +27,13 @@ Fingerprint = tuple[float, ...]
 
 
 class CheckpointLoader:
-    """Puts checkpoints into the model, one at a time, and never the one that is there already.
+    """Loads checkpoints into the model, one at a time, unless the checkpoint is loaded already.
 
     Args:
-        model: the model, still as the user has it.
-        checkpoints: what ``load`` takes, in order.
+        model: the model with the user's weights.
+        checkpoints: the checkpoints, each an argument of ``load``, in order.
         load: ``load(model, checkpoint) -> learning rate``.
-        check: is given the number and the fingerprint of each checkpoint when it is loaded first.
+        check: called with the index and the fingerprint of each checkpoint at its first load.
     """
 
     def __init__(
@@ -40,74 +45,75 @@ class CheckpointLoader:
     ) -> None:
         own = memory_of(model)
         self._model, self._load, self._check = model, load, check
-        # a state dict that is the live model's would change with the next load
+        # a state dict that shares the model's memory would change with the next load
         self._items = [_copied(item, own) for item in checkpoints]
         self._current: int | None = None
         self._rates: dict[int, float] = {}
         self._prints: dict[int, Fingerprint] = {}
 
-    def load(self, place: int) -> float:
-        """Have checkpoint number ``place`` in the model; returns its learning rate."""
-        if self._current != place:
+    def load(self, index: int) -> float:
+        """Load checkpoint ``index`` into the model; returns its learning rate."""
+        if self._current != index:
             self._current = None
-            rate, caution = load_into(self._model, partial(self._put, place))
+            rate, caution = load_into(self._model, partial(self._put, index))
             if not _is_number(rate):
                 raise InvalidArgumentError(
-                    f"`checkpoints_load_func` returned {rate!r} for checkpoint {place}; it must "
+                    f"`checkpoints_load_func` returned {rate!r} for checkpoint {index}; it must "
                     "return the learning rate, a finite number"
                 )
-            self._current = place
-            if place not in self._rates:
-                self._rates[place] = float(rate)
+            self._current = index
+            if index not in self._rates:
+                self._rates[index] = float(rate)
                 if caution is not None:
                     warnings.warn(caution, stacklevel=2)
-                self._warn(place)
-        return self._rates[place]
+                self._warn(index)
+        return self._rates[index]
 
     @property
     def current(self) -> int | None:
-        """The number of the checkpoint that is in the model; None before the first load."""
+        """The index of the checkpoint that is in the model; None before the first load."""
         return self._current
 
-    def _put(self, place: int) -> tuple[Any, str | None]:
-        """Load a checkpoint; its rate, and what is doubtful about it."""
-        item = self._items[place]
+    def _put(self, index: int) -> tuple[Any, str | None]:
+        """Load a checkpoint; returns its learning rate and a warning about it, if any."""
+        item = self._items[index]
         set_masks(self._model, None)
-        with SameObjects(self._model, place):
+        with SameObjects(self._model, index):
             if self._load is not load_checkpoint:
                 return self._load(self._model, item), None
-            # which would warn at each load
+            # ``load_checkpoint`` itself would warn at each load
             rate = load_with_rate(self._model, item)
         return rate.value, rate.warning(label_of(item))
 
-    def fingerprint(self, place: int) -> Fingerprint:
-        """Numbers that tell the weights and masks of a checkpoint, which has been loaded."""
-        return self._prints[place]
+    def fingerprint(self, index: int) -> Fingerprint:
+        """Numbers that identify the weights and masks of a checkpoint that has been loaded."""
+        return self._prints[index]
 
     @property
     def fingerprints(self) -> dict[int, Fingerprint]:
-        """Those of the checkpoints that have been loaded, by number."""
+        """The fingerprints of the checkpoints that have been loaded, by index."""
         return dict(self._prints)
 
-    def _warn(self, place: int) -> None:
-        label = label_of(self._items[place])
-        if self._rates[place] == 0:
+    def _warn(self, index: int) -> None:
+        label = label_of(self._items[index])
+        if self._rates[index] == 0:
             warnings.warn(
-                f"checkpoint {place} ({label}) has learning rate 0 and adds nothing to scores that "
-                "weigh checkpoints by it; see checkpoint_table for where it was found",
+                f"checkpoint {index} ({label}) has learning rate 0 and adds nothing to scores that "
+                "are weighted by it; checkpoint_table shows where it was found",
                 stacklevel=2,
             )
         fingerprint = _fingerprint(self._model)
-        self._check(place, fingerprint)
+        self._check(index, fingerprint)
         for other, known in self._prints.items():
             if known == fingerprint:
                 warnings.warn(
-                    f"checkpoints {other} and {place} ({label}) hold the same weights, which so "
-                    "count twice; state dicts kept while training go on need copy.deepcopy",
+                    f"checkpoints {other} and {index} ({label}) hold the same weights, which "
+                    "therefore count twice; a state dict that is kept while training goes on needs "
+                    "copy.deepcopy",
                     stacklevel=2,
                 )
                 break
-        self._prints[place] = fingerprint
+        self._prints[index] = fingerprint
 
 
 def _is_number(rate: Any) -> bool:
@@ -115,17 +121,17 @@ def _is_number(rate: Any) -> bool:
 
 
 def _fingerprint(model: nn.Module) -> Fingerprint:
-    """Numbers that differ where weights, buffers (by value or by place) or masks do."""
+    """Numbers that differ if weights or buffers (by value or order of entries) or masks differ."""
     sums = mask_numbers(model)
     for value in (*model.parameters(), *model.buffers()):
         for chunk in real(value.detach()).flatten().split(FINGERPRINT_CHUNK):
-            places = torch.linspace(1, 2, len(chunk), dtype=torch.float64, device=chunk.device)
-            sums.append(float(chunk.double() @ places))
+            factors = torch.linspace(1, 2, len(chunk), dtype=torch.float64, device=chunk.device)
+            sums.append(float(chunk.double() @ factors))
     return tuple(sums)
 
 
 def memory_of(model: nn.Module) -> set[int]:
-    """Where the tensors of a model's state dict are."""
+    """The memory addresses of the tensors of a model's state dict."""
     return {tensor.data_ptr() for tensor in model.state_dict().values() if tensor.numel()}
 
 

@@ -1,4 +1,4 @@
-"""A load function changes the weights of a model, not the objects that it is made of."""
+"""Ensures that a load function changes only the weights of a model, not its objects."""
 
 from types import TracebackType
 from typing import Any
@@ -13,15 +13,15 @@ PARTS = {"modules": "_modules", "parameters": "_parameters", "buffers": "_buffer
 
 
 class SameObjects:
-    """Around a call of a load function: modules, parameters and buffers stay the same objects.
+    """A context around a load function: modules, parameters and buffers stay the same objects.
 
-    The values of a tensor that was put in the place of a parameter or buffer are copied into the
-    model's own, so that later loads do not write into the user's tensors. What cannot be copied is
-    refused, with the model put back as it was. A buffer that was there may have another shape.
+    If a parameter or buffer was replaced by another tensor, the values are copied into the model's
+    own, so that later loads do not write into the user's tensors. If they cannot be copied, the
+    model is restored and an error is raised. A buffer may have another shape than before.
 
     Args:
         model: the model.
-        number: of the checkpoint that is loaded, for the error.
+        number: the index of the checkpoint that is loaded, for the error.
 
     Raises:
         InvalidArgumentError: for modules that were replaced, added or removed, for parameters or
@@ -59,14 +59,14 @@ class SameObjects:
             raise InvalidArgumentError(
                 f"`checkpoints_load_func` changed the structure of the model at checkpoint "
                 f"{self._number}: it {', '.join(changed[:3])}{more}. Let it load weights into the "
-                "modules that are there (`load_state_dict`), and change the model before it is "
-                "given to the method"
+                "existing modules (`load_state_dict`), and change the model before you pass it to "
+                "the method"
             )
 
     def _put_back(
         self, module: nn.Module, kind: str, table: dict[str, Any], before: dict[str, Any]
     ) -> list[str]:
-        """Have the objects of one module as they were; says what could not be kept."""
+        """Restore the objects of one module; returns the changes that are refused, in words."""
         found, prefix = [], f"{self._names[module]}." if self._names[module] else ""
         loaded, after = dict(table), dict(before)
         for name in {**before, **loaded}:
@@ -80,9 +80,9 @@ class SameObjects:
                 values = new.detach()
                 if not self._copied(old, values):
                     found.append(
-                        f"put a {values.dtype} parameter of shape {list(values.shape)} in the "
-                        f"place of '{prefix}{name}', which is {old.dtype} of shape "
-                        f"{list(old.shape)}"
+                        f"replaced '{prefix}{name}', which is {old.dtype} of shape "
+                        f"{list(old.shape)}, by a {values.dtype} parameter of shape "
+                        f"{list(values.shape)}"
                     )
             elif new is not old:
                 found.append(f"replaced the {what}")
@@ -92,19 +92,19 @@ class SameObjects:
         return found
 
     def _buffer(self, own: Tensor | None, loaded: Tensor | None) -> Tensor | None:
-        """The buffer to go on with: the model's own, or a copy where the shape is another."""
+        """The buffer to use from now on: the model's own, or a copy if the shape has changed."""
         if own is None or loaded is None:
             return loaded
         values = loaded.detach()
         return own if self._copied(own, values) else values.clone()
 
     def _copied(self, own: Tensor, values: Tensor) -> bool:
-        """Whether the model's own tensor, with the memory it had, has the loaded values."""
+        """Copy loaded values into the model's own tensor and memory; returns whether they fit."""
         data = self._data[id(own)]
         if is_lazy(own) or _memory(values) == _memory(data):
             return True
         own.data = data
-        # a copy would broadcast, or take the imaginary part away
+        # a copy would broadcast, or drop the imaginary part
         if values.shape != data.shape or values.is_complex() != data.is_complex():
             return False
         with torch.no_grad():
@@ -113,7 +113,7 @@ class SameObjects:
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:
-    """Where the values of a tensor are, and how they are read."""
+    """The address and layout of a tensor's values."""
     try:
         pointer, stride = tensor.data_ptr(), tensor.stride()
     except (RuntimeError, NotImplementedError):  # a sparse tensor, say

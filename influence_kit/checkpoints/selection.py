@@ -1,4 +1,4 @@
-"""A few checkpoints of one run that saved many, evenly over its steps."""
+"""Selects a few of the many checkpoints of a run, evenly over its steps."""
 
 import math
 import re
@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from influence_kit.checkpoints.discovery import find_checkpoints, label_of
 from influence_kit.checkpoints.files import STEP_KEYS
-from influence_kit.checkpoints.found import find_checkpoints, label_of
 from influence_kit.core.arguments import check_count
 from influence_kit.learning_rates.trainer_folder import TRAINER_STATE, trainer_state
 from influence_kit.storage.torch_files import values_of
 
-# kinds of numbers that order checkpoints, the best first, and how a file's name shows two of them
+# kinds of numbers that order checkpoints, the best first, and patterns of two of them in names
 STEP, EPOCH, NUMBER = "step", "epoch", "number in the name"
-# a unit behind the digits (10k) makes them another number
+# a unit after the digits (10k) would change the number
 LABELS = {
     STEP: re.compile(
         r"(?<![a-z])(?:global[-_]?)?(?:step|iteration|iter|update)s?[-_=]?(\d+)(?![a-z\d])", re.I
@@ -27,45 +27,44 @@ Numbers = dict[str, float]
 
 
 def select_checkpoints(checkpoints: Any, count: int) -> list[Any]:
-    r"""Choose ``count`` checkpoints of one run, evenly over its steps, always with the last.
+    r"""Choose ``count`` checkpoints of one run, evenly over its steps, always with the last one.
 
     .. math::
         t_j = s_0 + (s_C - s_0) \, \frac{j}{\mathrm{count}}, \qquad
         s_0 = \max \Bigl( 0, \; s_1 - \frac{s_C - s_1}{C - 1} \Bigr)
 
-    for C checkpoints at the steps s_1 <= ... <= s_C: the targets t_j, j = 1 ... count, are met by
-    different checkpoints whose distances from them have the least sum. s_0 is 0 for a run that was
+    for C checkpoints at the steps s_1 <= ... <= s_C: each target t_j, j = 1 ... count, gets a
+    different checkpoint, such that the distances have the least sum. s_0 is 0 for a run that was
     saved from its start on, and one spacing before the first checkpoint of a run of which only
-    later ones are left. Epochs, and numbers in names, that start at 0 count from 1; step 0 is that
-    of the weights before training, which are chosen last.
+    later ones are left. If epochs, or numbers in names, start at 0, they count from 1; step 0 has
+    the weights before training, and is chosen last.
 
-    A step is the first of these numbers that all checkpoints show and that differs between them.
+    The step is the first of these numbers that all checkpoints have and that differs between them.
     No weights are read for it.
 
     - "step", "iteration" or "update" in the name of a file or folder (``epoch=3-step=400.ckpt``);
-      N of a Trainer's ``checkpoint-N``, or ``global_step`` in its ``trainer_state.json``; of a
+      N of a Trainer's ``checkpoint-N``, or ``global_step`` in its ``trainer_state.json``; for a
       checkpoint in memory ``global_step`` or ``step``;
     - "epoch" in the name or in memory;
     - the one number in which the paths differ (``ck10.pt``).
 
-    Files whose name shows none (``last.ckpt``) are asked for the ``step`` or ``epoch`` that they
-    hold beside the weights, which stay on disk. Where no such number is known of all checkpoints,
-    their position counts as the step: 1 ... C, in the order of ``find_checkpoints``.
+    For files whose name has none (``last.ckpt``), the ``step`` or ``epoch`` stored with the weights
+    is read; the weights stay on disk. If no such number is known for all checkpoints, their
+    position is the step: 1 ... C, in the order of ``find_checkpoints``.
 
     Args:
-        checkpoints: a folder, a glob, a list of paths, or any iterable of paths or state dicts: as
-            any method takes them.
-        count: how many to choose; all where there are no more.
+        checkpoints: a folder, a glob, a list of paths, or any iterable of paths or state dicts, as
+            for any method.
+        count: how many to choose; all are returned if there are no more.
 
     Returns:
         A list for the ``checkpoints`` of any method, in the order of ``find_checkpoints``.
 
     Raises:
-        InvalidArgumentError: for a ``count`` that is not a positive int; where there are no
-            checkpoints.
+        InvalidArgumentError: if ``count`` is not a positive int, or there are no checkpoints.
 
     Warns:
-        UserWarning: where only some checkpoints show a step, so that positions count.
+        UserWarning: if only some checkpoints have a step, so that positions are used.
 
     Example:
         >>> run = [{"state_dict": {}, "step": step} for step in (10, 20, 30, 40, 100, 200, 300)]
@@ -79,13 +78,13 @@ def select_checkpoints(checkpoints: Any, count: int) -> list[Any]:
     steps = _steps(found)
     order = sorted(range(len(found)), key=steps.__getitem__)
     chosen = _nearest([steps[i] for i in order], count)
-    return [found[i] for i in sorted(order[place] for place in chosen)]
+    return [found[i] for i in sorted(order[index] for index in chosen)]
 
 
 def _nearest(steps: Sequence[float], count: int) -> list[int]:
-    """Rising positions of so many of the sorted steps, nearest to even targets; with the last.
+    """Indices of ``count`` of the sorted steps, nearest to even targets, including the last.
 
-    Of two that are as near the later one is taken.
+    Of two equally near steps the later one is taken.
     """
     first, last = steps[0], steps[-1]
     start = max(0.0, first - (last - first) / (len(steps) - 1))
@@ -103,12 +102,12 @@ def _nearest(steps: Sequence[float], count: int) -> list[int]:
 
 
 def _steps(found: Sequence[Any]) -> Sequence[float]:
-    """The step of each checkpoint, or its position where steps are not known of all."""
+    """The step of each checkpoint, or its position if the steps of some are not known."""
     known = _numbers(found)
     for kind in (STEP, EPOCH, NUMBER):
         values = [numbers[kind] for numbers in known if kind in numbers]
         if len(values) == len(known) and len(set(values)) > 1:
-            # epoch 0 ends with trained weights
+            # the checkpoint of epoch 0 has trained weights
             from_zero = kind != STEP and min(values) == 0
             return [value + 1 for value in values] if from_zero else values
     shown = Counter(kind for numbers in known for kind in numbers)
@@ -116,26 +115,24 @@ def _steps(found: Sequence[Any]) -> Sequence[float]:
     if 0 < most < len(found):
         without = [item for item, numbers in zip(found, known, strict=True) if kind not in numbers]
         warnings.warn(
-            f"{len(without)} of {len(found)} checkpoints show no {kind} (the first is "
-            f"{label_of(without[0])}), so that all are selected evenly over their order, not over "
-            "steps; to leave them out, pass a glob such as 'folder/step-*.pt', or a list",
+            f"{len(without)} of {len(found)} checkpoints have no {kind} (the first is "
+            f"{label_of(without[0])}), so checkpoints are selected evenly over their order, not "
+            "over steps; to leave them out, pass a glob such as 'folder/step-*.pt', or a list",
             stacklevel=3,
         )
     return range(1, len(found) + 1)
 
 
 def _numbers(found: Sequence[Any]) -> list[Numbers]:
-    """What tells when each checkpoint was saved, by kind."""
-    known = [_shown(item) for item in found]
-    for place, number in _differing(found).items():
-        known[place][NUMBER] = number
-    return [
-        numbers or _beside_the_weights(item) for item, numbers in zip(found, known, strict=True)
-    ]
+    """The numbers that show when each checkpoint was saved, by kind."""
+    known = [_in_name(item) for item in found]
+    for index, number in _differing(found).items():
+        known[index][NUMBER] = number
+    return [numbers or _in_file(item) for item, numbers in zip(found, known, strict=True)]
 
 
-def _shown(item: Any) -> Numbers:
-    """What a checkpoint shows without being opened."""
+def _in_name(item: Any) -> Numbers:
+    """The numbers in a checkpoint's name, or in a dict in memory."""
     if isinstance(item, Mapping):
         return _held(item)
     if not isinstance(item, str | Path):
@@ -145,13 +142,13 @@ def _shown(item: Any) -> Numbers:
     numbers: Numbers = {kind: int(match[1]) for kind, match in matches.items() if match}
     if STEP in numbers or not (path / TRAINER_STATE).is_file():
         return numbers
-    # its state grows with the run, and the Trainer's own name has the same step
+    # the state's file grows with the run, and the folder's name has the same step
     trainers = re.fullmatch(r"checkpoint-(\d+)", path.name)
     return numbers | ({STEP: int(trainers[1])} if trainers else _held(trainer_state(path) or {}))
 
 
-def _beside_the_weights(item: Any) -> Numbers:
-    """What a file of ``torch.save`` holds, without reading its weights."""
+def _in_file(item: Any) -> Numbers:
+    """The numbers in a file of ``torch.save``, without reading its weights."""
     return _held(values_of(Path(item), mapped=True)) if isinstance(item, str | Path) else {}
 
 
@@ -166,15 +163,15 @@ def _held(values: Mapping[str, Any]) -> Numbers:
 
 
 def _differing(found: Sequence[Any]) -> dict[int, float]:
-    """Of the most paths that are alike but for numbers: the number, where they differ in just one.
+    """The one number that differs between paths, in the largest group alike but for numbers.
 
-    By the position of the path.
+    By the index of the path; empty if they differ in several numbers.
     """
     alike: dict[tuple[str, ...], dict[int, list[str]]] = {}
-    for place, item in enumerate(found):
+    for index, item in enumerate(found):
         if isinstance(item, str | Path):
             parts = re.split(r"(\d+)", str(item))
-            alike.setdefault(tuple(parts[::2]), {})[place] = parts[1::2]
+            alike.setdefault(tuple(parts[::2]), {})[index] = parts[1::2]
     numbers = max(alike.values(), key=len, default={})
     columns = [column for column in zip(*numbers.values(), strict=True) if len(set(column)) > 1]
     if len(columns) != 1:

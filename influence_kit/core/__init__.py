@@ -1,1 +1,1 @@
-"""What all rooms build on: arguments, memory, ranks, processes, random state, tables."""
+"""What all other folders build on: checks of arguments, memory, ranks, processes, random state."""

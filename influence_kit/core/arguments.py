@@ -1,4 +1,4 @@
-"""Checks of numbers that a user gives: counts, and real numbers within a range."""
+"""Checks of numeric arguments: counts, and real numbers within a range."""
 
 import math
 from numbers import Integral, Real
@@ -8,16 +8,16 @@ from influence_kit.errors import InvalidArgumentError
 
 
 def check_count(value: Any, name: str, least: int = 1, instead: str = "") -> int:
-    """The argument of that name as an int of at least ``least``.
+    """The argument as an int of at least ``least``.
 
     Args:
         value: what was given.
-        name: of the argument.
-        least: the smallest number.
-        instead: what it may be in place of a number, for the error: '"auto"'.
+        name: the argument's name, for the error.
+        least: the smallest value allowed.
+        instead: what the argument may be in place of a number, for the error: '"auto"'.
 
     Raises:
-        InvalidArgumentError: for anything else: a bool, a fraction, a number below.
+        InvalidArgumentError: for anything else: a bool, a fraction, a number below ``least``.
     """
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         wanted = "a positive int" if least == 1 else f"an int of at least {least}"
@@ -36,19 +36,19 @@ def check_number(
     most: float = math.inf,
     instead: str = "",
 ) -> float:
-    """The argument of that name as a finite number within its range.
+    """The argument as a finite number within its range.
 
     Args:
         value: what was given.
-        name: of the argument.
+        name: the argument's name, for the error.
         above: the number must be larger than this.
-        least: at least this.
-        below: smaller than this.
-        most: at most this.
-        instead: what it may be in place of a number, for the error: '"auto"'.
+        least: it must be at least this.
+        below: it must be smaller than this.
+        most: it must be at most this.
+        instead: what the argument may be in place of a number, for the error: '"auto"'.
 
     Raises:
-        InvalidArgumentError: for anything else: a bool, NaN, infinity, a number out of the range.
+        InvalidArgumentError: for anything else: a bool, NaN, infinity, a number out of range.
     """
     number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if number and above < value < below and least <= value <= most:

@@ -1,6 +1,6 @@
 """Ranks: each takes every ``world_size``-th batch of the training set; the results are gathered.
 
-Alone (no ``torch.distributed`` process group) every function here gives its argument back.
+Without a ``torch.distributed`` process group, every function here returns its argument.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def is_alone() -> bool:
-    """Whether there is no other rank."""
+    """Whether this is the only rank."""
     return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
 
 
@@ -24,7 +24,7 @@ def is_mine(batch_number: int) -> bool:
 
 
 def gather_columns(tensor: Tensor) -> Tensor:
-    """The tensors ``[..., n_rank]`` of all ranks, side by side in the order of ranks."""
+    """The tensors ``[..., n_rank]`` of all ranks, concatenated in the order of ranks."""
     if is_alone():
         return tensor
     device = tensor.device
@@ -32,7 +32,7 @@ def gather_columns(tensor: Tensor) -> Tensor:
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, size)
     widths = [int(s) for s in sizes]
-    # all_gather wants one shape: pad to the widest rank
+    # all_gather needs equal shapes: pad to the widest rank
     padded = tensor.new_zeros((*tensor.shape[:-1], max(widths)))
     padded[..., : tensor.shape[-1]] = tensor
     parts = [torch.empty_like(padded) for _ in widths]
@@ -48,25 +48,25 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def from_first_rank(tensor: Tensor) -> Tensor:
-    """The first rank's tensor, in place: for what ranks would compute slightly differently."""
+    """The first rank's tensor, in place: for values that ranks compute with different rounding."""
     if not is_alone():
         dist.broadcast(tensor, src=0)
     return tensor
 
 
 def is_first_rank() -> bool:
-    """Whether this is the rank that does what one alone must do."""
+    """Whether this is the rank that does what only one rank must do (writing files, say)."""
     return is_alone() or dist.get_rank() == 0
 
 
 def wait_for_all() -> None:
-    """Go on when every rank has come here."""
+    """Wait until every rank has reached this call."""
     if not is_alone():
         dist.barrier()
 
 
 def texts_of_ranks(text: str, device: torch.device) -> list[str]:
-    """The text of each rank, none of which holds a line break; every rank must call it."""
+    """The text of each rank, which must not hold a line break; every rank must call it."""
     if is_alone():
         return [text]
     codes = torch.tensor(list(f"{text}\n".encode()), dtype=torch.uint8, device=device)

@@ -1,8 +1,8 @@
-"""Random numbers that a key alone decides: for any device, rank and process.
+"""Random numbers that depend on a key alone, and not on the device, rank or process.
 
-They are made from the raw numbers of Philox, which counts (Salmon et al., SC 2011): a key is a
-stream, and each part of a stream begins at a count of its own. So no two parts of a stream share a
-number, and two streams are alike only if 128 bits of SHA-256 are.
+They are made from the raw output of Philox, a counter-based generator (Salmon et al., SC 2011): a
+key is a stream, and each part of a stream begins at its own value of the counter. So no two parts
+of a stream share a number, and two streams are equal only if 128 bits of SHA-256 are.
 """
 
 import hashlib
@@ -16,13 +16,13 @@ from influence_kit.errors import InvalidArgumentError
 
 
 def key_of(*parts: object) -> int:
-    """A key of 128 bits for whatever the parts tell apart."""
+    """A key of 128 bits: the SHA-256 of the parts, shortened."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:16], "little")
 
 
 def check_seed(seed: int) -> int:
-    """The seed as given, as an int of Python (numpy has others).
+    """The seed, as an int of Python (numpy has integer types of its own).
 
     Raises:
         InvalidArgumentError: for anything but an int from 0 to 2^63 - 1.
@@ -33,7 +33,7 @@ def check_seed(seed: int) -> int:
 
 
 class Draws:
-    """Numbers of one part of a stream, one after the other.
+    """Random numbers from one part of a stream, one after the other.
 
     Args:
         key: the stream, below 2^128.
@@ -41,8 +41,8 @@ class Draws:
     """
 
     def __init__(self, key: int, part: int = 0) -> None:
-        # a generator of torch is seeded by the last 32 bits of a key alone, and what numpy makes
-        # of raw numbers may change from version to version
+        # a generator of torch is seeded with the last 32 bits of a key only, and how numpy turns
+        # raw numbers into distributions may change from version to version
         self._philox = np.random.Philox(key=key, counter=part << 192)
 
     def _raw(self, count: int) -> "np.ndarray[tuple[int], np.dtype[np.uint64]]":
@@ -51,7 +51,7 @@ class Draws:
     def normal(self, *shape: int) -> Tensor:
         """Independent normal numbers, in float64."""
         raw = torch.from_numpy((self._raw(int(np.prod(shape))) >> np.uint64(12)).view(np.int64))
-        # in the middle of 2^52 equal parts of the unit interval, of which no end is taken
+        # the middle of one of 2^52 equal parts of the unit interval, so neither 0 nor 1
         numbers: Tensor = torch.special.ndtri(raw.double().add_(0.5).mul_(2.0**-52))
         return numbers.view(shape)
 
@@ -70,10 +70,10 @@ class Draws:
         return torch.from_numpy((self._raw(count) % np.uint64(end)).view(np.int64))
 
     def order(self, count: int) -> Tensor:
-        """The places below ``count`` in a random order, int64 ``[count]``."""
-        # sorted by random numbers, of which each has its place for last bits
+        """The indices from 0 to ``count - 1`` in a random order, int64 ``[count]``."""
+        # random numbers whose last bits are the index, sorted
         bits = np.uint64(max(1, (count - 1).bit_length()))
         numbers = (self._raw(count) >> bits << bits) | np.arange(count, dtype=np.uint64)
         numbers.sort()
-        places = numbers & ((np.uint64(1) << bits) - np.uint64(1))
-        return torch.from_numpy(places.view(np.int64))
+        indices = numbers & ((np.uint64(1) << bits) - np.uint64(1))
+        return torch.from_numpy(indices.view(np.int64))

@@ -1,4 +1,4 @@
-"""In which precision numbers are added up, complex numbers as pairs of real ones, and bytes."""
+"""The precision of sums, complex numbers as pairs of real ones, and the bytes of a tensor."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The real dtype in which sums over numbers of a dtype are taken: float32 for half precision.
+    """The real dtype in which numbers of a dtype are summed: float32 for half precision.
 
     Example:
         >>> [exact_dtype(dtype) for dtype in (torch.float16, torch.float64, torch.complex64)]
@@ -20,12 +20,12 @@ def exact_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def exact(tensor: Tensor) -> Tensor:
-    """Half precision as float32, in which products and sums are taken; the rest as it is."""
+    """Half precision as float32, for products and sums; other dtypes unchanged."""
     return tensor.float() if tensor.dtype in HALF else tensor
 
 
 def real(tensor: Tensor) -> Tensor:
-    """A complex tensor as pairs of real numbers, ``[*shape, 2]``; a real one as it is.
+    """A complex tensor as pairs of real numbers, ``[*shape, 2]``; a real one unchanged.
 
     Inner products of such pairs are Re(conj(g) . g').
     """
@@ -50,5 +50,5 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def restored(pairs: Tensor, tensor: Tensor) -> Tensor:
-    """The other way round: complex where the second tensor is, else as it is."""
+    """The inverse of ``real``: complex if the second tensor is, else unchanged."""
     return torch.view_as_complex(pairs.contiguous()) if tensor.is_complex() else pairs

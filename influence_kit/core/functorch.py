@@ -1,4 +1,4 @@
-"""The transforms of ``torch.func`` (vmap, grad, jvp) that run: whether any, and leaving them."""
+"""Whether a transform of ``torch.func`` (vmap, grad, jvp) is running, and how to leave it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,13 +8,13 @@ from torch._C import _functorch
 
 
 def is_transformed() -> bool:
-    """Whether a transform runs, in which tensors may be wrappers."""
+    """Whether a transform is running, inside which tensors may be wrappers."""
     return _functorch.peek_interpreter_stack() is not None
 
 
 @contextmanager
 def outside_transforms() -> Iterator[None]:
-    """Inside, tensors are plain: a transform refuses writes to those that it has not been given."""
+    """Inside, tensors are plain: a transform refuses writes to tensors that are not its inputs."""
     stack: list[Any] = []
     try:
         while is_transformed():

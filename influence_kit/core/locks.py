@@ -1,10 +1,11 @@
-"""Threads take turns: one works with a model, and one with derivatives that torch keeps globally.
+"""Locks: one thread at a time works with a model, and one with forward-mode derivatives.
 
-A call puts checkpoints, flags and hooks into the user's model, so that two threads that share a
-model (or a part of one) would read each other's weights. Each call therefore holds a lock per
-module of its model; the second thread waits, and both get the right scores. Threads with a copy of
-the model each run side by side, except where products use forward-mode derivatives (curvature,
-perturbation): their levels, and the choice of attention kernels, are global in torch.
+A call loads checkpoints into the user's model and sets flags and hooks there, so two threads that
+share a model (or a part of one) would read each other's weights. Each call therefore holds one lock
+per module of its model; the second thread waits, and both get the right scores. Threads that each
+have their own copy of the model run side by side, except where products use forward-mode
+derivatives (curvature, perturbation): their levels, and the choice of attention kernels, are global
+in torch.
 """
 
 import threading
@@ -22,11 +23,11 @@ FORWARD_MODE = threading.RLock()
 
 @contextmanager
 def alone_with(model: nn.Module) -> Iterator[None]:
-    """Inside, no other thread that asks for this is at work with any module of the model.
+    """Inside, no other thread that uses this context works with any module of the model.
 
-    The same thread may ask again.
+    The same thread may enter it again.
     """
-    # in one order everywhere, so that no two threads wait for each other
+    # every thread takes the locks in the same order, so that no two wait for each other
     modules = sorted(model.modules(), key=id)
     with _GUARD:
         locks = [_LOCKS.setdefault(module, threading.RLock()) for module in modules]

@@ -1,4 +1,4 @@
-"""How much memory one step may take: every chunk size in the package comes from here."""
+"""How much memory one step may take: every chunk size in the package is computed from it."""
 
 import os
 
@@ -8,7 +8,7 @@ MIB, GIB = 2**20, 2**30
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on ``device`` now, in bytes (a guess of 4 GiB where nothing tells)."""
+    """Free memory of ``device`` now, in bytes (4 GiB where the system does not report it)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -18,9 +18,9 @@ def free_bytes(device: torch.device) -> int:
 
 
 def workspace_bytes(device: torch.device) -> int:
-    """What one temporary may take.
+    """Bytes that one temporary tensor may take.
 
-    On a CPU little: a larger one leaves the caches, and each new one costs page faults.
+    16 MiB on a CPU: a larger one does not fit in its caches, and each new one costs page faults.
     """
     if device.type == "cuda":
         return max(64 * MIB, free_bytes(device) // 16)
@@ -28,10 +28,10 @@ def workspace_bytes(device: torch.device) -> int:
 
 
 def resident_bytes(device: torch.device) -> int:
-    """What may be kept through a whole pass over the training set (the queries' gradients)."""
+    """Bytes that may be held for a whole pass over the training set (the test gradients)."""
     return max(64 * MIB, free_bytes(device) // 8)
 
 
 def rows_within(budget: int, row_bytes: int) -> int:
-    """How many rows of ``row_bytes`` a budget holds: at least one."""
+    """How many rows of ``row_bytes`` bytes fit in a budget: at least one."""
     return max(1, budget // max(1, row_bytes))

@@ -7,14 +7,14 @@ from influence_kit.errors import InvalidArgumentError
 
 
 def process_count(n_jobs: Any) -> int:
-    """How many processes ``n_jobs`` means, as joblib counts them (-1: one a core).
+    """How many processes ``n_jobs`` stands for, as joblib counts them (-1: one per core).
 
     Raises:
-        InvalidArgumentError: where it is no such number, or joblib is needed and not installed.
+        InvalidArgumentError: if it is not such a number, or joblib is needed and not installed.
     """
     if isinstance(n_jobs, bool) or not isinstance(n_jobs, int) or n_jobs == 0:
         raise InvalidArgumentError(
-            f"`n_jobs` is {n_jobs!r}; it must be a number of processes, or -1 for one a core"
+            f"`n_jobs` is {n_jobs!r}; it must be a number of processes, or -1 for one per core"
         )
     return 1 if n_jobs == 1 else int(_joblib(n_jobs).effective_n_jobs(n_jobs))
 
@@ -28,7 +28,7 @@ def results(
         function: what is called; other processes must be able to import it.
         calls: the arguments of each call.
         n_jobs: the processes, as joblib counts them; 1 is this one.
-        ordered: in the order of the calls; otherwise as they are done.
+        ordered: yield the results in the order of the calls; otherwise as they are finished.
     """
     if n_jobs == 1:
         return (function(*call) for call in calls)
@@ -44,7 +44,7 @@ def _joblib(n_jobs: int) -> Any:
         import joblib
     except ImportError as error:
         raise InvalidArgumentError(
-            f"n_jobs={n_jobs} works in processes of joblib, which is not installed: pip install "
+            f"n_jobs={n_jobs} runs in processes of joblib, which is not installed: pip install "
             "'influence_kit[parallel]', or use n_jobs=1"
         ) from error
     return joblib

@@ -1,4 +1,4 @@
-"""The global random states come back as they were: of torch on all devices, numpy and Python."""
+"""Restores the global random states: of torch on all devices, numpy and Python."""
 
 import random
 import threading
@@ -19,16 +19,17 @@ class _Saved:
     thread: int = field(default_factory=threading.get_ident)
 
 
-# the blocks that run, in the order in which they began
+# the blocks that are running, in the order in which they began
 _BLOCKS: list[_Saved] = []
 _GUARD = threading.Lock()
 
 
 @contextmanager
 def same_random_states() -> Iterator[None]:
-    """Numbers that are drawn after the block are those that would be drawn without it.
+    """Numbers drawn after the block are those that would be drawn without it.
 
-    Where blocks of several threads overlap, the last to end brings back what the first one met.
+    Where blocks of several threads overlap, the last to end restores the states that the first one
+    saved.
     """
     with _GUARD:
         saved = _Saved(_read())
@@ -66,10 +67,10 @@ def _write(states: tuple[Any, ...]) -> None:
 
 @contextmanager
 def kept_random_state(seed: int | None = None) -> Iterator[None]:
-    """``same_random_states``, in which numbers are drawn from a seed.
+    """``same_random_states``, with a seed set inside.
 
     Args:
-        seed: start inside from the states of this seed; from those that there are where None.
+        seed: the seed set inside; with None, the states inside are the current ones.
     """
     with same_random_states():
         if seed is not None:

@@ -1,8 +1,8 @@
-"""Powers of two that keep squares, and sums of squares, within what floating point holds.
+"""Powers of two that keep squares, and sums of squares, within the range of floating point.
 
-The square of 1e-25 is 0 in float32 and that of 1e25 infinite, though both norms exist. Numbers
-beyond a limit are divided by a power of two, which rounds nothing, and the norm multiplied by it
-afterwards. Numbers within the limits are left as they are.
+The square of 1e-25 is 0 in float32 and that of 1e25 is infinite, though both norms exist. Numbers
+beyond a limit are divided by a power of two, which rounds nothing, and the norm is multiplied by it
+afterwards. Numbers within the limits are left unchanged.
 """
 
 from typing import Protocol, TypeVar
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Scalable(Protocol):
-    """Rows, in whatever form, that can be multiplied by a factor each."""
+    """Rows, in any form, each of which can be multiplied by its own factor."""
 
     def scaled(self: "Rows", factors: Tensor) -> "Rows":
         """Each row times its factor ``[n]``."""
@@ -24,7 +24,7 @@ LIMITS = {torch.float32: 16, torch.float64: 192}
 
 
 def exponents(values: Tensor) -> Tensor:
-    """The power of two of each row's largest number, where that is beyond the limits, else 0.
+    """The power of two of each row's largest number if that is beyond the limits, else 0.
 
     Args:
         values: ``[n, ...]``; zeros, NaN and infinities have the exponent 0.
@@ -35,7 +35,7 @@ def exponents(values: Tensor) -> Tensor:
     rows = values.detach().reshape(len(values), -1)
     if not rows.shape[1]:
         return values.new_zeros(len(values))
-    # several times as fast as the largest numbers, which are wanted where a norm is unusual
+    # norms are several times faster than maxima, which are only needed if a norm is unusual
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
     limit = 2.0 ** LIMITS.get(values.dtype, 0)
     if bool(((norms > 1 / limit) & (norms < limit)).all()):
@@ -44,14 +44,14 @@ def exponents(values: Tensor) -> Tensor:
 
 
 def powers_of(largest: Tensor) -> Tensor:
-    """The power of two of each number that is not negative, where it is beyond the limits."""
+    """The power of two of each non-negative number that is beyond the limits, else 0."""
     powers = torch.frexp(largest).exponent.to(largest.dtype)
     usual = powers.abs() <= LIMITS.get(largest.dtype, 0)
     return powers.masked_fill(usual | (largest == 0) | ~torch.isfinite(largest), 0)
 
 
 def times_powers(values: Tensor, powers: Tensor) -> Tensor:
-    """Each row ``[n, ...]`` times two to its power ``[n]``: the same tensor where all are 0."""
+    """Each row ``[n, ...]`` times two to its power ``[n]``: the same tensor if all powers are 0."""
     if not bool(powers.any()):
         return values
     shape = [-1] + [1] * (values.dim() - 1)
@@ -61,7 +61,7 @@ def times_powers(values: Tensor, powers: Tensor) -> Tensor:
 
 
 def scaled_by_powers(rows: Rows, powers: Tensor) -> Rows:
-    """The same of rows in whatever form."""
+    """``times_powers`` for rows in any form."""
     if bool(powers.any()):
         for factors in _factors(powers):
             rows = rows.scaled(factors)
@@ -69,7 +69,7 @@ def scaled_by_powers(rows: Rows, powers: Tensor) -> Rows:
 
 
 def _factors(powers: Tensor) -> tuple[Tensor, Tensor]:
-    """Two factors: 2^150 is infinite in float32, and 2^-150 is 0."""
+    """Two factors with the product 2^power: 2^150 is infinite in float32, and 2^-150 is 0."""
     first = (powers / 2).trunc()
     return torch.exp2(first), torch.exp2(powers - first)
 
@@ -81,7 +81,7 @@ def balanced(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def row_norms(values: Tensor) -> Tensor:
-    """The Euclidean norm of each row of ``[n, d]``, also of very small or very large ones.
+    """The Euclidean norm of each row of ``[n, d]``, also of very small and very large rows.
 
     Example:
         >>> row_norms(torch.tensor([[3e-30, 4e-30], [3e30, 4e30]]))
@@ -93,7 +93,7 @@ def row_norms(values: Tensor) -> Tensor:
 
 
 def unit_rows(values: Tensor) -> Tensor:
-    """Each row of ``[n, d]`` over its norm; a zero row stays zero."""
+    """Each row of ``[n, d]`` divided by its norm; a zero row stays zero."""
     rows, _ = balanced(values)
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
     return rows / norms.masked_fill(norms == 0, 1)[:, None]

@@ -6,11 +6,11 @@ from influence_kit.errors import InvalidArgumentError
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns as wide as their longest cell; a column of numbers ("-": none) stands to the right.
+    """Columns as wide as their longest cell; columns of numbers ("-": none) are right-aligned.
 
     Args:
         header: the names of the columns.
-        rows: the cells of each row, as many as the header has; shown by ``str``.
+        rows: the cells of each row, as many as the header has; written with ``str``.
 
     Raises:
         InvalidArgumentError: for a row with more or fewer cells than the header.
@@ -22,10 +22,10 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         loss             0.98
         self-influence  0.997
     """
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         if len(row) != len(header):
             raise InvalidArgumentError(
-                f"row {place} of the table has {len(row)} cells where the header has "
+                f"row {index} of the table has {len(row)} cells where the header has "
                 f"{len(header)}: {list(row)}"
             )
     lines = [list(header), *([str(cell) for cell in row] for row in rows)]

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from influence_kit.curvature.fit_data import FitData
+from influence_kit.curvature.inverse_curvature import InverseCurvature, State
 from influence_kit.curvature.passes import DataSet, Features, refuse_non_finite
-from influence_kit.gradients.per_example import Gradients
+from influence_kit.gradients.per_example import Gradients, Transform
 from influence_kit.operators.partition import Partition, spread
 from influence_kit.operators.solvers import Damping, damping_by_block
 
@@ -55,6 +57,20 @@ class MeanInverse:
             weights = (weights.double() / scale).to(weights)
             columns += own.combined(weights, names).values()
         return torch.cat(columns, dim=1)
+
+
+class MeanOfInverses(InverseCurvature):
+    """The mean of the examples' damped inverses, for the inverse of their mean; see ``DataInf``."""
+
+    takes_own_labels = True
+
+    def traces(self, state: State, data: FitData) -> Tensor:
+        features = data.features("empirical_fisher", self.seed)
+        return mean_squared_norms(features, data.examples, data.partition)
+
+    def inverse(self, state: State, damping: Tensor, data: FitData) -> Transform:
+        features = data.features("empirical_fisher", self.seed)
+        return data.through(MeanInverse(features, data.examples, data.partition, damping))
 
 
 def mean_squared_norms(features: Features, data: DataSet, partition: Partition) -> Tensor:

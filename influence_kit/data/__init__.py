@@ -1,1 +1,1 @@
-"""Batches of training and test examples: where their examples stand, how they are read again."""
+"""Batches of training and test examples: which dimension counts examples, and repeated reading."""

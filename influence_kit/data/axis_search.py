@@ -1,4 +1,4 @@
-"""From the shapes of batches to the dimension that counts the examples in each of their leaves."""
+"""Finds the dimension that counts examples in each tensor of a batch, from several shapes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.nn.utils.rnn import PackedSequence
 from influence_kit.data.marked_batch import Axes, describe, holds_tensor, leaves, shape_of
 from influence_kit.errors import InvalidArgumentError
 
-# of a dict batch, in this order
+# the keys of labels in a dict batch, tried in this order
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 MOST_CHOICES = 16
 
 
 def grows(two: Sequence[tuple[int, ...]], three: Sequence[tuple[int, ...]]) -> bool:
-    """Whether some leaf is 2 long in a batch of two examples, and 3 in one of three."""
+    """Whether a leaf has length 2 in a batch of two examples, and 3 in a batch of three."""
     pairs = zip(two, three, strict=True)
     return any((2, 3) in zip(a, b, strict=False) for a, b in pairs)
 
@@ -46,18 +46,18 @@ def label_leaf(batch: Any) -> int | None:
     for item in items[::-1]:
         own = list(leaves(item))
         first -= len(own)
-        for place, leaf in enumerate(own):
+        for index, leaf in enumerate(own):
             if isinstance(leaf, Tensor) and shape_of(leaf):
-                return first + place
+                return first + index
     return None
 
 
 def likely_axes(
     shapes: Sequence[tuple[tuple[int, ...], ...]], counts: Sequence[int | None], label: int | None
 ) -> list[Axes]:
-    """The axis of each leaf whose lengths are, in all batches, those that count the examples.
+    """The axis of each leaf whose length is the number of examples in all batches.
 
-    The likeliest choice first, where several axes have these lengths.
+    Where several axes of a leaf have these lengths, the likeliest choice comes first.
     """
     lengths: dict[tuple[int, int], tuple[int, ...]] = {}
     for leaf, first in enumerate(shapes[0]):
@@ -75,7 +75,7 @@ def likely_axes(
         having = {leaf for (leaf, _), other in lengths.items() if other == vector}
         in_front = {leaf for leaf in having if lengths.get((leaf, 0)) == vector}
         votes = len(having) + len(in_front) + 0.5 * (len(set(vector)) > 1)
-        # targets almost always have their examples in front
+        # targets almost always have their examples in the first dimension
         votes += (100 if _is_only_clue(counts) else 1.5) * (label in in_front)
         return votes, max(len(shapes[0][leaf]) for leaf in having)
 
@@ -84,7 +84,7 @@ def likely_axes(
         [a for a in range(len(shape)) if lengths[leaf, a] == best] or [None]
         for leaf, shape in enumerate(shapes[0])
     ]
-    if best == (1,) * len(shapes):  # one example is not cut
+    if best == (1,) * len(shapes):  # a batch of one example is not cut
         choices = [choice[:1] for choice in choices]
     return list(islice(product(*choices), MOST_CHOICES))
 
@@ -93,9 +93,9 @@ def with_one_less(
     shapes_seen: Sequence[tuple[tuple[int, ...], ...]],
     axes: Axes,
     label: int | None,
-    said: Sequence[Any],
+    given: Sequence[Any],
 ) -> Iterator[Axes]:
-    """The axes with one leaf as long as the batch has examples taken for the whole batch's."""
+    """The axes with one leaf given to the whole batch: it may have its length only by chance."""
     counted = [axis for axis in axes if axis is not None]
     lengths = {
         s[a] for shapes in shapes_seen for s, a in zip(shapes, axes, strict=True) if a is not None
@@ -103,51 +103,51 @@ def with_one_less(
     if len(counted) < 2 or len(lengths) > 1:
         return
     for leaf, axis in enumerate(axes):
-        if axis is not None and leaf != label and said[leaf] is ...:
+        if axis is not None and leaf != label and given[leaf] is ...:
             yield (*axes[:leaf], None, *axes[leaf + 1 :])
 
 
 def _is_only_clue(counts: Sequence[int | None]) -> bool:
-    """Whether no batch has a count that is sure."""
+    """Whether targets are the only clue: the number of examples is known for no batch."""
     return all(count is None for count in counts)
 
 
-def said_of_leaves(given: Any, batch: Any) -> list[Any]:
-    """What the user says of each leaf; ``...`` where nothing."""
+def given_axes(given: Any, batch: Any) -> list[Any]:
+    """The axis that the user gives for each leaf; ``...`` where none is given."""
     if given is None:
         return [...] * len(list(leaves(batch)))
-    return list(_said_of(given, batch, "batch_axes"))
+    return list(_axes_of(given, batch, "batch_axes"))
 
 
-def _said_of(given: Any, item: Any, where: str) -> Iterator[Any]:
+def _axes_of(given: Any, item: Any, where: str) -> Iterator[Any]:
     if given is ... or given is None or (isinstance(given, int) and not isinstance(given, bool)):
         for leaf in leaves(item):
             if isinstance(given, int) and not -1 < given < max(1, len(shape_of(leaf))):
                 raise InvalidArgumentError(
-                    f"`{where}` names dimension {given} of a tensor of shape "
-                    f"{list(shape_of(leaf))}; name one of its dimensions, or None for a tensor "
+                    f"`{where}` is dimension {given} of a tensor of shape "
+                    f"{list(shape_of(leaf))}; give one of its dimensions, or None for a tensor "
                     "that belongs to the whole batch"
                 )
             yield given
         return
     if isinstance(given, Mapping) and isinstance(item, Mapping) and set(given) <= set(item):
         for key, value in item.items():
-            yield from _said_of(given.get(key, ...), value, f"{where}[{key!r}]")
+            yield from _axes_of(given.get(key, ...), value, f"{where}[{key!r}]")
         return
     fits = isinstance(given, tuple | list) and isinstance(item, tuple | list)
     if not fits or len(given) != len(item):
         raise InvalidArgumentError(
-            f"`{where}` is {given!r}, and a batch has another structure: {describe(item)}"
+            f"`{where}` is {given!r}, but a batch has another structure: {describe(item)}"
         )
-    for place, value in enumerate(item):
-        yield from _said_of(given[place], value, f"{where}[{place}]")
+    for index, value in enumerate(item):
+        yield from _axes_of(given[index], value, f"{where}[{index}]")
 
 
 def in_lists(batch: Any) -> int | None:
     """1 for a batch whose targets are a list of one dict (boxes and their labels, say).
 
     Raises:
-        InvalidArgumentError: where they are a list of several: no dimension counts them.
+        InvalidArgumentError: if they are a list of several dicts: no dimension counts examples.
     """
     if isinstance(batch, Mapping):
         targets = next((batch[key] for key in LABEL_KEYS if key in batch), None)

@@ -1,9 +1,9 @@
-"""Where the examples stand in each tensor of a batch: settled once for a data source, and kept.
+"""Which dimension of each tensor of a batch counts examples: determined once per data source.
 
 A tensor of a batch holds one row per example in its first dimension, or in another one (time-first
 sequences ``[t, n, d]``), or belongs to the whole batch (class weights, an epoch number). One batch
-often does not show which: as many examples as time steps look alike. ``BatchAxes`` compares batches
-of several sizes, and marks each batch with what it found.
+often does not show which: the number of examples may equal the number of time steps. ``BatchAxes``
+compares batches of several sizes, and marks each batch with the dimensions that it found.
 
 Shapes: n examples of a batch.
 """
@@ -20,38 +20,38 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from influence_kit.data.axis_search import (
+    given_axes,
     grows,
     in_lists,
     label_leaf,
     likely_axes,
-    said_of_leaves,
     structure_of,
     with_one_less,
 )
 from influence_kit.data.marked_batch import Axes, Known, describe, known, leaves, shape_of
 from influence_kit.errors import InvalidArgumentError, PassAgain
 
-# different shapes of batches that are compared; later ones are only checked
+# how many different shapes of batches are compared; later ones are only checked
 MOST_SHAPES = 32
-# batches that are read ahead, until one shows where examples stand
+# how many batches are read ahead, until one shows which dimensions count examples
 READ_AHEAD = 8
 
 
 @dataclass
 class _Seen:
-    """The shapes of batches of one structure, the counts that are sure, and the axes they show."""
+    """The shapes of batches of one structure, their known example counts, and the axes inferred."""
 
     shapes: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)
     counts: list[int | None] = field(default_factory=list)
-    # the ways to read these shapes, where they leave a choice, the likeliest first; then those with
-    # one leaf more that belongs to the whole batch, if only by chance as long as it
+    # the possible readings of these shapes, the likeliest first; then the readings in which one
+    # more leaf belongs to the whole batch, and has the batch's length by chance
     ways: list[Axes] = field(default_factory=list)
     last_resorts: list[Axes] = field(default_factory=list)
     taken: int = 0
 
     @property
     def axes(self) -> Axes | None:
-        """The way that is taken."""
+        """The reading in use."""
         ways = [*self.ways, *self.last_resorts]
         return ways[self.taken] if ways else None
 
@@ -60,20 +60,20 @@ class BatchAxes:
     """Finds the axis of the examples in each leaf of batches.
 
     Args:
-        given: what the user says: an axis or None for a leaf, in the structure of the batch (a
-            tuple, list or dict; one entry may stand for all leaves of an item). Keys of a dict that
-            are not named are found.
+        given: the user's axes: an axis or None per leaf, in the structure of the batch (a tuple,
+            list or dict; one entry may stand for all leaves of an item). The axes of dict keys that
+            are left out are inferred.
     """
 
     def __init__(self, given: Any = None) -> None:
         self._given = given
         self._seen: dict[Any, _Seen] = {}
-        # whether some batches were marked in another way than they would be now
+        # whether earlier batches were marked with other axes than they would be now
         self._has_learnt_better = False
 
     @property
-    def nothing_said(self) -> bool:
-        """Whether the user said nothing."""
+    def is_inferred(self) -> bool:
+        """Whether the user gave no axes, so that all are inferred."""
         return self._given is None
 
     def mark(self, batch: Any, count: int | None = None) -> Known:
@@ -81,15 +81,15 @@ class BatchAxes:
 
         Args:
             batch: a tuple, list or dict.
-            count: the number of its examples, where the loader tells it.
+            count: the number of its examples, if the loader determines it.
 
         Raises:
-            PassAgain: where batches before were read in another way.
-            InvalidArgumentError: for a batch in which nothing counts examples.
+            PassAgain: if earlier batches were read with other axes.
+            InvalidArgumentError: for a batch in which no dimension counts examples.
         """
         if isinstance(batch, Known):
             return batch
-        count = in_lists(batch) if count is None and self.nothing_said else count
+        count = in_lists(batch) if count is None and self.is_inferred else count
         seen = self._seen.setdefault(structure_of(batch), _Seen())
         shapes: tuple[tuple[int, ...], ...] = tuple(shape_of(leaf) for leaf in leaves(batch))
         before = seen.axes
@@ -109,21 +109,21 @@ class BatchAxes:
         if before is not None and before != axes:
             self._has_learnt_better = True
             raise PassAgain(
-                f"a batch of shapes {_listed(shapes)} shows that the examples of the batches "
-                "before stood elsewhere than it seemed"
+                f"a batch of shapes {_listed(shapes)} shows that earlier batches have their "
+                "examples in other dimensions than those used"
             )
-        # a batch in which nothing counts examples is one, where all of its kind are
+        # a batch in which no dimension counts examples is one example, if all of its kind are
         n = count if count is not None else max(lengths, default=int(set(seen.counts) >= {1}))
         if count is None and len(lengths) > 1:
             raise InvalidArgumentError(
-                f"`batch_axes` says that the examples of a batch are as many as {sorted(lengths)} "
-                f"at once; it holds {describe(batch)}"
+                f"the dimensions in `batch_axes` give several numbers of examples for one batch, "
+                f"{sorted(lengths)}; the batch is {describe(batch)}"
             )
         if n < 1:
             tensors = [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor)]
-            remedy = "Name the dimension of each tensor's examples in `batch_axes`"
+            remedy = "Give the dimension that counts examples in each tensor as `batch_axes`"
             if not tensors:
-                remedy = "Make tensors of its arrays and lists (`torch.as_tensor`)"
+                remedy = "Convert its arrays and lists to tensors (`torch.as_tensor`)"
             elif not any(tensor.numel() for tensor in tensors):
                 remedy = "It is empty"
             raise InvalidArgumentError(
@@ -133,16 +133,16 @@ class BatchAxes:
         return known(batch, n, axes)
 
     def is_clear(self, batch: Any) -> bool:
-        """Whether the shapes of such batches so far leave no choice."""
+        """Whether the shapes of such batches so far allow only one reading."""
         if not isinstance(batch, tuple | list | Mapping):
             return True
         seen = self._seen.get(structure_of(batch))
         return seen is not None and len(seen.ways) == 1
 
     def try_another(self) -> bool:
-        """Read batches whose shapes leave a choice in the next way; False where all were tried.
+        """Use the next reading of batches whose shapes allow several; False once all were tried.
 
-        Then they are read in the likeliest way again.
+        After that, the likeliest reading is used again.
         """
         if self._has_learnt_better:
             self._has_learnt_better = False
@@ -156,7 +156,7 @@ class BatchAxes:
         return False
 
     def learn(self, loader: Any) -> None:
-        """See two batches of one example repeated, which tell an axis of examples from others."""
+        """Collate one example 2 and 3 times: only axes that count examples differ in length."""
         dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
         if not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset):
             return
@@ -165,12 +165,12 @@ class BatchAxes:
         try:
             item = dataset[0]  # type: ignore[index]
             batches = [collate([copy.copy(item) for _ in range(n)]) for n in (2, 3)]
-        except Exception:  # a data set or function that takes no such list: real batches will tell
+        except Exception:  # the data set or function does not take such a list: use real batches
             return
         if not all(isinstance(batch, tuple | list | Mapping) for batch in batches):
             return
         shapes = [tuple(shape_of(leaf) for leaf in leaves(batch)) for batch in batches]
-        # a function that takes one example of its list tells nothing
+        # a function that uses only one example of its list shows nothing
         if structure_of(batches[0]) == structure_of(batches[1]) and grows(*shapes):
             seen = self._seen.setdefault(structure_of(batches[0]), _Seen())
             for n, some in zip((2, 3), shapes, strict=True):
@@ -179,7 +179,7 @@ class BatchAxes:
                     seen.counts.append(n)
 
     def note_stacked(self, batch: Any) -> None:
-        """Batches of this structure have their examples in front of every leaf."""
+        """Note that such batches count examples in the first dimension of every leaf."""
         seen = self._seen.setdefault(structure_of(batch), _Seen())
         if seen.counts[:2] == [2, 3]:
             return
@@ -196,13 +196,13 @@ class BatchAxes:
         seen.shapes.append(shapes)
         seen.counts.append(count)
         found = likely_axes(seen.shapes, seen.counts, label_leaf(batch))
-        said = said_of_leaves(self._given, batch)
+        given = given_axes(self._given, batch)
         ways = (
-            tuple(a if own is ... else own for a, own in zip(axes, said, strict=True))
+            tuple(a if own is ... else own for a, own in zip(axes, given, strict=True))
             for axes in found
         )
         seen.ways, seen.taken = list(dict.fromkeys(ways)), 0
-        seen.last_resorts = list(with_one_less(seen.shapes, seen.ways[0], label_leaf(batch), said))
+        seen.last_resorts = list(with_one_less(seen.shapes, seen.ways[0], label_leaf(batch), given))
 
 
 def _listed(shapes: Iterable[tuple[int, ...]]) -> str:
@@ -210,11 +210,11 @@ def _listed(shapes: Iterable[tuple[int, ...]]) -> str:
 
 
 class Marker:
-    """Marks the batches of a loader with where their examples stand.
+    """Marks the batches of a loader with the dimensions that count examples.
 
     Args:
         loader: batches, in a fixed order.
-        axes: finds where the examples stand.
+        axes: finds these dimensions.
     """
 
     def __init__(self, loader: Any, axes: BatchAxes) -> None:
@@ -222,7 +222,7 @@ class Marker:
         self._has_learnt = False
 
     def read(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches of one pass, marked; some are read ahead until it is clear how."""
+        """The batches of one pass, marked; some are read ahead until their axes are clear."""
         if not self._has_learnt and not self._stacks:
             self._axes.learn(self.loader)
         self._has_learnt = True
@@ -236,7 +236,7 @@ class Marker:
             yield self.marked(batch)
 
     def marked(self, batch: Any, is_first: bool = False) -> Any:
-        """A batch of the loader, marked; before the first no other was read."""
+        """A batch of the loader, marked; ``is_first``: no batch of this pass is in use yet."""
         if not isinstance(batch, tuple | list | Mapping):
             return batch
         if self._stacks:
@@ -252,13 +252,13 @@ class Marker:
 
     @property
     def _stacks(self) -> bool:
-        """Whether examples are stacked by torch's own function, in front of every tensor."""
+        """Whether torch's own function stacks examples in the first dimension of every tensor."""
         collate = getattr(self.loader, "collate_fn", None)
-        return collate is default_collate and self._axes.nothing_said
+        return collate is default_collate and self._axes.is_inferred
 
 
 def stacked(batch: Any) -> Known:
-    """A batch of ``default_collate``, all of whose leaves have the examples in front."""
+    """A batch of ``default_collate``, marked: its leaves count examples in the first dimension."""
     found = list(leaves(batch))
     n = max((shape_of(leaf)[0] for leaf in found if shape_of(leaf)), default=0)
     if n < 1:

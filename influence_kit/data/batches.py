@@ -1,7 +1,8 @@
-"""Batches of any usual kind, seen one way: tuple or list ``(*model_inputs, targets)``, or dict.
+"""Batches: a tuple or list ``(*model_inputs, targets)``, or a dict.
 
-A tuple or list is called as ``model(*batch[:-1])`` with targets ``batch[-1]``. A dict is called as
-``model(**batch)``, less the keys that the forward does not take; its targets are the dict itself.
+For a tuple or list, the model is called as ``model(*batch[:-1])`` and the targets are
+``batch[-1]``. For a dict, it is called as ``model(**batch)``, without the keys that its ``forward``
+does not take; the targets are the dict itself.
 """
 
 import copy
@@ -34,12 +35,12 @@ def is_batch(inputs: object) -> bool:
 
 def is_dataset(data: object) -> bool:
     """Whether ``data`` holds examples, not batches: torch's Dataset, a list, a table of rows."""
-    by_place = hasattr(data, "__getitem__") and hasattr(data, "__len__")
-    return isinstance(data, Dataset) or (by_place and not isinstance(data, DataLoader))
+    is_sequence = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    return isinstance(data, Dataset) or (is_sequence and not isinstance(data, DataLoader))
 
 
 def targets_of(batch: Batch) -> Any:
-    """What the loss takes beside the model's output: the last item, or the whole dict."""
+    """The second argument of the loss, after the model's output: the last item, or the dict."""
     if isinstance(batch, KnownDict):
         return batch.given
     return batch if isinstance(batch, Mapping) else batch[-1]
@@ -61,7 +62,7 @@ def call_model(model: nn.Module, batch: Batch) -> Any:
 
 
 def example_count(batch: Batch) -> int:
-    """The number of examples: as marked, or else as its shapes suggest."""
+    """The number of examples: the marked one, else inferred from the shapes."""
     return _known(batch).n
 
 
@@ -83,7 +84,7 @@ def map_tensors(item: Any, change: Callable[[Tensor], Any]) -> Any:
 
 
 def map_outputs(outputs: Any, change: Callable[[Tensor], Any]) -> Any:
-    """The same for what a model returns: also an object of another class with tensors in it."""
+    """``map_tensors`` for what a model returns: also an object of another class holding tensors."""
     if isinstance(outputs, Tensor | Mapping | tuple | list) or not hasattr(outputs, "__dict__"):
         return map_tensors(outputs, change)
     same = copy.copy(outputs)
@@ -93,13 +94,13 @@ def map_outputs(outputs: Any, change: Callable[[Tensor], Any]) -> Any:
 
 
 def _rebuilt(item: Any, change: Callable[[Any], Any]) -> Any:
-    """A tuple, list or dict of the same type (a ``BatchEncoding``, say), its items changed."""
+    """A tuple, list or dict of the same type (a ``BatchEncoding``, say) with changed items."""
     if isinstance(item, Mapping):
         values = {key: change(value) for key, value in item.items()}
         if not isinstance(item, MutableMapping):
             return values
         same = copy.copy(item)
-        for key, value in values.items():  # some outputs of models refuse ``update``
+        for key, value in values.items():  # some model outputs refuse ``update``
             same[key] = value
         return same
     items = [change(value) for value in item]
@@ -109,7 +110,7 @@ def _rebuilt(item: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on ``device``: its tensors, and what else has a method ``to`` (graphs, say)."""
+    """The batch on ``device``: its tensors, and other items with a method ``to`` (graphs, say)."""
     moved: Batch = _moved(batch, device)
     return moved
 
@@ -119,7 +120,7 @@ def _moved(item: Any, device: torch.device) -> Any:
         return known(_moved(item.given, device), item.n, item.axes)
     if isinstance(item, Tensor):
         moved = item.to(device, non_blocking=True)
-        # made in inference mode, whose tensors autograd cannot keep
+        # autograd cannot save tensors made in inference mode
         return moved.clone() if moved.is_inference() else moved
     if isinstance(item, Mapping) or (isinstance(item, tuple | list) and _is_nest(item)):
         return _rebuilt(item, lambda value: _moved(value, device))
@@ -127,23 +128,23 @@ def _moved(item: Any, device: torch.device) -> Any:
 
 
 def _is_nest(item: tuple[Any, ...] | list[Any]) -> bool:
-    """Whether a tuple or list holds what can be on a device."""
+    """Whether a tuple or list holds items that can be moved to a device."""
     if isinstance(item, PackedSequence):
         return False
     return any(hasattr(value, "to") or isinstance(value, Mapping | tuple | list) for value in item)
 
 
 def nbytes(batch: Batch) -> int:
-    """What the tensors of a batch take, in bytes."""
+    """The size of a batch's tensors in bytes."""
     sizes: list[int] = []
     map_tensors(batch, lambda tensor: sizes.append(tensor.numel() * tensor.element_size()))
     return sum(sizes)
 
 
 def take(batch: Batch, rows: slice | Tensor) -> Batch:
-    """The batch of some of its examples; what is not one item an example is kept whole.
+    """A batch of some of the examples; items that are not one per example are kept unchanged.
 
-    A batch of one example is not cut: it may hold what only makes sense whole.
+    A batch of one example is not cut: it may hold items that only make sense as a whole.
     """
     whole = _known(batch)
     count = len(range(whole.n)[rows]) if isinstance(rows, slice) else len(rows)
@@ -172,7 +173,7 @@ def _cut(item: Any, rows: slice | Tensor, axes: Iterator[int | None]) -> Any:
 
 
 def with_item(batch: Batch, key: Any, value: Any) -> Batch:
-    """The batch with another item at a key of a dict or an index of a tuple or list."""
+    """The batch with its item at a key (of a dict) or index (of a tuple or list) replaced."""
     if isinstance(batch, Known):
         return known(with_item(batch.given, key, value), batch.n, batch.axes)
     if isinstance(batch, Mapping):
@@ -181,12 +182,12 @@ def with_item(batch: Batch, key: Any, value: Any) -> Batch:
 
 
 def with_count(batch: Batch, n: int) -> Batch:
-    """A marked batch that now has n examples."""
+    """The batch, marked as holding n examples."""
     return known(batch.given, n, batch.axes) if isinstance(batch, Known) else batch
 
 
 def tensor_axes(batch: Batch) -> list[int | None]:
-    """The dimension that counts examples of each tensor, in the order of ``map_tensors``."""
+    """The dimension of each tensor that counts examples, in the order of ``map_tensors``."""
     marked = _known(batch)
     found = zip(leaves(marked.given), marked.axes, strict=True)
     return [axis for leaf, axis in found if isinstance(leaf, Tensor)]
@@ -203,7 +204,7 @@ def example_lengths(batch: Batch) -> list[list[int]]:
 
 
 def example_axis(tensor: Tensor, n: int) -> int | None:
-    """The dimension of a tensor that most likely counts examples; None where none does."""
+    """The dimension of a tensor that most likely counts examples, or None."""
     if tensor.dim() > 0 and tensor.shape[0] == n:
         return 0
     # time-first inputs [t, n, ...] of recurrent networks

@@ -1,4 +1,4 @@
-"""The batches of a loader, pass after pass: as many as promised, and the same each time."""
+"""Batches of a loader, checked in every pass: as many as it promises, and the same each time."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from influence_kit.core.random_states import kept_random_state, same_random_states
 from influence_kit.data.batch_axes import BatchAxes, Marker
 from influence_kit.data.batches import Batch, example_count
-from influence_kit.data.example_draws import (
+from influence_kit.data.determinism import (
     SEED,
     drawn_by_index,
     first_example,
@@ -17,7 +17,7 @@ from influence_kit.data.example_draws import (
     reads_by_index,
 )
 from influence_kit.data.fingerprints import Fingerprint, fingerprint, same_rows, targets_repeat
-from influence_kit.data.inputs import dimensions
+from influence_kit.data.input_checks import dimensions
 from influence_kit.data.loaders import Slices, loader_length, promised_rows
 from influence_kit.errors import InvalidArgumentError
 
@@ -25,32 +25,32 @@ UNSTACKABLE = (
     "each element in list of batch should be",
     "stack expects each tensor to be equal",
 )
-# so many times what is promised, or a data set whose sampler tells no length: a pass without end
+# a pass of so many times the promised length, or the data set's if the sampler has none, is endless
 SURELY_MORE, ENDLESS = 2, 10
 
 
 def no_reason() -> str | None:
-    """Of data whose passes need not agree."""
+    """No reason: for data whose passes need not agree."""
     return None
 
 
 class CheckedBatches:
-    """A loader that is read again and again, and refused where that does not give the same.
+    """A loader that is read several times, and refused if it does not give the same each time.
 
-    Before the first pass a few examples are drawn several times (of a loader without indices, its
-    first batch: once or twice more, of fewer than 32 batches 3 or 4 times). In each pass examples
-    are counted, and batches 0, 1, 2, 4, 8, ... and the last compared with those of an earlier pass.
-    All other attributes are the loader's own.
+    Before the first pass a few examples are drawn several times (for a loader without indices its
+    first batch: once or twice more; with fewer than 32 batches, 3 or 4 times). In each pass
+    examples are counted, and batches 0, 1, 2, 4, 8, ... and the last are compared with those of an
+    earlier pass. All other attributes are the loader's own.
 
     Args:
         batches: batches, or a loader of them.
-        name: the argument it was, for errors.
-        reason: says why passes must agree (what is made in one is used with others); None where
-            inputs that are drawn at random make scores noisy and not wrong.
-        ordered: whether an example's index counts.
+        name: the name of the argument, for errors.
+        reason: returns why passes must agree (results of one pass are used in others), or None if
+            random inputs make scores noisy but not wrong.
+        ordered: whether the index of an example matters.
         rows: the number of examples of a batch.
-        examine: refuses an example that the default collation is to put into batches.
-        axes: finds where examples stand in each tensor, with which the batches are marked.
+        examine: refuses an example that the default collation cannot put into batches.
+        axes: finds the dimension of each tensor that counts examples; batches are marked with it.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class CheckedBatches:
         self.batches, self.name = batches, name
         self._reason, self._ordered, self._rows = reason, ordered, rows
         self._examine, self._marker = examine, Marker(batches, axes or BatchAxes())
-        self._is_drawn = self._is_told = False
+        self._is_drawn = self._has_warned = False
         self._first: Any = None
         self._was_reading: Any = None
         self._goes_on = False
@@ -81,7 +81,7 @@ class CheckedBatches:
     def __len__(self) -> int:
         length = loader_length(self.batches)
         if length is None:
-            raise TypeError(f"a {type(self.batches).__name__} does not tell its length")
+            raise TypeError(f"a {type(self.batches).__name__} has no length")
         return length
 
     def __iter__(self) -> Iterator[Batch]:
@@ -97,21 +97,21 @@ class CheckedBatches:
         self._check_counts(number, rows)
 
     def marked(self, batch: Any) -> Any:
-        """A batch that was put together as the loader does, marked."""
+        """A batch that was collated as the loader does it, marked."""
         return self._marker.marked(batch)
 
     def look_at(self) -> None:
-        """Read the first batches, until they show where examples stand."""
+        """Read the first batches, until they show which dimensions count examples."""
         with same_random_states():
             next(self._marker.read(self._read(iter(self.batches))), None)
 
     def forget(self) -> None:
-        """Compare no later pass with those until now: data may change between two calls."""
+        """Stop comparing with the passes so far: data may change between two calls."""
         self._seen: dict[int, Fingerprint] = {}
         self._counts: tuple[int, int] | None = None
 
     def dimensions(self) -> Mapping[tuple[Any, ...], int]:
-        """The number of dimensions of the tensors of a batch; none where none was drawn yet."""
+        """The number of dimensions of each tensor of a batch; empty if no batch was drawn yet."""
         if isinstance(self.batches, Slices):
             return dimensions(list(self.batches.dataset.tensors))
         self.check_draws()
@@ -120,11 +120,12 @@ class CheckedBatches:
         return self._dimensions
 
     def check_draws(self) -> None:
-        """Draw a few examples again and again, unless that has been done.
+        """Draw a few examples several times, unless that has been done.
 
         Raises:
-            InvalidArgumentError: where their order or their targets change; where their inputs do
-                and passes must agree. Otherwise inputs that change are warned of.
+            InvalidArgumentError: if their order or their targets change, or if their inputs change
+                and passes must agree. If passes need not agree, changing inputs only cause a
+                warning.
         """
         if self._is_drawn:
             return
@@ -153,7 +154,7 @@ class CheckedBatches:
             if self._first is None:
                 self._refuse_once()
             self._judge(fingerprint(first), self._first, first)
-        # workers are not kept alive for it
+        # a DataLoader's iterator is dropped, so that its workers are not kept alive
         self._was_reading = None if isinstance(self.batches, DataLoader) else reading
 
     def _begin(self) -> Iterator[Any]:
@@ -176,7 +177,7 @@ class CheckedBatches:
     # What is compared.
 
     def _compare(self, number: int, batch: Any) -> None:
-        """Refuse a batch that differs from what stood there in an earlier pass."""
+        """Refuse a batch that differs from the one of that number in an earlier pass."""
         first, self._first = self._first, None
         if number == 0 and first is not None:
             self._seen.setdefault(0, fingerprint(first))
@@ -187,12 +188,12 @@ class CheckedBatches:
             self._judge(known, batch, first, number)
 
     def _judge(self, known: Fingerprint, batch: Any, first: Any, number: int | None = None) -> None:
-        """Refuse, or warn of, a batch that is not as it was."""
+        """Refuse, or warn of, a batch that has changed."""
         found = fingerprint(batch)
         if found == known:
             return
-        self._is_drawn = False  # it is refused again
-        what, when = f"`{self.name}`", "whenever it is read"
+        self._is_drawn = False  # so that the next pass refuses it, too
+        what, when = f"`{self.name}`", "each time it is read"
         if number is not None and first is None:
             what, when = f"batch {number} of {what}", "than in an earlier pass"
         if self._ordered and first is not None and same_rows(first, batch):
@@ -207,34 +208,34 @@ class CheckedBatches:
         if found.targets != known.targets:
             raise InvalidArgumentError(
                 f"{what} has other targets {when}:{changed} it shuffles, or its Dataset or "
-                "`collate_fn` draws at random (masks of a language model, mixup). A score would "
-                "belong to one draw and an index to none. Pass it in a fixed order, with masks and "
-                "mixtures drawn once, before"
+                "`collate_fn` is random (masks of a language model, mixup). Each score would be of "
+                "one random draw, and an index would not identify an example. Pass it in a fixed "
+                "order, with masks and mixtures drawn once, beforehand"
             )
         random = (
             f"{what} has other inputs {when}:{changed} a transform in its Dataset or `collate_fn` "
-            "draws at random, or a stream shuffles"
+            "is random, or a stream shuffles"
         )
         remedy = "Pass the data without the random transform, as in evaluation"
         if self._ordered and not reads_by_index(self.batches) and targets_repeat(batch):
             raise InvalidArgumentError(
-                f"{random}, which these targets do not tell apart. {remedy}, and in a fixed order"
+                f"{random}: the targets do not show which. {remedy}, and in a fixed order"
             )
         reason = self._reason()
         if reason is not None:
             raise InvalidArgumentError(
-                f"{random}; but {reason}, so that passes over it must agree. {remedy}"
+                f"{random}; but {reason}, so every pass over it must give the same. {remedy}"
             )
         self._is_drawn = True
-        if not self._is_told:
-            self._is_told = True
+        if not self._has_warned:
+            self._has_warned = True
             warnings.warn(
-                f"{random}. Scores then change from call to call, and rank worse. {remedy}",
+                f"{random}. Scores then change from call to call, and rank less well. {remedy}",
                 stacklevel=2,
             )
 
     def _check_counts(self, batches: int, rows: int) -> None:
-        """Refuse a pass that gave fewer or more than promised, or than an earlier one."""
+        """Refuse a pass that gave fewer or more examples than promised, or than an earlier pass."""
         length, promised = loader_length(self.batches), promised_rows(self.batches)
         if not rows and self._first is not None:
             self._refuse_once()
@@ -253,35 +254,35 @@ class CheckedBatches:
         if self._counts is not None and self._counts[1] != rows:
             raise InvalidArgumentError(
                 f"`{self.name}` gave {self._counts[1]} examples in one pass and {rows} in another; "
-                "it must give the same ones whenever it is read. A generator can be read only "
-                "once: pass a DataLoader, a Dataset, or an object whose `__iter__` begins again"
+                "it must give the same ones each time it is read. A generator can be read only "
+                "once: pass a DataLoader, a Dataset, or an object whose `__iter__` starts again"
             )
         self._counts = batches, rows
 
     def _check_end(self, batches: int, rows: int) -> None:
-        """Refuse a pass that goes on and on, long after it should have ended."""
+        """Refuse a pass that goes on long after it should have ended."""
         length, promised = loader_length(self.batches), promised_rows(self.batches)
         often = SURELY_MORE
         if length is None and promised is None and reads_by_index(self.batches):
             promised, often = loader_length(self.dataset), ENDLESS
         more = promised is not None and rows > often * promised
         if more or (length is not None and batches > often * length):
-            told = f"{promised} examples" if more else f"{length} batches"
+            size = f"{promised} examples" if more else f"{length} batches"
             raise InvalidArgumentError(
-                f"`{self.name}` has {told} and gave more than {often} times as many: it seems to "
-                "begin again without end, as loaders for a number of steps do. A pass must give "
+                f"`{self.name}` has {size} and gave more than {often} times as many: it seems to "
+                "repeat without end, as loaders for a fixed number of steps do. A pass must give "
                 "each example once and stop"
             )
 
     def _refuse_once(self) -> NoReturn:
         raise InvalidArgumentError(
-            f"`{self.name}` gives its examples only once, and it is read more often: its "
-            "`__iter__` must begin again; pass a DataLoader, a Dataset or a list of examples"
+            f"`{self.name}` gives its examples only once, but it is read several times: its "
+            "`__iter__` must start again; pass a DataLoader, a Dataset or a list of examples"
         )
 
 
 def _extra_draws(batches: int | None) -> int:
-    """How often the first batch is drawn before a pass: of few any may come first by chance."""
+    """How often the first batch is drawn again: of few batches, the same may be first by chance."""
     if batches is None:
         return 2
     return next(

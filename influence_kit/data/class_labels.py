@@ -1,4 +1,4 @@
-"""Where the labels of a batch and the logits of a model's output are, and labels of no class."""
+"""The labels of a batch, the logits of a model's output, and a check of labels."""
 
 import copy
 import re
@@ -12,21 +12,21 @@ from influence_kit.data.axis_search import LABEL_KEYS
 from influence_kit.data.batches import Batch, map_tensors
 from influence_kit.errors import InvalidArgumentError, LabelError
 
-IGNORED_LABEL = -100  # of torch's and Hugging Face's cross-entropy
+IGNORED_LABEL = -100  # in torch's and Hugging Face's cross-entropy
 
 
 def label_key(batch: Batch) -> Any:
-    """Where a batch keeps its labels: the last place of a tuple or list, a known key of a dict.
+    """Where a batch keeps its labels: the last index of a tuple or list, a known key of a dict.
 
     Raises:
-        InvalidArgumentError: where a dict has none of the known keys.
+        InvalidArgumentError: if a dict has none of the known keys.
     """
     if not isinstance(batch, Mapping):
         return len(batch) - 1
     found = [key for key in LABEL_KEYS if key in batch]
     if not found:
         raise InvalidArgumentError(
-            f"none of the keys {list(batch)} is known to hold the labels ({', '.join(LABEL_KEYS)})"
+            f"none of the keys {list(batch)} is a known key of labels ({', '.join(LABEL_KEYS)})"
         )
     return found[0]
 
@@ -35,7 +35,7 @@ def labels_of(batch: Batch) -> Tensor:
     """The labels of a batch.
 
     Raises:
-        InvalidArgumentError: where there are none, or they are no tensor.
+        InvalidArgumentError: if there are none, or they are not a tensor.
     """
     labels = batch[label_key(batch)]
     if not isinstance(labels, Tensor):
@@ -47,7 +47,7 @@ def logits_of(outputs: Any) -> Tensor:
     """The model's output, or the ``logits`` in it.
 
     Raises:
-        InvalidArgumentError: where the output is no tensor and holds no ``logits``.
+        InvalidArgumentError: if the output is not a tensor and does not hold ``logits``.
     """
     found = outputs
     if not isinstance(outputs, Tensor):
@@ -59,30 +59,31 @@ def logits_of(outputs: Any) -> Tensor:
 
 
 def with_logits(outputs: Any, logits: Tensor) -> Any:
-    """A model's output with other logits in the place of its own."""
+    """A model's output with its logits replaced."""
     known = logits_of(outputs)
-    shown = map_tensors(outputs, lambda tensor: logits if tensor is known else tensor)
-    if logits_of(shown) is not logits:  # an object with an attribute
-        shown = copy.copy(outputs)
-        shown.logits = logits
-    return shown
+    replaced = map_tensors(outputs, lambda tensor: logits if tensor is known else tensor)
+    if logits_of(replaced) is not logits:  # an object with an attribute
+        replaced = copy.copy(outputs)
+        replaced.logits = logits
+    return replaced
 
 
 def check_labels(labels: Tensor, classes: int, ignored: int | None = None) -> None:
-    """Refuse labels that name no class: on a GPU an index by one stops the whole process.
+    """Refuse labels that are not the index of a class: on a GPU one would abort the process.
 
     Args:
         labels: integers, ``[n]`` or ``[n, *]``.
-        classes: how many there are.
-        ignored: the one label that may be none; None where any negative one is.
+        classes: the number of classes.
+        ignored: the one label outside the classes that is allowed and ignored; with None, every
+            negative label is.
 
     Raises:
-        LabelError: with the example, its label and the classes.
+        LabelError: names the example, its label and the classes.
     """
     labels = labels.long()
     try:
         least, most = torch.stack(torch.aminmax(labels)).tolist()
-    except RuntimeError:  # of no labels, and under vmap, which shows no values
+    except RuntimeError:  # there are no labels, or vmap hides their values
         return
     if most < classes and (least >= 0 or ignored is None):
         return
@@ -93,12 +94,12 @@ def check_labels(labels: Tensor, classes: int, ignored: int | None = None) -> No
         also = "a negative one" if ignored is None else f"the label {ignored}"
         raise LabelError(
             f"{_first(wrong, labels)}, and there are {classes} classes: labels are 0 to "
-            f"{classes - 1}, and {also} counts nothing"
+            f"{classes - 1}, and {also} is ignored"
         )
 
 
 def label_in(error: IndexError, targets: Any) -> str | None:
-    """The label that torch's cross-entropy stumbled over, in words; None for another error."""
+    """The label that torch's cross-entropy refused, in words; None for another error."""
     found = re.match(r"Target (-?\d+) is out of bounds", str(error))
     if found is None:
         return None
@@ -108,13 +109,13 @@ def label_in(error: IndexError, targets: Any) -> str | None:
     if isinstance(labels, Tensor):
         try:
             return _first(labels == int(found[1]), labels)
-        except (IndexError, RuntimeError):  # it is not there, or under vmap
+        except (IndexError, RuntimeError):  # it is not among these, or vmap hides the values
             pass
     return f"an example has the label {found[1]}"
 
 
 def _first(wrong: Tensor, labels: Tensor) -> str:
     """The first example with a wrong label, in words."""
-    place, n = wrong.nonzero()[0].tolist(), len(labels)
-    which = f"example {place[0]} of a batch of {n}" if n > 1 else "an example"
-    return f"{which} has the label {int(labels[tuple(place)])}"
+    index, n = wrong.nonzero()[0].tolist(), len(labels)
+    which = f"example {index[0]} of a batch of {n}" if n > 1 else "an example"
+    return f"{which} has the label {int(labels[tuple(index)])}"

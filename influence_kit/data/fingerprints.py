@@ -1,4 +1,4 @@
-"""Fingerprints of batches, by which another batch in the place of one is recognised."""
+"""Fingerprints of batches, which show whether a batch has changed."""
 
 import hashlib
 import math
@@ -13,13 +13,13 @@ from influence_kit.core.dtypes import as_bytes
 from influence_kit.data.batches import example_count, take
 from influence_kit.data.marked_batch import KnownTuple
 
-# entries of a tensor that are looked at, from all over it
+# how many entries of a tensor are hashed, from all over it
 ENTRIES = 1 << 16
-# keys of a dict that hold what is to be predicted
+# parts of the keys of a dict that hold what is to be predicted
 TARGET_KEYS = ("label", "target")
-# of the targets of a batch: with fewer, a shuffled batch may have the same ones by chance
+# distinct orders of a batch's targets: with fewer, a shuffled batch may keep its targets by chance
 FEWEST_ORDERS = 1000
-# of a batch without rows that can be told apart
+# the errors of batches that cannot be cut into rows
 UNLIKE_ROWS = (ValueError, TypeError, IndexError, RuntimeError)
 
 
@@ -31,12 +31,12 @@ class Fingerprint(NamedTuple):
 
 
 def fingerprint(batch: Any) -> Fingerprint:
-    """The fingerprint of a batch: the same for the same numbers, texts and shapes."""
+    """The fingerprint of a batch: equal for equal numbers, texts and shapes."""
     return Fingerprint(*map(_hash, _inputs_and_targets(batch)))
 
 
 def same_rows(one: Any, other: Any) -> bool:
-    """Whether two batches hold the same examples, in whatever order."""
+    """Whether two batches hold the same examples, in any order."""
     try:
         return Counter(map(_hash, _examples(one))) == Counter(map(_hash, _examples(other)))
     except UNLIKE_ROWS:
@@ -44,7 +44,7 @@ def same_rows(one: Any, other: Any) -> bool:
 
 
 def targets_repeat(batch: Any) -> bool:
-    """Whether another order of the examples could well leave the targets of a batch as they are."""
+    """Whether another order of the examples could easily leave a batch's targets unchanged."""
     try:
         counts = Counter(_hash(_inputs_and_targets(row)[1]) for row in _examples(batch))
     except UNLIKE_ROWS:
@@ -59,7 +59,7 @@ def _examples(batch: Any) -> list[Any]:
 
 
 def _inputs_and_targets(batch: Any) -> tuple[Any, Any]:
-    if isinstance(batch, KnownTuple):  # the same as before it was marked
+    if isinstance(batch, KnownTuple):  # hashed as before it was marked
         batch = batch.given
     if isinstance(batch, Mapping):
         targets = {key: v for key, v in batch.items() if _is_target(str(key))}
@@ -80,7 +80,7 @@ def _hash(item: Any) -> bytes:
 
 
 def _add(found: Any, item: Any) -> None:
-    """Add what an item holds; of an object of an unknown kind that is nothing."""
+    """Add what an item holds; nothing for an object of an unknown kind."""
     if isinstance(item, Tensor):
         found.update(f"{item.dtype}{tuple(item.shape)}".encode())
         if item.layout == torch.strided and item.device.type != "meta":
@@ -102,6 +102,6 @@ def _add(found: Any, item: Any) -> None:
 
 
 def _some_bytes(tensor: Tensor) -> Any:
-    # an odd step, so that it is not one column of an even width that is looked at
+    # an odd step, so that not only one column of a matrix of even width is hashed
     step = tensor.numel() // ENTRIES + 1 | 1 if tensor.numel() > ENTRIES else 1
     return as_bytes(tensor.flatten()[::step].cpu()).numpy()

@@ -1,6 +1,7 @@
-"""Whether a loader gives its examples in a fixed order: its indices, listed several times.
+"""Whether a loader gives its examples in a fixed order: its indices are listed several times.
 
-Indices alone are read, no example is. A sampler is judged by what it does: it may be of any class.
+Only indices are read, and no examples. A sampler of any class is judged by the indices that it
+gives.
 """
 
 import copy
@@ -22,14 +23,14 @@ from torch.utils.data import (
 
 from influence_kit.core.random_states import kept_random_state
 
-# indices that are read of each listing
+# how many indices are read in each listing
 LISTED = 4096
-# of fewer, an order that is drawn may come out the same by chance: they are listed more often
+# a random order of at most FEW indices may repeat by chance: it is listed OFTEN times
 FEW, OFTEN = 16, 16
 
 
 def index_sampler(loader: object) -> Any:
-    """What gives a loader's indices, or lists of them; None where there are no indices."""
+    """The object that gives a loader's indices, or lists of them; None if it has no indices."""
     if isinstance(getattr(loader, "dataset", None), IterableDataset):
         return None
     for name in ("batch_sampler", "sampler"):
@@ -40,9 +41,9 @@ def index_sampler(loader: object) -> Any:
 
 
 def fixed_order(sampler: Any) -> list[Any] | None:
-    """The first indices that a sampler gives; None where another random state gives others.
+    """The first indices that a sampler gives; None if they depend on the random state.
 
-    The sampler and the random state come back unchanged.
+    The sampler and the random state are left unchanged.
     """
     if isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
         return None
@@ -65,9 +66,9 @@ def first_indices(sampler: Any, batch: bool = False) -> list[Any]:
 
 
 def listed_rows(loader: "DataLoader[Any]") -> int | None:
-    """How many examples a loader's indices are; None where that is not known, or they are many."""
+    """The number of examples that a loader's indices give; None if unknown, or above ``LISTED``."""
     batches = loader.batch_sampler
-    if batches is None:  # an index may be that of a whole batch
+    if batches is None:  # then an index may be that of a whole batch
         return None
     if type(batches) is not BatchSampler:
         indices = _listed(_copied(batches), 0)
@@ -80,14 +81,14 @@ def listed_rows(loader: "DataLoader[Any]") -> int | None:
 
 
 def _listed(sampler: Any, seed: int) -> list[Any]:
-    if hasattr(sampler, "set_epoch"):  # DistributedSampler: another order in each epoch
+    if hasattr(sampler, "set_epoch"):  # DistributedSampler: a new order in each epoch
         sampler.set_epoch(seed)
     with kept_random_state(seed):
         return list(islice(flat_indices(sampler), LISTED))
 
 
 def flat_indices(items: Iterable[Any]) -> Iterator[Any]:
-    """The indices of an index sampler, or of one of batches."""
+    """The indices of a sampler, or of a batch sampler."""
     for item in items:
         item = item.tolist() if hasattr(item, "tolist") else item
         if isinstance(item, list | tuple):
@@ -97,10 +98,10 @@ def flat_indices(items: Iterable[Any]) -> Iterator[Any]:
 
 
 def _copied(sampler: Any) -> Any:
-    """A sampler that may be iterated without moving the user's own.
+    """A copy of a sampler, which can be iterated without advancing the user's own.
 
-    What it draws from is copied, too, but no data set: a counter of epochs and a generator of
-    random numbers are then the copy's.
+    Inner samplers and random generators are copied, too, but no data set: an epoch counter and a
+    generator then belong to the copy.
     """
     try:
         ours = copy.copy(sampler)

@@ -1,4 +1,4 @@
-"""A batch that is marked with where its examples stand: a tuple or a dict with two facts more.
+"""A marked batch: a tuple or dict that also holds its number of examples and their dimensions.
 
 Shapes: n examples of a batch.
 """
@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-# by leaf: the dimension that counts examples; None for what belongs to the whole batch
+# per leaf: the dimension that counts examples, or None if it belongs to the whole batch
 Axes = tuple[int | None, ...]
 
 
 def leaves(item: Any) -> Iterator[Any]:
     """The tensors of nested tuples, lists and dicts, and the lists without tensors, in order."""
-    if isinstance(item, PackedSequence):  # its rows are no examples, and it cannot be cut
+    if isinstance(item, PackedSequence):  # its rows are not examples, and it cannot be cut
         return
     if isinstance(item, Tensor):
         yield item
@@ -33,7 +33,7 @@ def leaves(item: Any) -> Iterator[Any]:
 
 
 def holds_tensor(item: Any) -> bool:
-    """Whether there is a tensor in nested tuples, lists and dicts."""
+    """Whether nested tuples, lists and dicts hold a tensor."""
     if isinstance(item, Mapping):
         return any(holds_tensor(value) for value in item.values())
     if isinstance(item, tuple | list):
@@ -80,7 +80,7 @@ Known = KnownTuple | KnownDict
 
 
 def known(items: Any, n: int, axes: Axes) -> Known:
-    """A batch of n examples, marked with where they stand in each leaf."""
+    """A batch of n examples, marked with the dimension of each leaf that counts them."""
     batch: Known = KnownDict(items) if isinstance(items, Mapping) else KnownTuple(items)
     batch.n, batch.axes = n, axes
     return batch

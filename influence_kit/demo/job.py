@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from influence_kit.checkpoints.found import checkpoint_table
+from influence_kit.checkpoints.discovery import checkpoint_table
 from influence_kit.demo import report
 from influence_kit.demo.digits import (
     Digits,

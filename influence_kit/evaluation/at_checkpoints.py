@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from influence_kit.checkpoints.found import (
+from influence_kit.checkpoints.discovery import (
     LoadFunction,
     find_checkpoints,
     label_of,

@@ -28,7 +28,7 @@ from influence_kit.evaluation.stacked_models import (
     check_model,
     put_into,
 )
-from influence_kit.gradients.source import kept_bytes
+from influence_kit.gradients.gradient_source import kept_bytes
 from influence_kit.storage.folders import hash_of
 
 # more gain nothing: by then the arithmetic takes the time

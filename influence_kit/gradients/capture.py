@@ -1,9 +1,10 @@
-"""One forward and one backward pass of a batch, and out come the gradients of each of its examples.
+"""Per-example gradients of a batch, from one forward and one backward pass.
 
-A forward hook on each layer that has a rule keeps the layer's input and the place of its output in
-the graph (``get_gradient_edge``: right also where the output is changed in place afterwards). One
-backward pass from the summed loss then asks for the gradients at those places alone, so that the
-weights' own gradients are never computed. Parameters without a rule go to ``functional``.
+A forward hook on each layer that has a rule stores the layer's input and the edge of the graph at
+its output (``get_gradient_edge``, which is also right if the output is changed in place
+afterwards). One backward pass from the summed loss then computes the gradients at these edges only,
+so that the weights' own gradients are never computed. Parameters without a rule go to
+``functional``.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from influence_kit.core.dtypes import exact, exact_dtype, has_complex, real_shap
 from influence_kit.core.scaling import scaled_by_powers
 from influence_kit.data.batches import Batch, call_model, example_count, example_lengths
 from influence_kit.gradients import functional
-from influence_kit.gradients.clear_errors import clear_errors
 from influence_kit.gradients.forms import Dense, Form
 from influence_kit.gradients.graph import refuse_without_graph, uses_in_graph
 from influence_kit.gradients.layouts import ROWS, SHARED, arrange, shared
 from influence_kit.gradients.loss_scaling import summed_loss
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rules import Rule, rule_for
+from influence_kit.gradients.torch_errors import clear_errors
 from influence_kit.losses.loss import Loss
 
 FunctionalGradients = Callable[..., dict[str, Dense]]
@@ -36,11 +37,12 @@ FunctionalGradients = Callable[..., dict[str, Dense]]
 
 @dataclass
 class Layer:
-    """A module with a rule that owns chosen parameters.
+    """A module that has a rule and owns chosen parameters.
 
     ``names`` maps its attribute to the parameter's name in the model (a tied parameter has one
-    name and several layers); ``layout`` tells where examples stand in its tensors, and ``leads``
-    whether those that all examples share begin with a dimension of length 1.
+    name and several layers); ``layout`` is the arrangement of examples in its tensors
+    (``layouts``); ``leads`` is whether tensors that all examples share have a first dimension of
+    length 1.
     """
 
     module: nn.Module
@@ -52,7 +54,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a layer: its tensor inputs and the place of its output in the graph."""
+    """One call of a layer: its tensor inputs and the edge of the graph at its output."""
 
     layer: Layer
     inputs: tuple[Tensor, ...]
@@ -63,7 +65,7 @@ class Call:
 class Use:
     """One call of a layer with the gradient of the loss at its output.
 
-    In float16 that of each example is still to be multiplied by two to its power ``[n]``.
+    In float16, each example's gradient must still be multiplied by two to its power ``[n]``.
     """
 
     layer: Layer
@@ -73,7 +75,7 @@ class Use:
 
 
 class _NotAView(torch.autograd.Function):
-    """The same tensor, with a place in the graph that stays its own."""
+    """The same tensor with its own edge in the graph, which in-place changes do not move."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor) -> Tensor:
@@ -97,41 +99,41 @@ class Capture:
         self.parameters = dict(parameters)
         self.layers = _layers(model, self.parameters)
         ruled = {name for layer in self.layers for name in layer.names.values()}
-        # the parameters that no rule serves, and the function that serves them
+        # the parameters without a rule, and the function that computes their gradients
         self.without_rule = [name for name in self.parameters if name not in ruled]
         self.functional: FunctionalGradients = functional.vmapped
-        # of the last batch: how the layers were called, the lengths of its tensors less the number
-        # of examples, and the parameters of a layer that saw its examples elsewhere than before
+        # for the last batch: how the layers were called, the lengths of its tensors without the
+        # number of examples, and the parameters of a layer whose examples were arranged differently
         self.path: Hashable = ()
         self.shapes: list[list[int]] = []
         self.misplaced: list[str] = []
-        # the parameters with a rule that the last batch used outside their layers, too, though with
-        # gradient zero maybe
+        # the parameters with a rule that the last batch also used outside their layers, if only
+        # with gradient zero
         self.used_outside: set[str] = set()
-        # what errors call the batch
+        # the name of the batch in errors
         self.where = "the batch"
         self._calls: list[Call] | None = None
         self._examples = 0
 
     def go_without(self, names: Collection[str]) -> None:
-        """Compute these parameters, and those that go without already, in the slower way."""
+        """Use the slower way for these parameters, as for those already without a rule."""
         without = {*self.without_rule, *names}
         self.without_rule = [name for name in self.parameters if name in without]
         for layer in self.layers:
             if without.issuperset(layer.names.values()):
-                layer.layout = ROWS  # its outputs are left alone
+                layer.layout = ROWS  # so that its outputs are not changed
 
     @property
     def settings(self) -> Hashable:
-        """How gradients are captured: what a check may change."""
+        """How gradients are captured: everything that a check may change."""
         layouts = tuple(layer.layout for layer in self.layers)
         return layouts, tuple(self.without_rule), self.functional
 
     @property
     def scaled_by_frequency(self) -> set[str]:
-        """The tables whose gradients autograd divides by how often a batch holds an id.
+        """The embedding tables whose gradients autograd divides by how often a batch holds an id.
 
-        What an example has by itself is divided by how often that example does.
+        An example's own gradient is divided by how often that example holds it.
         """
         modules = [m for m in self.model.modules() if getattr(m, "scale_grad_by_freq", False)]
         tables = {id(parameter) for m in modules for parameter in m.parameters(recurse=False)}
@@ -139,7 +141,7 @@ class Capture:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Hooks on the layers, and gradients wanted of the chosen parameters alone."""
+        """Inside, the layers have hooks, and only the chosen parameters require gradients."""
         wanted = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
         chosen = set(self.parameters.values())
         handles = []
@@ -168,7 +170,7 @@ class Capture:
             if layer.layout == SHARED and self._examples > 1:
                 output = replaced = shared(output, self._examples, layer.leads)
             if output.requires_grad and output._is_view():
-                # changed in place, a view would get another place in the graph
+                # an in-place change would give a view another edge in the graph
                 output = replaced = _NotAView.apply(output)
             if output.requires_grad:
                 detached = tuple(x.detach() for x in inputs)
@@ -178,7 +180,7 @@ class Capture:
         return record
 
     def uses(self, batch: Batch, loss: Loss, n: int) -> list[Use]:
-        """Run the model forward and backward; every call of a layer that the loss depends on."""
+        """Run the model forward and backward; returns every layer call that the loss depends on."""
         self._calls, self._examples = [], n
         shared_layers = [layer for layer in self.layers if layer.layout == SHARED and n > 1]
         self.misplaced = [name for layer in shared_layers for name in layer.names.values()]
@@ -213,7 +215,7 @@ class Capture:
         self.used_outside = {name for name in mine if uses[self.parameters[name]] > mine[name]}
 
     def _note(self, calls: Sequence[Call], batch: Batch, n: int) -> None:
-        """Note what tells this batch from others."""
+        """Record the layer calls and tensor lengths of this batch."""
         self.path = tuple(
             (id(call.layer), *(tuple(length == n for length in x.shape) for x in call.inputs))
             for call in calls
@@ -221,7 +223,7 @@ class Capture:
         self.shapes = example_lengths(batch)
 
     def forms(self, uses: Sequence[Use], n: int) -> dict[str, Form]:
-        """The forms of all parameters that have a rule; one that was not used has none."""
+        """The forms of all parameters that have a rule; an unused parameter has none."""
         forms: dict[str, Form] = {}
         dropped = set(self.without_rule)
         with torch.no_grad():
@@ -242,7 +244,7 @@ class Capture:
             forms = self.forms(self.uses(batch, loss, n), n)
         if self.without_rule:
             chosen = {name: self.parameters[name] for name in self.without_rule}
-            # one example is the batch itself
+            # a single example needs no vmap
             function = functional.one_by_one if n == 1 else self.functional
             forms.update(function(self.model, chosen, batch, loss, n))
         shapes = {name: real_shape(parameter) for name, parameter in self.parameters.items()}
@@ -253,7 +255,7 @@ class Capture:
 def use_forms(use: Use, layout: str, n: int) -> dict[str, Form]:
     """The forms of one use of a layer, by parameter name."""
     inputs = [exact(arrange(x, layout, n, use.layer.leads)) for x in use.inputs]
-    # the output of a layer with shared inputs was expanded in the hook: examples come first
+    # the hook expanded the output of a layer with shared inputs: examples come first
     delta = arrange(use.delta, ROWS if layout == SHARED else layout, n)
     found = use.layer.rule(use.layer.module, inputs, exact(delta), n)
     forms = {

@@ -1,11 +1,11 @@
-"""Before a capture is trusted: it is compared with autograd on a few examples of a batch.
+"""The first check of a capture: it is compared with autograd on a few examples of a batch.
 
 A few examples, drawn from the whole batch, go through the model together, in another order than in
-the batch, and each alone. What the rules give must sum to autograd's gradient of all of them, and
-be, row by row, the gradient of each alone. A parameter that fails (used outside its layer's
-forward, or in a way that its rule does not know) goes to ``functional``; a model that mixes the
-examples of a batch has no gradient per example and is refused. Where the model runs in float64, it
-does so for this comparison.
+the batch, and each alone. The gradients from the rules must sum to autograd's gradient of all of
+them, and each must equal the gradient of its example alone. A parameter that fails (used outside
+its layer's forward, or in a way that its rule does not cover) goes to ``functional``; a model that
+mixes the examples of a batch has no gradient per example and is refused. The comparison is made in
+float64 if the model runs in it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,14 +18,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from influence_kit.data.batches import Batch, call_model, example_count, take
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients import functional
-from influence_kit.gradients.capture import Capture, Layer, Use, use_forms
-from influence_kit.gradients.comparison import (
+from influence_kit.gradients.autograd_comparison import (
     ALONE,
     WIDENED,
     Comparison,
     same_random_state,
     tolerance_of,
 )
+from influence_kit.gradients.capture import Capture, Layer, Use, use_forms
 from influence_kit.gradients.explanation import explanation
 from influence_kit.gradients.forms import Form
 from influence_kit.gradients.layouts import ROWS, SHARED, candidates
@@ -33,23 +33,23 @@ from influence_kit.gradients.precision import in_float64
 from influence_kit.losses.loss import Loss
 from influence_kit.preservation.training_flags import evaluating
 
-# a batch of fewer is compared without its first and last example, which would leave few others
+# in smaller batches the first and last example are not added, as they would be most of them
 FEW_IN_BATCH = 12
 
 
 def check(capture: Capture, batch: Batch, loss: Loss) -> set[str]:
-    """Settle the layouts of a capture, which parameters go without a rule, and the loss.
+    """Determine the layouts of a capture, the parameters without a rule, and the loss's reduction.
 
     Args:
-        capture: of the model; attached.
+        capture: the capture of the model, attached.
         batch: the few examples.
         loss: the loss.
 
     Returns:
-        The names of the parameters whose gradient was not zero: nothing else is shown to be right.
+        The names of the parameters whose gradient was not zero: only these are verified.
 
     Raises:
-        InvalidArgumentError: where the model or the loss has no gradient per example.
+        InvalidArgumentError: if the model or the loss has no gradient per example.
     """
     refuse_mixing_layers(capture.model)
     with in_float64(capture.model, loss, batch) as wide:
@@ -58,7 +58,7 @@ def check(capture: Capture, batch: Batch, loss: Loss) -> set[str]:
         if example_count(few) > 1:
             _settle_loss(capture.model, take(few, slice(0, ALONE + 1)), loss, wide is not None)
         elif not loss.settled and loss.reduction is None:
-            with suppress(Exception):  # a single example twice tells a sum from a mean
+            with suppress(Exception):  # a single example twice distinguishes a sum from a mean
                 _settle_loss(capture.model, take(few, torch.tensor([0, 0])), loss, wide is not None)
         comparison = Comparison(
             capture.model, capture.parameters, few, loss, tolerance, capture.scaled_by_frequency
@@ -71,7 +71,7 @@ def check(capture: Capture, batch: Batch, loss: Loss) -> set[str]:
 
 
 def refuse_meta(model: nn.Module) -> None:
-    """An error where parameters have no values (an empty or offloaded model)."""
+    """Refuse parameters without values (an empty or offloaded model)."""
     meta = [name for name, p in model.named_parameters() if p.device.type == "meta"]
     if meta:
         raise InvalidArgumentError(
@@ -81,22 +81,22 @@ def refuse_meta(model: nn.Module) -> None:
 
 
 def refuse_mixing_layers(model: nn.Module) -> None:
-    """An error where a BatchNorm layer uses the statistics of the batch."""
+    """Refuse a BatchNorm layer that uses the statistics of the batch."""
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise InvalidArgumentError(
                 f"layer '{name}' ({type(module).__name__}) normalizes by the statistics of the "
-                "batch, so that the gradient of one example depends on the others; put the model "
-                "in evaluation mode (eval_mode=True), with running statistics, or replace the "
-                "layer by GroupNorm"
+                "batch, so the gradient of one example depends on the others; put the model in "
+                "evaluation mode (eval_mode=True), with running statistics, or replace the layer "
+                "by GroupNorm"
             )
 
 
 def _settle_loss(model: nn.Module, batch: Batch, loss: Loss, is_wide: bool) -> None:
-    """Let a reduced loss be compared with the losses of single examples, in evaluation mode."""
+    """Compare a reduced loss with the losses of single examples, in evaluation mode."""
     n = example_count(batch)
     with evaluating(model), torch.no_grad():
-        # the slopes of a model's own loss in its logits tell what it is
+        # a model's own loss is identified by its gradient at the logits
         with torch.set_grad_enabled(not loss.is_of_outputs):
             together = call_model(model, batch)
         if loss.values(together, batch).dim() > 0:
@@ -105,39 +105,39 @@ def _settle_loss(model: nn.Module, batch: Batch, loss: Loss, is_wide: bool) -> N
         loss.check_not_reduced(n)
         alone = [take(batch, slice(i, i + 1)) for i in range(n)]
         runs = [(call_model(model, one), one) for one in alone]
-        # an example whose loss is NaN (nothing labelled in it, say) tells nothing
-        tells = [bool(torch.isfinite(loss.values(*run).sum())) for run in runs]
-        if any(tells):
+        # an example whose loss is NaN (without any label, say) shows nothing
+        usable = [bool(torch.isfinite(loss.values(*run).sum())) for run in runs]
+        if any(usable):
             small = batch
-            if not all(tells):
-                small = take(batch, torch.arange(n)[torch.tensor(tells)])
-            singles = [run for run, finite in zip(runs, tells, strict=True) if finite]
+            if not all(usable):
+                small = take(batch, torch.arange(n)[torch.tensor(usable)])
+            singles = [run for run, finite in zip(runs, usable, strict=True) if finite]
             close = WIDENED.alone if is_wide else tolerance_of(next(model.parameters())).alone
             outputs = together if small is batch else call_model(model, small)
             try:
                 loss.settle((outputs, small), singles, close / 50)
             except InvalidArgumentError as error:
-                told = explanation(model, batch, loss, of_outputs_only=True)
-                raise InvalidArgumentError(told or str(error)) from None
+                cause = explanation(model, batch, loss, of_outputs_only=True)
+                raise InvalidArgumentError(cause or str(error)) from None
 
 
 class _LayoutSearch:
-    """Finds where the examples stand in the tensors of each layer, by trying."""
+    """Finds the layout of the examples in the tensors of each layer, by trying."""
 
     def __init__(self, capture: Capture, comparison: Comparison) -> None:
         self.capture, self.comparison = capture, comparison
-        # by layer: the shapes it saw, the likeliest layout for them, and the names that were wrong
-        # in all layouts so far with the layouts that are still to be tried
+        # per layer: the shapes of its tensors, the likeliest layout for them, and the names that
+        # were wrong in all layouts so far with the layouts still to be tried
         self.shapes: dict[int, list[torch.Size]] = {}
         self.first: dict[int, str] = {}
         self.tried: dict[int, tuple[set[str], Iterator[str]]] = {}
-        # the layers whose outputs were given a batch dimension, in order
+        # the layers whose outputs got a batch dimension, in order
         self.shared: list[Layer] = []
         for layer in capture.layers if comparison.n > 1 else ():
             layer.layout = ROWS
 
     def run(self) -> set[str]:
-        """Find the layout of each layer; the names of the parameters for which none is right."""
+        """Find the layout of each layer; returns the parameters for which no layout is right."""
         known = set(self.capture.without_rule)
         failed: set[str] = set()
         while True:
@@ -154,26 +154,26 @@ class _LayoutSearch:
                     failed |= self._advance(layer, mine)
 
     def _advance(self, layer: Layer, wrong: set[str]) -> set[str]:
-        """Give a layer its next layout; the names wrong in all of them, when all were tried."""
+        """Give a layer its next layout; once all were tried, returns the names wrong in all."""
         always, untried = self.tried.get(id(layer), (wrong, iter(())))
         following = next(untried, None)
         if following is not None:
             self.tried[id(layer)] = (always & wrong, untried)
             self._set(layer, following)
             return set()
-        # back to the likeliest, which may be right for another parameter of the layer
+        # return to the likeliest, which may be right for another parameter of the layer
         self._set(layer, self.first.get(id(layer), ROWS))
         self.tried[id(layer)] = (set(layer.names.values()), iter(()))
         return (always & wrong) or wrong
 
     def _propose(self, uses: Sequence[Use]) -> bool:
-        """Give each layer the likeliest layout for the shapes it saw.
+        """Give each layer the likeliest layout for the shapes of its tensors.
 
-        True as soon as one is SHARED: its output will have the examples in front, and the layers
-        behind it will see other shapes.
+        True as soon as one is SHARED: its output will get a first dimension of examples, and later
+        layers will have other shapes.
         """
         n, without = self.comparison.n, set(self.capture.without_rule)
-        for use in uses if n > 1 else ():  # all that one example's layers see belongs to it
+        for use in uses if n > 1 else ():  # a single example owns all that its layers see
             if without.issuperset(use.layer.names.values()):
                 continue
             layer, mine = use.layer, [u for u in uses if u.layer is use.layer]
@@ -200,10 +200,10 @@ class _LayoutSearch:
         with same_random_state(list(comparison.parameters.values())):
             try:
                 return self.capture.uses(comparison.together, comparison.loss, comparison.n)
-            except Exception:  # the model's, or the loss's word on a changed shape
+            except Exception:  # the model's own error, or the loss's about a changed shape
                 if not self.shared:
                     raise
-        # the model does not take an output with a batch dimension there
+        # the model does not accept an output with a batch dimension there
         self.shared.pop().layout = ROWS
         return self._run()
 
@@ -223,15 +223,15 @@ class _LayoutSearch:
 
 
 def settle_functional(capture: Capture, comparison: Comparison) -> None:
-    """Use ``vmap`` where it runs and is right, else one example at a time.
+    """Use ``vmap`` if it runs and is right, else one example at a time.
 
     Raises:
-        InvalidArgumentError: where examples together have other gradients than each alone.
+        InvalidArgumentError: if examples together have other gradients than each alone.
     """
     parameters = {name: capture.parameters[name] for name in capture.without_rule}
     together, loss, n = comparison.together, comparison.loss, comparison.n
     reason = ""
-    # what was found wrong once is not tried again
+    # ``vmap`` is not tried again once it was wrong
     ways = (functional.vmapped, functional.one_by_one)
     wrong: set[str] = set()
     for way in ways[ways.index(capture.functional) :] if n > 1 else ways[1:]:
@@ -240,10 +240,10 @@ def settle_functional(capture: Capture, comparison: Comparison) -> None:
                 forms = way(capture.model, parameters, together, loss, n)
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             if way is functional.one_by_one:
-                told = explanation(capture.model, together, loss)
-                if told is None:
+                cause = explanation(capture.model, together, loss)
+                if cause is None:
                     raise
-                raise InvalidArgumentError(told) from error
+                raise InvalidArgumentError(cause) from error
             reason = f" ({error})"
             continue
         wrong = comparison.wrong(forms, list(parameters))
@@ -251,27 +251,27 @@ def settle_functional(capture: Capture, comparison: Comparison) -> None:
             if n > 1:
                 capture.functional = way
             return
-    told = explanation(capture.model, together, loss) or ""
+    cause = explanation(capture.model, together, loss) or ""
     raise InvalidArgumentError(
         f"the gradient of {sorted(wrong)} for {n} examples together is not the sum of those of "
-        f"each alone{reason}. {told or MIXES}"
+        f"each alone{reason}. {cause or MIXES}"
     )
 
 
 MIXES = (
-    "The model or the loss mixes the examples of a batch, which leaves nothing to attribute to one "
-    "of them; batches of one example (batch_size=1) always work"
+    "The model or the loss mixes the examples of a batch, so no part of the loss belongs to one of "
+    "them; batches of one example (batch_size=1) always work"
 )
 
 
 def drawn(n: int, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` of n indices in random order, not ascending; repeated where n is smaller."""
+    """``count`` of n indices in random order, not ascending; repeated if n is smaller."""
     order = torch.randperm(n, generator=generator)[:count]
     if n > 1 and bool((order.diff() > 0).all()):
         order = order.flip(0)
-    # there and back, so that it is not the same when it is read from its end
+    # forwards and backwards, so that the reversed order differs
     found = torch.cat([order, order.flip(0)]).repeat(count)[:count]
-    if count > 3:  # a model that sorts its examples has equal ones side by side
+    if count > 3:  # a model that sorts its examples puts equal ones side by side
         found[-1] = found[0]
     return found
 
@@ -281,6 +281,6 @@ def drawn_of_batch(n: int, most: int, generator: torch.Generator) -> Tensor:
     rows = torch.randperm(n, generator=generator)[: min(most, max(min(n, 2), n // 8))]
     if n < FEW_IN_BATCH:
         return rows
-    # a model that sorts by lengths, most of which are equal, moves the first or the last example
+    # a model that sorts by length, with many equal lengths, moves the first or the last example
     found: Tensor = torch.cat([rows, torch.tensor([0, n - 1])]).unique()
     return found.flip(0)

@@ -1,10 +1,10 @@
 """The rows of a gradient store in chunks, and a chunk as a file.
 
-Letters: K columns, b rows of a batch or chunk.
+Shapes: K columns, b rows of a batch or chunk.
 
-A chunk is a safetensors file with one tensor, ``gradients`` ``[b, K]``. Its header says to which
-store it belongs and under which name, and the CRC-32 of its numbers. Nothing else decides its
-bytes: not the run, the rank or the number of interruptions.
+A chunk is a safetensors file with one tensor, ``gradients`` ``[b, K]``. Its header holds the store
+and the file name that it belongs to, and the CRC-32 of its numbers. Its bytes depend on nothing
+else: not on the run, the rank or the number of interruptions.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from influence_kit.storage.locks import is_locked
 from influence_kit.storage.tensor_files import PackedTensors, TensorFile, UnreadableFileError
 
 TENSOR = "gradients"
-# three times what rounding takes from numbers that are not too small for float16
+# the relative loss that causes a warning: three times that of rounding in float16's normal range
 LOST = 1e-3
 
 
 def whole_chunks(
     pieces: Iterable[tuple[int, Tensor]], layout: Layout, skip: Collection[int]
 ) -> Iterator[tuple[int, Tensor]]:
-    """The chunks, and their rows ``[b, K]`` as they are stored, that pieces make up.
+    """The chunks that pieces add up to, with their rows ``[b, K]`` in the stored dtype.
 
     Args:
         pieces: ``(first row, rows [b, K])``, in ascending order.
-        layout: where one chunk ends and the next begins.
-        skip: the chunks of which no rows are kept.
+        layout: defines which rows belong to which chunk.
+        skip: the chunks whose rows are dropped.
 
     Raises:
-        InvalidArgumentError: where some rows of a chunk came and the next did not, or do not fit.
+        InvalidArgumentError: if rows of a chunk are out of order or missing, or do not fit.
         NonFiniteError: for rows that are NaN or infinite.
     """
     chunk: Tensor | None = None
@@ -81,15 +81,15 @@ def _cut(
 
 
 def narrowed(values: Tensor, layout: Layout, first: int) -> Tensor:
-    """Rows ``[b, K]`` in the store's dtype, on the CPU; ``first`` is the place of the first.
+    """Rows ``[b, K]`` in the store's dtype, on the CPU; ``first`` is the index of the first.
 
     Raises:
         InvalidArgumentError: for a number that the dtype cannot hold.
-        NonFiniteError: for one that is NaN or infinite.
+        NonFiniteError: for a number that is NaN or infinite.
     """
     values = values.detach()
     stored = values.to(layout.dtype)
-    # many times faster than isfinite of every number
+    # many times faster than isfinite for every number
     if not all(torch.isfinite(end) for end in torch.aminmax(stored)):
         row, column = (~torch.isfinite(stored)).nonzero()[0].tolist()
         _refuse(float(values[row, column]), first + row, layout.name_at(column), layout.dtype)
@@ -99,27 +99,27 @@ def narrowed(values: Tensor, layout: Layout, first: int) -> Tensor:
 
 
 def _refuse(value: float, row: int, name: str, dtype: torch.dtype) -> None:
-    """An error for a number that is infinite once it is stored."""
+    """Refuse a number that is infinite in the stored dtype."""
     if not math.isfinite(value):
         raise NonFiniteError(
-            f"the gradient of example {row} at '{name}' is NaN or infinite; look at that example "
-            "and at the loss there"
+            f"the gradient of example {row} at '{name}' is NaN or infinite; check that example "
+            "and its loss"
         )
     largest = torch.finfo(dtype).max
     wider = [str(other) for other in DTYPES if torch.finfo(other).max > largest]
     raise InvalidArgumentError(
-        f"the gradient of example {row} at '{name}' holds {value:g}, and the largest number of "
+        f"the gradient of example {row} at '{name}' holds {value:g}, but the largest number of "
         f"{dtype} is {largest:g}; store {' or '.join(wider)}"
     )
 
 
 def _warn_of_small(values: Tensor, stored: Tensor) -> None:
-    """A warning where numbers are too small for float16, and too much of them is lost."""
+    """Warn if numbers are too small for float16, so that too much of them is lost."""
     lost = torch.linalg.vector_norm(values - stored.to(values.dtype), dtype=torch.float64)
     if lost > LOST * torch.linalg.vector_norm(values, dtype=torch.float64):
         warnings.warn(
-            f"torch.float16 takes more than {LOST:.1%} from gradients whose numbers are too small "
-            "for it; store torch.bfloat16 or torch.float32",
+            f"gradients lose more than {LOST:.1%} in torch.float16, which cannot hold their small "
+            "numbers; store torch.bfloat16 or torch.float32",
             stacklevel=5,
         )
 
@@ -154,7 +154,7 @@ class Chunk:
         """
         if not self.path.exists():
             raise InvalidArgumentError(
-                f"{self.path} is not there; build the store again, which writes what is missing"
+                f"{self.path} is missing; build the store again, which writes the missing chunks"
             )
         try:
             found = TensorFile.open(self.path)
@@ -162,7 +162,7 @@ class Chunk:
             raise self._unusable(f"cannot be read ({error})") from error
         if not found.is_named(KIND) or found.facts.get("store") != self.store:
             raise self._unusable(
-                f"belongs elsewhere: its header says {dict(found.facts)}, its store is {self.store}"
+                f"is of another store: its header is {dict(found.facts)}, its store is {self.store}"
             )
         shape, code = [len(self.rows), self.layout.width], DTYPES[self.layout.dtype]
         entry = found.entries.get(TENSOR, {})
@@ -203,8 +203,8 @@ class Chunk:
 
     def _unusable(self, what: str) -> InvalidArgumentError:
         return InvalidArgumentError(
-            f"{self.path} {what}; delete that file and build the store again, which writes what is "
-            "missing"
+            f"{self.path} {what}; delete that file and build the store again, which writes missing "
+            "chunks"
         )
 
 
@@ -220,5 +220,5 @@ def incomplete(folder: Path, layout: Layout) -> InvalidArgumentError:
         )
     return InvalidArgumentError(
         f"{folder} is not complete: {missing}, or `finish` was not called; build it again, which "
-        "writes what is missing"
+        "writes the missing chunks"
     )

@@ -4,8 +4,8 @@ The gradient at kernel offset k is a plain matrix product over positions of one 
 shifted by k, so no map is ever unfolded (an unfolded map takes as many times the memory as the
 kernel has elements).
 
-Letters as in ``forms``; l and r: channels of the map that stays and of the map that is shifted;
-g groups; k elements of the kernel.
+Shapes: as in ``forms``; l and r channels of the fixed map and of the shifted map, g groups, k
+elements of the kernel.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from influence_kit.gradients.forms import Dense, Form, element_cost, with_formed
 class Convolved(Form):
     """Gradients ``[l, r / g, *kernel]``: ``sum_t left[l, t] right[r, t * stride + k * dilation]``.
 
-    left: ``[n, l, *positions]``; right: ``[n, r, *padded]``. Of a convolution, left is the output's
-    gradient and right the padded input; of a transposed one, left is the input and right the
+    left: ``[n, l, *positions]``; right: ``[n, r, *padded]``. For a convolution, left is the output
+    gradient and right the padded input; for a transposed one, left is the input and right the
     padded output gradient.
     """
 
@@ -50,20 +50,20 @@ class Convolved(Form):
 
     @property
     def positions(self) -> int:
-        """The letter t."""
+        """The number of positions t."""
         return self.left[0, 0].numel()
 
     @property
     def kernel(self) -> int:
-        """The letter k."""
+        """The number of kernel elements k."""
         return math.prod(self.shape[2:])
 
     def shifted(self) -> Iterator[Tensor]:
-        """For each kernel offset the right map under it, ``[n, r, t]``."""
+        """For each kernel offset, the right map shifted by it, ``[n, r, t]``."""
         return (window.flatten(2) for window in self.windows(self.right))
 
     def windows(self, maps: Tensor) -> Iterator[Tensor]:
-        """For each kernel offset what is under it of maps ``[*, *, *padded]``: a view."""
+        """For each kernel offset, the part of maps ``[*, *, *padded]`` under it: a view."""
         for offset in itertools.product(*(range(size) for size in self.shape[2:])):
             window = [slice(None), slice(None)]
             steps = zip(offset, self.left.shape[2:], self.stride, self.dilation, strict=True)
@@ -73,7 +73,7 @@ class Convolved(Form):
             yield maps[tuple(window)]
 
     def by_offset(self) -> Iterator[Tensor]:
-        """For each kernel offset the gradients there, ``[n, l * (r / g)]``."""
+        """For each kernel offset, the gradients there, ``[n, l * (r / g)]``."""
         left = self.left.flatten(2).unflatten(1, (self.groups, -1)).flatten(0, 1)
         for shifted in self.shifted():
             right = shifted.unflatten(1, (self.groups, -1)).flatten(0, 1)
@@ -91,12 +91,12 @@ class Convolved(Form):
         return torch.stack(list(self.by_offset()), dim=2).flatten(1)
 
     def factored(self) -> Factored:
-        """The same gradients with the right map unfolded (one group): small maps want this."""
+        """The same gradients with the right map unfolded (one group): faster for small maps."""
         inputs = torch.stack(list(self.shifted()), dim=2).flatten(1, 2).transpose(1, 2)
         return Factored(self.left.flatten(2).transpose(1, 2), inputs, self.shape)
 
     def compact(self) -> Form:
-        """Factored where that is cheaper to multiply: few positions, many channels."""
+        """Factored if that is cheaper to multiply: few positions, many channels."""
         t = self.positions
         l, i = self.shape[0], math.prod(self.shape[1:])  # noqa: E741 - the formula's letter
         gram = 2 * t * t * (l + i) + 3 * element_cost(self.left) * t * t
@@ -151,7 +151,7 @@ class Convolved(Form):
         return replace(self, left=left, right=right)
 
     def plus(self, other: Form) -> Form:
-        # a layer called on several maps, of any sizes
+        # a layer may be called on several maps of different sizes
         return Dense(self.dense(), self.shape).plus(Dense(other.dense(), self.shape))
 
 

@@ -1,4 +1,4 @@
-"""Why a batch has no gradient per example: a sentence for each cause, with its remedy."""
+"""Why a batch has no gradient per example: one message per cause, with its remedy."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,31 +19,31 @@ from influence_kit.data.batches import (
 from influence_kit.data.marked_batch import describe
 from influence_kit.losses.loss import Loss
 
-# of the largest entry: below it lies what another order of summation changes
+# relative to the largest entry: smaller differences come from the order of summation
 CLOSE = 0.02
 
 
 def explanation(
     model: nn.Module, batch: Batch, loss: Loss, of_outputs_only: bool = False
 ) -> str | None:
-    """The first cause that is found; None where there is none of those that are known.
+    """The message of the first known cause that is found, or None.
 
     Args:
         model: the model.
-        batch: the batch that it concerns.
+        batch: the batch without a gradient per example.
         loss: the loss.
-        of_outputs_only: leave out that the loss mixes examples, of which the caller has a better
-            word.
+        of_outputs_only: do not test whether the loss mixes examples, for which the caller has a
+            better message.
     """
     causes = [_noise, _whole, _broadcast, _mixing_layer, _mixing_loss]
     with torch.no_grad():
         for cause in causes[:-1] if of_outputs_only else causes:
             try:
-                told = cause(model, batch, loss)
+                message = cause(model, batch, loss)
             except Exception:  # another cause, which fails before this one shows
                 continue
-            if told is not None:
-                return told
+            if message is not None:
+                return message
     return None
 
 
@@ -54,13 +54,13 @@ def _noise(model: nn.Module, batch: Batch, loss: Loss) -> str | None:
         if _near(one, other, 1e-6):
             return None
         return (
-            f"`{loss.name}` returns other numbers each time for the same outputs: take the random "
-            "numbers out of it"
+            f"`{loss.name}` returns other numbers each time for the same outputs: remove its "
+            "randomness"
         )
     return (
         "The model's forward returns other outputs each time for the same batch (it draws random "
-        "numbers, or keeps something from one call to the next), so that two passes cannot be "
-        "compared: turn that off for the attribution (noise, masking, sampling, `training` flags)"
+        "numbers, or keeps state from one call to the next), so two passes cannot be compared: "
+        "turn that off for the attribution (noise, masking, sampling, `training` flags)"
     )
 
 
@@ -73,10 +73,10 @@ def _whole(model: nn.Module, batch: Batch, loss: Loss) -> str | None:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return (
-            f"the model runs on the whole batch and not on one of its examples ({reason}): the "
+            f"the model runs on the whole batch but not on one of its examples ({reason}): the "
             f"batch, {describe(batch)}, cannot be cut into examples. Use batches of one example "
-            "(batch_size=1, or a loader of them), or name in `batch_axes` the dimension of each "
-            "tensor's examples"
+            "(batch_size=1, or a loader of them), or give the dimension that counts examples in "
+            "each tensor as `batch_axes`"
         )
     return None
 
@@ -95,20 +95,20 @@ def _broadcast(model: nn.Module, batch: Batch, loss: Loss) -> str | None:
         return None
     return (
         f"outputs of shape {list(outputs.shape)} and targets of shape {list(targets.shape)} are "
-        f"broadcast to {list(joint)}, so that each output meets the targets of all examples: give "
-        "both one shape (outputs.squeeze(-1), or targets.unsqueeze(-1))"
+        f"broadcast to {list(joint)}, so each output is compared with the targets of all examples: "
+        "give both the same shape (outputs.squeeze(-1), or targets.unsqueeze(-1))"
     )
 
 
 def _mixing_layer(model: nn.Module, batch: Batch, loss: Loss) -> str | None:
-    """The first module whose output for an example depends on the others."""
+    """A message with the first module whose output for an example depends on the others."""
     n = example_count(batch)
-    told = (_mixed(model, batch, n, index) for index in sorted({0, n - 1}))
-    return next((words for words in told if words is not None), None)
+    messages = (_mixed(model, batch, n, index) for index in sorted({0, n - 1}))
+    return next((message for message in messages if message is not None), None)
 
 
 def _mixed(model: nn.Module, batch: Batch, n: int, index: int) -> str | None:
-    """The same of one of the n examples."""
+    """``_mixing_layer`` for one of the n examples."""
     one = take(batch, slice(index, index + 1))
     with _outputs_of_modules(model) as together:
         outputs = call_model(model, batch)
@@ -127,9 +127,9 @@ def _mixed(model: nn.Module, batch: Batch, n: int, index: int) -> str | None:
             found = f"layer '{name}' ({kind})" if name else f"the model's forward ({kind})"
             break
     return (
-        "the outputs of an example change with the other examples of its batch, first seen at "
-        f"{found}: the model mixes the examples of a batch, which leaves nothing to attribute to "
-        "one of them. Batches of one example (batch_size=1) always work"
+        "the outputs of an example change with the other examples of its batch, first at "
+        f"{found}: the model mixes the examples of a batch, so no part of the loss belongs to one "
+        "of them. Batches of one example (batch_size=1) always work"
     )
 
 
@@ -143,16 +143,16 @@ def _mixing_loss(model: nn.Module, batch: Batch, loss: Loss) -> str | None:
     if _near(total, alone, CLOSE):
         return None
     return (
-        f"`{loss.name}` of {n} examples is {total.item():.6g} and the sum of theirs alone is "
-        f"{alone.item():.6g}, with the same outputs: the loss mixes the examples of a batch "
-        "(in-batch negatives, a ranking, a term of the whole batch); batches of one example "
-        "(batch_size=1) always work"
+        f"`{loss.name}` of {n} examples together is {total.item():.6g}, but the sum of their "
+        f"losses alone is {alone.item():.6g}, with the same outputs: the loss mixes the examples "
+        "of a batch (in-batch negatives, a ranking, a term of the whole batch); batches of one "
+        "example (batch_size=1) always work"
     )
 
 
 @contextmanager
 def _outputs_of_modules(model: nn.Module) -> Iterator[list[tuple[str, str, Tensor]]]:
-    """Name, type and output of each module's call, in the order in which they end."""
+    """Name, type and output of each module call, in the order in which the calls end."""
     seen: list[tuple[str, str, Tensor]] = []
 
     def keep(name: str) -> Callable[..., None]:
@@ -177,7 +177,7 @@ def _floating(outputs: Any) -> list[Tensor]:
 
 
 def _same(together: Tensor, alone: Tensor, n: int, index: int) -> bool:
-    """Whether one of n examples has the values that it has alone; True where unclear."""
+    """Whether one of n examples has the values that it has alone; True if unclear."""
     axis = example_axis(together, n)
     if axis is None or alone.dim() != together.dim() or alone.shape[axis] != 1:
         return True

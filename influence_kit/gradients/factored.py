@@ -1,6 +1,6 @@
-"""The gradients of a linear layer: outer products of output gradients and inputs, not written out.
+"""The gradients of a linear layer as factors: outer products of output gradients and inputs.
 
-Letters as in ``forms``.
+Shapes: as in ``forms``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from influence_kit.gradients.forms import Dense, Form, element_cost, products, w
 class Factored(Form):
     """Gradients ``sum_t deltas[:, t] inputs[:, t]^T`` of a matrix (o, i).
 
-    deltas: ``[n, t, o]``, inputs: ``[n, t, i]``. ``transposed`` where the parameter is stored as
+    deltas: ``[n, t, o]``, inputs: ``[n, t, i]``. ``transposed`` if the parameter is stored as
     (i, o).
     """
 
@@ -40,11 +40,11 @@ class Factored(Form):
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """The letters t, o, i."""
+        """The sizes t, o, i."""
         return self.deltas.shape[1], self.deltas.shape[2], self.inputs.shape[2]
 
     def matrices(self) -> Tensor:
-        """The gradients as ``[n, o, i]``, or ``[n, i, o]`` where transposed."""
+        """The gradients as ``[n, o, i]``, or ``[n, i, o]`` if transposed."""
         left, right = self.deltas, self.inputs
         if self.transposed:
             left, right = right, left
@@ -60,7 +60,7 @@ class Factored(Form):
         return replace(self, deltas=self.deltas * factors[:, None, None])
 
     def summed(self) -> Form:
-        # all positions of all examples become the positions of one
+        # the positions of all examples become the positions of a single one
         deltas, inputs = self.deltas.flatten(0, 1)[None], self.inputs.flatten(0, 1)[None]
         return replace(self, deltas=deltas, inputs=inputs).compact()
 
@@ -91,22 +91,22 @@ class Factored(Form):
     def combined(self, weights: Tensor) -> Tensor:
         t, o, i = self.sizes
         k, touch, step = len(weights), element_cost(weights), self.rows_of_workspace(self.p)
-        # each cost: of one example and entry of the matrix; sums are read and written a chunk
+        # each cost: per example and matrix entry; sums are read and written once per chunk
         forming = 2 * t + touch + 2 * k + 2 * touch * k / step
         if forming <= 2 * t * k:
             return super().combined(weights)
         inputs = self.inputs.flatten(0, 1)
         found = weights.new_empty(k, *((i, o) if self.transposed else (o, i)))
-        for place, row in enumerate(weights):
+        for index, row in enumerate(weights):
             deltas = (self.deltas * row[:, None, None]).flatten(0, 1)
             left, right = (inputs, deltas) if self.transposed else (deltas, inputs)
-            found[place] = left.T @ right
+            found[index] = left.T @ right
         return found.flatten(1)
 
     def inner(self, test: Form, total: int) -> Tensor:
         t, o, i = self.sizes
         touch, m = element_cost(self.deltas), test.n
-        # each cost: for one training example
+        # each cost: per training example
         forming: float = 2 * t * o * i + 2 * touch * o * i + 2 * m * o * i
         along: float = 2 * m * t * o * i + 2 * touch * m * t * min(o, i)
         plans = {self._inner_forming: forming, self._inner_along: along}
@@ -135,7 +135,7 @@ class Factored(Form):
         return torch.cat(parts, dim=1)
 
     def _inner_forming(self, test: Form) -> Tensor:
-        """Write the training gradients out, a chunk at a time; one matrix product each."""
+        """Form the training gradients chunk by chunk, with one matrix product per chunk."""
 
         def product(formed: Tensor) -> Tensor:
             chunks = self.example_slices(self.p)
@@ -166,7 +166,7 @@ class Factored(Form):
         alike = [f for f in (self, *others) if self._is_like(f)]
         if len(alike) <= len(others):
             return None
-        # shorter sequences are filled up with zeros, which add nothing
+        # shorter sequences are padded with zeros, which add nothing
         t = max(f.deltas.shape[1] for f in alike)
         deltas = [pad(f.deltas, (0, 0, 0, t - f.deltas.shape[1])) for f in alike]
         inputs = [pad(f.inputs, (0, 0, 0, t - f.inputs.shape[1])) for f in alike]

@@ -1,10 +1,10 @@
-"""How the gradients of n examples for one parameter are held, and their cheapest exact products.
+"""Forms: how the gradients of n examples for one parameter are stored, and their exact products.
 
-Letters: n training and m test examples, t and s positions (of a sequence or a feature map) of a
-training and a test example, o and i outputs and inputs of a layer, p = o * i elements.
+Shapes: m test examples, n training examples, s and t positions (of a sequence or a feature map) of
+a test and a training example, o outputs and i inputs of a layer, p = o * i elements.
 
 A form is immutable. ``train.inner(test)`` is the matrix of inner products ``[m, n]``; each form
-chooses among its exact plans by estimated cost, which counts a product of two matrices in FLOP and
+chooses the cheapest of its exact plans by estimated cost, which counts matrix products in FLOP and
 a touched element of memory as ``ELEMENT_COST`` FLOP.
 """
 
@@ -22,12 +22,12 @@ from torch import Tensor
 from influence_kit.core.memory import resident_bytes, rows_within, workspace_bytes
 from influence_kit.core.scaling import balanced
 
-# FLOP of a matrix product done in the time it takes to read or write one element
+# FLOP of a matrix product in the time it takes to read or write one element
 ELEMENT_COST = {"cpu": 32, "cuda": 256}
 
 
 def element_cost(tensor: Tensor) -> int:
-    """What touching one element costs, in FLOP of a matrix product on that device."""
+    """The cost of reading or writing one element, in FLOP of a matrix product on that device."""
     return ELEMENT_COST.get(tensor.device.type, 128)
 
 
@@ -68,18 +68,18 @@ class Form(ABC):
 
     @abstractmethod
     def balanced(self) -> tuple[Form, Tensor]:
-        """The gradients with squares that exist, and the powers of two ``[n]`` they are to have.
+        """Gradients whose squares exist, and the powers of two ``[n]`` to multiply them by.
 
-        Powers are 0, and the numbers the same, where they are not very small or very large.
+        Where the numbers are not very small or very large, powers are 0 and gradients unchanged.
         """
 
     @abstractmethod
     def inner(self, test: Form, total: int) -> Tensor:
-        """Inner products with the test gradients, ``[m, n]``; ``total`` training rows come."""
+        """Inner products with the test gradients, ``[m, n]``; ``total`` training rows in all."""
 
     @abstractmethod
     def joined(self, others: Sequence[Form]) -> Form | None:
-        """The examples of all forms, in turn; None where they are of another kind."""
+        """The examples of all forms, one after the other; None if the forms differ in kind."""
 
     def plus(self, other: Form) -> Form:
         """The sum with the same examples' gradients from another use of the parameter."""
@@ -101,21 +101,21 @@ class Form(ABC):
         return total
 
     def meet(self, train: Mapping[str, Form], name: str, total: int) -> Tensor | None:
-        """Products ``[m, n]`` of these test gradients, the form ``name``, with the train side's.
+        """Products ``[m, n]`` of these test gradients, the form ``name``, with training gradients.
 
-        A form that stands for several parameters at once takes more than one of the others. None
-        where there is nothing to multiply.
+        A form that stands for several parameters uses several training forms. None if there is
+        nothing to multiply.
         """
         form = train.get(name)
         return None if form is None else form.inner(self, total)
 
     def meet_own(self, others: Mapping[str, Form], name: str) -> Tensor | None:
-        """The same, of each example with the same example of the other side, ``[n]``."""
+        """Products of each example with the same example of the other forms, ``[n]``."""
         form = others.get(name)
         return None if form is None else self.paired(form)
 
     def by_parameter(self, name: str) -> dict[str, Tensor]:
-        """The gradients written out ``[n, p]``, by parameter, of the form ``name``."""
+        """The gradients of the form ``name`` written out ``[n, p]``, by parameter."""
         return {name: self.dense()}
 
     def compact(self) -> Form:
@@ -124,7 +124,7 @@ class Form(ABC):
 
     @property
     def nbytes(self) -> int:
-        """What its tensors take in memory."""
+        """The memory of its tensors in bytes."""
         return sum(
             value.numel() * value.element_size()
             for value in vars(self).values()
@@ -144,25 +144,25 @@ class Form(ABC):
 
     @cached_property
     def formed(self) -> Tensor:
-        """``dense()``, kept for the test side, which meets every training batch."""
+        """``dense()``, cached for test gradients, which are multiplied by every training batch."""
         return self.dense()
 
     def rows_that_fit(self) -> int:
-        """How many gradients may be written out and kept."""
+        """How many gradients may be written out and cached."""
         budget = resident_bytes(self.sample.device)
         return rows_within(budget, self.p * self.sample.element_size())
 
     def fits(self) -> bool:
-        """Whether all gradients may be written out and kept."""
+        """Whether all gradients may be written out and cached."""
         return "formed" in self.__dict__ or self.n <= self.rows_that_fit()
 
     def rows_of_workspace(self, row_elements: int) -> int:
-        """How many examples fit the workspace, at ``row_elements`` an example."""
+        """How many examples fit the workspace, at ``row_elements`` elements per example."""
         budget = workspace_bytes(self.sample.device)
         return rows_within(budget, row_elements * self.sample.element_size())
 
     def example_slices(self, row_elements: int) -> Iterator[slice]:
-        """Slices of examples such that ``row_elements`` an example fit the workspace."""
+        """Slices of examples that fit the workspace, at ``row_elements`` elements per example."""
         step = self.rows_of_workspace(row_elements)
         return (slice(start, start + step) for start in range(0, self.n, step))
 
@@ -179,7 +179,7 @@ def with_formed(test: Form, product: Callable[[Tensor], Tensor]) -> Tensor:
 def products(formed: Tensor, values: Tensor) -> Tensor:
     """Inner products of rows ``[m, p]`` and ``[n, p]``: ``[m, n]``.
 
-    A CPU's product of few long rows is up to twice as fast with the training rows on the left.
+    On a CPU, a product of few long rows is up to twice as fast with the training rows on the left.
     """
     return (values @ formed.T).T
 
@@ -193,7 +193,7 @@ def aligned(forms: Sequence[Form]) -> tuple[list[Form], Tensor, Tensor]:
     parts = [form.balanced() for form in forms]
     squares = torch.stack([form.squared_norms() for form, _ in parts])
     own = torch.stack([powers for _, powers in parts])
-    # a form that is zero has no say
+    # a form that is zero does not count
     powers = own.masked_fill(squares == 0, -torch.inf).amax(0)
     powers = powers.masked_fill(powers.isinf(), 0)
     shifts = (own - powers).masked_fill(squares == 0, 0)
@@ -262,7 +262,7 @@ class Dense(Form):
 
 @dataclass(frozen=True, eq=False)
 class Sum(Form):
-    """Gradients that are the sum of unlike parts: a parameter used by layers of two kinds."""
+    """Gradients that are a sum of different forms: a parameter used by layers of two kinds."""
 
     parts: tuple[Form, ...]
 
@@ -320,8 +320,8 @@ class Sum(Form):
         return Sum(tuple(join(column) for column in columns))
 
     def plus(self, other: Form) -> Form:
-        for place, part in enumerate(self.parts):
+        for index, part in enumerate(self.parts):
             together = part.plus(other)
             if not isinstance(together, Sum):
-                return Sum((*self.parts[:place], together, *self.parts[place + 1 :]))
+                return Sum((*self.parts[:index], together, *self.parts[index + 1 :]))
         return Sum((*self.parts, other))

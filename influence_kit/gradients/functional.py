@@ -1,7 +1,7 @@
-"""Parameters without a rule: per-example gradients of a function of parameters, by ``torch.func``.
+"""Per-example gradients of parameters without a rule, by ``torch.func``.
 
-Slower than a rule (each example's gradient is written out, in a pass of its own) and right for any
-module that ``torch.func.vmap`` takes; what it does not take is done one example at a time.
+They are slower than a rule (each example's gradient is written out, in its own pass) and right for
+any module that ``torch.func.vmap`` accepts; other modules run one example at a time.
 """
 
 import warnings
@@ -43,7 +43,7 @@ def vmapped(
         raise NotImplementedError("a packed sequence cannot be cut into examples")
 
     def example_loss(values: dict[str, Tensor], scale: Tensor, *one: Tensor) -> Tensor:
-        # what lost its example dimension to vmap gets one of length 1 back
+        # tensors whose example dimension vmap removed get one of length 1 back
         supply = iter(zip(one, axes, strict=True))
 
         def restore(_: Tensor) -> Tensor:
@@ -66,10 +66,10 @@ def vmapped(
     )
     scales = torch.ones(n, device=device)
     with warnings.catch_warnings():
-        # torch's word that an operation is a loop under vmap: the caller has warned of slowness
+        # torch's warning that an operation loops under vmap: the caller has warned already
         warnings.filterwarnings("ignore", message="There is a performance drop")
         try:
-            # `grad` differentiates all the same; other parameters would keep a graph
+            # `grad` differentiates anyway; without no_grad, other parameters would keep a graph
             with torch.no_grad():
                 if has_float16(values.values()):
                     found = scaled_examples(
@@ -79,7 +79,7 @@ def vmapped(
                 else:
                     gradients = per_example(values, scales, *tensors)
         except (IndexError, RuntimeError):
-            with torch.no_grad():  # vmap hides values: here a label of no class is named
+            with torch.no_grad():  # vmap hides values: this call names a label outside the classes
                 loss.values(call_model(model, batch), batch)
             raise
     if any(without_graph):
@@ -90,26 +90,26 @@ def vmapped(
 def one_by_one(
     model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch, loss: Loss, n: int
 ) -> dict[str, Dense]:
-    """The same, one forward and backward pass an example."""
+    """Per-example gradients of the named parameters, by one pass per example."""
     rows = [
         single_gradients(model, list(parameters.values()), take(batch, slice(i, i + 1)), loss)
         for i in range(n)
     ]
     return {
-        name: as_dense(torch.stack([row[place] for row in rows]), real_shape(parameter))
-        for place, (name, parameter) in enumerate(parameters.items())
+        name: as_dense(torch.stack([row[index] for row in rows]), real_shape(parameter))
+        for index, (name, parameter) in enumerate(parameters.items())
     }
 
 
 def single_gradients(
     model: nn.Module, parameters: Sequence[Tensor], batch: Batch, loss: Loss, n: int = 1
 ) -> list[Tensor]:
-    """Autograd's own gradients of the batch's total loss: a zero where a parameter was not used.
+    """Autograd's own gradients of the batch's total loss; zero for an unused parameter.
 
-    Complex ones as pairs of real numbers, those in float16 as float32.
+    Complex gradients are returned as pairs of real numbers, those in float16 as float32.
 
     Raises:
-        InvalidArgumentError: where the loss depends on no parameter of the model at all.
+        InvalidArgumentError: if the loss does not depend on any parameter of the model.
     """
     with torch.enable_grad():
         total = summed_loss(call_model(model, batch), batch, loss, n)

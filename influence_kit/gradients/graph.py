@@ -1,9 +1,10 @@
-"""No graph is not a gradient of zero: a loss that nothing can be differentiated through is refused.
+"""Refuses a loss without a graph, whose gradients would wrongly be taken for zero.
 
-Chosen parameters that have no part in a batch's loss (an expert that was not asked, a layer that
-was skipped) do have gradient zero. The two are told apart by whether the loss has a graph when all
-parameters of the model want gradients. A model that works with other weights in evaluation mode (an
-average of those that are trained) is refused, too: in training mode the loss has a graph.
+Chosen parameters on which a batch's loss does not depend (an expert that was not selected, a layer
+that was skipped) do have gradient zero. The two cases are distinguished by whether the loss has a
+graph when all parameters of the model require gradients. A model that uses other weights in
+evaluation mode (an average of the trained ones) is refused, too: in training mode the loss has a
+graph.
 """
 
 from collections import Counter
@@ -21,7 +22,7 @@ from influence_kit.preservation.module_state import Values, set_flags
 
 
 def uses_in_graph(total: Tensor) -> Counter[Tensor]:
-    """How often a sum depends on each parameter, by the edges of its graph that end there."""
+    """How often a sum uses each parameter: the number of its graph's edges that end there."""
     uses: Counter[Tensor] = Counter()
     waiting: list[Any] = [total.grad_fn]
     seen = set(waiting)
@@ -37,7 +38,7 @@ def uses_in_graph(total: Tensor) -> Counter[Tensor]:
 
 
 def depends(total: Tensor, tensors: Iterable[Tensor]) -> bool:
-    """Whether a graph leads from a scalar to any of the tensors; one made anew has its own."""
+    """Whether a graph leads from a scalar to any of the tensors (a new tensor's does not)."""
     wanted = [tensor for tensor in tensors if tensor.requires_grad]
     if not total.requires_grad or not wanted:
         return False
@@ -48,17 +49,18 @@ def depends(total: Tensor, tensors: Iterable[Tensor]) -> bool:
 def refuse_without_graph(
     model: nn.Module, chosen: Iterable[Tensor], batch: Batch, loss: Loss, n: int
 ) -> None:
-    """An error where the loss of a batch depends on no parameter of the model, chosen or not.
+    """Refuse a batch whose loss does not depend on any parameter of the model, chosen or not.
 
     Args:
         model: the model.
-        chosen: the parameters of which the loss is known not to depend now.
+        chosen: the parameters on which the loss is known not to depend now.
         batch: the batch.
         loss: its loss.
         n: the number of its examples.
 
     Raises:
-        InvalidArgumentError: also where it depends on chosen ones in training mode alone.
+        InvalidArgumentError: for such a loss, and for one that depends on chosen parameters in
+            training mode only.
     """
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
@@ -70,11 +72,10 @@ def refuse_without_graph(
         if depends(total, wanted):
             if _counts_in_training(model, wanted, chosen, batch, loss, n):
                 raise InvalidArgumentError(
-                    "in evaluation mode no chosen parameter has a part in the loss, and in "
-                    "training mode they do: the model works with other weights then (an average "
-                    "of those that are trained, say). All gradients would be 0; pass "
-                    "eval_mode=False with the model in training mode, or a model whose parameters "
-                    "are those weights"
+                    "the loss depends on the chosen parameters in training mode, but not in "
+                    "evaluation mode, in which the model uses other weights (an average of the "
+                    "trained ones, say). All gradients would be 0; pass eval_mode=False with the "
+                    "model in training mode, or a model whose parameters are those other weights"
                 )
             return
     finally:
@@ -85,16 +86,16 @@ def refuse_without_graph(
     if loss.is_of_outputs and any(tensor.requires_grad for tensor in found):
         raise InvalidArgumentError(
             f"`{loss.name}` returned a value without a graph, though the model's output has one: "
-            "it is detached, computed under torch.no_grad() or through .item() or numpy, made anew "
-            "(torch.tensor(value, requires_grad=True)), or counts (an accuracy, a comparison, "
-            "argmax). All its gradients would be 0; compute it from the outputs by operations that "
-            "have a derivative"
+            "it is detached, computed under torch.no_grad() or through .item() or numpy, a new "
+            "tensor (torch.tensor(value, requires_grad=True)), or a count (an accuracy, a "
+            "comparison, argmax). All its gradients would be 0; compute it from the outputs by "
+            "differentiable operations"
         )
     raise InvalidArgumentError(
         "the model returned an output without a graph to any of its parameters: its forward runs "
         "under torch.no_grad() or torch.inference_mode(), detaches, or returns labels (argmax). "
-        "All gradients would be 0; have forward return what the loss is computed from, with its "
-        "graph"
+        "All gradients would be 0; let forward return the outputs that the loss is computed from, "
+        "with their graph"
     )
 
 
@@ -106,7 +107,7 @@ def _counts_in_training(
     loss: Loss,
     n: int,
 ) -> bool:
-    """Whether the loss depends on a chosen parameter where flags say training."""
+    """Whether the loss depends on a chosen parameter if all training flags are set."""
     flags = {module: module.training for module in model.modules()}
     if all(flags.values()):
         return False
@@ -116,7 +117,7 @@ def _counts_in_training(
         for parameter in parameters:
             parameter.requires_grad_(id(parameter) in numbers)
         set_flags(dict.fromkeys(flags, True))
-        with suppress(Exception), torch.enable_grad():  # normalization of one example, say
+        with suppress(Exception), torch.enable_grad():  # BatchNorm fails on one example, say
             return depends(loss.total(call_model(model, batch), batch, n), own)
         return False
     finally:

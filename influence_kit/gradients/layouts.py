@@ -1,10 +1,10 @@
-"""Where the examples stand in the tensors that a layer sees.
+"""Layouts: how examples are arranged in the tensors of a layer.
 
-Most layers see examples in the first dimension. Others see them second (time-first sequences),
-folded into it (``x.view(n * t, -1)``), stacked in it (``torch.cat([a, b])`` of two views of every
-example), or not at all (position ids ``[t]`` whose output is broadcast over the batch). Which it is
-cannot be read off one shape; ``check`` tries them against autograd. All that a layer sees in a
-batch of one example belongs to it.
+Most layers have examples in the first dimension. Others have them in the second one (time-first
+sequences), folded into the first (``x.view(n * t, -1)``), stacked in it (``torch.cat([a, b])`` of
+two views of every example), or not at all (position ids ``[t]`` whose output is broadcast over the
+batch). One shape does not show which; ``check`` compares the candidates with autograd. In a batch
+of one example, everything belongs to that example.
 """
 
 from torch import Tensor
@@ -15,7 +15,7 @@ ROWS, SECOND, FOLDED, STACKED, SHARED = "rows", "second", "folded", "stacked", "
 def arrange(tensor: Tensor, layout: str, n: int, leads: bool = False) -> Tensor:
     """The tensor with a first dimension of n times some number, an example's items together.
 
-    ``leads``: of what the batch shares, whether its first dimension is one of length 1 for it.
+    ``leads``: whether the first dimension of a shared tensor is a batch dimension of length 1.
     """
     if n == 1:
         return tensor
@@ -29,8 +29,8 @@ def arrange(tensor: Tensor, layout: str, n: int, leads: bool = False) -> Tensor:
     if (layout == FOLDED and whole) or (layout == ROWS and tensor.shape[0] == n):
         return tensor
     raise ValueError(
-        f"a layer saw a tensor of shape {list(tensor.shape)} for {n} examples; in the first batch "
-        f'its examples stood otherwise (layout "{layout}")'
+        f"a layer got a tensor of shape {list(tensor.shape)} for {n} examples; in the first batch "
+        f'its examples were arranged differently (layout "{layout}")'
     )
 
 
@@ -49,5 +49,5 @@ def candidates(tensors: list[Tensor], n: int) -> list[str]:
         allowed.append(SECOND)
     if all(t.dim() > 0 and t.shape[0] % n == 0 for t in tensors) and ROWS not in allowed:
         allowed += [FOLDED, STACKED]
-    # n positions that the batch shares look like n examples
+    # n positions shared by the batch look like n examples
     return [*allowed, SHARED]

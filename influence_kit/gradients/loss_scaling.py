@@ -1,9 +1,9 @@
 """The backward pass of models in half precision, in which gradients vanish or overflow.
 
-float16 holds numbers from 6e-8 to 65504, and log-probabilities to three digits: the loss of an
-example that is fitted well has a gradient of 0 there. So outputs in half precision go to the loss
+float16 holds numbers from 6e-8 to 65504, and log-probabilities to three digits: the loss of a
+well-fitted example has a gradient of 0 in it. So outputs in half precision are passed to the loss
 in float32, and in float16 the slopes of the loss are multiplied by powers of two that bring them
-into the middle of the range. Gradients are divided by them in float32.
+into the middle of the range. Gradients are divided by these powers in float32.
 
 Shapes: n examples.
 """
@@ -20,11 +20,11 @@ from influence_kit.data.batches import Batch, map_outputs, map_tensors, with_ite
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.losses.loss import Loss
 
-# the exponent that the largest slope at the outputs is brought to: 2^15 is infinite
+# the exponent to which the largest slope at the outputs is scaled: 2^15 would be infinite
 START = 10
-# by how much it is lowered where gradients within the model overflow, and how often
+# how much it is lowered if gradients within the model overflow, and how often at most
 STEP, TRIES = 5, 10
-# per-example gradients below the first are scaled again, by no more than the second
+# per-example gradients below SMALLEST are scaled again, up to the exponent HIGHEST
 SMALLEST, HIGHEST = 2.0**-8, 40
 
 
@@ -33,7 +33,7 @@ class SummedLoss(NamedTuple):
 
     Attributes:
         value: the sum, a scalar.
-        heads: the outputs, in float32 where they were in half precision.
+        heads: the outputs, in float32 if they were in half precision.
         is_half: whether some were in float16.
     """
 
@@ -44,10 +44,10 @@ class SummedLoss(NamedTuple):
     def gradients(
         self, wanted: Sequence[Any], parameters: Iterable[Tensor]
     ) -> Sequence[Tensor | None]:
-        """The gradients at tensors, or at edges of the graph; None where unused.
+        """The gradients at tensors, or at edges of the graph; None if unused.
 
-        Where outputs or parameters are in float16, so are the gradients, scaled on the way, which
-        come back in float32.
+        If outputs or parameters are in float16, the gradients are scaled in the backward pass and
+        returned in float32.
         """
         if not self.is_half and not has_float16(parameters):
             return self._pulled(wanted, keep=False)
@@ -64,10 +64,10 @@ class SummedLoss(NamedTuple):
     def gradients_by_example(
         self, wanted: Sequence[Any], parameters: Iterable[Tensor], n: int
     ) -> tuple[Sequence[Tensor | None], Tensor | None]:
-        """The same, and the powers of two ``[n]`` that the examples' gradients are to have still.
+        """The gradients, and the powers of two ``[n]`` by which to multiply each example's.
 
-        In float16 each example has its own scale, where the outputs show which are its own; None
-        where there is nothing to multiply by.
+        In float16 each example has its own scale, if the outputs show which rows are its own. The
+        powers are None if there is nothing to multiply by.
         """
         parameters = list(parameters)
         if not self.is_half and not has_float16(parameters):
@@ -97,7 +97,7 @@ class SummedLoss(NamedTuple):
         return found
 
     def _slopes(self) -> list[tuple[Tensor, Tensor]]:
-        """The outputs that the sum depends on, with its slopes there."""
+        """The outputs on which the sum depends, with its slopes there."""
         if not self.heads:
             return []
         pairs = zip(self.heads, self._pulled(self.heads), strict=True)
@@ -110,11 +110,11 @@ def summed_loss(
     """The sum of the examples' losses, computed in float32 for outputs in half precision.
 
     Args:
-        outputs: the model's.
+        outputs: the model's outputs.
         batch: the batch.
         loss: the loss.
-        n: how many examples.
-        where: what to call the batch where a reduced loss of it is to be compared; None not to.
+        n: the number of examples.
+        where: the name of the batch, to check its reduced loss; None for no check.
     """
     total = loss.total if where is None else partial(loss.checked_total, where=where)
     heads: list[Tensor] = []
@@ -132,8 +132,8 @@ def summed_loss(
         value = total(outputs, batch, n)
         if value.is_complex():
             raise InvalidArgumentError(
-                f"`{loss.name}` returned {value.dtype}, and a loss is a real number: return the "
-                "real part or the absolute value"
+                f"`{loss.name}` returned {value.dtype}, but a loss must be a real number: return "
+                "the real part or the absolute value"
             )
         return SummedLoss(value, heads, is_half)
     if isinstance(batch, Mapping):
@@ -142,23 +142,23 @@ def summed_loss(
         known = with_item(batch, len(batch) - 1, map_tensors(batch[-1], exact))
     try:
         return SummedLoss(total(shown, known, n), heads, is_half)
-    except RuntimeError:  # a loss with weights of its own in half precision
+    except RuntimeError:  # the loss may have its own weights in half precision
         return SummedLoss(total(outputs, batch, n), [], is_half)
 
 
 def has_float16(tensors: Iterable[Tensor]) -> bool:
-    """Whether one of these is in float16."""
+    """Whether any of the tensors is in float16."""
     return any(tensor.dtype is torch.float16 for tensor in tensors)
 
 
 def scaled_examples(
     gradients: Callable[[Tensor], Sequence[Tensor]], n: int, like: Tensor
 ) -> list[Tensor]:
-    """Per-example gradients in float32, each example's loss multiplied by a scale that fits it.
+    """Per-example gradients in float32, computed with a suitable scale for each example's loss.
 
     Args:
-        gradients: per-example gradients ``[n, ...]`` of the losses times scales ``[n]``.
-        n: how many examples.
+        gradients: returns per-example gradients ``[n, ...]`` of the losses times scales ``[n]``.
+        n: the number of examples.
         like: a tensor on the device of the gradients.
     """
     powers = torch.full((n,), float(START), device=like.device)
@@ -181,7 +181,7 @@ def _counts_examples(head: Tensor, n: int) -> bool:
 
 
 def _exponents(largest: Tensor) -> Tensor:
-    """Those of numbers that are not negative; 0 for what is zero or not finite."""
+    """The exponents of non-negative numbers; 0 for zeros and numbers that are not finite."""
     powers = torch.frexp(largest.float()).exponent.float()
     return powers.masked_fill((largest == 0) | ~torch.isfinite(largest), 0)
 
@@ -189,9 +189,9 @@ def _exponents(largest: Tensor) -> Tensor:
 def _first_finite(
     scaled: Callable[[int], Sequence[Tensor | None]], loss: Tensor
 ) -> tuple[Sequence[Tensor | None], int]:
-    """What ``scaled`` gives at the least lowering of the exponent at which it is finite."""
+    """The result of ``scaled`` at the least lowering of the exponent that makes it finite."""
     found, lower = scaled(0), 0
-    # of a loss that is not finite, no gradient will be
+    # a loss that is not finite has no finite gradient
     while lower < STEP * TRIES and bool(torch.isfinite(loss)):
         if all(bool(torch.isfinite(gradient).all()) for gradient in found if gradient is not None):
             break

@@ -1,4 +1,4 @@
-"""The gradients of n examples for all chosen parameters: one form a parameter."""
+"""The gradients of n examples for all chosen parameters: one form per parameter."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Gradients:
     """Gradients of ``n`` examples; a parameter without a form has gradient zero.
 
     Args:
-        n: number of examples.
-        forms: by parameter name.
+        n: the number of examples.
+        forms: the forms by parameter name.
         parameters: the shape of every chosen parameter, in the model's order.
         sample: a tensor with the dtype and device of the gradients.
     """
@@ -47,7 +47,7 @@ class Gradients:
         return self._map(1, lambda form: form.summed())
 
     def compact(self) -> Gradients:
-        """The same in the forms that take the least memory."""
+        """The same gradients in the forms that take the least memory."""
         return self._map(self.n, lambda form: form.compact())
 
     def plus(self, other: Gradients) -> Gradients:
@@ -58,7 +58,7 @@ class Gradients:
         return self._with(self.n, forms)
 
     def of(self, names: Sequence[str]) -> Gradients:
-        """Those of the named parameters; of the others they are zero."""
+        """The gradients of the named parameters; those of the others are zero."""
         return self._with(self.n, {n: form for n, form in self.forms.items() if n in names})
 
     def squared_norms(self) -> Tensor:
@@ -66,7 +66,7 @@ class Gradients:
         return self.squared_norms_of(list(self.forms))
 
     def squared_norms_of(self, names: Sequence[str]) -> Tensor:
-        """The same of the named parameters."""
+        """The squared norms over the named parameters, ``[n]``."""
         norms = self.sample.new_zeros(self.n)
         for name in names:
             if name in self.forms:
@@ -76,7 +76,7 @@ class Gradients:
     def balanced(self) -> tuple[Gradients, Tensor, Tensor]:
         """Gradients whose squares exist, their squared norms and powers of two, both ``[n]``.
 
-        These gradients times two to the power are the whole ones, however small or large.
+        These gradients times two to the power are the original ones, however small or large.
         """
         if not self.forms:
             return self, self.squared_norms(), self.sample.new_zeros(self.n)
@@ -84,7 +84,7 @@ class Gradients:
         return self._with(self.n, dict(zip(self.forms, forms, strict=True))), squares, powers
 
     def paired(self, other: Gradients) -> Tensor:
-        """The inner product of each example with the same example of the other, ``[n]``."""
+        """The inner product of each example with the same example of ``other``, ``[n]``."""
         products = self.sample.new_zeros(self.n)
         for name, form in self.forms.items():
             found = form.meet_own(other.forms, name)
@@ -96,15 +96,15 @@ class Gradients:
         """Inner products with the test gradients, ``[m, n]``.
 
         Args:
-            test: the test side, which keeps what it has prepared for the next training batch.
-            total: how many training examples will come in all (decides what to prepare).
+            test: the test gradients, which cache what they prepare for the next training batch.
+            total: the number of training examples in all (it decides what is worth preparing).
         """
         return self.inner_of(test, total, list(self.parameters))
 
     def inner_by_group(
         self, test: Gradients, total: int, groups: Mapping[str, Sequence[str]]
     ) -> Tensor:
-        """Inner products by group of parameters, ``[groups, m, n]``."""
+        """Inner products per group of parameters, ``[groups, m, n]``."""
         return torch.stack([self.inner_of(test, total, names) for names in groups.values()])
 
     def inner_of(self, test: Gradients, total: int, names: Sequence[str]) -> Tensor:
@@ -127,7 +127,7 @@ class Gradients:
         return sums
 
     def flat(self) -> Tensor:
-        """All gradients written out side by side, ``[n, P]``."""
+        """All gradients written out next to each other, ``[n, P]``."""
         columns = {
             name: self.sample.new_zeros(self.n, math.prod(shape))
             for name, shape in self.parameters.items()
@@ -139,14 +139,14 @@ class Gradients:
 
     @property
     def nbytes(self) -> int:
-        """What the forms take in memory."""
+        """The memory of the forms in bytes."""
         return sum(form.nbytes for form in self.forms.values())
 
     @property
     def has_finite_factors(self) -> bool:
-        """Whether nothing in the forms is NaN or infinite, nor their sums: a quick look.
+        """Whether the tensors of the forms, and their sums, are finite: a quick check.
 
-        Products of what is finite may still overflow.
+        Products of finite tensors may still overflow.
         """
         return all(form.has_finite_factors for form in self.forms.values())
 
@@ -160,8 +160,11 @@ class Gradients:
         return None
 
 
+Transform = Callable[[Gradients], Gradients]
+
+
 def from_flat(vectors: Tensor, parameters: Mapping[str, torch.Size], sample: Tensor) -> Gradients:
-    """Gradients from what ``flat`` writes out, ``[n, P]``; views of it."""
+    """Gradients from the output of ``flat``, ``[n, P]``; views of it."""
     columns = vectors.split([math.prod(shape) for shape in parameters.values()], dim=1)
     forms = {
         name: Dense(values, shape)
@@ -178,7 +181,7 @@ def join_examples(parts: Sequence[Gradients]) -> Gradients:
     forms = {}
     for name in first.parameters:
         present = [part.forms.get(name) for part in parts]
-        # a parameter that some batch did not use: write its zeros out there
+        # write out zeros for a parameter that some batch did not use
         known = next((form for form in present if form is not None), None)
         if known is not None:
             zeros = (known.rows(slice(0, 1)).scaled(first.sample.new_zeros(1)) for _ in present)

@@ -1,6 +1,7 @@
-"""The model in float64 for a few examples: rounding then hides no wrong gradient, and feigns none.
+"""Runs the model in float64 on a few examples, so that rounding cannot hide or mimic errors.
 
-Autocast leaves float64 alone, so that what runs in half precision inside it runs in float64 too.
+Autocast does not change float64, so operations that run in half precision inside it run in float64,
+too.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,10 +29,10 @@ def _wide(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def in_float64(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Batch | None]:
-    """The model and the loss in float64 inside, and the batch; None where that does not run.
+    """Inside, the model and the loss are in float64; gives the batch in float64, or None.
 
-    It is None for a model that is in float64, that does not fit the memory twice, or that computes
-    in a precision of its own (it makes float32 tensors in its forward, say).
+    It gives None, and changes nothing, if the model is already in float64, does not fit the memory
+    twice, or does not run in float64 (its forward makes float32 tensors, say).
     """
     tensors = _narrow_tensors([model, *loss.modules])
     if not _may_widen(model, tensors):
@@ -48,7 +49,7 @@ def in_float64(model: nn.Module, loss: Loss, batch: Batch) -> Iterator[Batch | N
     finally:
         for tensor, data in zip(tensors, narrow, strict=True):
             tensor.data = data
-    if not runs:  # the model is as it was
+    if not runs:  # the model has been restored
         yield None
 
 

@@ -1,4 +1,4 @@
-"""What each kind of layer's per-example gradients are.
+"""Rules: the per-example gradients of each kind of layer.
 
 A rule is a pure function registered for a layer type::
 
@@ -7,11 +7,11 @@ A rule is a pure function registered for a layer type::
         ...
         return {"weight": form, "bias": form}
 
-It takes the layer, the tensors the layer was called with, the gradient ``delta`` of the summed loss
-at its output, and the number ``n`` of examples; the first dimension of all is n times some whole
-number, an example's items side by side. It returns a form for each parameter of its own, by
-attribute name; forms of parameters that are not asked for (frozen, or None) are ignored. A rule may
-serve subclasses too: ``check`` compares each with autograd before it is trusted.
+It takes the layer, the tensors that the layer was called with, the gradient ``delta`` of the summed
+loss at its output, and the number ``n`` of examples; the first dimension of all tensors is n times
+some whole number, an example's items next to each other. It returns one form per parameter of the
+layer, by attribute name; forms of parameters that are not needed (frozen, or None) are ignored.
+Rules also apply to subclasses: ``check`` compares each with autograd before it is trusted.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +33,7 @@ _RULES: dict[type | str, Rule] = {}
 
 
 def gradient_rule(*layer_types: type | str) -> Callable[[Rule], Rule]:
-    """Register a rule for layer types (by full name for packages that are not imported here)."""
+    """Register a rule for layer types (full names for packages that are not imported here)."""
 
     def register(rule: Rule) -> Rule:
         for layer_type in layer_types:
@@ -44,7 +44,7 @@ def gradient_rule(*layer_types: type | str) -> Callable[[Rule], Rule]:
 
 
 def rule_for(layer: nn.Module) -> Rule | None:
-    """The rule of the layer's type or of its nearest base class."""
+    """The rule of the layer's type or of its nearest base class; None if there is none."""
     for base in type(layer).__mro__:
         rule = _RULES.get(base) or _RULES.get(f"{base.__module__}.{base.__qualname__}")
         if rule is not None:
@@ -53,7 +53,7 @@ def rule_for(layer: nn.Module) -> Rule | None:
 
 
 def _per_example(values: Tensor, n: int, shape: torch.Size) -> Dense:
-    """The sum over an example's items of values that end in the parameter's shape."""
+    """The sum over each example's items of values whose last dimensions are the parameter's."""
     return Dense(values.reshape(n, -1, shape.numel()).sum(1), shape)
 
 
@@ -94,7 +94,7 @@ def bilinear(
 def embedding(
     layer: nn.Embedding, inputs: Sequence[Tensor], delta: Tensor, n: int
 ) -> dict[str, Form]:
-    """A looked-up row's gradient is delta; the padding row has none."""
+    """The gradient of a looked-up row is delta; the padding row has none."""
     ids = inputs[0].reshape(n, -1)
     deltas = delta.reshape(n, ids.shape[1], -1)
     if layer.padding_idx is not None:
@@ -122,7 +122,7 @@ def convolution(layer: Any, inputs: Sequence[Tensor], delta: Tensor, n: int) -> 
 
 
 def _padding(layer: Any) -> list[int]:
-    """The padding of each side, last dimension first, as ``F.pad`` takes it."""
+    """The padding of each side, last dimension first, as for ``F.pad``."""
     sides: list[int] = []
     sizes = zip(layer.kernel_size, layer.dilation, strict=True)
     for dim, (kernel, dilation) in reversed(list(enumerate(sizes))):
@@ -140,8 +140,8 @@ def _padding(layer: Any) -> list[int]:
 def transposed_convolution(
     layer: Any, inputs: Sequence[Tensor], delta: Tensor, n: int
 ) -> dict[str, Form]:
-    """The same with the two maps exchanged: the padded output gradient is the one that shifts."""
-    # an output may end before the last window (stride > kernel): zeros there add nothing
+    """``convolution`` with the two maps exchanged: the padded output gradient is shifted."""
+    # an output may end before the last window (stride > kernel): pad with zeros, which add nothing
     sides: list[int] = []
     for dim in reversed(range(len(layer.kernel_size))):
         before = layer.padding[dim]
@@ -160,7 +160,7 @@ def transposed_convolution(
 
 
 def _map_items(form: Convolved, n: int) -> Form:
-    """From one row an item to one an example, summing an example's items (the frames of a film)."""
+    """From one row per item to one per example, summing an example's items (frames of a film)."""
     if form.n == n:
         return form.compact()
     return _per_example(form.dense(), n, form.shape)

@@ -1,4 +1,4 @@
-"""A batch's gradients against those that some of its examples have by themselves.
+"""Compares the gradients of a batch with those of some of its examples by themselves.
 
 Shapes: n examples of a batch.
 """
@@ -13,22 +13,22 @@ from influence_kit.core.dtypes import real_shape
 from influence_kit.data.batches import Batch, example_count, take
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients import functional
-from influence_kit.gradients.capture import Capture
-from influence_kit.gradients.check import MIXES
-from influence_kit.gradients.comparison import (
+from influence_kit.gradients.autograd_comparison import (
     WIDENED,
     Tolerance,
     differences,
     is_random,
     same_random_state,
 )
+from influence_kit.gradients.capture import Capture
+from influence_kit.gradients.check import MIXES
 from influence_kit.gradients.explanation import explanation
 from influence_kit.gradients.forms import Form, join
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.precision import in_float64
 from influence_kit.losses.loss import Loss
 
-# of the norm of all gradients: less is rounding
+# relative to the norm of all gradients: less than this is rounding
 NOISE = 1e-5
 
 Found = tuple[set[str], set[str]]
@@ -45,8 +45,8 @@ def compare(
     """The parameters whose gradients differ, and those whose gradients are not zero.
 
     Args:
-        capture: where the gradients come from.
-        gradients: of the batch.
+        capture: the capture that computed the gradients.
+        gradients: the gradients of the batch.
         batch: the batch.
         loss: the loss.
         rows: the examples to compare.
@@ -54,7 +54,7 @@ def compare(
     """
     few = batch if gradients.n == 1 else take(batch, rows)
     with same_random_state(list(capture.parameters.values())):
-        if is_random(capture.model):  # another batch meets other masks
+        if is_random(capture.model):  # another batch gets other dropout masks
             gradients, rows = capture(few, loss), torch.arange(len(rows))
     wrong, moving = _differing(capture, gradients, few, loss, rows, tolerance)
     return wrong - (capture.scaled_by_frequency if len(rows) > 1 else set()), moving
@@ -68,7 +68,7 @@ def _differing(
     rows: Tensor,
     tolerance: Tolerance | None,
 ) -> Found:
-    """The same for some rows, of which ``few`` is the batch."""
+    """``compare`` for some rows, which form the batch ``few``."""
     forms = {name: chosen(form, rows) for name, form in gradients.forms.items()}
     values = list(capture.parameters.values())
     with same_random_state(values):
@@ -78,7 +78,7 @@ def _differing(
 
 
 def compare_widely(capture: Capture, batch: Batch, loss: Loss, rows: Tensor) -> Found | None:
-    """The same in float64; None where the model does not run in it."""
+    """``compare`` in float64; None if the model does not run in it."""
     with in_float64(capture.model, loss, batch) as wide:
         if wide is None:
             return None
@@ -92,14 +92,14 @@ def chosen(form: Form, rows: Tensor) -> Form:
 
 @dataclass(frozen=True)
 class Moving:
-    """Parameters whose gradient was zero in all that was compared, and examples where it is not."""
+    """Parameters whose gradient was zero in all comparisons, and examples where it is not."""
 
     names: Collection[str]
     examples: Tensor
 
 
 def not_yet_moving(gradients: Gradients, names: Collection[str]) -> Moving | None:
-    """Those of the named parameters that have a gradient now; None for none."""
+    """Those of the named parameters that now have a non-zero gradient; None if there are none."""
     gradients = gradients.balanced()[0]
     norms: Mapping[str, Tensor] = {
         name: gradients.forms[name].squared_norms() for name in names if name in gradients.forms
@@ -121,7 +121,7 @@ def added_up(capture: Capture, few: Batch, loss: Loss) -> None:
     """Check that the gradient of some examples together is the sum of those of two parts.
 
     Raises:
-        InvalidArgumentError: where it is not.
+        InvalidArgumentError: if it is not.
     """
     n = min(2 * (example_count(few) // 2), 6)
     if n < 2 or is_random(capture.model):
@@ -135,10 +135,10 @@ def added_up(capture: Capture, few: Batch, loss: Loss) -> None:
                 if batch is not None:
                     wrong = _not_added(capture, batch, half, loss, WIDENED)
     if wrong:
-        told = explanation(capture.model, few, loss) or MIXES
+        cause = explanation(capture.model, few, loss) or MIXES
         raise InvalidArgumentError(
             f"{capture.where}: the gradient of {n} examples together is not the sum of those of "
-            f"two halves (parameters {sorted(wrong)[:6]}). {told}"
+            f"two halves (parameters {sorted(wrong)[:6]}). {cause}"
         )
 
 

@@ -1,13 +1,13 @@
-"""Per-example gradients on disk: written once, row by row, and asked many times.
+"""Per-example gradients on disk: written once, row by row, and read many times.
 
-Letters: n rows, K columns (of all parameters or layers, side by side), C checkpoints, b rows of a
-batch or chunk.
+Shapes: n rows, K columns (of all parameters or layers, next to each other), C checkpoints, b rows
+of a batch or chunk.
 
-A store is a folder of chunks (``influence_kit.gradients.chunks``) beside a ``manifest.json`` that
-says what they belong to. A chunk that is there is whole; one that is not is work to do. So there
-is nothing else to keep in step: a build that was killed goes on where it was, on any number of
-ranks, and ends in the same bytes. Two builds at once do the work twice, and end in the same bytes
-as well; ``storage.locks.alone_in`` keeps the second one waiting.
+A store is a folder of chunks (``influence_kit.gradients.chunks``) and a ``manifest.json`` that
+describes what they belong to. A chunk that exists is complete; one that does not must still be
+computed. There is no other state: a build that was killed continues where it stopped, on any number
+of ranks, and ends with the same bytes. Two builds at once do the work twice, and end with the same
+bytes as well; ``storage.locks.alone_in`` keeps the second one waiting.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from influence_kit.storage.tensor_files import is_own_file
 class GradientStore:
     """Gradients ``[n, K]`` of the same examples at each of C checkpoints, in a folder.
 
-    Made by ``create_or_open`` (to build it) or ``open`` (to ask it). Rows are read as maps of
-    the files, one chunk at a time, so that a store may be larger than memory; the checksum of a
-    chunk is checked when it is first read.
+    Made by ``create_or_open`` (to build it) or ``open`` (to read it). Rows are memory-mapped, one
+    chunk at a time, so a store may be larger than memory; the checksum of a chunk is checked when
+    it is first read.
 
     Attributes:
-        folder: where it is.
-        layout: which rows and columns it has, and how they are cut into chunks.
+        folder: the folder of the store.
+        layout: its rows and columns, and how they are cut into chunks.
 
     Example:
         >>> import tempfile
@@ -77,23 +77,23 @@ class GradientStore:
         dtype: torch.dtype = torch.float32,
         chunk_rows: int | None = None,
     ) -> GradientStore:
-        """The store of a folder, made where there is none; all ranks call it alike.
+        """The store of a folder, created if there is none; all ranks make the same call.
 
         Args:
-            folder: a new or empty one, or one that was made for the same.
-            description: what the gradients belong to, as JSON can say it: hashes of model,
-                checkpoints and data, the loss, the layers, the projection.
-            columns: the shape of what each name has of a row, in the order of the row.
+            folder: a new or empty folder, or one with a store of the same description.
+            description: what the gradients belong to, in JSON types: hashes of model, checkpoints
+                and data, the loss, the layers, the projection.
+            columns: the shape of each name's part of a row, in the order of the row.
             rows: the number of examples.
-            checkpoints: how many have gradients of their own.
-            dtype: what is stored. float16 has 3 digits of numbers from 6e-5 to 65504, bfloat16 2
-                digits of all numbers.
-            chunk_rows: rows a file, where the store is new; best a multiple of the batch size.
-                None takes ``default_chunk_rows``.
+            checkpoints: the number of checkpoints, each with its own gradients.
+            dtype: the stored dtype. float16 has 3 digits for numbers from 6e-5 to 65504, bfloat16 2
+                digits for all numbers.
+            chunk_rows: rows per file, for a new store; best a multiple of the batch size. None for
+                ``default_chunk_rows``.
 
         Raises:
-            InvalidArgumentError: where the folder holds a store of something else, with every
-                difference, or other files.
+            InvalidArgumentError: if the folder holds other files, or a store of something else; the
+                message lists every difference.
         """
         if chunk_rows is None:
             width = sum(shape.numel() for shape in columns.values())
@@ -105,10 +105,10 @@ class GradientStore:
     def open(
         cls, folder: str | Path, description: Mapping[str, Any] | None = None
     ) -> GradientStore:
-        """A store that is complete, to ask it.
+        """A complete store, to read it.
 
         Raises:
-            InvalidArgumentError: where it is not complete, or not of what is described.
+            InvalidArgumentError: if it is not complete, or does not match the description.
         """
         manifest = Manifest.read(Path(folder))
         if description is not None:
@@ -122,16 +122,16 @@ class GradientStore:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all chunks are there and ``finish`` was called."""
+        """Whether all chunks exist and ``finish`` was called."""
         return self._manifest.is_finished and not self.missing()
 
     def missing(self) -> list[tuple[int, int]]:
-        """The chunks that are not there, of all ranks: ``(checkpoint, chunk)``."""
+        """The missing chunks of all ranks: ``(checkpoint, chunk)``."""
         there = {path.name for path in self.folder.iterdir()}
         return [key for key in self._keys() if self.layout.file(*key) not in there]
 
     def wanted(self, checkpoint: int, start: int, stop: int) -> bool:
-        """Whether this rank lacks any of the rows ``start`` to ``stop``."""
+        """Whether this rank must still write any of the rows ``start`` to ``stop``."""
         skipped = self._skipped.get(checkpoint)
         chunks = (chunk for chunk, _ in self.layout.cut(start, stop))
         if skipped is not None:
@@ -139,15 +139,15 @@ class GradientStore:
         return any(is_mine(c) and not self._path(checkpoint, c).exists() for c in chunks)
 
     def fill(self, checkpoint: int, pieces: Iterable[tuple[int, Tensor]]) -> None:
-        """Write this rank's missing chunks from rows as they come.
+        """Write this rank's missing chunks from a stream of rows.
 
         Args:
-            checkpoint: whose rows they are.
-            pieces: in ascending order ``(first row, rows [b, K])``, at least those for which
-                ``wanted`` is true. What is there already is not written again.
+            checkpoint: the index of their checkpoint.
+            pieces: ``(first row, rows [b, K])`` in ascending order, at least those for which
+                ``wanted`` is true. Existing chunks are not written again.
 
         Raises:
-            InvalidArgumentError: where rows of a chunk did not come, or do not fit.
+            InvalidArgumentError: if rows of a chunk are missing, or do not fit.
             NonFiniteError: for rows that are NaN or infinite.
         """
         skipped = {
@@ -164,24 +164,24 @@ class GradientStore:
             del self._skipped[checkpoint]
 
     def empty(self) -> None:
-        """Remove the chunks of an unfinished store."""
+        """Delete the chunks of an unfinished store."""
         if not self._manifest.is_finished:
             for key in self._keys():
                 if is_own_file(self._path(*key), KIND):
                     remove_file(self._path(*key))
 
     def finish(self) -> None:
-        """Say in the manifest that all chunks are there, with their checksums.
+        """Record in the manifest that all chunks exist, with their checksums.
 
-        Of several ranks one calls it, after all have filled in their chunks.
+        Only one rank calls it, after all have written their chunks.
 
         Raises:
-            InvalidArgumentError: where a chunk is missing, or cut off.
+            InvalidArgumentError: if a chunk is missing or cut off.
         """
         missing = self.missing()
         if missing:
             raise InvalidArgumentError(
-                f"{self.folder} lacks {len(missing)} chunks (checkpoint, chunk), the first of them "
+                f"{self.folder} lacks {len(missing)} chunks; the first is (checkpoint, chunk) "
                 f"{missing[0]}; `fill` them first"
             )
         chunks = {
@@ -191,10 +191,10 @@ class GradientStore:
         self._manifest.write(chunks)
         remove_temporaries(self.folder)
 
-    # Asking it.
+    # Reading it.
 
     def tiles(self, sample: Tensor | None = None) -> list[range]:
-        """All rows in turn, in pieces of one chunk that fit the workspace once converted."""
+        """Ranges that cover all rows, each within one chunk and fitting the workspace."""
         like = self._sample(sample)
         size = self.layout.width * (like.element_size() + self.layout.dtype.itemsize)
         step = rows_within(workspace_bytes(like.device), size)
@@ -207,21 +207,21 @@ class GradientStore:
         """The rows as gradients, by name of the columns.
 
         Args:
-            checkpoint: whose rows.
+            checkpoint: the index of their checkpoint.
             start: the first row.
             stop: the row after the last.
-            sample: a tensor with the dtype and device that they are to have; without one it is
-                float32 for half precision and the stored dtype otherwise, on the CPU.
+            sample: a tensor with the dtype and device to convert to; without one, float32 for half
+                precision and the stored dtype otherwise, on the CPU.
         """
         like = self._sample(sample)
         values = self.read(checkpoint, start, stop).to(like.device).to(like.dtype)
         return from_flat(values, self.layout.columns, like)
 
     def read(self, checkpoint: int, start: int, stop: int) -> Tensor:
-        """Rows as they are stored: of one chunk a map of its file ``[b, K]``, of several a copy.
+        """Rows as stored, ``[b, K]``: memory-mapped if they are in one chunk, otherwise a copy.
 
         Raises:
-            InvalidArgumentError: where a chunk is missing, cut off or damaged.
+            InvalidArgumentError: if a chunk is missing, cut off or damaged.
         """
         parts = self.layout.cut(start, stop)
         if len(parts) == 1:
@@ -233,7 +233,7 @@ class GradientStore:
             values[rows.start - start : rows.stop - start] = self._inside(checkpoint, chunk, rows)
         return values
 
-    # How it is done.
+    # Private parts.
 
     def _keys(self) -> Iterator[tuple[int, int]]:
         return product(range(self.layout.checkpoints), range(self.layout.chunks))
@@ -256,7 +256,7 @@ class GradientStore:
         return self._chunk(checkpoint, chunk)[rows.start - first : rows.stop - first]
 
     def _chunk(self, checkpoint: int, chunk: int) -> Tensor:
-        """The rows of a chunk; the last one that was asked for stays mapped."""
+        """The rows of a chunk; the last one that was read stays mapped."""
         name = self._path(checkpoint, chunk).name
         if self._mapped is None or self._mapped[0] != name:
             self._mapped = None  # so that there are never two of them

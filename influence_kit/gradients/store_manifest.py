@@ -1,9 +1,9 @@
-"""What a gradient store says of itself: its rows, columns and chunks, and what they belong to.
+"""The manifest of a gradient store: its rows, columns and chunks, and what they belong to.
 
-Letters: n rows, K columns.
+Shapes: n rows, K columns.
 
-It is written when the store is made, and again, with the sizes and checksums of all chunks, when it
-is complete.
+It is written when the store is created, and again, with the sizes and checksums of all chunks,
+when it is complete.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ DTYPES = {
     torch.float32: "F32",
     torch.float64: "F64",
 }
-# one chunk is mapped at a time; a file costs a few milliseconds until it is on the disk
+# one chunk is mapped at a time; writing a file takes at least a few milliseconds
 CHUNK_BYTES, SMALL_CHUNK_BYTES = 64 * MIB, 4 * MIB
-# of a smaller store: a killed build loses little, and ranks have something to share out
+# small stores are cut into this many: a killed build loses little, and ranks can share them
 FEWEST_CHUNKS = 32
 # how many times as large chunks may be as are wanted now: nobody else's file decides on memory
 LARGER = 16
@@ -45,9 +45,9 @@ REMEDY = "build the store again, in a new or empty folder"
 
 
 def default_chunk_rows(rows: int, row_bytes: int, batch_size: int = 1) -> int:
-    """Rows a chunk: of 64 MiB, less in a small store; a multiple of the batch size.
+    """Rows per chunk: 64 MiB, or less in a small store; a multiple of the batch size.
 
-    Rows that are computed ``batch_size`` at a time then never belong to two chunks.
+    So a batch of rows never belongs to two chunks.
     """
     size = min(CHUNK_BYTES, max(SMALL_CHUNK_BYTES, rows * row_bytes // FEWEST_CHUNKS))
     fitting = rows_within(size, row_bytes)
@@ -56,14 +56,14 @@ def default_chunk_rows(rows: int, row_bytes: int, batch_size: int = 1) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which rows and columns there are, and in which chunk.
+    """The rows and columns of a store, and how they are cut into chunks.
 
     Args:
-        rows: n, one an example.
-        checkpoints: each has rows of its own.
-        columns: K of them: the shape of what each name has of a row, in the order of the row.
-        dtype: of the numbers.
-        chunk_rows: rows a chunk; the last one may have less.
+        rows: the number of rows n, one per example.
+        checkpoints: the number of checkpoints, each with its own rows.
+        columns: the shape of each name's part of a row, in the order of the row; K in all.
+        dtype: the dtype of the numbers.
+        chunk_rows: rows per chunk; the last one may have fewer.
     """
 
     rows: int
@@ -83,12 +83,12 @@ class Layout:
 
     @property
     def width(self) -> int:
-        """K."""
+        """The number of columns K."""
         return sum(math.prod(shape) for shape in self.columns.values())
 
     @property
     def chunks(self) -> int:
-        """How many chunks a checkpoint has."""
+        """The number of chunks per checkpoint."""
         return -(-self.rows // self.chunk_rows)
 
     def rows_of(self, chunk: int) -> range:
@@ -97,7 +97,7 @@ class Layout:
         return range(start, min(start + self.chunk_rows, self.rows))
 
     def cut(self, start: int, stop: int) -> list[tuple[int, range]]:
-        """Rows ``start`` to ``stop`` by chunk: its number, and those that lie in it."""
+        """Rows ``start`` to ``stop`` by chunk: its number, and the rows in it."""
         if not 0 <= start <= stop <= self.rows:
             raise InvalidArgumentError(
                 f"there are no rows {start} to {stop}: the store has {self.rows}"
@@ -134,14 +134,14 @@ class Layout:
         return [f"chunks of {size >> 20} MiB there, at most {most >> 20} MiB"] * (size > most)
 
     def described(self) -> dict[str, Any]:
-        """What may differ from what is wanted: all but ``chunk_rows``, key by key."""
+        """The entries that must match, key by key: all but ``chunk_rows``."""
         found = self.manifest()
         del found["chunk_rows"]
         columns = found.pop("columns")
-        return {**found, **{f"column {name}": place for name, place in columns.items()}}
+        return {**found, **{f"column {name}": span for name, span in columns.items()}}
 
     def manifest(self) -> dict[str, Any]:
-        """The same as JSON can say it; the columns of a name are ``[start, stop, shape]``."""
+        """The layout in JSON types; the columns of a name are ``[start, stop, shape]``."""
         columns, start = {}, 0
         for name, shape in self.columns.items():
             stop = start + math.prod(shape)
@@ -157,7 +157,7 @@ class Layout:
 
     @classmethod
     def of_manifest(cls, manifest: Mapping[str, Any]) -> Layout:
-        """What ``manifest`` has said; a ``ValueError`` where it is something else."""
+        """The layout from the output of ``manifest``; a ``ValueError`` if it is something else."""
         try:
             columns = {
                 name: torch.Size(shape) for name, (_, _, shape) in manifest["columns"].items()
@@ -178,9 +178,9 @@ class Manifest:
     """The manifest of a store, without its list of chunks.
 
     Args:
-        folder: whose.
+        folder: the folder of the store.
         description: what the gradients belong to.
-        layout: how they are cut into chunks.
+        layout: the layout of rows, columns and chunks.
     """
 
     folder: Path
@@ -192,7 +192,7 @@ class Manifest:
         """The manifest of a store.
 
         Raises:
-            InvalidArgumentError: where there is none that this version can read.
+            InvalidArgumentError: if there is none that this version can read.
         """
         found = FolderManifest.read(folder, KIND, REMEDY)
         try:
@@ -205,12 +205,12 @@ class Manifest:
 
     @classmethod
     def made(cls, folder: Path, layout: Layout, description: Mapping[str, Any]) -> Manifest:
-        """The manifest of a store, which is made where there is none.
+        """The manifest of a store, created if there is none.
 
         Raises:
-            InvalidArgumentError: where the folder holds something else.
+            InvalidArgumentError: if the folder holds something else.
         """
-        # another rank may be making it at the same time: the same one
+        # another rank may be creating the same one at this moment
         claim(folder, KIND)
         if not (folder / MANIFEST).is_file():
             make_folder(folder)
@@ -220,10 +220,10 @@ class Manifest:
         return found
 
     def check(self, description: Mapping[str, Any], layout: Layout | None = None) -> None:
-        """Compare with what is wanted.
+        """Compare with the description, and the layout if there is one.
 
         Raises:
-            InvalidArgumentError: with every difference.
+            InvalidArgumentError: lists every difference.
         """
         found = differences(self.description, description)
         if layout is not None:
@@ -231,13 +231,13 @@ class Manifest:
             found += self.layout.too_large(layout)
         if found:
             raise InvalidArgumentError(
-                f"{self.folder} was built for something else: {'; '.join(found)}. Name another "
-                "folder, or use the model, data, loss and settings it was built with"
+                f"{self.folder} was built for something else: {'; '.join(found)}. Give another "
+                "folder, or use the model, data, loss and settings that it was built with"
             )
 
     @cached_property
     def identity(self) -> str:
-        """What the chunks are marked with."""
+        """The hash that identifies the store in its chunks."""
         text = json.dumps([self.description, self.layout.manifest()])
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -248,6 +248,6 @@ class Manifest:
         return files is not None and len(files) == self.layout.checkpoints * self.layout.chunks
 
     def write(self, chunks: Mapping[str, Mapping[str, Any]] | None) -> None:
-        """Write the manifest, with its list of chunks where they are all there."""
+        """Write the manifest, with its list of chunks if all exist."""
         layout = self.layout.manifest()
         FolderManifest(KIND, self.description, layout, chunks).write(self.folder)

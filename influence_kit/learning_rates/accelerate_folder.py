@@ -1,4 +1,4 @@
-"""The applied rate of a folder of accelerate's ``save_state``."""
+"""The applied learning rate of a folder that accelerate's ``save_state`` wrote."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ def accelerate_rate(path: Path) -> Rate:
 
 
 def accelerate_state(path: Path) -> TrainingState:
-    """The optimizers and schedulers in a folder; of a ``step_N`` or ``iter_N`` the steps, too."""
+    """The optimizers and schedulers in a folder; for ``step_N`` or ``iter_N`` the steps, too."""
     optimizers = _held(path, _is_optimizer, "optimizer*.bin", "optimizer.pt")
     prepared = _held(path, is_scheduler, "scheduler*.bin", "scheduler.pt")
     schedulers = prepared or _held(path, is_scheduler, "custom_checkpoint_*.pkl")
@@ -53,6 +53,6 @@ def _held(path: Path, fits: Callable[[Any], bool], *patterns: str) -> States:
 
 
 def _others(path: Path, schedulers: States) -> dict[int, float]:
-    """The rates of the checkpoints beside this one, by number of scheduler steps."""
+    """The rates of neighbouring checkpoints, by number of scheduler steps."""
     file, own = next(iter(schedulers.items()))
     return rates_of([values_of(folder / file) for folder in folders_beside(path)], own)

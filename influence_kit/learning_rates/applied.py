@@ -1,7 +1,7 @@
-"""The applied rate from the states of optimizers and schedulers.
+"""The applied learning rate, from the states of optimizers and schedulers.
 
-A scheduler's state holds the rate after its last step. Whether that step came after the last step
-of the optimizer (so that the applied rate is the one before) is read from counters.
+A scheduler's state holds the rate after its last step. Whether that step came after the optimizer's
+last step (so that the applied rate is the one before) is inferred from counters.
 """
 
 import math
@@ -16,7 +16,7 @@ from influence_kit.learning_rates.closed_forms import (
     scheduler_name,
     steps_taken,
 )
-from influence_kit.learning_rates.known_rates import rate_at
+from influence_kit.learning_rates.interpolation import rate_at
 from influence_kit.learning_rates.rate import APPLIED, ESTIMATED, Rate, one_rate
 
 State = Mapping[str, Any]
@@ -25,19 +25,19 @@ NEXT = "the rate of the next step"
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a checkpoint holds beside the weights.
+    """The training state in a checkpoint, apart from the weights.
 
     Args:
-        optimizers: their state dicts.
-        schedulers: their state dicts.
+        optimizers: the state dicts of the optimizers.
+        schedulers: the state dicts of the schedulers.
         where: the file or key that they are in, for ``Rate.source``.
-        epochs: numbers of epochs, or of savings, that were saved beside them.
-        updates: the number of updates that was saved beside them; optimizers like Adam have their
-            own.
+        epochs: numbers of epochs, or of saves, that were saved with them.
+        updates: the number of optimizer updates that was saved with them; optimizers like Adam
+            count their own.
         back: how many steps of the schedulers lie between the last step of the optimizer and the
-            saving; None where that must be found from the counters.
+            save; None to infer it from the counters.
         per_step: how many steps a scheduler takes at a time (one per process in accelerate).
-        others: finds known rates by number of scheduler steps, from other checkpoints of the run.
+        others: returns rates by number of scheduler steps, from other checkpoints of the run.
     """
 
     optimizers: Sequence[State]
@@ -51,10 +51,10 @@ class TrainingState:
 
 
 def applied_rate(state: TrainingState) -> Rate | None:
-    """The rate of the optimizer's last step, as far as it can be found; None without any rate.
+    """The rate of the optimizer's last step, if it can be found; None if there is no rate.
 
     Raises:
-        InvalidArgumentError: where groups of parameters, or optimizers, have different rates.
+        InvalidArgumentError: if parameter groups, or optimizers, have different rates.
     """
     groups = [g for optimizer in state.optimizers for g in optimizer.get("param_groups", ())]
     current = [float(group["lr"]) for group in groups if "lr" in group]
@@ -78,7 +78,7 @@ def applied_rate(state: TrainingState) -> Rate | None:
 
 
 def _unscheduled(groups: Sequence[State], rate: float, where: str) -> Rate:
-    """Without a scheduler's state; a scheduler that was not saved left its mark in the groups."""
+    """The rate without a scheduler's state; ``initial_lr`` shows a scheduler that was not saved."""
     if not any("initial_lr" in group for group in groups):
         return Rate(rate, where, APPLIED)
     return Rate(rate, f"{where}: {NEXT}", ESTIMATED)
@@ -87,7 +87,7 @@ def _unscheduled(groups: Sequence[State], rate: float, where: str) -> Rate:
 def _before(
     state: TrainingState, groups: Sequence[State], current: Sequence[float], back: int
 ) -> Rate | None:
-    """The rate ``back`` steps of the schedulers ago."""
+    """The rate ``back`` scheduler steps ago."""
     names = [scheduler_name(scheduler) for scheduler in state.schedulers]
     if "ReduceLROnPlateau" in names:
         return _before_plateau(state, current[0]) if len(names) == 1 else None
@@ -105,9 +105,9 @@ def _before(
 
 
 def scale_is_known(state: TrainingState, current: Sequence[float]) -> bool:
-    """Whether a ``CyclicLR`` has shown how it scales: at its lowest rate any function does nothing.
+    """Whether it is known how a ``CyclicLR`` scales, which does not show at its lowest rate.
 
-    A function of the user's is not in the state.
+    A user's scale function is not in the state, so other checkpoints must confirm the formula.
     """
     scheduler = state.schedulers[0]
     if len(state.schedulers) > 1 or scheduler_name(scheduler) != "CyclicLR":
@@ -115,14 +115,14 @@ def scale_is_known(state: TrainingState, current: Sequence[float]) -> bool:
     lowest = float(scheduler["base_lrs"][0])
     if not _equal(current[0], lowest):
         return True
-    told = {s: rate for s, rate in state.others().items() if not _equal(rate, lowest)}
-    return bool(told) and all(
-        _equal(closed_form(scheduler, steps, 0, {}), rate) for steps, rate in told.items()
+    known = {s: rate for s, rate in state.others().items() if not _equal(rate, lowest)}
+    return bool(known) and all(
+        _equal(closed_form(scheduler, steps, 0, {}), rate) for steps, rate in known.items()
     )
 
 
 def _from_others(state: TrainingState, current: float, back: int) -> Rate | None:
-    """The rate of a scheduler without a closed form, from other checkpoints of the run."""
+    """The rate from other checkpoints of the run, for a scheduler without a closed form."""
     scheduler = state.schedulers[0]
     if len(state.schedulers) > 1:
         return None
@@ -135,15 +135,15 @@ def _from_others(state: TrainingState, current: float, back: int) -> Rate | None
 def owners(
     state: TrainingState, groups: Sequence[State]
 ) -> list[tuple[Sequence[State], int, State]]:
-    """For each group of parameters its schedulers, and its number in its optimizer."""
+    """For each parameter group its schedulers, its index in its optimizer, and the group."""
     if not groups:
         return [([state.schedulers[0]], i, {}) for i in range(len(state.schedulers[0]["_last_lr"]))]
     paired = len(state.optimizers) == len(state.schedulers)
     if len(state.optimizers) > 1 and not paired:
         return []
     return [
-        ([state.schedulers[place]] if paired else state.schedulers, index, group)
-        for place, optimizer in enumerate(state.optimizers)
+        ([state.schedulers[number]] if paired else state.schedulers, index, group)
+        for number, optimizer in enumerate(state.optimizers)
         for index, group in enumerate(optimizer.get("param_groups", ()))
     ]
 
@@ -151,7 +151,7 @@ def owners(
 def evaluated(
     schedulers: Sequence[State], index: int, group: State, current: float, back: int
 ) -> tuple[float | None, bool]:
-    """A group's rate some steps ago, and whether the same forms give its current rate."""
+    """A group's rate some steps ago, and whether the same formulas give its current rate."""
     parts = [p for s in schedulers for p in s.get("_schedulers", [s]) if "_milestones" not in s]
     parts += [s for s in schedulers if "_milestones" in s]
     now = [closed_form(part, steps_taken(part), index, group) for part in parts]
@@ -166,7 +166,7 @@ def evaluated(
     product = math.prod(float(rate or 0.0) / base for rate in now)
     if not product:
         return None, False
-    # cosine schedules with a least rate are not factors of the rate
+    # cosine schedules with a minimum rate are not factors of the rate
     verified = _equal(base * product, current)
     ratio = math.prod(float(b or 0.0) / float(a or 1.0) for a, b in zip(now, then, strict=True))
     return current * ratio, verified
@@ -177,14 +177,14 @@ def _equal(a: float | None, b: float | None) -> bool:
 
 
 def _before_plateau(state: TrainingState, rate: float) -> Rate:
-    """The rate before the last call of ``ReduceLROnPlateau``, which reduced it or did not."""
+    """The rate before the last call of ``ReduceLROnPlateau``, which may have reduced it."""
     scheduler = state.schedulers[0]
     name, cooldown = f"{state.where}: ReduceLROnPlateau", scheduler.get("cooldown", 0)
     if cooldown and scheduler.get("cooldown_counter") == cooldown:
         return Rate(rate / scheduler["factor"], f"{name}, before it reduced it", ESTIMATED)
     last, others = steps_taken(scheduler), state.others()
     if last - 1 in others:
-        return Rate(others[last - 1], f"{name}, the rate of the checkpoint before", APPLIED)
+        return Rate(others[last - 1], f"{name}, the rate of the previous checkpoint", APPLIED)
     before = (other for steps, other in others.items() if steps < last)
     if cooldown or scheduler.get("num_bad_epochs") or rate in before:
         return Rate(rate, f"{name}, which did not reduce it", APPLIED)
@@ -221,7 +221,7 @@ def _calls_back(taken: int, updates: int | None, epochs: Sequence[int]) -> tuple
             per_update, rest = divmod(taken, updates) if updates else (1, 1)
             return (1, False) if rest else (per_update, True)
         if updates % taken:
-            return 0, True  # not at the end of an epoch of the scheduler's
+            return 0, True  # not at the end of an epoch as the scheduler counts them
     for epoch in epochs:
         if epoch == taken - 1:
             return 1, True  # counted from 0, and saved after the scheduler's step
@@ -229,12 +229,12 @@ def _calls_back(taken: int, updates: int | None, epochs: Sequence[int]) -> tuple
             return 0, True  # counted from 1, and saved before it
         if epoch == taken:
             return 1, bool(updates and updates % (taken + 1))
-    # epochs are counted, the scheduler is called for each step
+    # epochs are counted, but the scheduler is called at each step
     return 1, updates is None and bool(epochs) and max(epochs) < taken
 
 
 def optimizer_steps(optimizers: Iterable[State]) -> int | None:
-    """How many updates Adam and its kin counted; None for optimizers that do not count."""
+    """How many updates Adam and similar optimizers counted; None for those that do not count."""
     counts = [
         int(values["step"])
         for optimizer in optimizers

@@ -1,7 +1,7 @@
-"""The rate of PyTorch's schedulers at any of their steps, from their state dicts.
+"""The learning rate of PyTorch's schedulers at any of their steps, from their state dicts.
 
 A state dict has no class name: its keys identify the class. ``LambdaLR`` and ``MultiplicativeLR``
-do not keep their functions, and ``ReduceLROnPlateau`` depends on the metrics: these have no closed
+do not save their functions, and ``ReduceLROnPlateau`` depends on metrics: these have no closed
 form.
 """
 
@@ -19,8 +19,8 @@ def closed_form(state: State, epoch: int, index: int, group: State) -> float | N
     Args:
         state: the scheduler's state dict.
         epoch: the number of steps, ``last_epoch`` for the current rate.
-        index: the number of the parameter group.
-        group: the group in the optimizer's state dict (``OneCycleLR`` keeps its rates there), or
+        index: the index of the parameter group.
+        group: the group in the optimizer's state dict (``OneCycleLR`` stores its rates there), or
             an empty dict.
 
     Returns:
@@ -40,18 +40,18 @@ def closed_form(state: State, epoch: int, index: int, group: State) -> float | N
 
 
 def scheduler_name(state: State) -> str:
-    """The class of a scheduler's state dict, or "scheduler"."""
+    """The name of the class of a scheduler's state dict, or "scheduler"."""
     found = (name for name, keys in NAMES.items() if all(key in state for key in keys))
     return next(found, "scheduler")
 
 
 def is_scheduler(state: Any) -> bool:
-    """Whether this is a scheduler's state dict."""
+    """Whether an object is a scheduler's state dict."""
     return isinstance(state, Mapping) and ("last_epoch" in state or "_schedulers" in state)
 
 
 def steps_taken(state: State) -> int:
-    """How many steps a scheduler has taken; those of a ``ChainedScheduler`` are its parts'."""
+    """How many steps a scheduler has taken; a ``ChainedScheduler`` as many as its parts."""
     if "last_epoch" not in state and state.get("_schedulers"):
         return steps_taken(state["_schedulers"][0])
     taken = state.get("last_epoch", 0)
@@ -66,7 +66,7 @@ def cycles_momentum(state: State) -> bool:
 
 
 def of_momentum(state: State) -> State:
-    """The state of a ``OneCycleLR`` or ``CyclicLR`` with the momentum in the place of the rate."""
+    """The state of a ``OneCycleLR`` or ``CyclicLR`` with the rate replaced by the momentum."""
     if "_schedule_phases" not in state:
         # the momentum is largest where the rate is smallest
         return {**state, "base_lrs": state["max_momentums"], "max_lrs": state["base_momentums"]}
@@ -77,7 +77,7 @@ def of_momentum(state: State) -> State:
     return {**state, "_schedule_phases": phases}
 
 
-# in an order in which the first that fits is right
+# the keys of each class, ordered so that the first class that fits is right
 NAMES = {
     "SequentialLR": ("_milestones", "_schedulers"),
     "ChainedScheduler": ("_schedulers",),

@@ -23,18 +23,18 @@ from influence_kit.learning_rates.closed_forms import (
     scheduler_name,
     steps_taken,
 )
-from influence_kit.learning_rates.known_rates import rate_at
+from influence_kit.learning_rates.interpolation import rate_at
 from influence_kit.learning_rates.optimizers import gain_of, only_sgd
 from influence_kit.learning_rates.rate import NONE
 from influence_kit.learning_rates.training_record import TrainingRecord, record_of
 
-# steps at which a rate between known ones is computed; in between it is taken for a straight line
+# steps at which a rate between known ones is computed; between them it is interpolated linearly
 POINTS = 100
-# steps of the longest run whose schedule is looked for, which takes seconds then
+# the longest run, in steps, whose schedule is searched for, which takes seconds at that length
 LONG = 5000
 STORE = (
     "Store 'learning_rate' (that of the last step) and 'step' (the number of optimizer steps), and "
-    "'momentum' if there is some, beside the weights"
+    "'momentum' if there is some, with the weights"
 )
 
 
@@ -44,7 +44,7 @@ class RateSum:
 
     Args:
         value: the sum.
-        steps: over how many steps.
+        steps: the number of steps.
         source: where the rates were found.
     """
 
@@ -54,34 +54,34 @@ class RateSum:
 
 
 def rate_sum(checkpoints: Sequence[Any], index: int) -> RateSum:
-    r"""The sum of the rates that SGD applied until a checkpoint was saved.
+    r"""The sum of the learning rates that SGD applied until a checkpoint was saved.
 
     .. math::
         \sum_{t=1}^{T} \frac{\eta_t}{1 - \mu_t}
 
-    for T steps of rates eta and momentum mu (with dampening, times 1 - dampening).
+    for T steps with learning rates eta and momentum mu (with dampening, times 1 - dampening).
 
-    It is exact where the checkpoint holds the states of ``torch.optim.SGD`` and of a scheduler of
-    PyTorch's with a closed form (all but ``LambdaLR``, ``MultiplicativeLR`` and
-    ``ReduceLROnPlateau``): at each step if the scheduler is called once a step, also where it
-    cycles the momentum; if it is called once an epoch, where the checkpoint was saved at the end of
-    an epoch (and holds "epoch", if it was saved before the call), and otherwise up to one epoch's
-    change of the rate.
+    It is exact if the checkpoint holds the states of ``torch.optim.SGD`` and of one of PyTorch's
+    schedulers with a closed form (all but ``LambdaLR``, ``MultiplicativeLR`` and
+    ``ReduceLROnPlateau``), and the scheduler is called once per step, also if it cycles the
+    momentum. If the scheduler is called once per epoch, it is exact for a checkpoint saved at the
+    end of an epoch (which must hold "epoch", if it was saved before the call), and otherwise up to
+    one epoch's change of the rate.
 
-    In other cases rates are known at some steps: at those of the checkpoints of the list, of a
-    Trainer's logs, and for a ``LambdaLR`` of the checkpoints beside it. The schedules of
-    transformers (constant, linear, cosine, after a warmup) are recognised from them, in runs of up
-    to 5,000 steps where the scheduler's state has its base rate. Others are interpolated: straight
-    lines between the known rates (the trapezoid rule), constant before the first and after the
-    last, where each gap is off by at most its length times the change of the rate within it.
+    In other cases rates are known at some steps: those of the listed checkpoints, of a Trainer's
+    logs, and, for a ``LambdaLR``, of neighbouring checkpoints. The schedules of transformers
+    (constant, linear, cosine, after a warmup) are recognised from them, in runs of up to 5,000
+    steps whose scheduler state has its base rate. Others are interpolated: straight lines between
+    the known rates (the trapezoid rule), constant before the first and after the last. Each gap is
+    off by at most its length times the change of the rate within it.
 
     Args:
-        checkpoints: of one run: paths or dicts.
-        index: the one whose steps are summed.
+        checkpoints: the checkpoints of one run: paths or dicts.
+        index: the index of the one whose steps are summed.
 
     Raises:
-        InvalidArgumentError: where the number of steps, or any rate, is not known; for optimizers
-            other than SGD; where the rates of a scheduler cannot be told; where there are no steps
+        InvalidArgumentError: if the number of steps, or any rate, is not known; for optimizers
+            other than SGD; if the rates of a scheduler cannot be determined; if there are no steps
             or all rates are 0.
 
     Example:
@@ -94,7 +94,7 @@ def rate_sum(checkpoints: Sequence[Any], index: int) -> RateSum:
     if own.steps is None or not own.known:
         raise InvalidArgumentError(_missing(own))
     if own.steps < 1:
-        raise InvalidArgumentError("it was saved after 0 steps, so that there are no rates to sum")
+        raise InvalidArgumentError("it was saved after 0 steps, so there are no rates to sum")
     found = _by_schedule(own, own.steps)
     if found is None:
         others = (record_of(item) for i, item in enumerate(checkpoints) if i != index)
@@ -108,7 +108,7 @@ def rate_sum(checkpoints: Sequence[Any], index: int) -> RateSum:
 
 
 def _missing(own: TrainingRecord) -> str:
-    """What a record lacks, in words."""
+    """What is missing in a record, in words."""
     lacks = ["a learning rate"] if own.rate.kind == NONE and not own.logged else []
     lacks += ["the number of optimizer steps"] if own.steps is None else []
     holds = ", ".join(own.found) or "nothing of the kind"
@@ -117,16 +117,16 @@ def _missing(own: TrainingRecord) -> str:
 
 
 def _by_schedule(own: TrainingRecord, steps: int) -> RateSum | None:
-    """From the closed form of a scheduler; None without one that gives the current rate."""
+    """The sum from a scheduler's closed form; None if no closed form gives the current rate."""
     state = replace(own.state, updates=steps)
     current = [float(group["lr"]) for group in own.groups if "lr" in group]
     if not (state.schedulers and current) or not scale_is_known(state, current):
         return None
     back, _ = steps_back(state)
     taken = steps_taken(state.schedulers[0])
-    # calls of the scheduler until the last step, and the one after it
+    # the number of the scheduler's calls up to the last step, and the call after it
     calls = taken if back else taken + state.per_step
-    # by number of calls before a step, how many steps there were
+    # the number of steps by the number of calls before them
     counts = Counter(step * calls // steps for step in range(steps))
     sums = []
     for (schedulers, number, group), now in zip(owners(state, own.groups), current, strict=False):
@@ -146,7 +146,7 @@ def _by_schedule(own: TrainingRecord, steps: int) -> RateSum | None:
 def _effective(
     schedulers: Sequence[State], number: int, group: State, rate: float, back: int
 ) -> float | None:
-    """The rate over 1 - momentum some calls ago, where the schedule is certain."""
+    """The rate over 1 - momentum some calls ago; None if the schedule is not certain."""
     then, verified = evaluated(schedulers, number, group, rate, back)
     if then is None or not verified:
         return None
@@ -165,7 +165,7 @@ def _alike(values: Iterable[float]) -> bool:
 
 
 def _between(own: TrainingRecord, steps: int, records: Sequence[TrainingRecord]) -> RateSum:
-    """From the rates that are known at some steps."""
+    """The sum from rates that are known at some steps."""
     known = _known(records)
     scheduler = own.state.schedulers[0] if len(own.state.schedulers) == 1 else {}
     taken = steps_taken(scheduler) if scheduler else None
@@ -179,21 +179,21 @@ def _between(own: TrainingRecord, steps: int, records: Sequence[TrainingRecord])
     if max(steps, total or 0) > LONG:
         base = total = None
     even = torch.linspace(0, steps - 1, min(steps, POINTS)).round().long().tolist()
-    places = sorted({*even, *(step for step in known if 0 <= step < steps)})
+    points = sorted({*even, *(step for step in known if 0 <= step < steps)})
     rates = []
-    for place in places:
-        found = rate_at(place, known, base, total)
-        assert found is not None  # of which some are known
+    for step in points:
+        found = rate_at(step, known, base, total)
+        assert found is not None  # because some rates are known
         rates.append(found.value)
-    x, y = (torch.tensor(values, dtype=torch.float64) for values in (places, rates))
+    x, y = (torch.tensor(values, dtype=torch.float64) for values in (points, rates))
     # the trapezoid rule leaves out half of the first step and of the last
     value = float(torch.trapezoid(y, x)) + (rates[0] + rates[-1]) / 2
-    source = f"between the rates known of {len(known)} of {steps} steps"
+    source = f"interpolated between the rates known at {len(known)} of {steps} steps"
     return RateSum(value * gain_of(own.groups, own.momentum), steps, source)
 
 
 def _known(records: Sequence[TrainingRecord]) -> dict[int, float]:
-    """The rates that all checkpoints know, by number of steps before them."""
+    """The rates known from all checkpoints, by number of steps before them."""
     found: dict[int, float] = {}
     for record in records:
         for step, rate in record.known.items():
@@ -202,13 +202,13 @@ def _known(records: Sequence[TrainingRecord]) -> dict[int, float]:
             if not same and not record.logged:
                 raise InvalidArgumentError(
                     f"the checkpoints have learning rates {found[step]:g} and {rate:g} in the same "
-                    f"step {step + 1}, so that they are not of one run; take those of one run"
+                    f"step {step + 1}, so they are not of one run; pass those of one run"
                 )
     return found
 
 
 def _refuse_unknown_schedule(own: TrainingRecord, known: dict[int, float]) -> None:
-    """One rate is not enough where a scheduler has changed it."""
+    """Refuse a single known rate if a scheduler has changed the rate."""
     schedulers = own.state.schedulers
     changed = bool(schedulers) or any("initial_lr" in group for group in own.groups)
     cycles = any(map(cycles_momentum, schedulers))
@@ -217,6 +217,6 @@ def _refuse_unknown_schedule(own: TrainingRecord, known: dict[int, float]) -> No
     names = ", ".join(scheduler_name(s) for s in schedulers) or "which was not saved"
     raise InvalidArgumentError(
         f"a scheduler ({names}) changed its learning rate{' and momentum' if cycles else ''}, and "
-        f"the steps before cannot be told from its state, with {len(known)} rate known. "
+        f"earlier rates cannot be computed from its state, with {len(known)} rate known. "
         "Pass several checkpoints of the run, each with its 'learning_rate' and 'step'"
     )

@@ -1,8 +1,8 @@
-"""The usual schedules, recognised by some of their rates.
+"""The usual schedules, recognised from some of their learning rates.
 
-Those of transformers: constant, linear and cosine (also down to a least rate, and with restarts),
-each after a linear warmup from 0. Every warmup in whole steps is tried, and every length where it
-is not known; a schedule counts as recognised where all that fit agree.
+These are the schedules of transformers: constant, linear and cosine (also down to a minimum rate,
+and with restarts), each after a linear warmup from 0. Every warmup in whole steps is tried, and
+every length if it is not known; a schedule counts as recognised if all that fit agree.
 """
 
 import math
@@ -22,9 +22,9 @@ Known = Mapping[int, float]
 
 
 class Schedules(NamedTuple):
-    """Schedules of one kind, with a warmup and a length each, and their least factor.
+    """Schedules of one kind, each with its warmup and length, and their minimum factor.
 
-    They have ``unknowns`` numbers that were fitted to the known rates.
+    ``unknowns`` is how many of their numbers were fitted to the known rates.
     """
 
     kind: str
@@ -35,7 +35,7 @@ class Schedules(NamedTuple):
     least: Tensor | float = 0.0
 
     def factor(self, step: int) -> Tensor:
-        """What multiplies the base rate after ``step`` steps."""
+        """The factor of the base rate after ``step`` steps."""
         done = (step - self.warmup) / (self.total - self.warmup).clamp(min=1)
         if self.kind == "linear":
             decay = (1 - done).clamp(min=0)
@@ -54,16 +54,16 @@ def recognised(target: int, known: Known, base: float | None, total: int | None)
     Args:
         target: the number of steps.
         known: rates by number of steps.
-        base: the rate that the factor multiplies, where it is known.
-        total: the length in steps, where it is known.
+        base: the rate that the factor multiplies, if it is known.
+        total: the length in steps, if it is known.
 
     Returns:
-        The rate; "estimated" where several schedules fit, or where too few rates are known to
-        confirm one. None where none fits.
+        The rate; "estimated" if several schedules fit, or if too few rates are known to confirm
+        one. None if none fits.
     """
     if base is not None and all(rate == base for rate in known.values()):
         steps = sorted(known)
-        # equal rates may also be the same point of a cycle, one alone the end of a warmup
+        # equal rates may also be the same point of a cycle, a single one the end of a warmup
         certain = math.gcd(*(step - steps[0] for step in steps)) == 1
         return Rate(base, "constant schedule", APPLIED if certain else ESTIMATED)
     found: list[tuple[float, str]] = []
@@ -88,7 +88,7 @@ def recognised(target: int, known: Known, base: float | None, total: int | None)
 
 
 def _fitting(schedules: Schedules, known: Known, base: float | None) -> tuple[Tensor, Tensor]:
-    """Which of the schedules have all known rates, and their base rates."""
+    """A mask of the schedules that have all known rates, and their base rates."""
     if base is None:
         largest = max(known, key=lambda step: known[step])
         scale = known[largest] / schedules.factor(largest)
@@ -101,7 +101,7 @@ def _fitting(schedules: Schedules, known: Known, base: float | None) -> tuple[Te
 
 
 def _possible(known: Known, base: float | None, total: int | None) -> Iterator[Schedules]:
-    """Kinds of schedules, with the warmups and lengths that are possible."""
+    """The kinds of schedules, with all possible warmups and lengths."""
     last = max(known)
     if max(total or 0, last) > MOST_STEPS:
         return
@@ -119,7 +119,7 @@ def _possible(known: Known, base: float | None, total: int | None) -> Iterator[S
         yield Schedules("cosine", warmup, length, unknowns + (cycles > 1), cycles)
     yield Schedules("constant", warmup, length, unknowns)
     if base is not None:
-        # a least rate that the last known one tells
+        # with the minimum rate that the last known rate gives
         for kind in ("linear", "cosine"):
             plain = Schedules(kind, warmup, length, unknowns + 1).factor(last)
             least = ((known[last] / base - plain) / (1 - plain)).clamp(0, 1)
@@ -128,7 +128,7 @@ def _possible(known: Known, base: float | None, total: int | None) -> Iterator[S
 
 
 def _solved(known: Known, base: float) -> Iterator[Schedules]:
-    """Schedules of unknown length: whole numbers of steps that fit the last rate below the base."""
+    """Schedules of unknown length: those of whole steps that fit the last rate below the base."""
     inner = [step for step, rate in known.items() if 0 < rate < base]
     warmup = torch.arange(max(known) + 1, dtype=torch.float64)
     yield Schedules("constant", warmup, torch.full_like(warmup, math.inf), 1)

@@ -1,4 +1,4 @@
-"""The applied rate of a ``checkpoint-N`` folder of Hugging Face's Trainer."""
+"""The applied learning rate of a ``checkpoint-N`` folder of Hugging Face's Trainer."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 from influence_kit.learning_rates.applied import TrainingState, applied_rate
 from influence_kit.learning_rates.closed_forms import is_scheduler
-from influence_kit.learning_rates.known_rates import rate_at
+from influence_kit.learning_rates.interpolation import rate_at
 from influence_kit.learning_rates.rate import APPLIED, Rate, one_rate
 from influence_kit.learning_rates.siblings import folders_beside, numbered_folders, rates_of
 from influence_kit.storage.torch_files import values_of
@@ -18,7 +18,7 @@ Logs = dict[int, float]
 
 
 def trainer_state(path: Path) -> dict[str, Any] | None:
-    """What a folder's ``trainer_state.json`` holds."""
+    """The contents of a folder's ``trainer_state.json``; None if there is none."""
     file = path / TRAINER_STATE
     if not file.is_file():
         return None
@@ -33,14 +33,14 @@ def logged_rates(state: Mapping[str, Any]) -> Logs:
 
 
 def trainer_rate(path: Path, state: Mapping[str, Any]) -> Rate:
-    """The rate of the update before a folder was saved.
+    """The learning rate of the last update before a folder was saved.
 
     Args:
         path: the folder.
         state: its ``trainer_state``.
 
     Raises:
-        InvalidArgumentError: where groups of parameters have different rates.
+        InvalidArgumentError: if parameter groups have different rates.
     """
     scheduler, logs = values_of(path / "scheduler.pt"), logged_rates(state)
     step = int(state.get("global_step") or max(logs, default=0))
@@ -52,13 +52,13 @@ def trainer_rate(path: Path, state: Mapping[str, Any]) -> Rate:
         return Rate(logs[step], f"{TRAINER_STATE}, log of step {step}", APPLIED)
     if "patience" in scheduler:
         return _since_evaluation(state, logs, step) or evaluated or Rate(expected=True)
-    logs = {s: rate for s, rate in logs.items() if s <= step} | _laterlogged_rates(path, logs, step)
+    logs = {s: rate for s, rate in logs.items() if s <= step} | _later_logs(path, logs, step)
     found = _between(path, state, scheduler, logs) if logs or following is not None else None
     return found or evaluated or Rate(expected=True)
 
 
 def _since_evaluation(state: Mapping[str, Any], logs: Logs, step: int) -> Rate | None:
-    """A rate that was logged after the evaluation before the last: only these change the rate."""
+    """A rate logged since the last evaluation before this step: only evaluations change it."""
     last = max((s for s in _evaluations(state) if s < step), default=0)
     logged = [s for s in logs if last < s <= step]
     if not logged:
@@ -75,7 +75,7 @@ def _evaluations(state: Mapping[str, Any]) -> set[int]:
 def _from_scheduler(
     path: Path, state: Mapping[str, Any], scheduler: Mapping[str, Any]
 ) -> Rate | None:
-    """From the closed form of a scheduler of PyTorch's, or from an optimizer without scheduler."""
+    """The rate from a closed form of PyTorch's schedulers, or from an optimizer without one."""
     plateau = "patience" in scheduler
     if not plateau and ("lr_lambdas" in scheduler or (scheduler and not is_scheduler(scheduler))):
         return None
@@ -107,7 +107,7 @@ def trainer_steps(path: Path, state: Mapping[str, Any]) -> TrainingState:
 
 
 def _logged_late(path: Path, logs: Logs, step: int, following: float | None) -> bool:
-    """Whether the log of a step has the rate of the next one, as before transformers 4.51.
+    """Whether the log of a step has the rate of the next step, as before transformers 4.51.
 
     Such a log equals the scheduler's rate, although the rate changes from log to log.
     """
@@ -127,8 +127,8 @@ def _version(path: Path) -> tuple[int, ...] | None:
     return tuple(int(number) for number in numbers[:2]) or None
 
 
-def _laterlogged_rates(path: Path, logs: Logs, step: int) -> Logs:
-    """The logs after a step, from what was saved later in the same run."""
+def _later_logs(path: Path, logs: Logs, step: int) -> Logs:
+    """The logs after a step, from states that were saved later in the same run."""
     states = [trainer_state(folder) for folder in (*numbered_folders(path)[-1:], path.parent)]
     for state in states:
         later = logged_rates(state) if state else {}
@@ -140,7 +140,7 @@ def _laterlogged_rates(path: Path, logs: Logs, step: int) -> Logs:
 def _between(
     path: Path, state: Mapping[str, Any], scheduler: Mapping[str, Any], logs: Logs
 ) -> Rate | None:
-    """From the rates that are known at other steps: logs, and the next steps of all checkpoints.
+    """The rate from those known at other steps: from logs, and the next steps of all checkpoints.
 
     Steps of the schedule are counted from 0: the first update has the rate after 0 steps.
     """
@@ -154,11 +154,11 @@ def _between(
     found = []
     conventions = _conventions(path, logs, step, held.get(taken))
     for late in conventions:
-        # updates that were skipped are steps that the scheduler did not take
+        # the scheduler took no step for updates that were skipped
         shift = taken - step - (0 if late else 1)
         known = {s + shift: rate for s, rate in logs.items()} | held
         if len(conventions) > 1 and taken - 1 not in held:
-            # the log before counts only where the other rates agree that it is late
+            # the previous log is only used if the other rates confirm that logs are late
             known.pop(taken - 1, None)
         rate = rate_at(taken - 1, known, base, state.get("max_steps"))
         found += [] if rate is None else [rate]
@@ -167,7 +167,7 @@ def _between(
 
 
 def _conventions(path: Path, logs: Logs, step: int, following: float | None) -> list[bool]:
-    """Whether logs may have the rate of the next step, the likelier answer first."""
+    """Whether logs have the rate of the next step: the possible answers, the likelier first."""
     version = _version(path)
     if version and version >= (5,):
         return [False]

@@ -1,4 +1,4 @@
-"""What a checkpoint tells of the steps that led to it, read without its weights."""
+"""The training steps before a checkpoint, read from it without its weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +10,13 @@ from torch import Tensor
 
 from influence_kit.learning_rates.accelerate_folder import accelerate_rate, accelerate_state
 from influence_kit.learning_rates.applied import State, TrainingState
+from influence_kit.learning_rates.combined_file import (
+    OPTIMIZER_KEYS,
+    SCHEDULER_KEYS,
+    UPDATE_KEYS,
+    wrapped_rate,
+    wrapped_state,
+)
 from influence_kit.learning_rates.rate import NO_RATE, NONE, RATE_KEYS, Rate, is_one_number
 from influence_kit.learning_rates.rate import stored_rate as rate_of
 from influence_kit.learning_rates.trainer_folder import (
@@ -19,13 +26,6 @@ from influence_kit.learning_rates.trainer_folder import (
     trainer_state,
     trainer_steps,
 )
-from influence_kit.learning_rates.wrapped import (
-    OPTIMIZER_KEYS,
-    SCHEDULER_KEYS,
-    UPDATE_KEYS,
-    wrapped_rate,
-    wrapped_state,
-)
 from influence_kit.storage.torch_files import values_of
 
 MOMENTUM = "momentum"
@@ -34,16 +34,16 @@ SHOWN = (*RATE_KEYS, *UPDATE_KEYS, "epoch", MOMENTUM, *OPTIMIZER_KEYS, *SCHEDULE
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What a checkpoint tells of the steps that led to it.
+    """What is known from a checkpoint about the steps before it.
 
     Args:
         state: its optimizers and schedulers.
-        steps: how many steps the optimizer took; None where that is not known.
+        steps: how many steps the optimizer took; None if that is not known.
         rate: the learning rate of the last of them.
-        momentum: what was stored under that name.
-        logged: other rates, by number of steps before them.
-        total: the length of the schedule in steps, where it is known.
-        found: what it holds of all this, by the names in it.
+        momentum: the value stored as "momentum".
+        logged: other learning rates, by number of steps before them.
+        total: the length of the schedule in steps, if it is known.
+        found: the names of the keys or files that the checkpoint has.
     """
 
     state: TrainingState
@@ -56,22 +56,22 @@ class TrainingRecord:
 
     @property
     def groups(self) -> list[State]:
-        """The optimizer's groups of parameters; none where it was not saved."""
+        """The optimizer's parameter groups; empty if it was not saved."""
         return [g for held in self.state.optimizers for g in held.get("param_groups", ())]
 
     @property
     def known(self) -> dict[int, float]:
-        """The rates that it knows, by number of steps before them."""
+        """The known learning rates, by number of steps before them."""
         if self.steps is None or self.rate.kind == NONE:
             return dict(self.logged)
         return {**self.logged, self.steps - 1: self.rate.value}
 
 
 def record_of(checkpoint: Any) -> TrainingRecord:
-    """Read a path or a dict in memory; of anything else nothing is known.
+    """The record of a path or a dict in memory; an empty one for anything else.
 
     Raises:
-        InvalidArgumentError: where several learning rates are held, and none is stored as the one.
+        InvalidArgumentError: if there are several learning rates, and none was stored explicitly.
     """
     if isinstance(checkpoint, Mapping):
         return _of_values(checkpoint)
@@ -87,7 +87,7 @@ def record_of(checkpoint: Any) -> TrainingRecord:
 
 
 def _of_values(saved: State, path: Path | None = None) -> TrainingRecord:
-    """Of a dict, beside whose weights an array of one of these names is a weight, too."""
+    """The record of a dict; an array with one of the known names is taken to be a weight."""
     own = {k: v for k, v in saved.items() if not (isinstance(v, Tensor) and v.dim())}
     steps = [int(own[key]) for key in UPDATE_KEYS if is_one_number(own.get(key))]
     return TrainingRecord(
@@ -100,7 +100,7 @@ def _of_values(saved: State, path: Path | None = None) -> TrainingRecord:
 
 
 def _metadata(path: Path) -> dict[str, float]:
-    """The numbers in the metadata of a file of safetensors."""
+    """The numbers in the metadata of a safetensors file."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}

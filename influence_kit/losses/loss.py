@@ -1,8 +1,9 @@
-"""One meaning for every loss: the sum over examples of the loss of each example alone.
+"""Turns any loss into the sum over examples of the loss of each example alone.
 
-A loss per example, a sum or a mean over examples all describe the same losses l_1 .. l_n, and a
-gradient of ``Loss.total`` at something that belongs to example i is the gradient of l_i. A mean
-over anything else (tokens, with padding; examples weighted by class) does not, and is refused.
+A loss with one value per example, a sum over examples and a mean over examples all define the same
+losses l_1 .. l_n, and the gradient of ``Loss.total`` at a tensor that belongs to example i is the
+gradient of l_i. A mean over anything else (tokens, with padding; examples weighted by class) does
+not define them, and is refused.
 """
 
 import warnings
@@ -17,7 +18,6 @@ from torch.nn import functional as F
 from influence_kit.data.batches import Batch, map_outputs, map_tensors, targets_of
 from influence_kit.data.class_labels import IGNORED_LABEL, check_labels, label_in
 from influence_kit.errors import InvalidArgumentError, LabelError
-from influence_kit.losses.loss_parts import compare_parts
 from influence_kit.losses.model_losses import (
     OWN_FORMULAS,
     OwnFormula,
@@ -26,23 +26,24 @@ from influence_kit.losses.model_losses import (
     next_token_losses,
     same_slopes,
 )
+from influence_kit.losses.reduction_check import compare_parts
 
 LossFunction = Callable[[Any, Any], Tensor]
 CROSS_ENTROPIES = (nn.CrossEntropyLoss, nn.NLLLoss)
-# whose mean is one over examples, or is checked by the examples' labels
+# losses whose mean is over examples, or is checked from the examples' labels
 PLAIN = (*CROSS_ENTROPIES, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss)
 NO_EXAMPLE_LOSS = (
     "A mean over tokens with padding or over examples weighted by class has no loss per example: "
-    "pass a loss with one value an example (reduction='none', shape [n] or [n, tokens])"
+    "pass a loss with one value per example (reduction='none', shape [n] or [n, tokens])"
 )
 
 
 def declared_reduction(
     loss_fn: LossFunction | None, sample_wise: bool | None, name: str = "loss_fn"
 ) -> str | None:
-    """One of "none", "sum" and "mean", or None where only a call can tell.
+    """The loss's reduction: "none", "sum" or "mean", or None if only a call can show it.
 
-    ``sample_wise`` None takes any loss; True and False keep the rules of Captum's
+    With ``sample_wise`` None any loss is accepted; True and False follow the rules of Captum's
     ``sample_wise_grads_per_batch``.
     """
     if loss_fn is None:
@@ -60,22 +61,23 @@ def declared_reduction(
             f'reduction for `{name}` must be {words} when {flag}; got "{known}". Leave '
             "`sample_wise_grads_per_batch` out to use a loss of any reduction"
         )
-    meaning = "the sum over the batch" if sample_wise else "one loss an example"
+    meaning = "the sum over the batch" if sample_wise else "one loss per example"
     warnings.warn(
-        f"`{name}` has no attribute `reduction`; since {flag}, it is taken to return {meaning}",
+        f"`{name}` has no attribute `reduction`; since {flag}, it is assumed to return {meaning}",
         stacklevel=4,
     )
     return wanted[0]
 
 
 class Loss:
-    """A user's loss, called one way: ``total`` of a model's outputs and a batch.
+    """A user's loss as a sum over examples: ``total`` of a model's outputs and a batch.
 
     Args:
-        loss_fn: called with the outputs and the targets (of a dict batch: the dict). None takes the
-            outputs themselves, or, of a dict batch, the loss that the model returns.
-        reduction: "none", "sum", "mean", or None to find out from the first batch.
-        name: what to call it in errors.
+        loss_fn: called with the outputs and the targets (for a dict batch: the dict). With None,
+            the loss is the outputs themselves, or, for a dict batch, the loss that the model
+            returns.
+        reduction: "none", "sum", "mean", or None to determine it from the first batch.
+        name: the name of the argument, for errors.
     """
 
     def __init__(self, loss_fn: LossFunction | None, reduction: str | None, name: str) -> None:
@@ -85,24 +87,24 @@ class Loss:
         if type(loss_fn) is nn.MSELoss:
             self._formula = partial(_squared_errors, loss_fn)
         self._is_models_own = loss_fn is None
-        # what the model's own loss was found to be
+        # the formula that the model's own loss was found to follow
         self._own_formula: OwnFormula | None = None
         self.settled = False
 
     @property
     def shift(self) -> int:
-        """By how many positions labels are behind logits: 1 for a language model's own loss."""
+        """By how many positions labels lag behind logits: 1 for a language model's own loss."""
         formula = self._formula
         return int(isinstance(formula, partial) and next_token_losses in formula.args)
 
     @property
     def is_of_outputs(self) -> bool:
-        """Whether it is a function of the outputs, not a part of them."""
+        """Whether the loss is a function of the outputs, rather than a part of them."""
         return self._formula != self._model_loss
 
     @property
     def is_binary(self) -> bool:
-        """Whether it is the cross-entropy of independent sigmoids."""
+        """Whether the loss is the cross-entropy of independent sigmoids."""
         return isinstance(self._formula, nn.BCEWithLogitsLoss)
 
     def values(self, outputs: Any, batch: Batch) -> Tensor:
@@ -110,13 +112,13 @@ class Loss:
         targets = targets_of(batch)
         self._check_labels(outputs, targets)
         if not self._is_known_to_read:
-            # it may write into what it gets: the user's data, what the next call is given, a leaf
+            # it may write into its arguments: the user's data, the next call's inputs, a leaf
             outputs, targets = map_tensors((outputs, targets), Tensor.clone)
         return self.returned(outputs, targets)
 
     @property
     def _is_known_to_read(self) -> bool:
-        """Whether the loss is torch's or ours, and changes nothing that it is given."""
+        """Whether the loss is torch's or ours, and so never changes its arguments."""
         formula = self._formula
         while isinstance(formula, partial):
             formula = formula.func
@@ -125,18 +127,18 @@ class Loss:
         return self._is_models_own or home.startswith(("torch.nn.", "influence_kit."))
 
     def returned(self, outputs: Any, targets: Any) -> Tensor:
-        """What the loss returns for these very tensors."""
+        """What the loss returns for these tensors, not copies of them."""
         try:
             value = self._formula(outputs, targets)
         except IndexError as error:
-            told = label_in(error, targets)
-            if told is None:
+            found = label_in(error, targets)
+            if found is None:
                 raise
-            raise LabelError(f"{told}, which `{self.name}` cannot look up") from error
+            raise LabelError(f"{found}, which `{self.name}` cannot look up") from error
         except (TypeError, AttributeError) as error:
             if isinstance(outputs, Tensor):
                 raise
-            hint = "take its `logits`" if hasattr(outputs, "logits") else "take a tensor out of it"
+            hint = "use its `logits`" if hasattr(outputs, "logits") else "use a tensor in it"
             raise InvalidArgumentError(
                 f"`{self.name}` failed on what the model returns, a {type(outputs).__name__} "
                 f"({error}): {hint}, as in lambda outputs, targets: loss(outputs.logits, targets)"
@@ -149,25 +151,25 @@ class Loss:
 
     @property
     def modules(self) -> list[nn.Module]:
-        """The loss, where it is a module (which may hold class weights)."""
+        """The loss, if it is a module (which may hold class weights); else an empty list."""
         return [self._formula] if isinstance(self._formula, nn.Module) else []
 
     @property
     def compares(self) -> bool:
-        """Whether ``checked_total`` has to compare: not for one loss per example."""
+        """Whether ``checked_total`` has to compare losses: not for a loss per example."""
         return self.reduction != "none" or isinstance(self._formula, partial)
 
     def checked_total(self, outputs: Any, batch: Batch, n: int, where: str = "the batch") -> Tensor:
-        """``total``, where a reduced loss of this batch is one over its examples.
+        """``total``, after a check that a reduced loss of this batch is a sum or mean of examples.
 
         Args:
-            outputs: the model's.
+            outputs: the model's outputs.
             batch: the batch.
             n: the number of its examples.
-            where: what to call the batch in an error.
+            where: the name of the batch, for errors.
 
         Raises:
-            InvalidArgumentError: where it is not.
+            InvalidArgumentError: if the loss is neither.
         """
         value = self.values(outputs, batch)
         if n > 1 and self.compares:
@@ -180,11 +182,11 @@ class Loss:
         if self._own_formula is not None and isinstance(batch, Mapping):
             compare_own(self._own_formula, outputs, batch["labels"], where)
         elif value.dim() == 0 and not self._is_models_own and type(self._formula) not in PLAIN:
-            said = compare_parts(self.values, outputs, batch, value, n, self.reduction)
-            if said is not None:
+            difference = compare_parts(self.values, outputs, batch, value, n, self.reduction)
+            if difference is not None:
                 raise InvalidArgumentError(
                     f"{where}: `{self.name}` is not a {self.reduction or 'sum or mean'} over "
-                    f"examples: {said}. {NO_EXAMPLE_LOSS}"
+                    f"examples: {difference}. {NO_EXAMPLE_LOSS}"
                 )
 
     def total(self, outputs: Any, batch: Batch, n: int) -> Tensor:
@@ -203,26 +205,26 @@ class Loss:
             return value * n
         if self.reduction in ("sum", "mean"):
             raise InvalidArgumentError(
-                f"`{self.name}` was said to return the {self.reduction} over the batch and "
+                f"`{self.name}` was declared to return the {self.reduction} over the batch and "
                 f"returned a tensor of shape {list(value.shape)}"
             )
         if value.shape[0] != n:
             raise InvalidArgumentError(
                 f"`{self.name}` returned a tensor of shape {list(value.shape)} for {n} examples; "
-                "its first dimension must be the examples (reshape token losses to [n, tokens])"
+                "its first dimension must count the examples (reshape token losses to [n, tokens])"
             )
         return value.sum()
 
     def _refuse_unknown(self, value: Tensor, n: int) -> None:
-        """Refuse a reduced loss of which it is not known what it reduces by."""
+        """Refuse a reduced loss whose reduction is not known."""
         try:
-            tells = bool(value != 0)
-        except RuntimeError:  # under a transform that shows no values
+            is_informative = bool(value != 0)
+        except RuntimeError:  # under a transform that hides values
             return
-        if tells:
+        if is_informative:
             raise InvalidArgumentError(
                 f"`{self.name}` returned one number for {n} examples, and batches of one example, "
-                "which were all so far, do not show whether that is their sum or their mean: say "
+                "the only ones so far, do not show whether it is their sum or their mean: declare "
                 f'it ({self.name}.reduction = "sum" or "mean"), or return one value per example'
             )
 
@@ -240,22 +242,22 @@ class Loss:
         if isinstance(outputs, Tensor):
             return outputs
         raise InvalidArgumentError(
-            "without a `loss_fn` the model's output is differentiated, which must be a tensor; the "
+            "without a `loss_fn` the model's output is differentiated and must be a tensor; the "
             f"model returned a {type(outputs).__name__}: pass `loss_fn`"
         )
 
     def settle(
         self, together: tuple[Any, Batch], alone: list[tuple[Any, Batch]], closeness: float
     ) -> None:
-        """Find out, or check, what a reduced loss reduces over.
+        """Determine, or check, the reduction of a reduced loss.
 
         Args:
-            together: outputs and batch of a few examples at once.
+            together: outputs and batch of a few examples in one batch.
             alone: outputs and batch of each of them by itself.
             closeness: relative difference that rounding explains.
 
         Raises:
-            InvalidArgumentError: where a batch's loss is not the sum or mean of its examples'.
+            InvalidArgumentError: if the batch's loss is not the sum or mean of single losses.
         """
         n = len(alone)
         value = self.values(*together)
@@ -265,9 +267,9 @@ class Loss:
         self.check_not_reduced(n)
         singles = torch.stack([self.values(*one).sum() for one in alone])
         if not bool(singles.isfinite().all()):
-            return  # tells nothing; the scores will say which example it was
+            return  # shows nothing; the check of scores will name the example
         if not singles.is_floating_point():
-            return  # counts, without a graph, which is refused where it is to be differentiated
+            return  # integers have no graph; they are refused when they are to be differentiated
         # a model of float64 may compute its loss in float32
         closeness = max(closeness, torch.finfo(singles.dtype).eps ** 0.5)
         if self._is_models_own and self._take_formula(together, singles, closeness):
@@ -280,7 +282,7 @@ class Loss:
         ]
         if not found:
             self._refuse(value, singles)
-        # one example, or losses that are all zero, are their sum and their mean
+        # for one example, or losses that are all zero, the sum equals the mean
         self.settled = n > 1 and (self.reduction is not None or len(found) == 1)
         if self.settled:
             self.reduction = found[0]
@@ -294,27 +296,27 @@ class Loss:
         )
 
     def check_not_reduced(self, n: int) -> None:
-        """Refuse a scalar of a loss per example, but for one example (of a ``squeeze()``, say)."""
+        """Refuse a scalar from a loss per example, unless n is 1 (after a ``squeeze()``, say)."""
         if self.reduction == "none" and n > 1:
             raise InvalidArgumentError(
-                f"Loss function is applying a reduction. `{self.name}` was said to return one loss "
-                f"an example and returned a scalar for {n} examples"
+                f"Loss function is applying a reduction. `{self.name}` was declared to return one "
+                f"loss per example and returned a scalar for {n} examples"
             )
 
     def _check_labels(self, outputs: Any, targets: Any) -> None:
-        """Refuse labels that torch's cross-entropy cannot look up: a GPU would not say which."""
+        """Refuse labels that torch's cross-entropy cannot look up: a GPU would not name them."""
         loss = self._formula
         ignored = loss.ignore_index if isinstance(loss, CROSS_ENTROPIES) else IGNORED_LABEL
-        # a subclass may shape outputs and targets anew
+        # a subclass may reshape outputs and targets
         plain = type(loss) in CROSS_ENTROPIES or loss in (F.cross_entropy, F.nll_loss)
         labels = plain and isinstance(targets, Tensor) and not targets.is_floating_point()
         if labels and isinstance(outputs, Tensor) and outputs.dim() > 0:
             check_labels(targets, outputs.shape[min(1, outputs.dim() - 1)], ignored)
 
     def _check_shares(self, targets: Any, n: int) -> None:
-        """Refuse a mean of torch's cross-entropy in which a batch's examples count differently.
+        """Refuse a mean of torch's cross-entropy in which a batch's examples weigh differently.
 
-        One batch is not enough to tell: it may hold one class alone, or no padding.
+        Checked in every batch: a single one may hold only one class, or no padding.
         """
         loss = self._formula
         labels = isinstance(targets, Tensor) and not targets.is_floating_point()
@@ -326,7 +328,7 @@ class Loss:
         if not torch.allclose(shares, shares[:1], 1e-6):
             raise InvalidArgumentError(
                 f"`{self.name}` is not a mean over examples: by their classes and tokens, the {n} "
-                f"of a batch count {[round(x, 6) for x in shares.tolist()]}. {NO_EXAMPLE_LOSS}"
+                f"of a batch weigh {[round(x, 6) for x in shares.tolist()]}. {NO_EXAMPLE_LOSS}"
             )
 
     def _take_formula(self, together: tuple[Any, Batch], singles: Tensor, closeness: float) -> bool:
@@ -341,7 +343,7 @@ class Loss:
             found = formula(logits, labels)
             if found is None:
                 continue
-            # each example alone, and the batch: classes may have weights, which alone do not show
+            # single examples and the batch, as class weights only show in the batch
             whole = found[0].sum() / found[1].sum()
             expected = torch.cat([example_means(formula, outputs, batch), whole.reshape(1)])
             value = self.values(*together)
@@ -356,7 +358,7 @@ class Loss:
 
 
 def _squared_errors(loss_fn: nn.MSELoss, outputs: Any, targets: Any) -> Tensor:
-    """``nn.MSELoss`` by plain arithmetic: torch cannot differentiate its own often enough."""
+    """``nn.MSELoss`` by plain arithmetic: torch's own cannot be differentiated often enough."""
     if loss_fn.reduction == "none" or outputs.shape != targets.shape:
         value: Tensor = loss_fn(outputs, targets)
         return value

@@ -1,6 +1,6 @@
-"""What a model's own loss may be: formulas of a loss per example, of its logits and labels.
+"""Formulas that a model's own loss may follow: a loss per example, from logits and labels.
 
-Letters: n examples.
+Shapes: n examples.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,15 +14,15 @@ from influence_kit.core.dtypes import HALF
 from influence_kit.data.class_labels import IGNORED_LABEL, logits_of
 from influence_kit.errors import InvalidArgumentError
 
-# of the largest slope
+# the tolerance of slopes, relative to the largest
 SLOPES_CLOSE = 1e-2
 
-# the sum of each example's losses and how many there are, ``[n]``; None where the shapes do not fit
+# each example's losses summed, and their number, both ``[n]``; None if the shapes do not fit
 OwnFormula = Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None]
 
 
 def example_means(formula: OwnFormula, outputs: Any, batch: Any) -> Tensor:
-    """The formula's loss of each example, ``[n]``; 0 where nothing is labelled."""
+    """The formula's loss of each example, ``[n]``; 0 for an example without labels."""
     found = formula(logits_of(outputs), batch["labels"])
     assert found is not None
     sums, counts = found
@@ -30,14 +30,14 @@ def example_means(formula: OwnFormula, outputs: Any, batch: Any) -> Tensor:
 
 
 def token_losses(logits: Tensor, labels: Tensor, shift: int = 0) -> tuple[Tensor, Tensor] | None:
-    """Each sequence's cross-entropy over its labelled tokens, summed, and their number, ``[n]``."""
+    """Each sequence's cross-entropy summed over its labelled tokens, and their number, ``[n]``."""
     if logits.dim() != 3 or labels.dim() != 2 or len(labels) != len(logits):
         return None
     logits = _exact(logits)
     virtual = logits.shape[1] - labels.shape[1]
     if virtual < 0:
         return None
-    # positions that the model puts in front (a soft prompt) have no labels
+    # positions that the model prepends (a soft prompt) have no labels
     labels = F.pad(labels, (virtual, 0), value=IGNORED_LABEL)
     logits, labels = logits[:, : logits.shape[1] - shift], labels[:, shift:]
     losses = F.cross_entropy(
@@ -47,12 +47,12 @@ def token_losses(logits: Tensor, labels: Tensor, shift: int = 0) -> tuple[Tensor
 
 
 def next_token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The same where position t predicts label t + 1."""
+    """``token_losses`` if position t predicts label t + 1."""
     return token_losses(logits, labels, shift=1)
 
 
 def class_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Cross-entropy of one class an example, and 1, ``[n]``."""
+    """The cross-entropy of one class per example, and 1, both ``[n]``."""
     if logits.dim() != 2 or labels.dim() != 1 or labels.is_floating_point():
         return None
     losses = F.cross_entropy(_exact(logits), labels, reduction="none")
@@ -60,15 +60,15 @@ def class_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None
 
 
 def _exact(logits: Tensor) -> Tensor:
-    """Half precision as float32, in which such models compute their losses, too."""
+    """Half precision as float32, in which models in half precision compute their losses, too."""
     half = logits.dtype in (torch.float16, torch.bfloat16)
     return logits.float() if half else logits
 
 
 def same_slopes(formula: OwnFormula, outputs: Any, labels: Tensor, own: Tensor) -> bool:
-    """Whether a formula has the slopes of a model's own loss in its logits, if these have a graph.
+    """Whether a formula and a model's own loss have the same gradient at the logits, if any.
 
-    Values alone do not tell formulas apart where a model's head is zero: all losses are equal.
+    If a model's head is zero, all formulas have the same values, and only gradients differ.
     """
     logits = logits_of(outputs)
     if not (logits.requires_grad and own.requires_grad):
@@ -86,10 +86,10 @@ def same_slopes(formula: OwnFormula, outputs: Any, labels: Tensor, own: Tensor) 
 
 
 def compare_own(formula: OwnFormula, outputs: Any, labels: Tensor, where: str) -> None:
-    """Compare a model's own loss of a batch with the formula it was found to be.
+    """Compare a model's own loss of a batch with the formula that it was found to follow.
 
     Raises:
-        InvalidArgumentError: where they differ.
+        InvalidArgumentError: if they differ.
     """
     own = outputs.get("loss") if isinstance(outputs, Mapping) else None
     own = getattr(outputs, "loss", None) if own is None else own
@@ -98,20 +98,20 @@ def compare_own(formula: OwnFormula, outputs: Any, labels: Tensor, where: str) -
         return
     sums, counts = found
     means = sums / counts.clamp(min=1)
-    # over the labelled positions of all examples, or over examples
+    # means over the labelled positions of all examples, and over examples
     expected = sums.sum() / counts.sum()
     either = torch.stack([expected, means.mean(), means[counts > 0].mean()]).to(own)
     close = 3e-2 if _is_half(own) else 1e-4
     if torch.isfinite(own) and not bool(torch.isclose(either, own, close, 1e-6).any()):
         raise InvalidArgumentError(
-            f"{where}: the model's own loss is {own.item():.6g}, and the mean of its labelled "
-            f"positions, which it was in the batches before, is {expected.item():.6g}: what it is "
+            f"{where}: the model's own loss is {own.item():.6g}, but the mean over its labelled "
+            f"positions, which it equalled in earlier batches, is {expected.item():.6g}: the loss "
             "per example is not known. Pass a `loss_fn` with one value per example"
         )
 
 
 def _is_half(value: Tensor) -> bool:
-    """Whether a number was computed in half precision, in whatever precision it is now."""
+    """Whether a number, of any dtype, is exact in half precision."""
     return any(bool(value == value.to(half).to(value)) for half in HALF)
 
 

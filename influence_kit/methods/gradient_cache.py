@@ -14,9 +14,12 @@ from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.core.distributed import from_first_rank, is_first_rank, wait_for_all
 from influence_kit.data.batches import Batch, example_count, to_device
 from influence_kit.errors import PassAgain
+from influence_kit.gradients.feature_map import FeatureMap
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.store import GradientStore
 from influence_kit.gradients.store_manifest import default_chunk_rows
+from influence_kit.methods.caches import Cache
+from influence_kit.methods.example_batches import TRAIN
 from influence_kit.scoring.term import Side
 from influence_kit.storage.locks import ranks_alone_in
 
@@ -76,6 +79,49 @@ class RowsOnDisk(KeptRows):
 
     def gradients(self, checkpoint: int, batch: Places) -> Gradients:
         return self.store.gradients(checkpoint, *batch.ends, self.sample)
+
+
+class GradientCache(Cache):
+    """The gradients of the training set, where they are kept: in memory, or in a store.
+
+    Args:
+        store: the folder; None keeps no files.
+    """
+
+    def __init__(self, store: str | Path | None) -> None:
+        self.store = store
+        self.rows: KeptRows | None = None
+
+    @property
+    def since(self) -> str | None:
+        """What was done when it was filled."""
+        return None if self.rows is None else "the gradients of the training set were computed"
+
+    def clear(self) -> None:
+        """Let go of them; a store stays."""
+        self.rows = None
+
+    def why_fixed(self, name: str) -> str | None:
+        """The training set of a store must not change."""
+        if name == TRAIN and self.store is not None:
+            return "`store` keeps the gradients of its examples"
+        return None
+
+
+class LearntFeatures(Cache):
+    """What a feature map has learnt of the training set."""
+
+    def __init__(self) -> None:
+        self.map = FeatureMap()
+
+    @property
+    def since(self) -> str | None:
+        """What was done when it was learnt."""
+        return "the mask was learnt" if self.map.is_learnt and self.map.state else None
+
+    def clear(self) -> None:
+        """Let go of it."""
+        self.map.forget()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What kept or saved numbers belong to: weights, data and loss, as a description can say it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ import torch
 from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.curvature.passes import DataSet
 from influence_kit.data.batches import Batch, call_model, example_count, take
-from influence_kit.gradients.source import GradientSource
+from influence_kit.gradients.gradient_source import GradientSource
 from influence_kit.losses.loss import Loss
 from influence_kit.storage.folders import LOSSES, hash_of
 
@@ -20,7 +20,7 @@ def identity(
     loader: CheckpointLoader,
     checkpoints: int,
     source: GradientSource,
-    loss: Loss,
+    losses: Sequence[Loss],
     batches: Iterable[Batch],
 ) -> dict[str, Any]:
     """Weights, precision, examples and losses: a pass over the data, a few examples of the model.
@@ -32,7 +32,7 @@ def identity(
         loader: of the checkpoints, in a session.
         checkpoints: how many there are.
         source: of the model's gradients.
-        loss: what is differentiated.
+        losses: the functions that are differentiated, or that decide otherwise.
         batches: the data.
     """
     prints = []
@@ -40,7 +40,8 @@ def identity(
         loader.load(place)
         prints.append(list(loader.fingerprint(place)))
     parameter = next(iter(source.capture.parameters.values()))
-    losses = first_losses(source, loss, DataSet(batches, parameter.device, name="the data set"))
+    data = DataSet(batches, parameter.device, name="the data set")
+    found = [value for loss in losses for value in _first_losses(source, loss, data)]
     counts: list[int] = []
     digest = hash_of(_noting(counts, batches))
     return {
@@ -48,7 +49,7 @@ def identity(
         "weights of the checkpoints": prints,
         "examples": sum(counts),
         "hash of the examples": digest,
-        LOSSES: losses,
+        LOSSES: found,
     }
 
 
@@ -59,7 +60,7 @@ def _noting(counts: list[int], batches: Iterable[Batch]) -> Iterator[Batch]:
         yield batch
 
 
-def first_losses(source: GradientSource, loss: Loss, data: DataSet) -> list[float]:
+def _first_losses(source: GradientSource, loss: Loss, data: DataSet) -> list[float]:
     """The losses of a few examples, by which another loss is told."""
     losses: list[float] = []
     model = source.capture.model

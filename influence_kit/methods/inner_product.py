@@ -1,38 +1,53 @@
-"""The face that methods of one kind share: scores that are inner products, over a list of terms.
+"""Methods whose scores are inner products, over a list of terms.
 
 Letters: m test and n training examples, P chosen parameters, C checkpoints.
 """
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.core.distributed import is_alone
-from influence_kit.core.dtypes import real_shape
 from influence_kit.core.memory import resident_bytes
-from influence_kit.data.batches import Batch
+from influence_kit.data.batches import Batch, example_count, take, to_device
 from influence_kit.data.loaders import loader_length
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.gradients.per_example import Gradients
-from influence_kit.losses.loss import Loss
-from influence_kit.methods.base import TRAIN
-from influence_kit.methods.example_influence import ExampleInfluence, given
-from influence_kit.methods.gradient_cache import Build, KeptRows, Places
+from influence_kit.gradients.feature_map import FeatureMap
+from influence_kit.gradients.gradient_source import Verify
+from influence_kit.gradients.parameter_selection import group_by_layer
+from influence_kit.gradients.per_example import Gradients, Transform
+from influence_kit.losses.loss import LossFunction
+from influence_kit.losses.margins import OutputFunction
+from influence_kit.methods.arguments import describes_arguments
+from influence_kit.methods.base import ExampleInfluence
+from influence_kit.methods.example_batches import BatchSize
+from influence_kit.methods.gradient_cache import (
+    Build,
+    GradientCache,
+    KeptRows,
+    LearntFeatures,
+    Places,
+)
 from influence_kit.methods.identity import identity
-from influence_kit.methods.parameter_selection import group_by_layer
-from influence_kit.methods.starting_again import starts_again
+from influence_kit.methods.layer_names import Layers
+from influence_kit.methods.questions import given, starts_again
+from influence_kit.scoring.features import chosen_rows
 from influence_kit.scoring.reducers import AllScores, Reducer
 from influence_kit.scoring.stream import Stream
-from influence_kit.scoring.term import Side, Term, Transform
+from influence_kit.scoring.term import Side, Term
 from influence_kit.scoring.watch import Watch
 
 
+@describes_arguments
 class InnerProductInfluence(ExampleInfluence):
     """A method that is a list of ``terms``: score = sum of weight * <test side, train side>.
 
@@ -66,6 +81,8 @@ class InnerProductInfluence(ExampleInfluence):
             tensor that belongs to the whole batch. Found from the batches where None.
         verify: "repeated" compares some batches of every question with autograd (the page "What is
             checked, and when" says which), "once" trusts the check of the first batch.
+        features: what is made of the gradients before their inner products are taken, the same for
+            test and training examples (``influence_kit.projections.Projected``); None leaves them.
         store: a folder for the training set's gradients (projected, where the method projects):
             the first question builds it, later ones and other processes read it. A build that was
             killed goes on where it was; a folder that was made for another model, data set, loss or
@@ -78,19 +95,49 @@ class InnerProductInfluence(ExampleInfluence):
         UnknownLayerError: for layers that the model does not have.
     """
 
-    _kept: KeptRows | None
-    # whether the training side is short, so that it is kept in memory where it fits
-    _keeps_rows = False
-
     def __init__(
         self,
-        *args: Any,
+        model: nn.Module,
+        train_dataset: Dataset[Any] | DataLoader[Any],
+        checkpoints: Any,
+        checkpoints_load_func: LoadFunction = load_checkpoint,
+        layers: Layers | None = None,
+        loss_fn: LossFunction | None = None,
+        batch_size: BatchSize = "auto",
+        test_loss_fn: LossFunction | None = None,
+        sample_wise_grads_per_batch: bool | None = None,
+        *,
+        test_output_fn: OutputFunction | None = None,
+        eval_mode: bool = True,
+        batch_axes: Any = None,
+        verify: Verify = "repeated",
+        features: FeatureMap | None = None,
         store: str | Path | None = None,
         store_dtype: torch.dtype | None = None,
-        **kwargs: Any,
     ) -> None:
+        super().__init__(
+            model,
+            train_dataset,
+            checkpoints,
+            checkpoints_load_func,
+            layers,
+            loss_fn,
+            batch_size,
+            test_loss_fn,
+            sample_wise_grads_per_batch,
+            test_output_fn=test_output_fn,
+            eval_mode=eval_mode,
+            batch_axes=batch_axes,
+            verify=verify,
+        )
+        self.features = _checked(features)
         self.store, self.store_dtype = store, store_dtype
-        super().__init__(*args, **kwargs)
+        self._cache = self._caches.add(GradientCache(store))
+        self._learnt = self._caches.add(LearntFeatures())
+        self._bind(self._bind_features)
+
+    def _bind_features(self) -> None:
+        self._map = self._learnt.map = self.features.bound_to(self._source)
 
     # What a method says.
 
@@ -99,43 +146,29 @@ class InnerProductInfluence(ExampleInfluence):
         """The method, as data."""
 
     def train_at(self, checkpoint: int, *transforms: Transform) -> Side:
-        """Gradients of the training loss at a checkpoint, transformed."""
+        """Features of the training loss at a checkpoint, transformed."""
 
         def features(batch: Batch) -> Gradients:
-            if isinstance(batch, Places):
-                assert self._kept is not None
-                return self._kept.gradients(checkpoint, batch)
-            return self._train_features(checkpoint, batch)
+            return self._map.of_cached(self._cached(checkpoint, batch))
 
         return Side(checkpoint, features, transforms)
 
     def test_at(self, checkpoint: int, *transforms: Transform) -> Side:
-        """Gradients of the test loss at a checkpoint, transformed."""
+        """Features of the test loss at a checkpoint, transformed."""
 
         def features(batch: Batch) -> Gradients:
-            return self._features(checkpoint, batch, self._test_loss)
+            return self._map.features(checkpoint, batch, self._test_loss)
 
         return Side(checkpoint, features, transforms)
 
-    # What a projection changes.
-
-    def _features(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
-        """The gradients of a batch at a checkpoint, which is in the model."""
-        return self._source(batch, loss)
-
-    def _train_features(self, checkpoint: int, batch: Batch) -> Gradients:
-        """The same of training examples: what is kept of them."""
-        return self._features(checkpoint, batch, self._train_loss)
-
-    @property
-    def _shapes(self) -> Mapping[str, torch.Size]:
-        """The shapes of what ``_features`` gives, by name."""
-        return {name: real_shape(parameter) for name, parameter in self._parameters.items()}
-
-    @property
-    def _kept_shapes(self) -> Mapping[str, torch.Size]:
-        """The shapes of what is kept of training examples."""
-        return self._shapes
+    def prepare(self, loader: CheckpointLoader, show_progress: bool = False) -> None:
+        """Have what the terms need: the gradients of the training set, where they are kept."""
+        if not self._map.is_learnt:
+            loader.load(0)
+            n = sum(example_count(batch) for batch in self.train_dataloader)
+            self._map.learn(self._examples_at, n, self._train_loss)
+        if self._cache.rows is None:
+            self._cache.rows = self._made_rows(loader, show_progress)
 
     # What a user calls.
 
@@ -149,9 +182,9 @@ class InnerProductInfluence(ExampleInfluence):
         """
         self._see_model()
         groups = group_by_layer(self.model, list(self._parameters), self.layers)
-        reducer = self._reducer(None, proponents=True)
+        reducer = self.make_reducer(None, proponents=True)
         doing = "compute influence by layer for training batches"
-        self._stream_scores(inputs, reducer, doing, show_progress, aggregate, groups)
+        self.stream_scores(inputs, reducer, doing, show_progress, aggregate, groups)
         found = reducer.result()
         assert isinstance(found, Tensor)
         return dict(zip(groups, found.to(self._dtype), strict=True))
@@ -174,19 +207,23 @@ class InnerProductInfluence(ExampleInfluence):
                 it in memory; the scores are the same.
         """
         doing = "compute self influence. Processing"
-        with self._session() as loader:
+        with self.session() as loader:
             terms, batches = self._plan(loader, inputs, show_progress=show_progress)
             rounds = [[term] for term in terms] if outer_loop_by_checkpoints else [terms]
-            outer = self._bar(f"{doing} checkpoint", len(rounds), show_progress and len(rounds) > 1)
+            outer = self.progress(
+                f"{doing} checkpoint", len(rounds), show_progress and len(rounds) > 1
+            )
             total = torch.zeros(())
             with outer:
                 for some in rounds:
                     reducer = AllScores()
-                    with self._bar(f"{doing} batch", _times(batches, some), show_progress) as bar:
+                    with self.progress(
+                        f"{doing} batch", _times(batches, some), show_progress
+                    ) as bar:
                         Stream(some, loader, self._sample, tick=bar.update).self_scores(
                             batches, reducer
                         )
-                    total = reducer.result() + total.to(self._device)
+                    total = reducer.result() + total.to(self.device)
                     outer.update()
         return total.to(self._dtype)
 
@@ -211,11 +248,49 @@ class InnerProductInfluence(ExampleInfluence):
     @property
     def _train_batches(self) -> Iterable[Batch]:
         """What the train sides of the terms take, in the order of the training set."""
-        return self.train_dataloader if self._kept is None else self._kept.batches()
+        rows = self._cache.rows
+        return self.train_dataloader if rows is None else rows.batches()
 
-    def _by_parameter(self, terms: list[Term]) -> tuple[list[Term], Iterable[Batch]]:
-        """The terms with sides that tell parameters apart, and what their train sides take."""
-        return terms, self._train_batches
+    def _examples_at(self, indices: Tensor) -> Iterable[Batch]:
+        chosen = chosen_rows(self.train_dataloader, indices, lambda: None)
+        return (to_device(take(batch, rows), self.device) for _, rows, batch in chosen)
+
+    def _made_rows(self, loader: CheckpointLoader, show_progress: bool) -> KeptRows | None:
+        """The training features of all examples; None where they are computed for each question."""
+        if self.store is None and not (self._map.is_short and self._fits()):
+            return None
+        indices = range(len(self.checkpoints))
+        sides = [Side(index, partial(self._cached, index)) for index in indices]
+        doing = "compute the gradients of the training set. Processing checkpoint"
+        bar = partial(self.progress, doing, len(sides), show_progress)
+        build = Build(sides, self.train_dataloader, loader, self._sample, bar)
+        if self.store is None:
+            return build.in_memory()
+        description = {
+            **self._map.cached_settings,
+            **self._identity(loader, self.train_dataloader),
+        }
+        return build.on_disk(self.store, description, self._map.cached_shapes, self.store_dtype)
+
+    def _cached(self, checkpoint: int, batch: Batch) -> Gradients:
+        """What is cached of training examples: from the cache, or computed."""
+        if isinstance(batch, Places):
+            assert self._cache.rows is not None
+            return self._cache.rows.gradients(checkpoint, batch)
+        return self._map.cached(checkpoint, batch, self._train_loss)
+
+    def _fits(self) -> bool:
+        """Whether the training features of all examples may be kept in memory."""
+        rows = self._examples.train_count * len(self.checkpoints)
+        each = sum(shape.numel() for shape in self._map.cached_shapes.values())
+        size = rows * each * self._sample.element_size()
+        # ranks share the training set out: what each would keep is not all of it
+        return is_alone() and 0 < size <= resident_bytes(self.device)
+
+    def _identity(self, loader: CheckpointLoader, batches: Iterable[Batch]) -> dict[str, Any]:
+        """What kept numbers belong to."""
+        losses = self._map.identifying_losses(self._train_loss)
+        return identity(loader, len(self.checkpoints), self._source, losses, batches)
 
     def _plan(
         self,
@@ -225,67 +300,11 @@ class InnerProductInfluence(ExampleInfluence):
         show_progress: bool = False,
     ) -> tuple[list[Term], Iterable[Batch]]:
         """The terms, and the inputs in batches."""
-        self._keep_rows(loader, show_progress)
-        return self.terms(), self._batches(inputs, ordered)
+        self.prepare(loader, show_progress)
+        batches = self._train_batches if inputs is None else self.batches(inputs, ordered)
+        return self.terms(), batches
 
-    def _keep_rows(self, loader: CheckpointLoader, show_progress: bool = False) -> None:
-        """Have the training side of all examples, where it is to be kept."""
-        if self._kept is None:
-            self._kept = self._made_rows(loader, show_progress)
-
-    def _made_rows(self, loader: CheckpointLoader, show_progress: bool) -> KeptRows | None:
-        """The training side of all examples; None where it is made anew for every question."""
-        if self.store is None and not (self._keeps_rows and self._fits()):
-            return None
-        sides = [self.train_at(place) for place in range(len(self.checkpoints))]
-        doing = "compute the gradients of the training set. Processing checkpoint"
-        bar = partial(self._bar, doing, len(sides), show_progress)
-        build = Build(sides, self.train_dataloader, loader, self._sample, bar)
-        if self.store is None:
-            return build.in_memory()
-        description = {
-            **self._feature_settings(),
-            **self._identity(loader, self.train_dataloader),
-        }
-        return build.on_disk(self.store, description, self._kept_shapes, self.store_dtype)
-
-    def _fits(self) -> bool:
-        """Whether the training side of all examples may be kept in memory."""
-        rows = self._train_count() * len(self.checkpoints)
-        each = sum(shape.numel() for shape in self._kept_shapes.values())
-        size = rows * each * self._sample.element_size()
-        # ranks share the training set out: what each would keep is not all of it
-        return is_alone() and 0 < size <= resident_bytes(self._device)
-
-    def _feature_settings(self) -> dict[str, Any]:
-        """What kept gradients depend on beside model, data and loss."""
-        return {"features": "gradients"}
-
-    def _identity(self, loader: CheckpointLoader, batches: Iterable[Batch]) -> dict[str, Any]:
-        return identity(loader, len(self.checkpoints), self._source, self._differentiated, batches)
-
-    @property
-    def _differentiated(self) -> Loss:
-        """What the training side is the gradient of."""
-        return self._train_loss
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._kept = None
-
-    @property
-    def _kept_since(self) -> str | None:
-        return None if self._kept is None else "the gradients of the training set were computed"
-
-    def _why_fixed(self, name: str) -> str | None:
-        if name == TRAIN and self.store is not None:
-            return "`store` keeps the gradients of its examples"
-        return super()._why_fixed(name)
-
-    def _batches(self, inputs: Any, ordered: bool = True) -> Iterable[Batch]:
-        return self._train_batches if inputs is None else super()._batches(inputs, ordered)
-
-    def _stream_scores(
+    def stream_scores(
         self,
         inputs: Any,
         reducer: Reducer,
@@ -294,30 +313,48 @@ class InnerProductInfluence(ExampleInfluence):
         aggregate: bool,
         groups: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        with self._session() as loader:
+        with self.session() as loader:
             terms, test = self._plan(loader, given(inputs), not aggregate, show_progress)
             train = self._train_batches
-            if groups is not None:
-                terms, train = self._by_parameter(terms)
-            with self._bar(doing, _times(train, terms), show_progress) as bar:
+            if groups is not None and self._map.has_parts:
+                terms, train = self._by_parameter(terms), self.train_dataloader
+            with self.progress(doing, _times(train, terms), show_progress) as bar:
                 stream = Stream(
                     terms,
                     loader,
                     self._sample,
-                    self._train_count(),
+                    self._examples.train_count,
                     groups,
                     bar.update,
-                    self._watch(terms),
+                    self.watch(terms),
                 )
                 stream.scores(test, train, reducer, aggregate)
 
-    def _watch(self, terms: Sequence[Term]) -> Watch | None:
+    def _by_parameter(self, terms: list[Term]) -> list[Term]:
+        """Each parameter's part of the training features meets the whole test features.
+
+        The parts are computed again: what is cached is their sum.
+        """
+        names = list(self._parameters)
+
+        def split(term: Term) -> Term:
+            index, solved = term.train.checkpoint, term.test.solved
+            parts = partial(self._map.by_parameter, index)
+            return replace(
+                term,
+                test=replace(term.test, solve=lambda f: self._map.repeated(solved(f), names)),
+                train=Side(index, lambda batch: parts(batch, self._train_loss)),
+            )
+
+        return [split(term) for term in terms]
+
+    def watch(self, terms: Sequence[Term]) -> Watch | None:
         """What looks on while scores are computed."""
         return None
 
     def _vectors(self, inputs: Any, of_tests: bool, aggregate: bool = False) -> Tensor:
         """A side of the inputs at each checkpoint, times the root of its weight, side by side."""
-        with self._session() as loader:
+        with self.session() as loader:
             terms, batches = self._plan(loader, inputs, ordered=not aggregate)
             stream = Stream(terms, loader, self._sample)
             blocks = []
@@ -345,3 +382,14 @@ def _times(batches: Iterable[Batch], terms: Sequence[Term]) -> int | None:
     """How many ticks a pass over the batches will give."""
     length = loader_length(batches)
     return None if length is None else length * len(terms)
+
+
+def _checked(features: FeatureMap | None) -> FeatureMap:
+    if features is None:
+        return FeatureMap()
+    if not isinstance(features, FeatureMap):
+        raise InvalidArgumentError(
+            "`features` must be a FeatureMap, such as `influence_kit.projections.Projected(256)`; "
+            f"got {features!r}"
+        )
+    return features

@@ -7,7 +7,7 @@ may assign what they have themselves: what their ``__init__`` sets, or what thei
 import inspect
 from abc import ABCMeta
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from influence_kit.errors import FixedAttributeError
 
@@ -21,10 +21,9 @@ class Made(ABCMeta):
 
     def __init__(cls, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if "__init__" in vars(cls) and "__signature__" not in vars(cls):
+        if "__init__" in vars(cls):
             # else it would be that of ``__call__``
-            own = list(inspect.signature(vars(cls)["__init__"]).parameters.values())[1:]
-            cls.__signature__ = inspect.Signature(own)
+            cls.__signature__ = inspect.Signature(_parameters(cls))
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make an object."""
@@ -33,25 +32,45 @@ class Made(ABCMeta):
         return made
 
 
-class ReadOnly(metaclass=Made):
-    """An object whose public attributes are read-only, but for properties that can be set.
+def _parameters(cls: type) -> list[inspect.Parameter]:
+    """The parameters of a class's constructor, with those of its base where it hands them on."""
+    own = list(inspect.signature(vars(cls)["__init__"]).parameters.values())[1:]
+    if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in own):
+        return own
+    named = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
+    common = inspect.signature(cls.__mro__[1]).parameters.values()
+    known = {parameter.name for parameter in named}
+    changed = {parameter.name: parameter for parameter in own}
+    kept = [changed.get(p.name, p) for p in common if p.name not in known]
+    return sorted((*kept, *named), key=lambda parameter: parameter.kind)
 
-    Raises:
-        FixedAttributeError: (a ``ValueError`` and an ``AttributeError``) where one is assigned.
+
+Class = TypeVar("Class", bound=Made)
+
+
+def read_only(cls: Class) -> Class:
+    """Make the public attributes of a class's objects read-only, but for properties with a setter.
+
+    Assigning one of the others raises a FixedAttributeError (a ``ValueError`` and an
+    ``AttributeError``).
     """
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def set_attribute(self: Any, name: str, value: Any) -> None:
         if not name.startswith("_") and "_is_made" in vars(self) and not _may_assign(self, name):
             _refuse(self, name)
-        super().__setattr__(name, value)
+        object.__setattr__(self, name, value)
 
-    def __delattr__(self, name: str) -> None:
+    def delete_attribute(self: Any, name: str) -> None:
         if name in vars(self) and not name.startswith("_") and not _may_assign(self, name):
             _refuse(self, name)
-        super().__delattr__(name)
+        object.__delattr__(self, name)
+
+    cls.__setattr__ = set_attribute  # type: ignore[assignment]
+    cls.__delattr__ = delete_attribute  # type: ignore[assignment]
+    return cls
 
 
-def _may_assign(owner: ReadOnly, name: str) -> bool:
+def _may_assign(owner: Any, name: str) -> bool:
     for cls in type(owner).__mro__:
         if name in vars(cls):
             found = vars(cls)[name]
@@ -61,7 +80,7 @@ def _may_assign(owner: ReadOnly, name: str) -> bool:
     return name in vars(owner) and name not in _names_of_ours(owner)
 
 
-def _refuse(owner: ReadOnly, name: str) -> NoReturn:
+def _refuse(owner: Any, name: str) -> NoReturn:
     own = type(owner).__name__
     can = sorted(
         {
@@ -91,7 +110,7 @@ def _is_ours(cls: type) -> bool:
     return cls.__module__.partition(".")[0] == PACKAGE
 
 
-def _names_of_ours(owner: ReadOnly) -> set[str]:
+def _names_of_ours(owner: Any) -> set[str]:
     """The public attributes that constructors of this package have set."""
     if _is_ours(type(owner)):
         return set(vars(owner))

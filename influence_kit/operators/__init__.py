@@ -1,4 +1,4 @@
-"""Linear maps: curvature as products with vectors, its inverses, projections of gradients."""
+"""Linear maps: curvature as products with vectors, and its inverses."""
 
 from influence_kit.operators.functions import fisher, gauss_newton, hessian, inverse
 from influence_kit.operators.low_rank import (

@@ -1,6 +1,6 @@
-"""A symmetric matrix to be inverted: written out, or by the few rows that it is the mean of.
+"""A symmetric matrix to invert: written out, or given by n rows whose outer products it averages.
 
-Letters: P rows of the matrix C, n examples, k vectors.
+Shapes: n examples, P rows of the matrix C, k vectors.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Block:
     """C ``[P, P]``: ``Block(C)``, or ``Block.of_rows(G)`` for the mean G^T G / n of outer products.
 
     Args:
-        core: C itself; with ``rows`` the Gram matrix G G^T / n, ``[n, n]``, which has the
-            eigenvalues of C other than zero, and its trace.
+        core: C itself; with ``rows`` the Gram matrix G G^T / n, ``[n, n]``, which has the non-zero
+            eigenvalues of C, and its trace.
         rows: G ``[n, P]``.
     """
 
@@ -40,22 +40,22 @@ class Block:
 
     @property
     def size(self) -> int:
-        """The letter P."""
+        """The number of rows P."""
         return len(self.core) if self.rows is None else self.rows.shape[1]
 
     def inverse(
         self, damping: float, name: str = "the block", wording: Wording = OF_CURVATURE
     ) -> Callable[[Tensor], Tensor]:
-        """(C + damping)^-1 times vectors ``[k, P]`` in float64, by Cholesky's factor of the core.
+        """(C + damping)^-1 times vectors ``[k, P]`` in float64, by the Cholesky factor of the core.
 
         Args:
             damping: added to the eigenvalues of C.
-            name: what to call the block in errors.
-            wording: what to call C and the damping there.
+            name: the name of the block in errors.
+            wording: the names of C and the damping in errors.
 
         Raises:
-            CurvatureError: where the damped block is singular or has negative eigenvalues, with
-                their range.
+            CurvatureError: if the damped block is singular or has negative eigenvalues; the message
+                has their range.
         """
         factor = self._factor(damping, name, wording)
         if self.rows is None:
@@ -63,12 +63,12 @@ class Block:
         return partial(_through_rows, factor, self.rows, damping)
 
     def _factor(self, damping: float, name: str, wording: Wording) -> Tensor:
-        """Cholesky's factor of the damped core."""
+        """The Cholesky factor of the damped core."""
         damped = self.core.double().clone()
         damped.diagonal().add_(damping)
         factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(damped)
-        # a singular matrix may pass by rounding, and its inverse is noise
+        # a singular matrix may pass because of rounding, and its inverse would be noise
         rounding = self.size * torch.finfo(damped.dtype).eps * damped.diagonal().max()
         least = factor.diagonal().min() ** 2
         if self.size > len(damped):
@@ -79,7 +79,7 @@ class Block:
 
     def _refuse(self, damping: float, name: str, wording: Wording) -> None:
         values = torch.linalg.eigvalsh(self.core.double())
-        # of directions that no row has
+        # the eigenvalues of directions outside the rows
         values = torch.cat([values, values.new_zeros(self.size - len(values))])
         least, most = float(values.min()), float(values.max())
         negative = int((values < -1e-12 * max(abs(least), abs(most))).sum())

@@ -1,7 +1,7 @@
-"""Curvature of any function of parameters, as an operator; and its inverse by any solver.
+"""The curvature of any function of parameters, as an operator, and its inverse by any solver.
 
-``parameters`` is a tensor, or a tuple, list or dict of tensors; functions take the same. Vectors
-``[k, P]`` have the parameters side by side, in their order.
+``parameters`` is a tensor, or a tuple, list or dict of tensors; functions take the same structure.
+Vectors ``[k, P]`` hold the parameters one after the other, in their order.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,8 +33,8 @@ class FunctionOperator(Operator):
     """A symmetric matrix over the parameters of a function.
 
     Args:
-        parameters: where the function is taken.
-        tree_product: vectors by name to products by name.
+        parameters: the point at which the curvature is taken.
+        tree_product: maps parameters and vectors by name to products by name.
     """
 
     def __init__(
@@ -52,12 +52,12 @@ class FunctionOperator(Operator):
 
 
 def named(parameters: Parameters) -> dict[str, Tensor]:
-    """The tensors by name; by place where they have none."""
+    """The tensors by name; by index if they have no names."""
     if isinstance(parameters, Tensor):
         return {"0": parameters}
     if isinstance(parameters, Mapping):
         return dict(parameters)
-    return {str(place): value for place, value in enumerate(parameters)}
+    return {str(index): value for index, value in enumerate(parameters)}
 
 
 def _check_mode(mode: str) -> None:
@@ -66,7 +66,7 @@ def _check_mode(mode: str) -> None:
 
 
 def _as_given(parameters: Parameters, tree: Tree) -> Any:
-    """Tensors by name in the structure of ``parameters``."""
+    """Tensors by name, in the structure of ``parameters``."""
     if isinstance(parameters, Tensor):
         return tree["0"]
     if isinstance(parameters, Mapping):
@@ -80,8 +80,8 @@ def hessian(
     """The Hessian of a scalar function.
 
     Args:
-        function: parameters to a scalar.
-        parameters: where to take it.
+        function: maps parameters to a scalar.
+        parameters: the point at which to take the Hessian.
         mode: "forward" or "reverse" over reverse.
 
     Example:
@@ -109,9 +109,9 @@ def gauss_newton(
     """J^T H J: J the Jacobian of the outputs, H the Hessian of the loss in the outputs.
 
     Args:
-        outputs: parameters to a tensor.
-        loss: that tensor to a scalar.
-        parameters: where to take it.
+        outputs: maps parameters to a tensor.
+        loss: maps that tensor to a scalar.
+        parameters: the point at which to take the matrix.
         mode: "forward" or "reverse" over reverse.
     """
     _check_mode(mode)
@@ -131,12 +131,12 @@ def gauss_newton(
 def fisher(losses: Callable[[Any], Tensor], parameters: Parameters) -> Operator:
     """The mean over examples of g g^T, g the gradient of an example's loss.
 
-    The empirical Fisher for losses at the labels of the data, an estimate of the Fisher for losses
-    at labels drawn from the model.
+    It is the empirical Fisher for losses at the labels of the data, and an estimate of the Fisher
+    for losses at labels drawn from the model.
 
     Args:
-        losses: parameters to the losses of the examples, ``[n]``.
-        parameters: where to take it.
+        losses: maps parameters to the losses of the examples, ``[n]``.
+        parameters: the point at which to take the matrix.
 
     Example:
         >>> import torch
@@ -163,7 +163,7 @@ def fisher(losses: Callable[[Any], Tensor], parameters: Parameters) -> Operator:
 def inverse(
     operator: Operator, solver: Solver = "cholesky", damping: Damping = 0.0, **options: Any
 ) -> Solve:
-    """Vectors ``[k, P]`` to (C + damping)^-1 times them, for an operator C.
+    """A function that multiplies vectors ``[k, P]`` by (C + damping)^-1, for an operator C.
 
     Args:
         operator: C.
@@ -171,11 +171,11 @@ def inverse(
             ``preconditioner``), "lissa" (``depth``, ``repeats``, ``scale``, ``tol``), "arnoldi"
             (``steps``, ``tol``, ``seed``, and ``complement``: whether directions outside the
             subspace count with eigenvalue 0) or "nystrom" (``rank``, ``seed``).
-        damping: added to the eigenvalues: a number, or one a block.
-        options: of the solver.
+        damping: added to the eigenvalues: one number, or one per block.
+        options: the options of the solver.
 
     Raises:
-        CurvatureError: where C + damping is singular or indefinite, or the solver fails.
+        CurvatureError: if C + damping is singular or indefinite, or the solver fails.
 
     Example:
         >>> import torch

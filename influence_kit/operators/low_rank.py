@@ -1,6 +1,6 @@
 """Inverses from a few eigenpairs of each block: Arnoldi (Lanczos) and Nystroem.
 
-Letters: k vectors, P rows, r eigenpairs, B blocks.
+Shapes: k vectors, P rows, r eigenpairs, B blocks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ class EigenPairs:
 
 
 def as_tensors(pairs: Sequence[EigenPairs]) -> dict[str, Tensor]:
-    """The eigenpairs of all blocks, by name, to be kept."""
+    """The eigenpairs of all blocks as tensors by name, to save them."""
     found = {}
     for number, pair in enumerate(pairs):
         found[f"values.{number}"], found[f"vectors.{number}"] = pair.values, pair.vectors
@@ -44,8 +44,8 @@ class LowRank:
     """V (D + damping)^-1 V^T, and with ``complement`` + (I - V V^T) / damping (Woodbury).
 
     Args:
-        pairs: eigenpairs of each block.
-        damping: added to the eigenvalues; positive with ``complement``.
+        pairs: the eigenpairs of each block.
+        damping: added to the eigenvalues; must be positive with ``complement``.
         complement: whether directions outside V count, with eigenvalue 0.
     """
 
@@ -88,18 +88,18 @@ def nystrom(operator: Operator, rank: int, seed: int = 0) -> list[EigenPairs]:
     """Eigenpairs of the randomized Nystroem approximation (arXiv 2110.02820).
 
     C_nys = (C O) (O^T C O)^+ (C O)^T with O an orthonormal basis of ``rank`` random directions:
-    one product with C for all of them. Exact where the rank of C is at most ``rank``.
+    one product with C for all of them. It is exact if the rank of C is at most ``rank``.
 
     Raises:
-        CurvatureError: where C is indefinite on the directions: the approximation wants C
-            positive semi-definite.
+        CurvatureError: if C is indefinite on the directions: the approximation requires a positive
+            semi-definite C.
     """
     check_count(rank, "rank")
     ranks = [min(rank, size) for size in operator.sizes]
     probes = operator.normal(max(ranks), seed).double().split(operator.sizes, dim=1)
     bases = [
         torch.linalg.qr(probe[:r].T)[0] for probe, r in zip(probes, ranks, strict=True)
-    ]  # [P, r] a block
+    ]  # [P, r] per block
     rows = torch.cat([_padded(basis.T, max(ranks)) for basis in bases], dim=1)
     images = operator.product(rows.to(operator.sample)).double().split(operator.sizes, dim=1)
     return [
@@ -131,9 +131,9 @@ def _nystrom_block(basis: Tensor, image: Tensor, number: int, eps: float) -> Eig
 def arnoldi(operator: Operator, steps: int, tol: float = 0.0, seed: int = 0) -> list[EigenPairs]:
     """Eigenpairs of the restriction of C to Krylov subspaces (arXiv 2112.03052).
 
-    Lanczos with full reorthogonalisation from a random start, one product a step; the restriction
-    is symmetric and so are its eigenpairs (``eigh``). A block stops where what is left of an image
-    for the next direction is shorter than ``tol``, or lost in rounding.
+    Lanczos with full reorthogonalisation from a random start, one product per step; the restriction
+    is symmetric, so its eigenpairs are those of ``eigh``. A block stops when the orthogonal rest of
+    an image, the next direction, is shorter than ``tol`` or lost in rounding.
     """
     check_count(steps, "steps")
     check_number(tol, "tol", least=0)
@@ -158,7 +158,7 @@ def arnoldi(operator: Operator, steps: int, tol: float = 0.0, seed: int = 0) -> 
 
 
 def _extend(basis: list[Tensor], images: list[Tensor], image: Tensor, tol: float) -> bool:
-    """Keep the image and orthogonalise it; whether there is a next direction."""
+    """Store the image and orthogonalise it; returns whether there is a next direction."""
     images.append(image)
     known = torch.stack(basis, dim=1)
     left = image
@@ -198,12 +198,12 @@ class NystromPreconditioner:
 
 
 class JacobiPreconditioner:
-    """(diagonal of C + damping)^-1, the diagonal estimated by probes where it is not known."""
+    """(diagonal of C + damping)^-1, the diagonal estimated by probes if it is not known."""
 
     def __init__(self, operator: Operator, damping: Damping, seed: int = 0) -> None:
         values = damping_by_block(damping, len(operator.sizes), positive=True)
         lift = spread(values, operator.sizes).to(operator.sample.device)
-        # an estimate may be negative where the diagonal is not
+        # an estimate may be negative although the diagonal is not
         self.inverse = 1 / (operator.diagonal(seed).clamp(min=0) + lift)
 
     def __call__(self, vectors: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""A symmetric matrix that is known by its products with vectors.
+"""A symmetric matrix that is given by its products with vectors.
 
-Letters: k vectors, P rows of the matrix, B blocks on its diagonal.
+Shapes: k vectors, P rows of the matrix, B blocks on its diagonal.
 """
 
 from abc import ABC, abstractmethod
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from influence_kit.core.memory import rows_within, workspace_bytes
 
-# probes of the Hutchinson estimate of traces and diagonals
+# how many probes the Hutchinson estimates of traces and diagonals use
 PROBES = 32
-# blocks of this many rows are written out to know their trace
+# blocks of at most this many rows are written out to compute their trace
 SMALL = 256
 
 
 class Operator(ABC):
-    """A symmetric matrix of blocks on the diagonal; what is off the blocks is zero.
+    """A symmetric block-diagonal matrix.
 
     Args:
         sizes: the number of rows of each block.
@@ -35,7 +35,7 @@ class Operator(ABC):
 
     @property
     def size(self) -> int:
-        """The letter P."""
+        """The number of rows P."""
         return sum(self.sizes)
 
     def dense(self) -> list[Tensor]:
@@ -43,7 +43,7 @@ class Operator(ABC):
         blocks = [self.sample.new_zeros(size, size, dtype=torch.float64) for size in self.sizes]
         step = rows_within(4 * workspace_bytes(self.sample.device), 8 * self.size)
         for start in range(0, max(self.sizes), step):
-            # a unit vector of every block at once
+            # one unit vector of every block at a time
             stop = min(start + step, max(self.sizes))
             units = torch.cat(
                 [torch.eye(stop, size, dtype=torch.float64)[start:] for size in self.sizes], dim=1
@@ -59,7 +59,7 @@ class Operator(ABC):
         return (probes * self.product(probes)).double().mean(0)
 
     def traces(self, seed: int = 0) -> Tensor:
-        """The trace of each block ``[B]``: of small ones exactly, else estimated in that way."""
+        """The trace of each block ``[B]``: exact for small blocks, else estimated by probes."""
         if max(self.sizes) <= SMALL:
             return torch.stack([block.trace() for block in self.dense()])
         return torch.stack([part.sum() for part in self.diagonal(seed).split(self.sizes)])
@@ -79,7 +79,7 @@ class Scaled(Operator):
     """A number times an operator.
 
     Args:
-        operator: what is scaled.
+        operator: the operator.
         factor: the number.
     """
 

@@ -1,6 +1,6 @@
-"""Parameters in blocks, and vectors ``[k, P]`` that hold the blocks side by side.
+"""Parameters in blocks, and vectors ``[k, P]`` that hold the blocks one after the other.
 
-Letters: k vectors, P elements of all blocks, B blocks.
+Shapes: k vectors, P elements of all blocks, B blocks.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from influence_kit.gradients.per_example import Gradients
 
 
 def dots(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Inner products of the rows by block, in float64: ``[k, B]``."""
+    """Inner products of the rows per block, in float64: ``[k, B]``."""
     pieces = zip(left.split(list(sizes), 1), right.split(list(sizes), 1), strict=True)
     return torch.stack([torch.einsum("kp,kp->k", x.double(), y.double()) for x, y in pieces], dim=1)
 
 
 def spread(values: Tensor, sizes: Sequence[int]) -> Tensor:
-    """A value a block, ``[..., B]``, repeated for the block's elements: ``[..., P]``."""
+    """One value per block, ``[..., B]``, repeated for the block's elements: ``[..., P]``."""
     return values.repeat_interleave(torch.tensor(sizes, device=values.device), dim=-1)
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Which parameters stand together in a block.
+    """Which parameters form each block.
 
     Args:
-        blocks: names of parameters by block; a name occurs once.
+        blocks: the names of parameters by block; each name occurs once.
         shapes: the shapes of these parameters.
     """
 
@@ -53,7 +53,7 @@ class Partition:
         ]
 
     def flat(self, gradients: Gradients) -> Tensor:
-        """Gradients written out, ``[n, P]``; parameters that no block has are left out."""
+        """Gradients written out, ``[n, P]``, without parameters that are in no block."""
         shapes = {name: self.shapes[name] for name in self.names}
         return Gradients(gradients.n, gradients.forms, shapes, gradients.sample).flat()
 

@@ -1,9 +1,9 @@
 """Products of curvature matrices with many vectors at once, for functions of parameters.
 
-Forward-over-reverse, batched by ``torch.func.vmap``; reverse-over-reverse where a function has an
+Forward-over-reverse, batched by ``torch.func.vmap``; reverse-over-reverse if a function has an
 operation without forward mode. Both are exact.
 
-Letters: k vectors. ``Tree``: tensors by name.
+Shapes: k vectors. ``Tree``: tensors by name.
 """
 
 import warnings
@@ -25,9 +25,9 @@ Result = TypeVar("Result")
 
 @contextmanager
 def differentiable_attention() -> Iterator[None]:
-    """Inside, attention is computed in steps that can be differentiated twice, in any mode.
+    """Inside, attention uses a kernel that can be differentiated twice, in any mode.
 
-    One thread at a time: the levels of forward mode and the choice of steps are global in torch.
+    One thread at a time: the levels of forward mode and the choice of kernels are global in torch.
     """
     with FORWARD_MODE, sdpa_kernel(SDPBackend.MATH):
         yield
@@ -39,8 +39,8 @@ def hessian_product(
     """H v for each vector, H the Hessian of a scalar function of parameters.
 
     Args:
-        function: parameters by name to a scalar.
-        parameters: where to take the Hessian.
+        function: maps parameters by name to a scalar.
+        parameters: the point at which to take the Hessian.
         vectors: ``[k, *shape]`` by name.
         mode: "forward" or "reverse" over reverse.
     """
@@ -61,9 +61,9 @@ def gauss_newton_product(
     """J^T H J v for each vector, J the Jacobian of the outputs, H the Hessian of the loss there.
 
     Args:
-        outputs: parameters by name to a tuple of tensors.
-        loss: these tensors to a scalar.
-        parameters: where to take it.
+        outputs: maps parameters by name to a tuple of tensors.
+        loss: maps these tensors to a scalar.
+        parameters: the point at which to take the matrix.
         vectors: ``[k, *shape]`` by name.
         mode: "forward" or "reverse" over reverse.
     """
@@ -91,9 +91,9 @@ def mixed_product(
     """d/ds <v, df/dp> for each vector v, of a scalar function f of parameters p and a shift s.
 
     Args:
-        function: parameters by name and a shift to a scalar.
-        parameters: where to take it.
-        shift: likewise.
+        function: maps parameters by name and a shift to a scalar.
+        parameters: the parameters at which to take the derivative.
+        shift: the shift at which to take the derivative.
         vectors: ``[v, *shape]`` by name.
         mode: "forward" or "reverse" over reverse.
 
@@ -116,10 +116,10 @@ def mixed_product(
 
 
 class EitherMode:
-    """Forward mode while a function allows it, reverse mode from the first time that it does not.
+    """Uses forward mode until a function fails in it, and reverse mode from then on.
 
     Args:
-        what: is computed, for the warning: "curvature is".
+        what: what is computed, for the warning: "curvature is".
     """
 
     def __init__(self, what: str) -> None:
@@ -127,7 +127,7 @@ class EitherMode:
         self.mode: Mode = "forward"
 
     def __call__(self, product: Callable[[Mode], Result]) -> Result:
-        """The product in the mode that works, its argument."""
+        """Call the product with the mode that works."""
         if self.mode == "reverse":
             return product("reverse")
         try:
@@ -135,7 +135,7 @@ class EitherMode:
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            # an error of the user's comes again
+            # an error of the user's own code is raised again here
             found = product("reverse")
             self.mode = "reverse"
             warnings.warn(
@@ -149,9 +149,9 @@ class EitherMode:
 
 def _vmapped(product: Callable[[Tree], dict[str, Tensor]], vectors: Tree) -> dict[str, Tensor]:
     with warnings.catch_warnings():
-        # an operation that vmap does in a loop is right, and slow
+        # torch's warning that vmap runs an operation in a loop, which is right but slow
         warnings.filterwarnings("ignore", message="There is a performance drop")
-        # torch's own, from its table of forward derivatives
+        # torch's warning from its table of forward derivatives
         warnings.filterwarnings("ignore", message=".*torch.jit.script")
         with torch.no_grad():
             return vmap(product, randomness="same")(vectors)
@@ -164,7 +164,7 @@ def _leaves(parameters: Tree) -> dict[str, Tensor]:
 def _pull(
     results: Sequence[Tensor], leaves: Sequence[Tensor], back: Sequence[Tensor], keep: bool
 ) -> Sequence[Tensor]:
-    """Gradients of the results along ``back``; zeros where a leaf has no part in them."""
+    """Gradients of the results along ``back``; zeros for unused leaves."""
     pairs = [(r, b) for r, b in zip(results, back, strict=True) if r.requires_grad]
     if not pairs:
         return [torch.zeros_like(leaf) for leaf in leaves]

@@ -1,9 +1,9 @@
 """(C + damping)^-1 v for a symmetric operator C and many vectors v at once.
 
-Every solver keeps the blocks of its operator apart. Damping is one number, or one a block, and is
-added to the eigenvalues of C.
+Every solver treats the blocks of its operator separately. Damping is one number, or one per block,
+and is added to the eigenvalues of C.
 
-Letters: k vectors, P rows of C, B blocks.
+Shapes: k vectors, P rows of C, B blocks.
 """
 
 import warnings
@@ -22,12 +22,12 @@ from influence_kit.operators.wording import OF_CURVATURE, Wording
 
 Damping = float | Tensor | Sequence[float]
 Solve = Callable[[Tensor], Tensor]
-# an iteration that has grown by this factor does not come back
+# an iteration that has grown by this factor will not converge
 DIVERGED = 1e6
 
 
 def damping_by_block(damping: Damping, blocks: int, positive: bool = False) -> Tensor:
-    """Damping by block, float64 ``[B]``, checked."""
+    """The damping of each block, float64 ``[B]``, checked."""
     if isinstance(damping, bool):
         raise InvalidArgumentError(f"damping must be a number; got {damping}")
     values = torch.as_tensor(damping, dtype=torch.float64)
@@ -40,18 +40,18 @@ def damping_by_block(damping: Damping, blocks: int, positive: bool = False) -> T
         raise InvalidArgumentError(f"damping must be finite and not negative; got {damping}")
     if positive and bool((values <= 0).any()):
         raise InvalidArgumentError(
-            "damping must be positive here, since directions without curvature are divided by it; "
-            f"got {values.tolist()}"
+            "damping must be positive here, because directions without curvature are divided by "
+            f"it; got {values.tolist()}"
         )
     return values
 
 
 def refuse_non_finite_rows(vectors: Tensor) -> Tensor:
-    """The vectors ``[k, P]`` to solve for, where all are finite.
+    """The right-hand sides ``[k, P]``, checked to be finite.
 
     Raises:
-        NonFiniteError: with the number of the first that is not: an iteration may take it for
-            solved.
+        NonFiniteError: with the index of the first that is not finite: an iteration might treat it
+            as solved.
     """
     bad = torch.nonzero(~torch.isfinite(vectors).all(dim=1))[:, 0]
     if len(bad):
@@ -65,14 +65,14 @@ class Cholesky:
     """The exact inverse of damped blocks.
 
     Args:
-        blocks: the blocks of C: written out, or a ``Block``.
+        blocks: the blocks of C, each written out or as a ``Block``.
         damping: added to their eigenvalues.
-        names: what to call the blocks in errors.
-        wording: what to call C and the damping there.
+        names: the names of the blocks in errors.
+        wording: the names of C and the damping in errors.
 
     Raises:
-        CurvatureError: where a damped block is singular or has negative eigenvalues, with their
-            range.
+        CurvatureError: if a damped block is singular or has negative eigenvalues; the message has
+            their range.
     """
 
     def __init__(
@@ -108,32 +108,32 @@ def conjugate_gradients(
 ) -> Tensor:
     """(C + damping)^-1 v by conjugate gradients, for all rows at once (Martens 2010).
 
-    A row is done when the norm of its residual is at most ``tol`` times that of v, block by block;
-    it then leaves. One product with C an iteration, none before the first.
+    A row is done when the norm of its residual is at most ``tol`` times that of v in each block;
+    it is then left out. One product with C per iteration, none before the first.
 
     Args:
         operator: C.
         vectors: ``[k, P]``.
         damping: added to C.
-        max_iter: the most iterations; a warning tells of rows that are not done by then.
-        tol: relative residual.
+        max_iter: the most iterations; rows that are not done by then cause a warning.
+        tol: the relative residual.
         preconditioner: a cheap approximation of (C + damping)^-1.
 
     Raises:
-        CurvatureError: where C + damping has a direction of negative curvature.
+        CurvatureError: if C + damping has a direction of negative curvature.
         NonFiniteError: for a row that is NaN or infinite.
-        InvalidArgumentError: for a number of iterations or a residual that is none.
+        InvalidArgumentError: for an invalid ``max_iter`` or ``tol``.
     """
     check_count(max_iter, "max_iter")
     check_number(tol, "tol", least=0, below=1)
     by_block = damping_by_block(damping, len(operator.sizes))
     vectors, powers = balanced(refuse_non_finite_rows(vectors))
     solution = torch.zeros_like(vectors)
-    # a residual below rounding says nothing, and its directions vanish
+    # a residual below rounding carries no information, and its directions vanish
     tol = max(tol, torch.finfo(vectors.dtype).eps)
     state = _Descent(operator, vectors, by_block, preconditioner)
     for _ in range(max_iter):
-        # a residual that is NaN is not done
+        # written so that a NaN residual counts as not done
         going = ~(state.relative() <= tol)
         keep = going.any(dim=1)
         if not bool(keep.all()):
@@ -141,14 +141,14 @@ def conjugate_gradients(
             state.leave(keep)
         if not len(state.rows):
             return times_powers(solution, powers)
-        # a block that is done stays as it is while another of its row goes on
+        # a block that is done does not change while another of its row continues
         state.step(going[keep])
     solution[state.rows] = state.x
     left = state.relative()
     if bool((left > tol).any()):
         warnings.warn(
             f"conjugate gradients stopped after {max_iter} iterations with relative residuals up "
-            f"to {float(left.max()):.2g} (asked: {tol:.2g}) in {int((left > tol).any(1).sum())} of "
+            f"to {float(left.max()):.2g} (tol: {tol:.2g}) in {int((left > tol).any(1).sum())} of "
             f"{len(vectors)} rows: raise `max_iter` or the damping, or use a preconditioner",
             stacklevel=2,
         )
@@ -156,7 +156,7 @@ def conjugate_gradients(
 
 
 class _Descent:
-    """Where conjugate gradients stand, for the rows that are not done."""
+    """The state of conjugate gradients, for the rows that are not done."""
 
     def __init__(
         self, operator: Operator, vectors: Tensor, damping: Tensor, preconditioner: Solve | None
@@ -166,7 +166,7 @@ class _Descent:
         self.preconditioner = preconditioner
         self.rows = torch.arange(len(vectors), device=vectors.device)
         self.x, self.residual = torch.zeros_like(vectors), vectors.clone()
-        # a row that is zero is done at once
+        # a zero row is done at once
         self.norms = dots(vectors, vectors, self.sizes).sqrt()
         self.z = self._conditioned()
         self.direction = self.z.clone()
@@ -176,17 +176,17 @@ class _Descent:
         return self.residual if self.preconditioner is None else self.preconditioner(self.residual)
 
     def relative(self) -> Tensor:
-        """The norm of the residual by that of the right-hand side, ``[k, B]``."""
+        """The norm of the residual over that of the right-hand side, ``[k, B]``."""
         norms = dots(self.residual, self.residual, self.sizes).sqrt()
         return torch.where(self.norms > 0, norms / self.norms, 0.0)
 
     def leave(self, keep: Tensor) -> None:
-        """Go on with some of the rows."""
+        """Continue with some of the rows."""
         for name in ("rows", "x", "residual", "direction", "norms", "rz"):
             setattr(self, name, getattr(self, name)[keep])
 
     def step(self, going: Tensor) -> None:
-        """One iteration for the blocks ``[k, B]`` that are going."""
+        """One iteration for the blocks that are not done; ``going`` is their mask ``[k, B]``."""
         image = self.operator.product(self.direction) + self.lift * self.direction
         bend = dots(self.direction, image, self.sizes)
         self._check(bend, going)
@@ -208,9 +208,9 @@ class _Descent:
         if bool((going & ~(bend > 0)).any()):
             least = float((bend / squares)[going].min())
             raise CurvatureError(
-                f"the damped curvature is {least:.4g} along a direction, so that it is not "
-                "positive definite and conjugate gradients do not apply: use curvature='ggn', "
-                "which has no negative eigenvalues, or a larger damping"
+                f"the damped curvature is {least:.4g} along a direction, so it is not positive "
+                "definite and conjugate gradients do not apply: use curvature='ggn', which has no "
+                "negative eigenvalues, or a larger damping"
             )
 
 
@@ -226,24 +226,24 @@ def lissa(
 ) -> Tensor:
     """(C + damping)^-1 v by the Neumann series (LiSSA, arXiv 1602.03943).
 
-    ``h <- v + h - (C_s h + damping h) / scale``, the result ``h / scale`` averaged over repeats.
-    The fixed point is (C + damping)^-1 v for any scale above the largest eigenvalue of
-    C + damping; with ``steps`` C_s is a sample of C.
+    ``h <- v + h - (C_s h + damping h) / scale``; the result is ``h / scale``, averaged over
+    repeats. The fixed point is (C + damping)^-1 v for any scale above the largest eigenvalue of
+    C + damping. C_s is C, or with ``steps`` a sample of it.
 
     Args:
         operator: C.
         vectors: ``[k, P]``.
         damping: added to C.
         depth: the most iterations.
-        repeats: how often to run, with other samples.
+        repeats: how often to run, each time with other samples.
         scale: a number, or "auto": 1.1 times the largest damped eigenvalue by power iteration.
-        steps: the product with C_s for a repeat, a new sample a call; None for C itself.
-        tol: stop where no row moves by more than this, relatively (0: run all iterations).
+        steps: gives the product with C_s for a repeat, a new sample per call; None for C itself.
+        tol: stop when no row moves by more than this, relatively (0: run all iterations).
 
     Raises:
-        CurvatureError: where the series diverges.
+        CurvatureError: if the series diverges.
         NonFiniteError: for a row that is NaN or infinite.
-        InvalidArgumentError: for a scale or a number of iterations that is none.
+        InvalidArgumentError: for an invalid ``scale``, ``depth``, ``repeats`` or ``tol``.
     """
     check_count(depth, "depth")
     check_count(repeats, "repeats")
@@ -279,7 +279,7 @@ def lissa(
 
 
 def largest_eigenvalue(operator: Operator, iterations: int = 20, seed: int = 0) -> float:
-    """The largest absolute eigenvalue, by power iteration (from below)."""
+    """The largest absolute eigenvalue, estimated from below by power iteration."""
     vector = operator.normal(1, seed)
     vector /= vector.norm()
     value = 0.0

@@ -1,17 +1,17 @@
-"""What errors call the matrix that a method inverts, and what it is made of."""
+"""The words with which errors describe the matrix that a method inverts."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Wording:
-    """The words of a method's own users; those of influence functions, unless it says otherwise.
+    """Words for errors; the defaults are those of influence functions.
 
     Args:
-        matrix: what is inverted.
-        block: a block of it, ``{}`` its name.
-        damping: the argument that is added to its eigenvalues.
-        data: what it is measured on.
+        matrix: the matrix that is inverted.
+        block: a block of it, with ``{}`` for its name.
+        damping: the name of the argument that is added to its eigenvalues.
+        data: the data that it is computed from.
         remedy: what helps against negative eigenvalues.
     """
 

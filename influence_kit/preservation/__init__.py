@@ -1,1 +1,1 @@
-"""The state of a user's model and process, kept and given back."""
+"""Saves and restores the state of the user's model and process."""

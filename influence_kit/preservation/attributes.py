@@ -1,6 +1,6 @@
-"""What modules hold beside parameters, buffers and hooks: their attributes, as they were.
+"""Saves and restores the attributes of modules other than parameters, buffers and hooks.
 
-Attributes are compared and put back by identity; lists, dicts, sets and objects among them also by
+Attributes are compared and restored by identity; lists, dicts, sets and objects among them also by
 content, five levels deep; tensors and arrays that were changed in place by value; generators of
 random numbers by their state.
 """
@@ -23,20 +23,20 @@ from influence_kit.core.functorch import outside_transforms
 DEPTH = 5
 CONTAINERS = (dict, list, set, deque, OrderedDict, defaultdict)
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-# what ``nn.Module`` keeps there itself
+# the attributes of ``nn.Module`` itself
 OF_MODULES = frozenset(vars(nn.Module()))
 _FOREIGN = {"torch", "numpy"} | (set(sys.stdlib_module_names) - {"types", "functools"})
-# what an owner holds: by name or key, or in order
+# the items that an owner holds: by name or key, or in order
 Contents = dict[Any, Any] | list[Any]
 MISSING = object()
 
 
 class Attributes:
-    """The attributes of modules, which can be brought back.
+    """The attributes of modules, which can be restored.
 
     Args:
-        modules: whose attributes they are.
-        tensors: parameters and buffers, whose values are looked after elsewhere.
+        modules: the modules.
+        tensors: parameters and buffers, whose values are restored elsewhere.
     """
 
     def __init__(self, modules: Sequence[nn.Module], tensors: Iterable[Tensor]) -> None:
@@ -54,7 +54,7 @@ class Attributes:
         self._start = self.contents()
 
     def _look_at(self, value: Any, depth: int) -> None:
-        """Note a container, an object with attributes or a tensor, and what is in it."""
+        """Record a container, an object with attributes or a tensor, and everything inside it."""
         if id(value) in self._known or isinstance(value, nn.Module):
             return
         if isinstance(value, Tensor | np.ndarray):
@@ -76,11 +76,11 @@ class Attributes:
             self._look_at(item, depth - 1)
 
     def contents(self) -> list[Contents]:
-        """What all of them hold now."""
+        """The current contents of all owners."""
         return [held_by(owner) for owner in self._owners]
 
     def changed_since(self, before: Sequence[Contents]) -> dict[int, Contents]:
-        """The numbers of those that hold something else now, with what they held."""
+        """The numbers of the owners whose contents have changed, with their earlier contents."""
         return {
             number: held
             for number, (owner, held) in enumerate(zip(self._owners, before, strict=True))
@@ -88,12 +88,12 @@ class Attributes:
         }
 
     def put_back(self, changed: dict[int, Contents]) -> None:
-        """Have some of them hold what they held."""
+        """Restore the contents of some owners."""
         for number, held in changed.items():
             fill(self._owners[number], held)
 
     def put_back_values(self) -> None:
-        """Undo what was done in place to tensors and arrays that were there at the start."""
+        """Undo in-place changes of the tensors and arrays that existed at the start."""
         for value, version, copy in self._values:
             if isinstance(value, np.ndarray):
                 value[...] = copy
@@ -103,14 +103,14 @@ class Attributes:
         self._values = [(value, _version(value), copy) for value, _, copy in self._values]
 
     def restore(self) -> None:
-        """Have all of them hold what they held at the start."""
+        """Restore the contents that all owners had at the start."""
         self.put_back(self.changed_since(self._start))
         self.put_back_values()
         for generator, state in self._generators:
             _set_state(generator, state)
 
     def notes(self, changed: dict[int, Contents]) -> list[tuple[int, str]]:
-        """Attributes of modules that say that something has been done: now true, or a handle."""
+        """Attributes of modules that record that something was done: now True, or a hook handle."""
         found = []
         for number, held in changed.items():
             owner = self._owners[number]
@@ -122,12 +122,12 @@ class Attributes:
         return found
 
     def module_of(self, note: tuple[int, str]) -> nn.Module:
-        """Whose attribute a note is."""
+        """The module whose attribute a note is."""
         module: nn.Module = self._owners[note[0]]
         return module
 
     def keep(self, notes: Iterable[tuple[int, str]], changed: dict[int, Contents]) -> None:
-        """Let notes stay as they are now: at the start they were so."""
+        """Keep notes as they are now: treat these values as those of the start."""
         for number, name in notes:
             value = vars(self._owners[number])[name]
             for held in (self._start[number], changed[number]):
@@ -136,12 +136,12 @@ class Attributes:
 
 
 def own_attributes(module: nn.Module) -> dict[str, Any]:
-    """A module's attributes, less those of ``nn.Module``."""
+    """A module's attributes without those of ``nn.Module``."""
     return {name: value for name, value in vars(module).items() if name not in OF_MODULES}
 
 
 def _has_attributes(value: Any) -> bool:
-    """Whether something is an object of the user's with attributes of its own."""
+    """Whether a value is an object of a user's class, with attributes of its own."""
     if isinstance(value, type | types.FunctionType | types.MethodType | types.ModuleType):
         return False
     home = type(value).__module__.partition(".")[0]
@@ -149,12 +149,12 @@ def _has_attributes(value: Any) -> bool:
 
 
 def _held(owner: Any) -> Any:
-    """The dict, list, set or deque that holds what an owner holds."""
+    """The dict, list, set or deque that holds an owner's contents."""
     return owner if type(owner) in CONTAINERS else vars(owner)
 
 
 def held_by(owner: Any) -> Contents:
-    """A copy of what an owner holds."""
+    """A copy of an owner's contents."""
     held = _held(owner)
     return dict(held) if isinstance(held, dict) else list(held)
 
@@ -165,7 +165,7 @@ def _same(before: Contents, owner: Any) -> bool:
     if len(before) == len(held):
         if not isinstance(before, dict):
             return all(map(is_, before, held))
-        # mostly so, and quick
+        # the usual case, and quick to check
         if all(map(is_, before.values(), held.values())) and all(map(eq, before, held)):
             return True
     if not isinstance(owner, nn.Module) or not isinstance(before, dict):
@@ -176,7 +176,7 @@ def _same(before: Contents, owner: Any) -> bool:
 
 
 def fill(owner: Any, before: Contents) -> None:
-    """Have an owner hold what it held."""
+    """Replace an owner's contents by earlier ones."""
     held = _held(owner)
     if isinstance(owner, nn.Module):
         kept = {name: value for name, value in held.items() if name in OF_MODULES}

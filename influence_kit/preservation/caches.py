@@ -1,8 +1,9 @@
-"""Caches that are full when a call begins: they hold what belongs to the user's own weights.
+"""Caches that are full when a call begins: they were computed from the user's own weights.
 
-A tensor that a module keeps beside its parameters and buffers may be a constant, or may have been
-computed from the weights by an earlier forward pass, which would then serve every checkpoint. It is
-taken for the latter, and emptied for the call, where forward fills it again with the same values.
+A tensor that a module holds in addition to its parameters and buffers may be a constant, or may
+have been computed from the weights by an earlier forward pass. It would then be used, wrongly, with
+every checkpoint. It is treated as such a cache, and emptied for the call, if a forward pass fills
+it again with the same values.
 """
 
 import weakref
@@ -17,54 +18,53 @@ from influence_kit.preservation.attributes import CONTAINERS, MISSING, fill, hel
 from influence_kit.preservation.module_state import ModuleState
 from influence_kit.preservation.training_flags import Probe, close
 
-Place = tuple[nn.Module, str]
-# what was found not to be a cache, so that it is tried once alone
+# a module and the name of an attribute
+Slot = tuple[nn.Module, str]
+# attributes found not to be caches, so that they are not tried again
 _CONSTANTS: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
 def empty_caches(state: ModuleState, probe: Probe) -> None:
-    """Empty what a forward pass of the model fills again, the user's weights being in it.
+    """Empty the attributes that a forward pass of the model with the user's weights fills again.
 
     Args:
-        state: of the model.
+        state: the state of the model.
         probe: calls the model on a few examples.
     """
     known = {id(tensor) for tensor in state.values.tensors}
-    places = [
+    slots = [
         (module, name)
         for module in state.modules
         for name, value in own_attributes(module).items()
         if _CONSTANTS.get(module, {}).get(name) is not value
         and any(id(tensor) not in known for tensor in _tensors(value))
     ]
-    together = _filled_again(state, probe, places, None) if places else []
-    for place in places:
-        module, name = place
-        if place in together or _filled_again(state, probe, [place], None):
-            _empty(place, None)
-        elif _filled_again(state, probe, [place], MISSING):
-            _empty(place, MISSING)
+    together = _filled_again(state, probe, slots, None) if slots else []
+    for slot in slots:
+        module, name = slot
+        if slot in together or _filled_again(state, probe, [slot], None):
+            _empty(slot, None)
+        elif _filled_again(state, probe, [slot], MISSING):
+            _empty(slot, MISSING)
         else:
             _CONSTANTS.setdefault(module, {})[name] = vars(module)[name]
 
 
-def _filled_again(
-    state: ModuleState, probe: Probe, places: list[Place], nothing: Any
-) -> list[Place]:
-    """The places that a forward pass fills with what they held, all of them being empty before."""
+def _filled_again(state: ModuleState, probe: Probe, slots: list[Slot], nothing: Any) -> list[Slot]:
+    """The slots, all emptied, that a forward pass fills with the values that they had."""
     before, found = state.attributes.contents(), []
-    values = {place: vars(place[0])[place[1]] for place in places}
-    held = {place: list(_tensors(value)) for place, value in values.items()}
-    # a container may be younger than what the state knows of: one that ``eval()`` has made
+    values = {slot: vars(slot[0])[slot[1]] for slot in slots}
+    held = {slot: list(_tensors(value)) for slot, value in values.items()}
+    # a container may be newer than the saved state: ``eval()`` may have made one
     contents = [(value, held_by(value)) for value in values.values() if type(value) in CONTAINERS]
     try:
-        for place in places:
-            _empty(place, nothing)
-        with suppress(Exception), torch.no_grad():  # forward needs what is there
+        for slot in slots:
+            _empty(slot, nothing)
+        with suppress(Exception), torch.no_grad():  # forward may need the values
             probe()
             found = [
                 (module, name)
-                for module, name in places
+                for module, name in slots
                 if close(list(_tensors(vars(module).get(name))), held[module, name])
             ]
     finally:
@@ -74,8 +74,8 @@ def _filled_again(
     return found
 
 
-def _empty(place: Place, nothing: Any) -> None:
-    module, name = place
+def _empty(slot: Slot, nothing: Any) -> None:
+    module, name = slot
     value = vars(module)[name]
     if type(value) in CONTAINERS:
         value.clear()
@@ -86,7 +86,7 @@ def _empty(place: Place, nothing: Any) -> None:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors of an attribute: itself, or those in a container."""
+    """The tensors of an attribute: the attribute itself, or those in a container."""
     if isinstance(value, Tensor):
         yield value
     elif type(value) in (*CONTAINERS, tuple):

@@ -1,7 +1,7 @@
-"""Fixed masks in place of dropout: one thinned network of all those that dropout draws from.
+"""Fixed masks in place of dropout: one of the thinned networks that dropout draws from.
 
-A mask belongs to a dropout layer and has one entry a feature: 0 or 1 / (1 - rate). It depends on a
-seed, a member's number, the layer's name and the number of features, and on nothing else: not on
+A mask belongs to a dropout layer and has one entry per feature: 0 or 1 / (1 - rate). It depends on
+a seed, a member's number, the layer's name and the number of features, and on nothing else: not on
 the batch, the length of a sequence or the device.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from influence_kit.errors import InvalidArgumentError
 
-# where a checkpoint says which masks it goes with
+# the key of a checkpoint's masks
 MASKS = "dropout_masks"
 
 
@@ -28,9 +28,9 @@ class FixedMask:
     Args:
         name: the layer's name.
         rate: the share of features that is dropped.
-        seed: of all masks.
-        member: which of the masks.
-        axis: the dimension of the features; None for the layer's own (see ``dropout_ensemble``).
+        seed: the seed of all masks.
+        member: the number of the ensemble's member.
+        axis: the dimension of the features; None for the layer's default (``feature_axis``).
     """
 
     name: str
@@ -40,18 +40,18 @@ class FixedMask:
     axis: int | None = None
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        """The output with the same features dropped of every example."""
+        """The output, with the same features dropped in every example."""
         if module.training:
             raise InvalidArgumentError(
-                f"the dropout layer '{self.name}' is in training mode, in which it drops at "
-                "random; the masks of an ensemble are for evaluation mode (eval_mode=True)"
+                f"the dropout layer '{self.name}' is in training mode, in which it drops features "
+                "at random; the masks of an ensemble are for evaluation mode (eval_mode=True)"
             )
         axis = feature_axis(module, output.dim()) if self.axis is None else self.axis
         if not -output.dim() < axis < output.dim() or axis == 0:
             raise InvalidArgumentError(
-                f"the dropout layer '{self.name}' saw a tensor of shape {list(output.shape)}, "
-                f"whose dimension {axis} is not one of features (0 are the examples); name "
-                "another in `axes`, or set the layer's rate to 0 by `p`"
+                f"the dropout layer '{self.name}' got a tensor of shape {list(output.shape)}, "
+                f"whose dimension {axis} is not one of features (0 counts examples); give "
+                "another in `axes`, or set the layer's rate to 0 with `p`"
             )
         shape = [1] * output.dim()
         shape[axis] = output.shape[axis]
@@ -59,25 +59,25 @@ class FixedMask:
         return output * mask.reshape(shape)
 
     def mask(self, size: int) -> Tensor:
-        """The mask of a layer of that many features, float64."""
+        """The mask of a layer with ``size`` features, float64."""
         text = f"{self.seed} {self.member} {self.name} {size}"
-        # numpy's numbers, since torch's change with the device, and inside vmap with the example
+        # from numpy, as torch's numbers depend on the device and, inside vmap, on the example
         drawn = np.random.default_rng(_number(text)).random(size)
         return torch.from_numpy((drawn >= self.rate) / (1 - self.rate))
 
 
 def feature_axis(module: nn.Module, dimensions: int) -> int:
-    """The dimension of a dropout layer's features: channels of maps and heads, else the last."""
+    """The dimension of a dropout layer's features: channels of maps or heads, or the last."""
     channels = isinstance(module, nn.Dropout1d | nn.Dropout2d | nn.Dropout3d)
     return 1 if channels or dimensions > 3 else dimensions - 1
 
 
 def set_masks(model: nn.Module, masks: Mapping[str, Any] | None) -> None:
-    """Take off the masks of the checkpoint before, and put on those of a checkpoint, if any.
+    """Remove the masks of the previous checkpoint, and set those of a checkpoint, if any.
 
     Args:
         model: the model.
-        masks: "seed", "member", the "rates" by layer and the "axes" by layer.
+        masks: a dict with "seed", "member", "rates" (per layer) and "axes" (per layer), or None.
     """
     for module in model.modules():
         for key, hook in list(module._forward_hooks.items()):
@@ -90,7 +90,7 @@ def set_masks(model: nn.Module, masks: Mapping[str, Any] | None) -> None:
         if name not in layers:
             raise InvalidArgumentError(
                 f"the checkpoint has a dropout mask for '{name}', a layer that the model does not "
-                "have; is the ensemble of this model?"
+                "have; use the model that the ensemble was made of"
             )
         axis = masks["axes"].get(name)
         hook = FixedMask(name, rate, masks["seed"], masks["member"], axis)
@@ -98,7 +98,7 @@ def set_masks(model: nn.Module, masks: Mapping[str, Any] | None) -> None:
 
 
 def mask_numbers(model: nn.Module) -> list[float]:
-    """A number in [0, 1) a mask in the model, by which masks are told."""
+    """One number in [0, 1) per mask in the model, which identifies the mask."""
     return [
         _number(json.dumps(asdict(hook))) / 2**256
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""A model's tensors, flags and hooks as they were when a call began, to be brought back."""
+"""Saves a model's tensors, flags and hooks when a call begins, to restore them when it ends."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -27,14 +27,14 @@ class ModuleState:
     """Submodules, parameters, buffers, gradients, flags, attributes and hooks of a model.
 
     Raises:
-        InvalidArgumentError: where a parameter or buffer was made in inference mode.
+        InvalidArgumentError: if a parameter or buffer was made in inference mode.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = list(model.modules())
         kinds = ("_modules", "_parameters", "_buffers")
         owners = [getattr(module, kind) for module in self.modules for kind in kinds]
-        # those of a ScriptModule are no dicts, and cannot change
+        # those of a ScriptModule are not dicts, and cannot change
         self._members = [(owner, dict(owner)) for owner in owners if isinstance(owner, dict)]
         _refuse_inference(model)
         parameters = [p for m in self.modules for p in m._parameters.values() if p is not None]
@@ -45,7 +45,7 @@ class ModuleState:
         self.attributes = Attributes(self.modules, self.values.tensors)
 
     def restore(self) -> None:
-        """Have the model as it was, but for the hooks that its own forward installed."""
+        """Restore the model, except for the hooks that its own forward installed."""
         for owner, members in self._members:
             now, then = [*owner, *map(id, owner.values())], [*members, *map(id, members.values())]
             if now != then:
@@ -61,13 +61,13 @@ class ModuleState:
 
 
 def set_flags(flags: dict[nn.Module, bool]) -> None:
-    """Set the ``training`` flags of modules, without calling anything of theirs."""
+    """Set the ``training`` flags of modules without calling their methods."""
     for module, training in flags.items():
         module.training = training
 
 
 class Values:
-    """The values of the parameters and buffers of modules at one moment."""
+    """A copy of the values of the parameters and buffers of modules."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         found = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
@@ -75,38 +75,38 @@ class Values:
         self.copies = [tensor.detach().clone() for tensor in self.tensors]
 
     def restore(self) -> None:
-        """Put the values back."""
+        """Restore the values."""
         with torch.no_grad():
             for tensor, copy in zip(self.tensors, self.copies, strict=True):
-                # not where nothing changed: a buffer may be expanded, and cannot be written to
+                # only changed values: a buffer may be an expanded tensor, which cannot be written
                 if not torch.equal(tensor, copy):
                     tensor.copy_(copy)
 
     def changed(self) -> set[int]:
-        """The numbers of those that have other values now."""
+        """The numbers of the tensors whose values have changed."""
         pairs = enumerate(zip(self.tensors, self.copies, strict=True))
         return {number for number, (tensor, copy) in pairs if not torch.equal(tensor, copy)}
 
 
 class Hooks:
-    """The hooks of modules at one moment, and which of the later ones are to stay."""
+    """The hooks of modules when a call begins, and which later ones are kept."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules
         self._tables = [getattr(module, name) for module in modules for name in HOOK_TABLES]
         self._start = self._now()
-        # those that a load function installed, which belong to a checkpoint
+        # hooks that a load function installed, which belong to its checkpoint
         self._of_loads: list[Table] = [{} for _ in self._start]
 
     def _now(self) -> list[Table]:
         return [dict(table) for table in self._tables]
 
     def counts(self) -> list[int]:
-        """How many hooks there are, of each kind of each module."""
+        """The number of hooks of each kind of each module."""
         return list(map(len, self._tables))
 
     def grown_since(self, before: Sequence[int]) -> set[nn.Module]:
-        """The modules that have more hooks than they had."""
+        """The modules that have more hooks than before."""
         kinds = len(HOOK_TABLES)
         return {
             self._modules[number // kinds]
@@ -115,7 +115,7 @@ class Hooks:
         }
 
     def of_load(self, load: Callable[[], Loaded]) -> Loaded:
-        """Run a load function; hooks that it installs take the place of those of the last load."""
+        """Run a load function; its hooks replace those of the previous load."""
         for table, loaded in zip(self._tables, self._of_loads, strict=True):
             for key in loaded:
                 table.pop(key, None)
@@ -129,7 +129,7 @@ class Hooks:
             ]
 
     def restore(self) -> None:
-        """Have the hooks of the start, and those that the model's forward has installed since."""
+        """Restore the hooks of the start; keep those that the model's forward installed since."""
         for table, known, loaded in zip(self._tables, self._start, self._of_loads, strict=True):
             ours = {key for key, hook in table.items() if isinstance(hook, FixedMask)}
             later = table.keys() - known.keys() - loaded.keys() - ours

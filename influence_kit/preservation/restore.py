@@ -1,4 +1,4 @@
-"""The user's objects come back as they were: weights, flags, attributes, hooks, random states."""
+"""Uses a model and restores it afterwards: weights, flags, attributes, hooks, random states."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -20,13 +20,13 @@ Loaded = TypeVar("Loaded")
 
 
 class Borrowed:
-    """A model that is in use, and what it was before.
+    """A model that is in use, with its saved state.
 
     Args:
         model: the model.
-        eval_mode: whether it works in evaluation mode.
-        probe: calls the model on a few examples, whose outputs say whether layers that act in
-            ``eval()`` may be left alone; without one their ``eval()`` is called.
+        eval_mode: whether it is used in evaluation mode.
+        probe: calls the model on a few examples. Its outputs show whether setting flags is enough
+            for layers whose ``eval()`` does more; without a probe their ``eval()`` is called.
     """
 
     def __init__(self, model: nn.Module, eval_mode: bool, probe: Probe | None) -> None:
@@ -36,13 +36,13 @@ class Borrowed:
         self.probe = probe
 
     def load(self, load: Callable[[], Loaded]) -> Loaded:
-        """Run a load function, with nothing left of the checkpoint before."""
+        """Run a load function, after removing what was left of the previous checkpoint."""
         self.hooks.undo()
         self.flags.ready_to_load()
         return self.flags.load(load, self.probe)
 
     def in_training(self) -> None:
-        """Have layers that act in ``eval()`` as they are when a checkpoint is saved."""
+        """Bring layers whose ``eval()`` changes weights into the state in which they are saved."""
         self.flags.ready_to_load()
 
 
@@ -53,20 +53,20 @@ _IN_USE: weakref.WeakKeyDictionary[nn.Module, Borrowed] = weakref.WeakKeyDiction
 def borrowed(
     model: nn.Module, eval_mode: bool = True, probe: Probe | None = None
 ) -> Iterator[Borrowed]:
-    """Use the model inside, in evaluation mode if asked, and give it back unchanged.
+    """Use the model inside, in evaluation mode if asked, and restore it afterwards.
 
-    So also after an error. Inside, gradients are enabled and inference mode is left, and other
-    threads that want the model (or a part of it) wait.
+    It is restored after an error, too. Inside, gradients are enabled and inference mode is off, and
+    other threads that need the model (or a part of it) wait.
 
     Restored are parameters and buffers (their values, and which objects they are), submodules,
     ``training`` and ``requires_grad`` flags, ``.grad``, the attributes of modules (lists, dicts,
     sets and objects among them also by content), hooks and the global random states. Hooks that
-    the model's own forward installed stay, and so does its note of them (transformers installs
-    hooks that way when it is first called); hooks that a load function installed belong to its
-    checkpoint, and the masks of a dropout ensemble likewise: they come off.
+    the model's own forward installed are kept, with the attribute in which the model records them
+    (transformers installs hooks that way when it is first called). Hooks that a load function
+    installed belong to its checkpoint, as do the masks of a dropout ensemble: they are removed.
 
-    What a forward pass leaves on modules is taken away before the next; a cache that is full is
-    emptied meanwhile (``caches``). ``training`` flags are set without calling ``eval()``; see
+    What a forward pass leaves on modules is removed before the next one; full caches are emptied
+    for the call (``caches``). ``training`` flags are set without calling ``eval()``; see
     ``training_flags``.
 
     Raises:
@@ -99,9 +99,9 @@ def borrowed(
 
 @contextmanager
 def _no_autocast_cache() -> Iterator[None]:
-    """No weight is kept in half precision by an autocast around the call.
+    """Inside, autocast does not cache weights in half precision.
 
-    It would stay that of an earlier checkpoint, or without a graph.
+    A cached weight could be that of an earlier checkpoint, or have no graph.
     """
     was = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()
@@ -113,6 +113,6 @@ def _no_autocast_cache() -> Iterator[None]:
 
 
 def load_into(model: nn.Module, load: Callable[[], Loaded]) -> Loaded:
-    """Run a load function of a model; of a borrowed one, with nothing left of the one before."""
+    """Run a load function; on a borrowed model, remove what the previous checkpoint left first."""
     inside = _IN_USE.get(model)
     return load() if inside is None else inside.load(load)

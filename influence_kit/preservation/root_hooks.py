@@ -1,9 +1,9 @@
-"""Each forward pass of a model starts from the same state, and leaves the data as it was.
+"""Hooks that start each forward pass of a model from the same state, and protect its inputs.
 
-What a forward pass leaves on modules (a cache filled from the weights, a kept output) is taken away
-before the next one: a cache would serve the next checkpoint, and has no gradient. What it leaves is
-there in between, for a loss that reads it. Inputs are handed over as copies, which forward may
-change in place: at which of them it will do so cannot be known before.
+What a forward pass leaves on modules (a cache filled from the weights, a stored output) is removed
+before the next one: a cache would be used with the next checkpoint, and has no gradient. Until
+then it stays, for a loss that reads it. Inputs are passed as copies, as forward may change them in
+place, and which of them cannot be known beforehand.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,11 +20,12 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class RootHooks:
-    """Hooks of a model, around its outermost calls.
+    """Hooks around the outermost calls of a model.
 
     Args:
         model: the model.
-        state: of its modules; it learns which notes of the model's own are to stay.
+        state: the state of its modules; the attributes in which the model records its own hooks
+            are kept there.
     """
 
     def __init__(self, model: nn.Module, state: ModuleState) -> None:
@@ -36,7 +37,7 @@ class RootHooks:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """The hooks are on while inside; scripted models take none, and keep no attributes."""
+        """Inside, the hooks are installed, except on scripted models, which take none."""
         if isinstance(self._model, torch.jit.ScriptModule):
             yield
             return
@@ -51,13 +52,13 @@ class RootHooks:
                 handle.remove()
 
     def undo(self) -> None:
-        """Take away what the last forward pass left on modules."""
+        """Remove what the last forward pass left on modules."""
         self._state.attributes.put_back(self._left)
         self._state.attributes.put_back_values()
         self._left = {}
 
     def probed(self, probe: Callable[[], Any]) -> None:
-        """Call the model, and forget what it would have left: what is there is to be looked at."""
+        """Call the model, and let the caller inspect and remove what it leaves on modules."""
         try:
             probe()
         finally:
@@ -84,7 +85,7 @@ class RootHooks:
             self._keep(notes)
 
     def _keep(self, notes: list[tuple[int, str]]) -> None:
-        """Let the model's notes of hooks stay where it has installed them, as the hooks do."""
+        """Keep the attributes in which the model records the hooks that it installed."""
         hooked = self._state.hooks.grown_since(self._hook_counts)
         if hooked:
             attributes = self._state.attributes

@@ -1,11 +1,11 @@
 """Evaluation mode without side effects: ``training`` flags are set, ``eval()`` is not called.
 
-A layer may act in ``eval()`` and ``train()``: loralib adds its adapter to the weight and takes it
-off again. Its parameters then have no gradient, and a checkpoint that is loaded in between is
-taken for something else. So such a model is brought into training mode by its own methods,
-checkpoints are loaded there, and then flags alone are set, where its outputs are those after its
-own ``eval()``. Where they differ, ``eval()`` is called after each load, and ``train()`` before the
-next.
+A layer's ``eval()`` and ``train()`` may change weights: loralib merges its adapter into the weight
+and takes it out again. While it is merged, the adapter's parameters have no gradient, and a
+checkpoint loaded then would be misread. So such a model is brought into training mode by its own
+methods, and checkpoints are loaded there. Then only flags are set, if that gives the outputs that
+the model has after its own ``eval()``. If not, ``eval()`` is called after each load, and
+``train()`` before the next.
 """
 
 import warnings
@@ -20,43 +20,43 @@ from influence_kit.preservation.module_state import ModuleState, Values, set_fla
 
 Probe = Callable[[], Any]
 Loaded = TypeVar("Loaded")
-# what merging a weight and taking it apart again costs by rounding, in roundings
+# the tolerance for rounding when a weight is merged and split again: in roundings, and the most
 ROUNDINGS, MOST = 1e4, 0.05
 
 
 def acts(module: nn.Module) -> bool:
-    """Whether ``train`` or ``eval`` of a module is more than setting flags."""
+    """Whether a module's ``train`` or ``eval`` does more than setting flags."""
     kind, own = type(module), vars(module)
     plain = kind.train is nn.Module.train and kind.eval is nn.Module.eval
     return not plain or "train" in own or "eval" in own
 
 
 class TrainingFlags:
-    """The flags that a model works with, whatever its layers do when they are set.
+    """Sets the training flags of a model, also if its layers' ``eval()`` does more.
 
     Args:
-        state: the model as the user has it.
-        eval_mode: flags are off everywhere; the user's own where False.
+        state: the saved state of the model.
+        eval_mode: True to set all flags to False; False to keep the user's.
     """
 
     def __init__(self, state: ModuleState, eval_mode: bool) -> None:
         self._state = state
         self._wanted = {m: not eval_mode and flag for m, flag in state.training.items()}
         self._acting = [module for module in state.modules if acts(module)]
-        # whether calling the methods changes more than flags
+        # whether calling ``eval()`` or ``train()`` changes more than flags
         self._matter = False
-        # the model in training mode, while ``eval()`` has been called
+        # the state of the model in training mode, after ``eval()`` has been called
         self._before: tuple[Values, list[Any]] | None = None
         self._own: Values | None = None
 
     def apply(self) -> None:
-        """Set the flags, with layers that act in the state of training."""
+        """Set the flags, with the layers otherwise in training state."""
         if self._acting:
             self._find_out()
         set_flags(self._wanted)
 
     def load(self, load: Callable[[], Loaded], probe: Probe | None) -> Loaded:
-        """Load a checkpoint while layers are in the state of training."""
+        """Load a checkpoint while the layers are in training state."""
         base = Values(self._state.modules) if self._matter else None
         rate = self._state.hooks.of_load(load)
         if base is None:
@@ -76,14 +76,14 @@ class TrainingFlags:
                 mode, other = ("evaluation", "train") if as_merged else ("training", "eval")
                 warnings.warn(
                     "layers of the model change weights in eval() (a merged adapter, say) and the "
-                    f"model is in evaluation mode: the checkpoint is taken as saved in {mode} "
+                    f"model is in evaluation mode: the checkpoint is assumed to be saved in {mode} "
                     f"mode; one that was saved after {other}() gives other scores",
                     stacklevel=2,
                 )
         return rate
 
     def settle(self, probe: Probe | None) -> set[int]:
-        """Choose between flags alone and the model's own methods, by outputs of a few examples.
+        """Choose between setting flags and calling ``eval()``, by outputs of a few examples.
 
         Returns:
             The numbers of the parameters and buffers that the methods change.
@@ -101,19 +101,19 @@ class TrainingFlags:
         return changed
 
     def ready_to_load(self) -> None:
-        """Have layers that act in the state of training, if they are not."""
+        """Bring layers into training state, unless they are in it."""
         if self._before is not None:
             self._train()
             set_flags(self._wanted)
 
     def give_back(self) -> None:
-        """Have each layer that acts in the state in which it was."""
+        """Bring each layer back into the state in which the user had it."""
         if self._matter:
             self.ready_to_load()
             self._call_own(self._state.training)
 
     def _find_out(self) -> None:
-        """Bring layers into the state of training; see whether flags are all that matters."""
+        """Bring layers into training state, and see whether only flags change."""
         start = self._state.attributes.contents()
         try:
             if not all(self._state.training[module] for module in self._acting):
@@ -123,7 +123,7 @@ class TrainingFlags:
             self._own = Values(self._state.modules)
             self._before = self._own, self._state.attributes.contents()
             self._call_own(self._wanted)
-        except NotImplementedError:  # of an exported model, which has one mode alone
+        except NotImplementedError:  # an exported model has only one mode
             self._before = None
             return
         attributes = self._state.attributes.changed_since(self._before[1])
@@ -133,12 +133,12 @@ class TrainingFlags:
         self._before = None
 
     def _call_own(self, flags: dict[nn.Module, bool]) -> None:
-        """Call the methods of layers that act, outer ones first, whose methods call the inner."""
+        """Call ``train`` or ``eval`` of the layers, outer ones first: they call the inner ones."""
         for module in self._acting:
             module.train() if flags[module] else module.eval()
 
     def _train(self) -> None:
-        """Back to the state of training: by the methods, and exactly."""
+        """Return to training state: by the methods, then exactly by restoring values."""
         assert self._before is not None
         values, contents = self._before
         self._call_own(dict.fromkeys(self._acting, True))
@@ -147,18 +147,18 @@ class TrainingFlags:
         self._before = None
 
     def _as_own(self, changed: set[int]) -> bool:
-        """Whether weights that the methods change are the user's own: frozen under an adapter."""
+        """Whether the weights that the methods change are the user's: frozen under an adapter."""
         assert self._own is not None
         now = self._own.tensors if self._before is None else self._before[0].copies
         return all(close([now[i]], [self._own.copies[i]]) for i in changed)
 
     def _loaded_merged(self, load: Callable[[], Any], changed: set[int]) -> tuple[bool, bool]:
-        """Load as saved after ``eval()``.
+        """Load a checkpoint as if it was saved after ``eval()``.
 
         Returns:
-            Whether the weights are then the user's own in training, and whether they are those of
-            the checkpoint again after ``eval()``: a layer may bring back in ``train()`` what it had
-            put aside, whatever was loaded.
+            Whether the weights are the user's after ``train()``, and whether they are those of the
+            checkpoint again after another ``eval()``: in ``train()`` a layer may restore a copy of
+            its own, whatever was loaded.
         """
         self._call_own(dict.fromkeys(self._acting, False))
         self._state.hooks.of_load(load)
@@ -174,9 +174,9 @@ class TrainingFlags:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode; its weights, flags and attributes come back.
+    """Inside, the model is in evaluation mode; its weights, flags and attributes are restored.
 
-    The methods ``eval`` and ``train`` are called of layers alone that act in them.
+    ``eval`` and ``train`` are only called on layers in which they do more than set flags.
     """
     flags = {module: module.training for module in model.modules()}
     if not any(flags.values()):
@@ -201,7 +201,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def outputs_of(probe: Probe | None) -> list[Tensor] | None:
-    """The floating-point tensors of the outputs; None where the model fails, or is not called."""
+    """The floating-point tensors of the outputs; None if the model fails or there is no probe."""
     if probe is None:
         return None
     try:
@@ -209,7 +209,7 @@ def outputs_of(probe: Probe | None) -> list[Tensor] | None:
             found: list[Tensor] = []
             _collect(probe(), found)
             return found
-    except Exception:  # what only ``eval()`` prepares is missing
+    except Exception:  # the model may need something that only ``eval()`` prepares
         return None
 
 
@@ -222,12 +222,12 @@ def _collect(item: Any, found: list[Tensor]) -> None:
     elif isinstance(item, list | tuple):
         for value in item:
             _collect(value, found)
-    elif hasattr(item, "__dict__"):  # an output of a class of the user's
+    elif hasattr(item, "__dict__"):  # an object of a user's class
         _collect(list(vars(item).values()), found)
 
 
 def close(ones: list[Tensor], others: list[Tensor] | None) -> bool:
-    """Whether tensors are the same but for rounding, and there are any."""
+    """Whether there are tensors, and they are equal up to rounding."""
     if others is None or len(ones) != len(others) or not ones:
         return False
     return all(map(_pair_close, ones, others))

@@ -1,6 +1,6 @@
-"""The gradients of all parameters together made short: one vector an example.
+"""Projects the gradients of all parameters together: one vector per example.
 
-Letters: n examples, p entries of a parameter's gradient, k entries of what all are projected to.
+Shapes: n examples, p entries of a parameter's gradient, k entries of the projection.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from influence_kit.projections.random_maps import random_map
 
 @dataclass(frozen=True)
 class JointProjection:
-    """All parameters' gradients projected to the same k entries and added.
+    """The gradients of all parameters, each projected to the same k entries, and added.
 
     Args:
-        maps: of each parameter, to k entries.
-        name: what the sum is called.
+        maps: the map of each parameter, to k entries.
+        name: the name of the sum.
     """
 
     maps: Mapping[str, VectorMap]
@@ -34,7 +34,7 @@ class JointProjection:
 
     @property
     def k(self) -> int:
-        """Entries of the image."""
+        """The number of entries of the image."""
         return next(iter(self.maps.values())).k
 
     def of_parameters(self, gradients: Gradients) -> Gradients:
@@ -44,7 +44,7 @@ class JointProjection:
         return Gradients(gradients.n, forms, dict.fromkeys(self.maps, shape), gradients.sample)
 
     def _summands(self, gradients: Gradients) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter's part, one at a time: there may be hundreds."""
+        """The part of each parameter, one at a time, as there may be hundreds."""
         for name, form in gradients.forms.items():
             yield name, self._image(self.maps[name], form)
 
@@ -71,11 +71,11 @@ def joint_projection(
     """All parameters projected together.
 
     Args:
-        parameters: by name.
-        kind: of the random maps; "identity" puts all parameters side by side.
-        dim: the letter k.
-        name: what the sum is called.
-        key: what the maps are drawn from, beside the parameters' names.
+        parameters: the parameters by name.
+        kind: the kind of random maps; "identity" concatenates all parameters.
+        dim: the number of entries k.
+        name: the name of the sum.
+        key: the key of the random maps, in addition to the parameters' names.
     """
     shapes = {other: real_shape(parameter) for other, parameter in parameters.items()}
     sizes = {other: shape.numel() for other, shape in shapes.items()}
@@ -92,5 +92,5 @@ def joint_projection(
 
 
 def rows_of(shape: torch.Size) -> int:
-    """Rows of a parameter as a matrix: a vector is one."""
+    """The rows of a parameter as a matrix: 1 for a vector."""
     return shape[0] if len(shape) > 1 else 1

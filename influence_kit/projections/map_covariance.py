@@ -1,6 +1,6 @@
-"""The covariance of what a convolution's kernel sees, without unfolding all of it at once.
+"""The covariance of a convolution's inputs under its kernel, without unfolding them all at once.
 
-Letters: g groups, i inputs of a group (with the bias).
+Shapes: n examples, t positions, g groups, i inputs of a group (with the bias).
 """
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from influence_kit.gradients.convolved import Convolved
 
-# below this many rows half of a Gram product takes longer than all of it
+# below this many rows, half of a Gram product takes longer than all of it
 FEWEST_ROWS = 64
 
 
@@ -16,23 +16,23 @@ def map_products(form: Convolved, bias: bool, counted: Tensor | None = None) -> 
     """The sum over examples and positions of [a, 1] [a, 1]^T, a the map under the kernel.
 
     Args:
-        form: of the convolution's weight.
-        bias: whether there is the 1.
-        counted: which positions count, ``[n, t]``; all where None.
+        form: the gradients of the convolution's weight.
+        bias: whether the 1 is included.
+        counted: which positions count, ``[n, t]``; None for all.
     """
     g, k, columns = form.groups, form.kernel, form.n * form.positions
     maps = form.right.transpose(0, 1).contiguous()
     shifted = maps.new_empty(k, len(maps), columns)
-    for place, window in enumerate(form.windows(maps)):
-        shifted[place].view(window.shape).copy_(window)
-    # offsets of the kernel one after the other, each with the channels of a group
+    for index, window in enumerate(form.windows(maps)):
+        shifted[index].view(window.shape).copy_(window)
+    # the kernel's offsets one after the other, each with the channels of a group
     flat = shifted.view(k, g, -1, columns).transpose(0, 1).reshape(g, -1, columns)
     if counted is not None:
         flat = flat[:, :, counted.flatten()]
         columns = flat.shape[2]
     channels, inputs = flat.shape[1] // k, flat.shape[1]
     total = _gram(flat, channels)
-    # as the weight has it: offsets run fastest
+    # in the order of the weight: offsets vary fastest
     order = torch.arange(inputs, device=flat.device).view(k, channels).T.flatten()
     total = total[:, order][:, :, order]
     if not bias:
@@ -46,7 +46,7 @@ def map_products(form: Convolved, bias: bool, counted: Tensor | None = None) -> 
 
 
 def map_squares(form: Convolved, bias: bool, counted: Tensor | None = None) -> Tensor:
-    """The diagonal of ``map_products`` alone, ``[g, i]``, one offset of the kernel at a time."""
+    """Only the diagonal of ``map_products``, ``[g, i]``, one offset of the kernel at a time."""
     squares = []
     for window in form.windows(form.right):
         values = window.flatten(2)
@@ -61,7 +61,7 @@ def map_squares(form: Convolved, bias: bool, counted: Tensor | None = None) -> T
 
 
 def _gram(rows: Tensor, step: int) -> Tensor:
-    """X X^T of ``[g, i, *]``, from half of it where ``step`` rows at a time are enough."""
+    """X X^T of ``[g, i, *]``; computes half of it if ``step`` rows at a time are enough."""
     if step < FEWEST_ROWS:
         return rows @ rows.transpose(1, 2)
     total = rows.new_zeros(len(rows), rows.shape[1], rows.shape[1])

@@ -1,7 +1,7 @@
-"""Linear maps of vectors: what one is, and those that draw nothing.
+"""Linear maps of vectors: their interface, and the maps that are not random.
 
-Letters: n vectors, p entries of each, k entries of what they are mapped to; t products that make a
-matrix, r and c its rows and columns.
+Shapes: n vectors, p entries of each, k entries of their images; matrices of r rows and c columns
+that are sums of t outer products.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from influence_kit.core.memory import rows_within, workspace_bytes
 
 
 class VectorMap(ABC):
-    """A linear map of vectors with p entries to k.
+    """A linear map from vectors with p entries to vectors with k.
 
     Args:
-        p: entries of a vector.
-        k: entries of its image.
+        p: the number of entries of a vector.
+        k: the number of entries of its image.
     """
 
     def __init__(self, p: int, k: int) -> None:
@@ -31,15 +31,15 @@ class VectorMap(ABC):
         """The images ``[*, k]`` of vectors ``[*, p]``."""
 
     @abstractmethod
-    def rows(self, places: Tensor, like: Tensor) -> Tensor:
-        """The images ``[u, k]`` of the unit vectors at some places ``[u]``."""
+    def rows(self, indices: Tensor, like: Tensor) -> Tensor:
+        """The images ``[u, k]`` of the unit vectors at some indices ``[u]``."""
 
     def of_outer(self, left: Tensor, right: Tensor) -> Tensor:
-        """The images ``[n, k]`` of matrices, row by row, that are sums of outer products.
+        """The images ``[n, k]`` of matrices, flattened by rows, that are sums of outer products.
 
         Args:
-            left: the factors of the rows, ``[n, t, r]``.
-            right: the factors of the columns, ``[n, t, c]``.
+            left: the left factors, ``[n, t, r]``.
+            right: the right factors, ``[n, t, c]``.
         """
         rows = rows_within(workspace_bytes(left.device), 2 * self.p * left.element_size())
         parts = zip(left.split(rows), right.split(rows), strict=True)
@@ -51,7 +51,7 @@ class VectorMap(ABC):
 
 
 class Identity(VectorMap):
-    """Nothing is changed."""
+    """The identity map."""
 
     def __init__(self, p: int) -> None:
         super().__init__(p, p)
@@ -59,17 +59,17 @@ class Identity(VectorMap):
     def __call__(self, values: Tensor) -> Tensor:
         return values
 
-    def rows(self, places: Tensor, like: Tensor) -> Tensor:
-        return (places[:, None] == torch.arange(self.p, device=places.device)).to(like)
+    def rows(self, indices: Tensor, like: Tensor) -> Tensor:
+        return (indices[:, None] == torch.arange(self.p, device=indices.device)).to(like)
 
 
 class Placed(VectorMap):
-    """The entries in a row of their own among k: nothing is changed, for several vectors joined.
+    """Puts a vector at its own range of k entries: a part of a concatenation.
 
     Args:
-        p: entries of a vector.
-        k: entries of all vectors.
-        start: where this one's begin.
+        p: the number of entries of a vector.
+        k: the number of entries of the concatenation.
+        start: the index at which this vector begins.
     """
 
     def __init__(self, p: int, k: int, start: int) -> None:
@@ -79,18 +79,18 @@ class Placed(VectorMap):
     def __call__(self, values: Tensor) -> Tensor:
         return pad(values, (self.start, self.k - self.start - self.p))
 
-    def rows(self, places: Tensor, like: Tensor) -> Tensor:
-        ours = places[:, None] + self.start == torch.arange(self.k, device=places.device)
+    def rows(self, indices: Tensor, like: Tensor) -> Tensor:
+        ours = indices[:, None] + self.start == torch.arange(self.k, device=indices.device)
         return ours.to(like)
 
 
 class Coordinates(VectorMap):
-    """Some of the entries, times a number: a mask.
+    """A mask: some of the entries, times a number.
 
     Args:
-        p: entries of a vector.
-        chosen: the places of the entries, ascending ``[k]``.
-        scale: the number; sqrt(p / k) keeps inner products where the places are random.
+        p: the number of entries of a vector.
+        chosen: the indices of the entries, ascending ``[k]``.
+        scale: the number; sqrt(p / k) preserves inner products in the mean if indices are random.
     """
 
     def __init__(self, p: int, chosen: Tensor, scale: float = 1.0) -> None:
@@ -101,8 +101,8 @@ class Coordinates(VectorMap):
         self.chosen = self.chosen.to(values.device)
         return values.index_select(-1, self.chosen).mul_(self.scale)
 
-    def rows(self, places: Tensor, like: Tensor) -> Tensor:
-        same = places[:, None] == self.chosen.to(places.device)
+    def rows(self, indices: Tensor, like: Tensor) -> Tensor:
+        same = indices[:, None] == self.chosen.to(indices.device)
         return same.to(like) * self.scale
 
 
@@ -116,5 +116,5 @@ class Composed(VectorMap):
     def __call__(self, values: Tensor) -> Tensor:
         return self.second(self.first(values))
 
-    def rows(self, places: Tensor, like: Tensor) -> Tensor:
-        return self.second(self.first.rows(places, like))
+    def rows(self, indices: Tensor, like: Tensor) -> Tensor:
+        return self.second(self.first.rows(indices, like))

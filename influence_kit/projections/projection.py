@@ -1,7 +1,7 @@
-"""Gradients made short, unit by unit, each to as many entries as asked for.
+"""Projects gradients separately for each parameter group, each to a given number of entries.
 
-Letters: n examples, o outputs and i inputs (with the bias) of a layer, p entries of its gradient, k
-entries of what they are projected to.
+Shapes: n examples, o outputs and i inputs (with the bias) of a layer, p entries of its gradient, k
+entries of the projection.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from influence_kit.projections.units import Unit, units_of
 
 @dataclass(frozen=True)
 class Projection:
-    """Each unit's gradient projected on its own, under the name of its first parameter."""
+    """The gradient of each parameter group projected by itself, named by its first parameter."""
 
     maps: Mapping[str, UnitMap]
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """What the gradients are projected to, by name."""
+        """The shapes of the projected gradients, by name."""
         return {name: torch.Size([unit.k]) for name, unit in self.maps.items()}
 
     def __call__(self, gradients: Gradients) -> Gradients:
@@ -44,21 +44,21 @@ class Projection:
 
 
 def whole(unit: Unit) -> TwoSided:
-    """A matrix as it is, with its bias in one piece."""
+    """A matrix with its bias as one vector, not projected."""
     return TwoSided(unit, Identity(unit.outputs), Identity(unit.inputs))
 
 
 def from_both_sides(
     unit: Unit, shape: torch.Size, kind: str, dim: int | Sequence[int], seed: int
 ) -> UnitMap:
-    """A matrix projected from both sides, a vector from its one; a side that is short stays.
+    """A map that projects a matrix from both sides, or a vector; short sides are not projected.
 
     Args:
-        unit: what is projected.
-        shape: of its first parameter.
-        kind: of the random maps.
-        dim: as ``columns_within`` takes it; a vector is projected to the products of a pair.
-        seed: of the maps; with the unit's name.
+        unit: the parameter group.
+        shape: the shape of its first parameter.
+        kind: the kind of random maps.
+        dim: as for ``columns_within``; a vector is projected to the product of a pair.
+        seed: the seed of the maps, which also depend on the group's name.
     """
     name = unit.names[0]
     if not unit.is_matrix:
@@ -79,7 +79,7 @@ def layer_by_layer(
     seed: int,
     kind: str = "gaussian",
 ) -> Projection:
-    """The chosen parameters projected unit by unit, each from both sides."""
+    """The projection of the chosen parameters, separately per group and from both sides."""
     return Projection(
         {
             unit.names[0]: from_both_sides(
@@ -91,13 +91,13 @@ def layer_by_layer(
 
 
 def columns_within(dim: int | Sequence[int], outputs: int, inputs: int) -> tuple[int, int]:
-    """How many columns P_o and P_i get: at most as many as there are.
+    """The numbers of columns of P_o and P_i: at most o and i.
 
     Args:
-        dim: the pair, or the most products of the two: then its root for each side, and what a
-            shorter side leaves for the other.
-        outputs: the letter o.
-        inputs: the letter i.
+        dim: the pair, or the most that their product may be: then each side gets its root, or,
+            if one side is shorter, the other gets what it leaves.
+        outputs: the number of outputs o.
+        inputs: the number of inputs i.
     """
     if not isinstance(dim, int):
         left, right = dim

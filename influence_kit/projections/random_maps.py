@@ -1,10 +1,9 @@
-"""Linear maps that shorten vectors and keep their inner products, drawn from a seed and a name.
+"""Random projections that preserve inner products in the mean, drawn from a seed and a name.
 
 E<Mx, My> = <x, y> over the seeds. Every map is the same for any batch size, device and number of
-ranks, and is made block by block: blocks are kept while they are small together, and otherwise
-drawn again at each use.
+ranks. It is made block by block: small maps are cached, others are drawn again at each use.
 
-Letters: n vectors, p entries of each, k entries of what they are mapped to.
+Shapes: n vectors, p entries of each, k entries of their images.
 """
 
 from __future__ import annotations
@@ -21,21 +20,21 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.projections.maps import Coordinates, Identity, VectorMap
 from influence_kit.projections.sjlt import SJLT
 
-# a block of a dense map, and what all blocks of a map may take to be kept
+# the size of a block of a dense map, and the largest size of a map that is cached
 BLOCK_BYTES, KEPT_BYTES = 4 * MIB, 256 * MIB
 
 
 class DenseMap(VectorMap):
     """Independent entries of variance 1 / k: Gaussian, or signs (Rademacher).
 
-    Of two vectors the inner product has variance (|x|^2 |y|^2 + <x, y>^2) / k (Gaussian; signs
-    have a little less).
+    The inner product of two images has variance (|x|^2 |y|^2 + <x, y>^2) / k (Gaussian; slightly
+    less for signs).
 
     Args:
-        p: entries of a vector.
-        k: entries of its image.
-        key: what the map is drawn from, with its kind.
-        signs: Rademacher, not Gaussian.
+        p: the number of entries of a vector.
+        k: the number of entries of its image.
+        key: the key of the random numbers, together with the kind.
+        signs: True for Rademacher, False for Gaussian.
     """
 
     _kept: list[Tensor] | None = None
@@ -52,15 +51,15 @@ class DenseMap(VectorMap):
             total.addmm_(flat[:, start : start + len(block)], block)
         return images
 
-    def rows(self, places: Tensor, like: Tensor) -> Tensor:
-        found = like.new_empty(len(places), self.k)
+    def rows(self, indices: Tensor, like: Tensor) -> Tensor:
+        found = like.new_empty(len(indices), self.k)
         for start, block in self._blocks(like):
-            here = (places >= start) & (places < start + len(block))
-            found[here] = block[places[here] - start]
+            here = (indices >= start) & (indices < start + len(block))
+            found[here] = block[indices[here] - start]
         return found
 
     def _blocks(self, like: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """The map's rows from each start; kept while they are small together, else drawn again."""
+        """The blocks of the map's rows, with the index of their first row."""
         starts = range(0, self.p, self.step)
         kept = self._kept
         if kept is None or (kept[0].dtype, kept[0].device) != (like.dtype, like.device):
@@ -72,24 +71,24 @@ class DenseMap(VectorMap):
         yield from zip(starts, kept, strict=True)
 
     def _drawn(self, number: int, like: Tensor) -> Tensor:
-        """The rows from ``number * step``, which depend on no others."""
+        """The block of rows from ``number * step`` on, which does not depend on other blocks."""
         shape = min(self.step, self.p - number * self.step), self.k
         draws = Draws(self.key, number)
-        # normal numbers in one precision, so that models of both have the same map
+        # normal numbers are drawn in float64, so that all precisions have the same map
         block = draws.bits(*shape).to(like).mul_(2).sub_(1) if self.signs else draws.normal(*shape)
         return block.mul_(self.k**-0.5).to(like)
 
 
 class Orthogonal(VectorMap):
-    """Orthonormal columns in a random direction, times sqrt(p / k); k at most p.
+    """Random orthonormal columns times sqrt(p / k); k at most p.
 
     Args:
-        p: entries of a vector.
-        k: entries of its image.
-        key: what the map is drawn from, with its kind.
+        p: the number of entries of a vector.
+        k: the number of entries of its image.
+        key: the key of the random numbers, together with the kind.
     """
 
-    _at_hand: Tensor | None = None
+    _cached: Tensor | None = None
 
     def __init__(self, p: int, k: int, key: int) -> None:
         super().__init__(p, k)
@@ -98,20 +97,20 @@ class Orthogonal(VectorMap):
     def __call__(self, values: Tensor) -> Tensor:
         return values @ self.matrix(values)
 
-    def rows(self, places: Tensor, like: Tensor) -> Tensor:
-        return self.matrix(like)[places]
+    def rows(self, indices: Tensor, like: Tensor) -> Tensor:
+        return self.matrix(like)[indices]
 
     def matrix(self, like: Tensor) -> Tensor:
-        known = self._at_hand
+        known = self._cached
         if known is None or (known.dtype, known.device) != (like.dtype, like.device):
-            self._at_hand = known = self._drawn.to(like)
+            self._cached = known = self._drawn.to(like)
         return known
 
     @cached_property
     def _drawn(self) -> Tensor:
-        """The matrix in float64, of which another precision is rounded."""
+        """The matrix in float64; other precisions are rounded from it."""
         basis, upper = torch.linalg.qr(Draws(self.key).normal(self.p, self.k))
-        # QR is unique, and the direction uniform, with a positive diagonal
+        # with a positive diagonal, QR is unique and the directions are uniform
         columns: Tensor = basis * upper.diagonal().sign() * (self.p / self.k) ** 0.5
         return columns
 
@@ -126,14 +125,15 @@ KINDS = ("gaussian", "rademacher", "orthogonal", "sjlt", "mask", "identity")
 
 
 def random_map(kind: str, p: int, k: int, *key: object, rows: int = 1) -> VectorMap:
-    """A map of p entries to k by its name.
+    """A map from p entries to k, by its name.
 
     Args:
-        kind: "gaussian", "rademacher", "orthogonal", "sjlt", "mask" or "identity" (k is p then).
-        p: entries of a vector.
-        k: entries of its image.
-        key: what the map is drawn from: a seed, a name.
-        rows: of the matrix that the p entries are; 1 for a vector. It matters to "sjlt" alone.
+        kind: "gaussian", "rademacher", "orthogonal", "sjlt", "mask" or "identity" (then k is p).
+        p: the number of entries of a vector.
+        k: the number of entries of its image.
+        key: the key of the random numbers: a seed and a name, say.
+        rows: the number of rows, if the p entries are a matrix; 1 for a vector. Only "sjlt" uses
+            it.
 
     Raises:
         InvalidArgumentError: for another kind.
@@ -153,5 +153,5 @@ def random_map(kind: str, p: int, k: int, *key: object, rows: int = 1) -> Vector
 
 
 def shortened(kind: str, p: int, k: int, *key: object, rows: int = 1) -> VectorMap:
-    """The random map of p entries to k where that is shorter; else nothing is changed."""
+    """The random map from p entries to k if k is smaller, else the identity."""
     return Identity(p) if p <= k else random_map(kind, p, k, *key, rows=rows)

@@ -1,7 +1,7 @@
-"""What the gradient of a unit becomes: a matrix from both sides, before it is formed; or any map.
+"""Maps of the gradient of a parameter group: of a matrix from both sides, or of a vector.
 
-Letters: n examples, t positions, o outputs and i inputs (with the bias) of a layer, p entries of
-its gradient, k entries of what they are projected to.
+Shapes: n examples, t positions, o outputs and i inputs (with the bias) of a layer, p entries of
+its gradient, k entries of the projection.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from influence_kit.projections.units import Unit
 
 
 class UnitMap(ABC):
-    """What a unit's gradient becomes."""
+    """A map of the gradient of a parameter group."""
 
     @property
     @abstractmethod
     def k(self) -> int:
-        """Entries of the image."""
+        """The number of entries of the image."""
 
     @abstractmethod
     def __call__(self, gradients: Gradients) -> Tensor | None:
-        """The images ``[n, k]``; None where the unit has no gradient."""
+        """The images ``[n, k]``; None if the parameter group has no gradient."""
 
 
 @dataclass
 class TwoSided(UnitMap):
-    """vec(P_o^T G P_i) of a matrix G = sum_t d_t [a_t, 1]^T, projected before it is formed.
+    """vec(P_o^T G P_i) of a matrix G = sum_t d_t [a_t, 1]^T, without forming G.
 
     Args:
-        unit: the matrix.
-        left: P_o, of o entries.
-        right: P_i, of i entries.
-        then: a map of the result; None for none.
+        unit: the parameter group of the matrix.
+        left: P_o, a map of o entries.
+        right: P_i, a map of i entries.
+        then: a map of the result, or None.
     """
 
     unit: Unit
@@ -54,7 +54,7 @@ class TwoSided(UnitMap):
 
     @property
     def k(self) -> int:
-        """Entries of the image."""
+        """The number of entries of the image."""
         return self.left.k * self.right.k if self.then is None else self.then.k
 
     def __call__(self, gradients: Gradients) -> Tensor | None:
@@ -75,11 +75,11 @@ class TwoSided(UnitMap):
         return self.right(inputs if self.unit.bias is None else pad(inputs, (0, 1)))
 
     def _product(self, form: Form) -> Tensor:
-        """The weight's part, ``[n, k_o, k_i]``."""
+        """The part of the weight, ``[n, k_o, k_i]``."""
         if isinstance(form, Sum):
             parts = [self._product(part) for part in form.parts]
             return torch.stack(parts).sum(0)
-        # a parameter of two layers may be stored the other way round for one of them
+        # a parameter of two layers may be stored transposed for one of them
         if isinstance(form, Factored) and form.transposed == self.unit.transposed:
             deltas = self.left(form.deltas)
             return torch.bmm(deltas.transpose(1, 2), self._right(form.inputs))
@@ -93,18 +93,18 @@ class TwoSided(UnitMap):
         return torch.cat(parts)
 
     def _looked_up(self, form: Rows) -> Tensor:
-        """Of an embedding: outer products of the rows of P_o and the projected values."""
+        """For an embedding: outer products of the rows of P_o and the projected values."""
         product = form.values.new_zeros(form.n, self.left.k, self.right.k)
         left, right = self.left.rows(form.ids, form.values), self._right(form.values)
         step = max(1, form.n)
         for start in range(0, len(form.ids), step):
             some = slice(start, start + step)
             outer = left[some].unsqueeze(2) * right[some].unsqueeze(1)
-            product.index_add_(0, form.places[some], outer)
+            product.index_add_(0, form.examples[some], outer)
         return product
 
     def _written(self, form: Form) -> Tensor:
-        """Of a gradient that comes without factors."""
+        """For a gradient without factors."""
         weights = self.unit.inputs - (self.unit.bias is not None)
         if self.unit.transposed:
             columns = form.dense().view(form.n, weights, self.unit.outputs)
@@ -116,14 +116,14 @@ class TwoSided(UnitMap):
 
 @dataclass
 class WrittenOut(UnitMap):
-    """A map of the gradients of some parameters, written out side by side."""
+    """A map of the gradients of some parameters, written out and concatenated."""
 
     shapes: Mapping[str, torch.Size]
     map: VectorMap
 
     @property
     def k(self) -> int:
-        """Entries of the image."""
+        """The number of entries of the image."""
         return self.map.k
 
     def __call__(self, gradients: Gradients) -> Tensor | None:

@@ -1,6 +1,6 @@
-"""Which parameters are projected together: a layer's matrix with its bias, or one parameter.
+"""Parameter groups that are projected together: a layer's matrix with its bias, or one parameter.
 
-Letters: o outputs and i inputs (with the bias) of a layer.
+Shapes: o outputs and i inputs (with the bias) of a layer.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from influence_kit.gradients.rules import convolution, linear, rule_for, transpo
 
 @dataclass(frozen=True)
 class Unit:
-    """Parameters that are projected together.
+    """A group of parameters that are projected together.
 
-    Unlike a ``MatrixLayer`` it may be any matrix, or a vector, which has one side to project;
-    groups of a convolution are rows of one matrix, and a bias may be used elsewhere, too.
+    Unlike a ``MatrixLayer`` it may be any matrix, or a vector, which has only one side to project.
+    The groups of a convolution are rows of one matrix, and a bias may also be used elsewhere.
 
     Args:
-        names: the weight, then the bias if there is one.
-        outputs: the letter o; 0 for what is no matrix.
-        inputs: the letter i.
+        names: the name of the weight, then that of the bias if there is one.
+        outputs: the number of outputs o; 0 if it is not a matrix.
+        inputs: the number of inputs i.
         transposed: whether the weight is stored as (inputs, outputs).
     """
 
@@ -41,12 +41,12 @@ class Unit:
 
     @property
     def bias(self) -> str | None:
-        """The name of the bias."""
+        """The name of the bias, or None."""
         return self.names[1] if len(self.names) > 1 else None
 
 
 def units_of(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[Unit]:
-    """The units of the chosen parameters, in their order."""
+    """The groups of the chosen parameters, in their order."""
     units = [_unit_of(name, model, parameters) for name in parameters]
     # a bias may come before its weight
     joined = {unit.bias for unit in units}
@@ -54,13 +54,13 @@ def units_of(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[U
 
 
 def _unit_of(name: str, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Unit:
-    """A parameter with what is projected together with it."""
+    """The group of a parameter: the parameter and those projected with it."""
     owner, _, attribute = name.rpartition(".")
     layer, shape = model.get_submodule(owner), real_shape(parameters[name])
     rule = rule_for(layer)
     bias = f"{owner}.bias".removeprefix(".")
     has_matrix = rule in (linear, convolution, transposed_linear) and attribute == "weight"
-    # of complex layers each parameter is pairs of real numbers
+    # the parameters of complex layers are pairs of real numbers
     has_matrix = has_matrix and not has_complex(layer)
     names = (name, bias) if has_matrix and bias in parameters else (name,)
     rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (0, 0)

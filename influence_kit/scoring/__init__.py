@@ -1,4 +1,4 @@
-"""From two sides of a method to the scores that are kept."""
+"""From the test and training gradients of a method to its scores."""
 
 from influence_kit.scoring.term import Side, Term
 from influence_kit.scoring.transforms import unit_norm

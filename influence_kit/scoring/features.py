@@ -1,6 +1,7 @@
-"""What is kept of results that have an entry for every feature of every training example.
+"""Results with an entry for every feature of every training example: all of them, or the largest.
 
-Letters: m test and n training examples, k features asked for, d dimensions of an example's input.
+Shapes: m test examples, n training examples, k requested features, d dimensions of an example's
+input.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -13,9 +14,9 @@ from influence_kit.data.batches import Batch, example_count
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.scoring.reducers import TopK
 
-# places in the training set, and their part of the result
+# indices in the training set, and their part of the result
 Block = tuple[Tensor, Tensor]
-# a batch with the place where it begins and the rows of it that are wanted
+# the index at which a batch begins, the requested rows of it, and the batch
 Rows = tuple[int, Tensor, Batch]
 
 
@@ -23,7 +24,7 @@ class MostInfluentialFeatures(NamedTuple):
     """The k features of training examples that have the largest effect on each of m test examples.
 
     Attributes:
-        indices: int64 ``[m, k, 1 + d]``: the example's place in the training set, then the place of
+        indices: int64 ``[m, k, 1 + d]``: the example's index in the training set, then the index of
             the feature in its input (or in the output of the layer).
         influence_scores: ``[m, k]``, the largest absolute value first, each with its own sign.
     """
@@ -33,60 +34,60 @@ class MostInfluentialFeatures(NamedTuple):
 
 
 def check_places(train_indices: Any, count: int) -> Tensor | None:
-    """Places in a training set of ``count`` examples (0 where unknown), ``[n]``; None for all."""
+    """Indices in a training set of ``count`` examples (0 if unknown), ``[n]``; None for all."""
     if train_indices is None:
         return None
     try:
-        places = torch.as_tensor(train_indices).cpu()
+        indices = torch.as_tensor(train_indices).cpu()
     except (TypeError, ValueError, RuntimeError):
-        places = torch.zeros(0)
-    if places.dtype not in (torch.int64, torch.int32) or places.dim() != 1 or not len(places):
+        indices = torch.zeros(0)
+    if indices.dtype not in (torch.int64, torch.int32) or indices.dim() != 1 or not len(indices):
         raise InvalidArgumentError(
-            "`train_indices` must be a list of places in the training set, one int or more; got "
+            "`train_indices` must be a list of one or more indices in the training set (ints); got "
             f"{train_indices!r}"
         )
-    if places.min() < 0 or (count and places.max() >= count):
-        _refuse_places(places, count)
-    return places.long()
+    if indices.min() < 0 or (count and indices.max() >= count):
+        _refuse_indices(indices, count)
+    return indices.long()
 
 
-def _refuse_places(places: Tensor, count: int) -> None:
+def _refuse_indices(indices: Tensor, count: int) -> None:
     size = f", which has {count} examples" if count else ""
     raise InvalidArgumentError(
-        f"`train_indices` holds places from {places.min()} to {places.max()}; they must be 0 or "
-        f"more and within the training set{size}"
+        f"`train_indices` holds indices from {indices.min()} to {indices.max()}; they must be at "
+        f"least 0 and within the training set{size}"
     )
 
 
 def chosen_rows(
-    batches: Iterable[Batch], places: Tensor | None, tick: Callable[[], object]
+    batches: Iterable[Batch], indices: Tensor | None, tick: Callable[[], object]
 ) -> Iterator[Rows]:
-    """The batches that hold the places, read no further than needed; all where None."""
+    """The batches that hold the indices, read no further than needed; all batches if None."""
     start = 0
     for batch in batches:
         n = example_count(batch)
         rows = torch.arange(n)
-        if places is not None:
-            rows = rows[torch.isin(rows + start, places)]
+        if indices is not None:
+            rows = rows[torch.isin(rows + start, indices)]
         if len(rows):
             yield start, rows, batch
         start += n
         tick()
-        if places is not None and start > places.max():
+        if indices is not None and start > indices.max():
             return
-    if places is not None:
-        _refuse_places(places, start)
+    if indices is not None:
+        _refuse_indices(indices, start)
 
 
 def joined(blocks: Iterable[Block], wanted: Tensor | None) -> Tensor:
-    """The whole result ``[m, n, *shape]``, in the order of the places that were asked for."""
+    """The whole result ``[m, n, *shape]``, in the order of the requested indices."""
     parts: list[Tensor] = []
-    for places, block in blocks:
+    for indices, block in blocks:
         if parts and block.shape[2:] != parts[0].shape[2:]:
             raise InvalidArgumentError(
-                f"what is perturbed has shape {list(block.shape[2:])} for training example "
-                f"{places[0]} and {list(parts[0].shape[2:])} for those before it: one tensor "
-                "cannot hold both. Ask for `k`, or by `train_indices` for examples of one shape"
+                f"the perturbed tensor has shape {list(block.shape[2:])} for training example "
+                f"{indices[0]} and {list(parts[0].shape[2:])} for earlier ones: one tensor cannot "
+                "hold both. Pass `k`, or `train_indices` of examples of one shape"
             )
         parts.append(block)
     whole = torch.cat(parts, dim=1)
@@ -96,13 +97,13 @@ def joined(blocks: Iterable[Block], wanted: Tensor | None) -> Tensor:
 
 
 def most_influential(blocks: Iterable[Block], k: int) -> MostInfluentialFeatures:
-    """The k entries with the largest absolute values, in memory for ``m * k`` and a block."""
+    """The k entries with the largest absolute values, in memory for ``m * k`` and one block."""
     best: list[MostInfluentialFeatures] = []
-    for places, block in blocks:
+    for examples, block in blocks:
         scores = block.flatten(1)
         columns = _largest(scores, k)
         indices = torch.stack(torch.unravel_index(columns, block.shape[1:]), dim=-1)
-        indices[..., 0] = places.to(block.device)[indices[..., 0]]
+        indices[..., 0] = examples.to(block.device)[indices[..., 0]]
         best.append(MostInfluentialFeatures(indices, scores.gather(1, columns)))
         indices, scores = (torch.cat(both, dim=1) for both in zip(*best, strict=True))
         order = _largest(scores, k)
@@ -112,7 +113,7 @@ def most_influential(blocks: Iterable[Block], k: int) -> MostInfluentialFeatures
 
 
 def _largest(scores: Tensor, k: int) -> Tensor:
-    """The columns of the k largest absolute values of each row; of equal ones the first."""
+    """The columns of the k largest absolute values of each row; the first of equal ones."""
     top = TopK(k, proponents=True)
     top.update(torch.arange(scores.shape[1]), scores.abs())
     return top.local_result().indices

@@ -1,9 +1,11 @@
-"""What is kept of the blocks of scores as they come: all of them, or the k highest or lowest.
+"""Reducers: which of the scores of a pass are kept, all of them or the k highest or lowest.
 
-A block is ``(places [n], scores [*, m, n])``: the scores of m test examples with the training
-examples at those places. Where a score depends on all training examples, it is ``(places [b],
-scores [b, n])``: the scores of the test examples at those places with all of them. Each rank
-reduces its own blocks; ``result`` merges the ranks.
+Shapes: m test examples, n training examples, b test examples of a block.
+
+A block is ``(indices [n], scores [*, m, n])``: the scores of m test examples with the training
+examples of those indices. If a score depends on all training examples, it is ``(indices [b],
+scores [b, n])``: the scores of the test examples of those indices with all training examples. Each
+rank reduces its own blocks; ``result`` merges the ranks.
 """
 
 from collections.abc import Callable
@@ -19,7 +21,7 @@ class KMostInfluentialResults(NamedTuple):
     """The k training examples with the highest (or lowest) scores for each of m test examples.
 
     Attributes:
-        indices: places in the training set, int64 ``[m, k]``, best first.
+        indices: indices in the training set, int64 ``[m, k]``, best first.
         influence_scores: their scores ``[m, k]``: descending for proponents, ascending for
             opponents, each with its own sign.
     """
@@ -29,36 +31,36 @@ class KMostInfluentialResults(NamedTuple):
 
 
 class Reducer(Protocol):
-    """Takes blocks one after the other, in ascending order of places."""
+    """Takes blocks one after the other, in ascending order of indices."""
 
     keeps_all: bool
 
-    def update(self, places: Tensor, block: Tensor) -> None:
-        """Take a block."""
+    def update(self, indices: Tensor, block: Tensor) -> None:
+        """Add a block."""
 
     def result(self) -> Tensor | KMostInfluentialResults:
-        """What is kept of the blocks of all ranks."""
+        """The scores that are kept from the blocks of all ranks."""
 
 
 class Weighted:
-    """Each training example's scores times its weight, on to another reducer.
+    """Multiplies each training example's scores by its weight, and passes them to a reducer.
 
     Args:
-        reducer: the other one.
-        weights: gives the weights ``[n]``, which may not be known before the first block.
+        reducer: the reducer.
+        weights: returns the weights ``[n]``, which may not be known before the first block.
     """
 
     def __init__(self, reducer: Reducer, weights: Callable[[], Tensor]) -> None:
         self.keeps_all = reducer.keeps_all
         self._reducer, self._weights = reducer, weights
 
-    def update(self, places: Tensor, block: Tensor) -> None:
-        """Take a block."""
+    def update(self, indices: Tensor, block: Tensor) -> None:
+        """Add a block."""
         weights = self._weights()
-        self._reducer.update(places, block * weights[places.to(weights.device)].to(block))
+        self._reducer.update(indices, block * weights[indices.to(weights.device)].to(block))
 
     def result(self) -> Tensor | KMostInfluentialResults:
-        """What the other reducer keeps."""
+        """The result of the other reducer."""
         return self._reducer.result()
 
 
@@ -66,19 +68,19 @@ class AllScores:
     """All scores, ``[*, m, n]`` in the order of the training set.
 
     Args:
-        dim: along which blocks follow one another: that of training examples, or 0.
+        dim: the dimension along which blocks are joined: that of training examples, or 0.
     """
 
     keeps_all = True
 
     def __init__(self, dim: int = -1) -> None:
         self._dim = dim
-        self._places: list[Tensor] = []
+        self._indices: list[Tensor] = []
         self._blocks: list[Tensor] = []
 
-    def update(self, places: Tensor, block: Tensor) -> None:
-        """Take a block."""
-        self._places.append(places)
+    def update(self, indices: Tensor, block: Tensor) -> None:
+        """Add a block."""
+        self._indices.append(indices)
         self._blocks.append(block)
 
     def result(self) -> Tensor:
@@ -87,15 +89,15 @@ class AllScores:
         scores = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=self._dim)
         if is_alone():
             return scores
-        places = gather_columns(torch.cat(self._places).to(scores.device))
+        indices = gather_columns(torch.cat(self._indices).to(scores.device))
         gathered = gather_columns(scores.movedim(self._dim, -1))
-        return gathered[..., torch.argsort(places)].movedim(-1, self._dim)
+        return gathered[..., torch.argsort(indices)].movedim(-1, self._dim)
 
 
 class TopK:
-    """The k highest scores (or the lowest) of each test example; of equal scores the first places.
+    """The k highest scores (or the lowest) of each test example; of equal scores the first indices.
 
-    Memory is ``m * k``, whatever the number of training examples.
+    Memory is ``m * k``, for any number of training examples.
     """
 
     keeps_all = False
@@ -103,30 +105,30 @@ class TopK:
     def __init__(self, k: int, proponents: bool) -> None:
         self._k, self._highest = k, proponents
         self._scores: Tensor | None = None
-        self._places: Tensor | None = None
+        self._indices: Tensor | None = None
 
-    def update(self, places: Tensor, block: Tensor) -> None:
-        """Take a block."""
-        # first within the block, so that nothing of its size is copied
+    def update(self, indices: Tensor, block: Tensor) -> None:
+        """Add a block."""
+        # reduce the block first, so that nothing of its size is copied
         columns = self._best_columns(block)
-        scores, best = block.gather(1, columns), places.to(block.device)[columns]
-        if self._scores is not None and self._places is not None:
+        scores, best = block.gather(1, columns), indices.to(block.device)[columns]
+        if self._scores is not None and self._indices is not None:
             scores = torch.cat([self._scores, scores], dim=1)
-            best = torch.cat([self._places, best], dim=1)
+            best = torch.cat([self._indices, best], dim=1)
         self._keep(scores, best)
 
-    def _keep(self, scores: Tensor, places: Tensor) -> None:
-        """Keep the k best columns of each row, whose places ascend, in that order."""
+    def _keep(self, scores: Tensor, indices: Tensor) -> None:
+        """Keep the k best columns of each row in order of their (ascending) indices."""
         columns = self._best_columns(scores)
-        self._scores, self._places = scores.gather(1, columns), places.gather(1, columns)
+        self._scores, self._indices = scores.gather(1, columns), indices.gather(1, columns)
 
     def _best_columns(self, scores: Tensor) -> Tensor:
-        """The columns ``[m, k]`` of each row's k best, ascending; of equal scores the first."""
+        """The columns ``[m, k]`` of each row's k best, ascending; the first of equal scores."""
         k = min(self._k, scores.shape[1])
         found = scores.topk(k, dim=1, largest=self._highest)
         if k == 0:
             return found.indices
-        # topk takes any of the scores that equal the last one
+        # topk may take any of the scores that equal the last one
         last = found.values[:, -1:]
         tied = ((scores == last).sum(1) > (found.values == last).sum(1)).nonzero()[:, 0]
         if len(tied):
@@ -137,43 +139,44 @@ class TopK:
     def result(self) -> KMostInfluentialResults:
         """The k best of all ranks, best first."""
         assert self._scores is not None
-        assert self._places is not None
-        scores, places = gather_columns(self._scores), gather_columns(self._places)
-        by_place = places.argsort(dim=1)
-        self._keep(scores.gather(1, by_place), places.gather(1, by_place))
+        assert self._indices is not None
+        scores, indices = gather_columns(self._scores), gather_columns(self._indices)
+        by_index = indices.argsort(dim=1)
+        self._keep(scores.gather(1, by_index), indices.gather(1, by_index))
         return self.local_result()
 
     def local_result(self) -> KMostInfluentialResults:
         """The k best of this rank's blocks, best first."""
         assert self._scores is not None
-        assert self._places is not None
+        assert self._indices is not None
         order = self._scores.argsort(dim=1, descending=self._highest, stable=True)
-        return KMostInfluentialResults(self._places.gather(1, order), self._scores.gather(1, order))
+        indices, scores = self._indices.gather(1, order), self._scores.gather(1, order)
+        return KMostInfluentialResults(indices, scores)
 
 
 class WholeRows:
     """All scores, or the k highest (or lowest), of blocks that are whole rows.
 
     Args:
-        k: how many to keep of each row; None for all.
-        proponents: the highest scores; False for the lowest.
+        k: how many scores to keep of each row; None for all.
+        proponents: True for the highest scores, False for the lowest.
     """
 
     def __init__(self, k: int | None, proponents: bool) -> None:
         self.keeps_all = k is None
         self._k, self._highest = k, proponents
-        # of the k best, their places and their scores
+        # for the k best: their indices and their scores
         self._kept = [AllScores(dim=0) for _ in range(1 if k is None else 2)]
 
-    def update(self, places: Tensor, block: Tensor) -> None:
-        """Take the scores ``[b, n]`` of the test examples at ``places``."""
+    def update(self, indices: Tensor, block: Tensor) -> None:
+        """Add the scores ``[b, n]`` of the test examples of these indices."""
         parts: tuple[Tensor, ...] = (block,)
         if self._k is not None:
             best = TopK(self._k, self._highest)
             best.update(torch.arange(block.shape[1]), block)
             parts = best.local_result()
         for kept, part in zip(self._kept, parts, strict=True):
-            kept.update(places, part)
+            kept.update(indices, part)
 
     def result(self) -> Tensor | KMostInfluentialResults:
         """The rows of all ranks, in the order of the test examples."""

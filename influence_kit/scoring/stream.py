@@ -1,9 +1,11 @@
-"""The only loops over data: terms, test inputs and a training set in, blocks of scores out.
+"""The only loops over data: from terms, test inputs and a training set to blocks of scores.
 
-The training set is read once, in slabs of batches. Within a slab each term's checkpoint is loaded
-once; the test side of a term is made once and kept. So a method with c checkpoints loads c of them
-a slab, however many batches there are, and holds one slab of data, one block of scores
-``[m, slab]``, and the test sides.
+Shapes: m test examples, n training examples, P parameters.
+
+The training set is read once, in chunks of batches. Within a chunk each term's checkpoint is loaded
+once; the test gradients of a term are computed once and kept. So a method with c checkpoints does
+c loads per chunk, however many batches there are, and holds one chunk of data, one block of scores
+``[m, chunk]``, and the test gradients.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,17 +25,18 @@ from influence_kit.scoring.reducers import Reducer
 from influence_kit.scoring.term import Side, Term
 from influence_kit.scoring.watch import Watch
 
-# a slab of raw data, and a block of scores that is reduced and dropped
-SLAB_BYTES = 256 * MIB
+# the size of a chunk of raw data, and of a block of scores that is reduced and dropped
+CHUNK_BYTES = 256 * MIB
 BLOCK_BYTES = 2 * MIB
-# below this many rows a slab does too little between two loads of a checkpoint
-FEWEST_SLAB_ROWS = 1024
+# with fewer rows, a chunk has too little work between two loads of a checkpoint
+FEWEST_CHUNK_ROWS = 1024
 
-Slab = list[tuple[int, Batch]]
+# batches with the index of the first example of each
+Chunk = list[tuple[int, Batch]]
 
 
 def _nothing() -> None:
-    """The tick of a pass that shows no progress."""
+    """The ``tick`` of a pass that shows no progress."""
 
 
 @dataclass
@@ -41,13 +44,13 @@ class Stream:
     """One pass of a method over its training set.
 
     Args:
-        terms: the method.
-        loader: puts checkpoints into the model.
+        terms: the terms of the method.
+        loader: loads checkpoints into the model.
         sample: a tensor with the dtype and device of the scores.
-        total: how many training examples there are, 0 where unknown.
+        total: the number of training examples, 0 if unknown.
         groups: names of parameters by group, to split the scores by; None for whole scores.
         tick: called after each training batch of each term.
-        watch: looks on while ``scores`` computes the first term.
+        watch: observes ``scores`` while it computes the first term.
     """
 
     terms: Sequence[Term]
@@ -61,20 +64,20 @@ class Stream:
     def scores(
         self, inputs: Iterable[Batch], train: Iterable[Batch], reducer: Reducer, aggregate: bool
     ) -> None:
-        """Hand the scores of all test and training examples to the reducer."""
+        """Pass the scores of all test and training examples to the reducer."""
         kept = {0: self.test_side(self.terms[0].test, inputs, aggregate, self.watch)}
         m = kept[0].n
         rows = None if reducer.keeps_all else _block_rows(kept[0])
         empty = True
-        for slab, is_last in slabs(train, rows, batches=1 if len(self.terms) == 1 else None):
-            places, columns = _columns(slab)
-            block = self._empty_block(m, len(places))
-            for place, term in enumerate(self.terms):
-                test = kept.pop(place, None) or self.test_side(term.test, inputs, aggregate)
-                if place == 0 or not is_last:
-                    kept[place] = test
-                self._add(block, columns, slab, term, test)
-            reducer.update(places, block)
+        for chunk, is_last in chunks(train, rows, batches=1 if len(self.terms) == 1 else None):
+            indices, columns = _columns(chunk)
+            block = self._empty_block(m, len(indices))
+            for number, term in enumerate(self.terms):
+                test = kept.pop(number, None) or self.test_side(term.test, inputs, aggregate)
+                if number == 0 or not is_last:
+                    kept[number] = test
+                self._add(block, columns, chunk, term, test)
+            reducer.update(indices, block)
             empty = False
         if empty:
             reducer.update(torch.arange(0), self._empty_block(m, 0))
@@ -86,11 +89,11 @@ class Stream:
         return self.sample.new_zeros(*leading, m, n)
 
     def _add(
-        self, block: Tensor, columns: list[slice], slab: Slab, term: Term, test: Gradients
+        self, block: Tensor, columns: list[slice], chunk: Chunk, term: Term, test: Gradients
     ) -> None:
-        """Add a term's scores for one slab to the block."""
+        """Add a term's scores for one chunk to the block."""
         weight = term.weight_at(self.loader.load(term.train.checkpoint))
-        for (start, batch), rows in zip(slab, columns, strict=True):
+        for (start, batch), rows in zip(chunk, columns, strict=True):
             train = self._side(term.train, batch, start, "training")
             if self.groups is None:
                 part = train.inner(test, self.total)
@@ -104,7 +107,7 @@ class Stream:
             self.tick()
 
     def _side(self, side: Side, batch: Batch, start: int, kind: str) -> Gradients:
-        """A side of a batch whose first example has the index ``start``."""
+        """The gradients of a side for a batch whose first example has the index ``start``."""
         batch = to_device(batch, self.sample.device)
         with _named(side, batch, start, kind):
             return side(batch)
@@ -116,13 +119,13 @@ class Stream:
         aggregate: bool = False,
         watch: Watch | None = None,
     ) -> Gradients:
-        """A side of all inputs, or of their sum."""
+        """The gradients of a side for all inputs, or their sum."""
         self.loader.load(side.checkpoint)
         parts: list[Gradients] = []
         start = 0
         for batch in inputs:
             part = self._side(side, batch, start, "test")
-            # a sum does not tell whose gradient it was, and a solver may take NaN for solved
+            # a sum does not show whose gradient it was, and a solver may treat NaN as solved
             if (aggregate or side.solve is not None) and not part.has_finite_factors:
                 refuse_non_finite_examples(part, start, "test", side.checkpoint)
             start += part.n
@@ -141,9 +144,9 @@ class Stream:
     def vectors(
         self, side: Side, inputs: Iterable[Batch], aggregate: bool = False, kind: str = "test"
     ) -> Tensor:
-        """A side of all inputs written out, ``[n, P]``, or of their sum, ``[1, P]``.
+        """The gradients of a side for all inputs, written out ``[n, P]``, or their sum ``[1, P]``.
 
-        ``kind`` is what errors call the examples.
+        ``kind`` is the word for the examples in errors.
         """
         if aggregate or side.solve is not None:
             return self.test_side(side, inputs, aggregate).flat()
@@ -161,14 +164,14 @@ class Stream:
         return torch.cat(parts)
 
     def self_scores(self, batches: Iterable[Batch], reducer: Reducer) -> None:
-        """Hand each example's score with itself, ``[n]``, to the reducer."""
+        """Pass each example's score with itself, ``[n]``, to the reducer."""
         empty = True
-        for slab, _ in slabs(batches, None, batches=1 if len(self.terms) == 1 else None):
-            places, columns = _columns(slab)
-            scores = self.sample.new_zeros(len(places))
+        for chunk, _ in chunks(batches, None, batches=1 if len(self.terms) == 1 else None):
+            indices, columns = _columns(chunk)
+            scores = self.sample.new_zeros(len(indices))
             for term in self.terms:
                 weight = term.weight_at(self.loader.load(term.train.checkpoint))
-                for (start, batch), rows in zip(slab, columns, strict=True):
+                for (start, batch), rows in zip(chunk, columns, strict=True):
                     batch = to_device(batch, self.sample.device)
                     with _named(term.train, batch, start, "training"):
                         train, part = term.self_products(batch)
@@ -176,58 +179,58 @@ class Stream:
                         _refuse_non_finite(part, train, train, start, term.train.checkpoint)
                     scores[rows].add_(part, alpha=weight)
                     self.tick()
-            reducer.update(places, scores)
+            reducer.update(indices, scores)
             empty = False
         if empty:  # all batches went to other ranks
             reducer.update(torch.arange(0), self.sample.new_zeros(0))
 
 
-def slabs(
+def chunks(
     source: Iterable[Batch], rows: int | None, batches: int | None
-) -> Iterator[tuple[Slab, bool]]:
-    """Groups of this rank's batches, each with its first place, and whether it is the last group.
+) -> Iterator[tuple[Chunk, bool]]:
+    """Chunks of this rank's batches, and whether each is the last; see ``Chunk``.
 
     Args:
         source: batches, read once.
-        rows: the most examples in a group (one batch may hold more); None for any number.
-        batches: the most batches in a group; None for any number.
+        rows: the most examples in a chunk (one batch may hold more); None for any number.
+        batches: the most batches in a chunk; None for any number.
     """
-    slab: Slab = []
+    chunk: Chunk = []
     held = size = start = 0
     for number, batch in enumerate(source):
         n = example_count(batch)
         if is_mine(number):
-            full = (rows is not None and held + n > rows) or size + nbytes(batch) > SLAB_BYTES
-            if slab and (full or len(slab) == batches):
-                yield slab, False
-                slab, held, size = [], 0, 0
-            slab.append((start, batch))
+            full = (rows is not None and held + n > rows) or size + nbytes(batch) > CHUNK_BYTES
+            if chunk and (full or len(chunk) == batches):
+                yield chunk, False
+                chunk, held, size = [], 0, 0
+            chunk.append((start, batch))
             held, size = held + n, size + nbytes(batch)
         start += n
     if start == 0:
         raise InvalidArgumentError("there are no examples: the data set or loader is empty")
-    if slab:
-        yield slab, True
+    if chunk:
+        yield chunk, True
 
 
-def _columns(slab: Slab) -> tuple[Tensor, list[slice]]:
-    """The places of a slab's examples in the training set, and each batch's columns."""
-    counts = [example_count(batch) for _, batch in slab]
-    places = [torch.arange(start, start + n) for (start, _), n in zip(slab, counts, strict=True)]
+def _columns(chunk: Chunk) -> tuple[Tensor, list[slice]]:
+    """The indices of a chunk's examples in the training set, and each batch's columns."""
+    counts = [example_count(batch) for _, batch in chunk]
+    indices = [torch.arange(start, start + n) for (start, _), n in zip(chunk, counts, strict=True)]
     ends = torch.tensor(counts).cumsum(0).tolist()
     columns = [slice(end - n, end) for end, n in zip(ends, counts, strict=True)]
-    return torch.cat(places), columns
+    return torch.cat(indices), columns
 
 
 def _block_rows(test: Gradients) -> int:
-    """How many training examples a block of scores that is not kept may have."""
+    """The most training examples in a block of scores that is not kept."""
     budget = BLOCK_BYTES // test.sample.element_size()
-    return max(FEWEST_SLAB_ROWS, rows_within(budget, test.n))
+    return max(FEWEST_CHUNK_ROWS, rows_within(budget, test.n))
 
 
 @contextmanager
 def _named(side: Side, batch: Batch, start: int, kind: str) -> Iterator[None]:
-    """A solver tells rows that are not finite: the error here names the example, and the layer."""
+    """Inside, a solver's error about non-finite rows becomes one that names example and layer."""
     try:
         yield
     except NonFiniteError:
@@ -236,13 +239,13 @@ def _named(side: Side, batch: Batch, start: int, kind: str) -> Iterator[None]:
 
 
 def refuse_non_finite_examples(side: Gradients, start: int, kind: str, checkpoint: int) -> None:
-    """An error that names the first example, and the layer, whose gradient is NaN or infinite.
+    """Raise an error that names the first example, and its layer, with a NaN or infinite gradient.
 
     Args:
         side: the gradients.
         start: the index of the first of their examples.
-        kind: of the examples: "training" or "test".
-        checkpoint: in the model.
+        kind: "training" or "test", the word for the examples.
+        checkpoint: the index of the checkpoint in the model.
     """
     found = side.non_finite()
     if found is not None:
@@ -250,15 +253,14 @@ def refuse_non_finite_examples(side: Gradients, start: int, kind: str, checkpoin
         layer = parameter.rpartition(".")[0] or parameter
         raise NonFiniteError(
             f"the gradient of {kind} example {start + example} at '{parameter}' (layer '{layer}') "
-            f"is NaN or infinite at checkpoint {checkpoint}; look at that example and at the "
-            "loss there"
+            f"is NaN or infinite at checkpoint {checkpoint}; check that example and its loss"
         )
 
 
 def _refuse_non_finite(
     part: Tensor, test: Gradients, train: Gradients, start: int, checkpoint: int
 ) -> None:
-    """An error that names the examples and the layer of a score that is NaN or infinite."""
+    """Raise an error that names the examples and layer of a score that is NaN or infinite."""
     bad = torch.nonzero(~torch.isfinite(part))
     if not len(bad):  # finite scores whose sum overflows
         return

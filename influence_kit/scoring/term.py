@@ -1,4 +1,4 @@
-"""score(test, train) = sum over terms of weight * <test side, train side>: a method, as data."""
+"""A method as data: score = sum over terms of weight * <test gradient, training gradient>."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,21 +7,19 @@ from typing import Literal
 from torch import Tensor
 
 from influence_kit.data.batches import Batch
-from influence_kit.gradients.per_example import Gradients
-
-Transform = Callable[[Gradients], Gradients]
+from influence_kit.gradients.per_example import Gradients, Transform
 
 
 @dataclass(frozen=True)
 class Side:
-    """What a batch is turned into at a checkpoint.
+    """The test or training gradients of a term: features of a batch at a checkpoint, transformed.
 
     Args:
-        checkpoint: the number of the checkpoint that must be in the model.
-        features: a batch's features, per example and parameter.
+        checkpoint: the index of the checkpoint that must be in the model.
+        features: returns a batch's features, per example and parameter.
         transforms: applied to the features of each batch, in order.
-        solve: a linear map that is applied once to all examples of the side together (or to their
-            sum): one that costs passes over a data set.
+        solve: a linear map that is applied once to all examples together (or to their sum),
+            because it takes passes over a data set.
     """
 
     checkpoint: int
@@ -30,17 +28,17 @@ class Side:
     solve: Transform | None = None
 
     def __call__(self, batch: Batch) -> Gradients:
-        """The side of every example of a batch."""
+        """The gradients of every example of a batch, without ``solve``."""
         return self.transformed(self.features(batch))
 
     def transformed(self, gradients: Gradients) -> Gradients:
-        """The side of features that are there already."""
+        """The transforms of given features."""
         for transform in self.transforms:
             gradients = transform(gradients)
         return gradients
 
     def solved(self, gradients: Gradients) -> Gradients:
-        """The side of all its examples, finished."""
+        """``solve`` applied to the gradients of all examples."""
         return gradients if self.solve is None else self.solve(gradients)
 
 
@@ -49,9 +47,9 @@ class Term:
     """One summand of a score.
 
     Args:
-        test: the test examples' side.
-        train: the training examples' side.
-        weight: a number, or the learning rate that comes with the training side's checkpoint.
+        test: the test gradients.
+        train: the training gradients.
+        weight: a number, or the learning rate of the checkpoint of ``train``.
     """
 
     test: Side
@@ -60,13 +58,13 @@ class Term:
 
     @property
     def is_symmetric(self) -> bool:
-        """Whether both sides do the same to the features."""
+        """Whether test and training gradients have the same transforms."""
         return (self.test.transforms, self.test.solve) == (self.train.transforms, self.train.solve)
 
     def self_products(self, batch: Batch) -> tuple[Gradients, Tensor]:
-        """The training side of a batch and each example's product with its own test side, ``[n]``.
+        """The training gradients of a batch, and each example's score with itself, ``[n]``.
 
-        Both sides are made of the training features: an example's influence on its own loss.
+        The test gradients, too, are made from the training features.
         """
         features = self.train.features(batch)
         train = self.train.transformed(features)

@@ -1,4 +1,4 @@
-"""What a side may do to gradients: each takes Gradients and gives Gradients."""
+"""Transforms of test and training gradients: functions from Gradients to Gradients."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from influence_kit.gradients.per_example import Gradients
 
 
 def unit_norm(gradients: Gradients) -> Gradients:
-    """Each example's gradient over its norm, however small or large; a zero one stays zero."""
+    """Each gradient divided by its norm, however small or large; a zero gradient stays zero."""
     gradients, squares, _ = gradients.balanced()
     return _divided(gradients, squares.sqrt())
 
@@ -21,12 +21,12 @@ def unit_norm(gradients: Gradients) -> Gradients:
 def unit_influence(
     inverse: Callable[[Gradients], Gradients], form: Literal["theta", "l"], gradients: Gradients
 ) -> Gradients:
-    """RelatIF: over the root of g^T M g ("l") or the norm of M g ("theta"), M an inverse.
+    """RelatIF: each gradient g over the root of g^T M g ("l") or the norm of M g ("theta").
 
-    A zero gradient stays zero.
+    M is the inverse curvature. A zero gradient stays zero.
 
     Raises:
-        NonFiniteError: where the result is too small a number for the gradients' precision.
+        NonFiniteError: if the result is too small for the gradients' precision.
     """
     solved, squares, of_solved = inverse(gradients).balanced()
     gradients, _, powers = gradients.balanced()
@@ -37,13 +37,13 @@ def unit_influence(
         shifts = (powers - of_solved) / 2
     if bool((shifts < math.log2(torch.finfo(shifts.dtype).tiny)).any()):
         raise NonFiniteError(
-            f'relative="{form}": the gradient of an example is so small against its norm under the '
-            f"inverse that {shifts.dtype} has 0 for it; use float64 or a larger damping"
+            f'relative="{form}": the gradient of an example is so small, relative to its norm '
+            f"under the inverse, that it is 0 in {shifts.dtype}; use float64 or a larger damping"
         )
     return scaled_by_powers(_divided(gradients, squares.sqrt()), shifts)
 
 
 def _divided(gradients: Gradients, norms: Tensor) -> Gradients:
-    # a norm that is not finite leaves a score that is refused, not a zero
+    # a norm that is not finite gives a NaN, which is refused, and not a zero
     factors = torch.where(torch.isfinite(norms), norms.reciprocal(), torch.nan)
     return gradients.scaled(torch.where(norms == 0, 0.0, factors))

@@ -1,4 +1,4 @@
-"""Looking on while a pass computes scores."""
+"""The protocol of an observer that follows a pass over the training set."""
 
 from typing import Protocol
 
@@ -8,16 +8,16 @@ from influence_kit.gradients.per_example import Gradients
 
 
 class Watch(Protocol):
-    """Sees what a pass computes for its first term, and changes nothing of it.
+    """Observes what a pass computes for its first term, without changing it.
 
-    Shapes: m test and n training examples.
+    Shapes: m test examples, n training examples.
     """
 
     def see_tests(self, gradients: Gradients) -> None:
-        """The test gradients, before they are solved for."""
+        """Gets the test gradients, before the inverse curvature is applied."""
 
     def see_scores(self, train: Gradients, scores: Tensor) -> None:
-        """The training side of a batch, and the scores ``[m, n]`` of its examples."""
+        """Gets the training gradients of a batch, and the scores ``[m, n]`` of its examples."""
 
     def finish(self) -> None:
-        """The pass is done."""
+        """Called at the end of the pass."""

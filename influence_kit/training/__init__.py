@@ -1,1 +1,1 @@
-"""The trace of a training run and its steps."""
+"""Records of training runs: traces and their steps."""

@@ -1,4 +1,4 @@
-"""One step of training, as a trace tells of it."""
+"""One training step of a trace."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,15 +17,15 @@ Reduction = Literal["mean", "sum"]
 
 @dataclass(frozen=True)
 class Step:
-    """What a step of training was, beside the weights before it.
+    """A training step, without the weights before it.
 
     Args:
-        indices: places in the training set of the step's examples; one that stands there twice
-            counts twice.
+        indices: indices of the step's examples in the training set; one that is listed twice counts
+            twice.
         lr: the learning rate.
         epoch: the number of the epoch, if it is known.
-        weight_decay: what times the weights was added to the gradient.
-        reduction: whether the step followed the "mean" of its examples' losses or their "sum".
+        weight_decay: the factor with which the weights were added to the gradient.
+        reduction: whether the step used the "mean" of its examples' losses or their "sum".
     """
 
     indices: list[int]
@@ -36,12 +36,12 @@ class Step:
 
     @classmethod
     def of(cls, step: Any, name: str) -> Self:
-        """A step given as a dict, checked; ``name`` says in errors which one it is."""
+        """A step given as a dict, checked; ``name`` identifies it in errors."""
         if not isinstance(step, Mapping) or not {"state_dict", "indices", "lr"} <= set(step):
             there = list(step) if isinstance(step, Mapping) else f"a {type(step).__name__}"
             raise InvalidArgumentError(
                 f"{name} of the trace must be a dict with state_dict (before the step), indices "
-                f"and lr, and epoch, weight_decay and reduction if it has them; got {there}"
+                f"and lr, and, if known, epoch, weight_decay and reduction; got {there}"
             )
         reduction, epoch = step.get("reduction", "mean"), step.get("epoch")
         if reduction not in ("mean", "sum"):
@@ -52,7 +52,7 @@ class Step:
             raise InvalidArgumentError(f"the epoch of {name} must be an int; got {epoch!r}")
         lr = _number(step["lr"], f"lr of {name}")
         decay = _number(step.get("weight_decay", 0.0), f"weight_decay of {name}")
-        return cls(_places(step["indices"], name), lr, epoch, decay, reduction)
+        return cls(_indices(step["indices"], name), lr, epoch, decay, reduction)
 
 
 def steps_of(trace: Any, count: int) -> list[Step]:
@@ -66,8 +66,8 @@ def steps_of(trace: Any, count: int) -> list[Step]:
     for number, step in enumerate(steps):
         if max(step.indices) >= count:
             raise InvalidArgumentError(
-                f"step {number} of the trace took example {max(step.indices)}, and "
-                f"`train_dataset` has {count}; is it the data that the run was trained on?"
+                f"step {number} of the trace used example {max(step.indices)}, but "
+                f"`train_dataset` has {count} examples; pass the data that the run was trained on"
             )
     return steps
 
@@ -82,17 +82,17 @@ def _number(value: Any, name: str) -> float:
     return float(value)
 
 
-def _places(indices: Any, name: str) -> list[int]:
-    """The places of a step's examples."""
+def _indices(indices: Any, name: str) -> list[int]:
+    """The indices of a step's examples, as a list."""
     try:
-        places = torch.as_tensor(indices)
+        tensor = torch.as_tensor(indices)
     except (TypeError, ValueError, RuntimeError):
-        places = torch.zeros(0)
-    whole = not (places.is_floating_point() or places.is_complex() or places.dtype == torch.bool)
-    if not whole or places.dim() != 1 or not len(places) or bool((places < 0).any()):
+        tensor = torch.zeros(0)
+    whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    if not whole or tensor.dim() != 1 or not len(tensor) or bool((tensor < 0).any()):
         raise InvalidArgumentError(
-            f"the indices of {name} must be places in the training set, one int (0 or more) or "
-            f"more; got {indices!r}"
+            f"the indices of {name} must be one or more indices in the training set, each an int "
+            f"of at least 0; got {indices!r}"
         )
-    found: list[int] = places.tolist()
+    found: list[int] = tensor.tolist()
     return found

@@ -1,4 +1,4 @@
-"""A record of training: the weights before each step, and the examples that the step took."""
+"""A record of training: the weights before each step, and the examples that the step used."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,44 +17,44 @@ from influence_kit.training.trace_store import State, TraceInFolder, TraceInMemo
 
 
 class _RecordedStep(Mapping[str, Any]):
-    """A step as a dict, whose ``state_dict`` is read when it is asked for."""
+    """A step as a dict, whose ``state_dict`` is read when it is accessed."""
 
     def __init__(self, trace: "TrainingTrace", number: int) -> None:
         self._trace, self._number = trace, number
-        self._facts = trace._store.facts(number)
+        self._metadata = trace._store.metadata(number)
 
     def __getitem__(self, key: str) -> Any:
-        return self._trace._state(self._number) if key == "state_dict" else self._facts[key]
+        return self._trace._state(self._number) if key == "state_dict" else self._metadata[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(("state_dict", *self._facts))
+        return iter(("state_dict", *self._metadata))
 
     def __len__(self) -> int:
-        return 1 + len(self._facts)
+        return 1 + len(self._metadata)
 
 
 class TrainingTrace(Sequence[Mapping[str, Any]]):
-    """The steps of a training run, recorded from an ordinary loop: what ``DVEmb`` goes back over.
+    """The steps of a training run, recorded from an ordinary loop, for ``DVEmb``.
 
     A sequence of steps, each a dict of ``state_dict`` (before the step), ``indices`` (of its
     examples in the training set), ``lr``, ``epoch``, ``weight_decay`` and ``reduction``. Steps are
-    taken for plain SGD steps, with weight decay if there is some: clipping or scaling of gradients
-    is not seen.
+    assumed to be plain SGD steps, with weight decay if there is some: clipping or scaling of
+    gradients is not recorded.
 
-    Each step keeps a copy of the tensors that are not those of the first step: the trace of a run
-    takes steps x (trained parameters and buffers), in memory, or on disk if there is a ``folder``.
+    Each step keeps a copy of the tensors that differ from those of the first step: a trace takes
+    steps x (trained parameters and buffers), in memory, or on disk if there is a ``folder``.
 
     Args:
         model: the model that is trained; None to read the trace in ``folder``.
-        optimizer: what ``record`` takes the learning rate and the weight decay from.
-        folder: where to write steps, a safetensors file each, instead of keeping them in memory.
-        reduction: whether steps follow the "mean" of their examples' losses, as torch's losses do
-            unless told otherwise, or their "sum".
-        resume_at: go on with the trace in ``folder`` after that many steps; later ones are deleted.
+        optimizer: the optimizer whose learning rate and weight decay ``record`` reads.
+        folder: where to write steps, one safetensors file each, instead of keeping them in memory.
+        reduction: whether steps use the "mean" of their examples' losses, the default of torch's
+            losses, or their "sum".
+        resume_at: continue the trace in ``folder`` after that many steps; later ones are deleted.
 
     Raises:
-        InvalidArgumentError: for a folder that holds a trace already, without ``resume_at``, or
-            other files.
+        InvalidArgumentError: if the folder already holds a trace and ``resume_at`` is not given, or
+            if it holds other files.
 
     Example:
         >>> import torch
@@ -102,12 +102,12 @@ class TrainingTrace(Sequence[Mapping[str, Any]]):
         if at is None:
             raise InvalidArgumentError(
                 f"the folder holds a trace of {count} steps: `TrainingTrace(folder=...)` reads it, "
-                "`resume_at` goes on with it, and another folder begins a new one"
+                "`resume_at` continues it, and another folder starts a new one"
             )
         if isinstance(at, bool) or not isinstance(at, int) or not 0 <= at <= count:
             raise InvalidArgumentError(
-                f"`resume_at` must be an int from 0 to {count}, the steps that there are in "
-                f"`folder`; got {at!r}"
+                f"`resume_at` must be an int from 0 to {count}, the number of steps in `folder`; "
+                f"got {at!r}"
             )
         if at < count and isinstance(self._store, TraceInFolder):
             self._store.shorten(at)
@@ -119,17 +119,17 @@ class TrainingTrace(Sequence[Mapping[str, Any]]):
         epoch: int | None = None,
         weight_decay: float | None = None,
     ) -> None:
-        """Note a step: to be called before ``optimizer.step()``.
+        """Record a step; call it before ``optimizer.step()``.
 
         Args:
-            indices: places in the training set of the step's examples (all of them, where
-                gradients are accumulated): a tensor, an array or a list of ints.
-            lr: the learning rate; the optimizer's where None.
-            epoch: the number of the epoch, by which ``DVEmb`` can tell visits apart.
-            weight_decay: the optimizer's where None (0 without one).
+            indices: indices of the step's examples in the training set (all of them, if gradients
+                are accumulated): a tensor, an array or a list of ints.
+            lr: the learning rate; None for the optimizer's.
+            epoch: the number of the epoch, with which ``DVEmb`` can score each epoch apart.
+            weight_decay: the weight decay; None for the optimizer's (0 without an optimizer).
 
         Raises:
-            InvalidArgumentError: where the optimizer has several learning rates, or there is none.
+            InvalidArgumentError: if the optimizer has several learning rates, or there is none.
         """
         state = self._changed()
         step = {
@@ -144,7 +144,7 @@ class TrainingTrace(Sequence[Mapping[str, Any]]):
         self._first = self._first or state
 
     def finish(self) -> None:
-        """Keep the weights after the last step; leaving the ``with`` block does so."""
+        """Record the weights after the last step; leaving the ``with`` block does this."""
         self._store.finish(self._changed())
 
     @property
@@ -162,7 +162,7 @@ class TrainingTrace(Sequence[Mapping[str, Any]]):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # after an error nobody knows whether the last step was taken
+        # after an error it is not known whether the last step was taken
         if kind is None:
             self.finish()
 
@@ -177,14 +177,14 @@ class TrainingTrace(Sequence[Mapping[str, Any]]):
 
     def __getitem__(self, number: int | slice) -> Mapping[str, Any] | list[Mapping[str, Any]]:
         if isinstance(number, slice):
-            return [self[place] for place in range(len(self))[number]]
+            return [self[index] for index in range(len(self))[number]]
         return _RecordedStep(self, range(len(self))[number])
 
     def _state(self, number: int) -> State:
         return {**self._first, **self._store.state(number)}
 
     def _changed(self) -> State:
-        """Copies of the model's tensors that are not those of the first step."""
+        """Copies of the model's tensors that differ from those of the first step."""
         if self._model is None:
             raise InvalidArgumentError(
                 "the trace was opened for reading; pass the model to TrainingTrace to record steps"
@@ -194,7 +194,7 @@ class TrainingTrace(Sequence[Mapping[str, Any]]):
             if not isinstance(value, Tensor):
                 raise InvalidArgumentError(
                     f"the model's state dict holds a {type(value).__name__} under '{name}'; a "
-                    "trace keeps tensors"
+                    "trace can only keep tensors"
                 )
             copy = value.detach().cpu()
             if name not in self._first or not torch.equal(copy, self._first[name]):
@@ -202,7 +202,7 @@ class TrainingTrace(Sequence[Mapping[str, Any]]):
         return state
 
     def _setting(self, name: str, given: float | None) -> float:
-        """A number of the step: the one given, or the optimizer's."""
+        """A setting of the step: the given value, or the optimizer's."""
         if given is not None:
             return given
         if self._optimizer is None:
@@ -214,14 +214,14 @@ class TrainingTrace(Sequence[Mapping[str, Any]]):
         found = sorted({float(group.get(name, 0.0)) for group in self._optimizer.param_groups})
         if len(found) > 1:
             raise InvalidArgumentError(
-                f"the optimizer's groups of parameters have {name} {found}; a trace takes one: "
-                f"pass `{name}`"
+                f"the optimizer's parameter groups have {name} {found}, but a trace has one per "
+                f"step: pass `{name}`"
             )
         return found[0]
 
 
 def _warn_unless_plain(optimizer: Optimizer) -> None:
-    """Say where the steps of an optimizer are not those of plain SGD."""
+    """Warn if the steps of an optimizer are not those of plain SGD."""
     other = None if isinstance(optimizer, SGD) else f"is {type(optimizer).__name__}"
     for group in optimizer.param_groups if other is None else ():
         for option in ("momentum", "maximize"):
@@ -229,7 +229,7 @@ def _warn_unless_plain(optimizer: Optimizer) -> None:
                 other = f"has {option}={group[option]}"
     if other is not None:
         warnings.warn(
-            f"the optimizer {other}: the trace takes its steps for plain SGD steps of its learning "
-            "rate, and scores will be those of a training run that took such steps",
+            f"the optimizer {other}: the trace treats its steps as plain SGD steps with its "
+            "learning rate, and scores will be those of a training run with such steps",
             stacklevel=3,
         )

@@ -20,11 +20,11 @@ from influence_kit.storage.tensor_files import (
 )
 
 State = dict[str, Tensor]
-KIND, FINAL, FACTS, COUNT = "trace", "final", "facts", "steps"
+KIND, FINAL, METADATA, COUNT = "trace", "final", "facts", "steps"
 
 
 class TraceInMemory:
-    """Steps in memory: of each its facts and its tensors."""
+    """Steps in memory: the metadata and tensors of each."""
 
     def __init__(self) -> None:
         self._steps: list[tuple[dict[str, Any], State]] = []
@@ -33,13 +33,13 @@ class TraceInMemory:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def append(self, facts: dict[str, Any], state: State) -> None:
-        """Add a step; what was final is so no longer."""
-        self._steps.append((facts, state))
+    def append(self, metadata: dict[str, Any], state: State) -> None:
+        """Add a step, and forget the weights after the last one."""
+        self._steps.append((metadata, state))
         self._final = None
 
-    def facts(self, number: int) -> dict[str, Any]:
-        """What a step was, beside its tensors."""
+    def metadata(self, number: int) -> dict[str, Any]:
+        """The settings of a step, without its tensors."""
         return self._steps[number][0]
 
     def state(self, number: int) -> State:
@@ -47,16 +47,16 @@ class TraceInMemory:
         return self._steps[number][1]
 
     def finish(self, state: State) -> None:
-        """Keep the tensors after the last step."""
+        """Store the tensors after the last step."""
         self._final = state
 
     def final(self) -> State | None:
-        """The tensors after the last step, if they were kept."""
+        """The tensors after the last step, if they were stored."""
         return self._final
 
 
 class TraceInFolder:
-    """The same in files ``step-0.safetensors``, ...; a file that is there is whole.
+    """The same in files ``step-0.safetensors``, ...; a file that exists is complete.
 
     Beside them stands a ``manifest.json``, by which a folder is known for that of a trace.
     """
@@ -86,8 +86,8 @@ class TraceInFolder:
                 self._remove(f"step-{self._count - 1}")
                 self._count -= 1
 
-    def append(self, facts: dict[str, Any], state: State) -> None:
-        """Add a step; what was final is so no longer."""
+    def append(self, metadata: dict[str, Any], state: State) -> None:
+        """Add a step, and forget the weights after the last one."""
         name = f"step-{self._count}"
         with alone_in(self._folder):
             claim(self._folder, KIND)
@@ -97,16 +97,16 @@ class TraceInFolder:
                     "too; give each a folder of its own, or go on with `resume_at`"
                 )
             Manifest(KIND, {}).write(self._folder)
-            self._write(name, state, {FACTS: json.dumps(facts)})
+            self._write(name, state, {METADATA: json.dumps(metadata)})
             self._remove(FINAL)
         self._count += 1
 
-    def facts(self, number: int) -> dict[str, Any]:
-        """What a step was, beside its tensors."""
+    def metadata(self, number: int) -> dict[str, Any]:
+        """The settings of a step, without its tensors."""
         path = self._path(f"step-{number}")
         file = self._file(path)
         try:
-            found: dict[str, Any] = json.loads(file.facts[FACTS])
+            found: dict[str, Any] = json.loads(file.facts[METADATA])
         except (KeyError, ValueError) as error:
             raise _unreadable(path, error) from error
         return found
@@ -116,7 +116,7 @@ class TraceInFolder:
         return self._read(f"step-{number}")
 
     def finish(self, state: State) -> None:
-        """Keep the tensors after the last step."""
+        """Store the tensors after the last step."""
         with alone_in(self._folder):
             claim(self._folder, KIND)
             Manifest(KIND, {}).write(self._folder)
@@ -124,7 +124,7 @@ class TraceInFolder:
             remove_temporaries(self._folder)
 
     def final(self) -> State | None:
-        """The tensors after the last step, if they were kept."""
+        """The tensors after the last step, if they were stored."""
         path = self._path(FINAL)
         if not path.exists():
             return None
@@ -187,6 +187,6 @@ class TraceInFolder:
 
 def _unreadable(path: Path, error: Exception) -> InvalidArgumentError:
     return InvalidArgumentError(
-        f"'{path}' cannot be read as a step of a trace ({error}); record the trace again, or go on "
-        "before that step with `resume_at`"
+        f"'{path}' cannot be read as a step of a trace ({error}); record the trace again, or "
+        "continue before that step with `resume_at`"
     )

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from influence_kit.core.arguments import check_count
 from influence_kit.core.processes import process_count, results
+from influence_kit.core.summary import summary
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
-from influence_kit.methods.summary import summary
 
 Places = NDArray[np.int64]
 Marks = NDArray[np.bool_]

@@ -9,21 +9,22 @@ Letters: m test and n training examples, s subsets.
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
+from captum.influence import DataInfluence
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.methods.example_influence import Question
+from influence_kit.methods.questions import check_k
 from influence_kit.scoring.reducers import KMostInfluentialResults, TopK
 from influence_kit.valuation.refits import Marks, Valuation, Values, as_scores
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Semivalue(Valuation, Question):
+class Semivalue(Valuation, DataInfluence):
     """v(i) = sum over k of q(k) * mean over S of size k, without i, of u(S + i) - u(S).
 
     u(S) is ``score(fit(S), inputs)``, for each test example by itself. Rows are test examples;
@@ -54,9 +55,49 @@ class Semivalue(Valuation, Question):
             NonFiniteError: where a score is NaN or infinite.
         """
 
-    def _answer(
-        self, inputs: Any, k: int | None, proponents: bool, show_progress: bool, aggregate: bool
+    @overload
+    def influence(
+        self,
+        inputs: Any = None,
+        k: None = None,
+        proponents: bool = True,
+        show_progress: bool = False,
+        aggregate: bool = False,
+    ) -> Tensor: ...
+
+    @overload
+    def influence(
+        self,
+        inputs: Any,
+        k: int,
+        proponents: bool = True,
+        show_progress: bool = False,
+        aggregate: bool = False,
+    ) -> KMostInfluentialResults: ...
+
+    def influence(
+        self,
+        inputs: Any = None,
+        k: int | None = None,
+        proponents: bool = True,
+        show_progress: bool = False,
+        aggregate: bool = False,
     ) -> Tensor | KMostInfluentialResults:
+        """The values of all training examples for each test example, or the k best.
+
+        Args:
+            inputs: what ``score`` takes as its second argument; it is handed on as it is.
+            k: how many proponents or opponents to return; None for all values.
+            proponents: the highest values; False for the lowest.
+            show_progress: a bar over the models that are fitted.
+            aggregate: the values for the sum of the test examples' scores: one row.
+
+        Returns:
+            Values ``[m, n]`` (``[1, n]`` if ``aggregate``) in the order of the training set, or
+            ``KMostInfluentialResults`` of ``[m, min(k, n)]``. Positive: a proponent, the score is
+            higher with it.
+        """
+        check_k(k)
         values = self.values(inputs, aggregate, show_progress).values
         if k is None:
             return values

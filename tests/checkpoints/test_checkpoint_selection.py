@@ -222,7 +222,7 @@ def test_a_file_without_a_number_shows_the_step_that_it_holds(tmp_path):
 def test_where_only_some_show_a_step_the_order_counts_and_a_warning_says_so(tmp_path, kind, new):
     files(tmp_path, *(kind.format(step) for step in (1, 2, 3, 4, 1000)))
     torch.save({"weight": torch.ones(1)}, tmp_path / "z.pt", _use_new_zipfile_serialization=new)
-    match = r"1 of 6 checkpoints show no (step|number in the name) \(the first is '.*z.pt'\)"
+    match = r"1 of 6 checkpoints have no (step|number in the name) \(the first is '.*z.pt'\)"
     with pytest.warns(UserWarning, match=match):
         found = select_checkpoints(tmp_path, 3)
     assert names(found) == [kind.format(2), kind.format(4), "z.pt"]
@@ -230,7 +230,7 @@ def test_where_only_some_show_a_step_the_order_counts_and_a_warning_says_so(tmp_
 
 def test_some_in_memory_without_a_step():
     run = [*in_memory([1, 100, 101]), {"state_dict": {}}]
-    with pytest.warns(UserWarning, match=r"1 of 4 checkpoints show no step \(.* in memory\)"):
+    with pytest.warns(UserWarning, match=r"1 of 4 checkpoints have no step \(.* in memory\)"):
         found = select_checkpoints(run, 2)
     assert found == [run[1], run[3]]
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from influence_kit import checkpoint_table, load_checkpoint
+from influence_kit.checkpoints.discovery import find_checkpoints
 from influence_kit.checkpoints.files import read
-from influence_kit.checkpoints.found import find_checkpoints
 from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.errors import InvalidArgumentError
 
@@ -163,7 +163,7 @@ def test_what_names_no_checkpoints_is_refused(folder, make, match):
 def test_a_folder_with_a_foreign_file_is_refused_with_its_name(folder):
     (folder / "notes.txt").write_text("")
     (folder / "logs").mkdir()
-    match = r"holds what is no checkpoint: \['logs', 'notes.txt'\]; checkpoints end in .pt, .pth"
+    match = r"files that are not checkpoints: \['logs', 'notes.txt'\]; checkpoints end in .pt, .pth"
     with pytest.raises(InvalidArgumentError, match=match):
         find_checkpoints(folder)
 
@@ -515,7 +515,7 @@ def without(key: str) -> dict[str, torch.Tensor]:
         ),
         (
             {**weights(9), "1.bias": torch.ones(4)},
-            r"other shapes \['1.bias: \[4\] where the model has \[1\]'\]; is it of this model\?",
+            r"other shapes \['1.bias: \[4\] where the model has \[1\]'\]; pass checkpoints of this",
         ),
         ({**weights(9), "extra": "text"}, r"unexpected keys \['extra'\]"),
         ({}, r"missing keys \['0.weight', '0.bias', '1.weight', '1.bias'\]"),
@@ -578,8 +578,12 @@ def _text(path: Path) -> None:
         ("a.pt", _text, r"a.pt' cannot be read as a checkpoint"),
         ("a.pt", Path.touch, r"a.pt' cannot be read as a checkpoint"),
         ("a.safetensors", _text, r"a.safetensors' cannot be read as a checkpoint: is it whole"),
-        ("a.txt", _text, r"a.txt' is not a checkpoint that can be read: its ending is none of .pt"),
-        ("a", Path.mkdir, r"the folder '.*a' is no checkpoint: it holds none of model.safetensors"),
+        ("a.txt", _text, r"a.txt' is not a checkpoint .*: its ending is not one of .pt"),
+        (
+            "a",
+            Path.mkdir,
+            r"the folder '.*a' is not a checkpoint: it holds none of model.safe",
+        ),
         ("b/c.pt", lambda path: None, r"there is no checkpoint '.*b/c.pt'"),
         ("a.pt", lambda path: torch.save([1, 2], path), r"holds a list; expected a state dict"),
     ],
@@ -593,7 +597,7 @@ def test_what_is_no_checkpoint_is_refused_with_its_path(tmp_path, unchanged, nam
 
 
 def test_an_object_that_is_no_path_and_no_dict_is_refused():
-    match = r"a checkpoint is a path or a state dict; got a int: pass a `checkpoints_load_func"
+    match = r"a checkpoint must be a path or a state dict; got a int: pass a `checkpoints_load_func"
     with pytest.raises(InvalidArgumentError, match=match):
         load_checkpoint(linear(), 3)
 
@@ -797,7 +801,7 @@ def test_parameters_of_another_kind_that_a_load_function_puts_there_are_refused(
         model["w"] = nn.Parameter(item)
         return 1.0
 
-    match = rf"put a torch.*{text}.* in the place of 'w', which is torch.float32 of shape \[2\]"
+    match = rf"replaced 'w', which is torch.float32 of shape \[2\], by a torch.*{text}"
     with pytest.raises(InvalidArgumentError, match=match):
         loader_of(model, [value], load).load(0)
 

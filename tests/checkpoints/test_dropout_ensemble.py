@@ -301,8 +301,8 @@ def test_a_curvature_is_measured_for_each_member():
         ({"p": 1.0}, "the rate of dropout layer '2' is 1.0; it must be at least 0 and below 1"),
         ({"p": "half"}, "the rate of dropout layer '2' is 'half'"),
         ({"p": 0}, r"the dropout layers \['2'\] have rate 0"),
-        ({"p": {"3": 0.5}}, r"`p` names \['3'\], which are no dropout layers .* has \['2'\]"),
-        ({"axes": {"x": 1}}, r"`axes` names \['x'\]"),
+        ({"p": {"3": 0.5}}, r"the keys \['3'\], which are not dropout layers .* has \['2'\]"),
+        ({"axes": {"x": 1}}, r"`axes` has the keys \['x'\]"),
     ],
 )
 def test_arguments_that_cannot_be_meant(change, match):

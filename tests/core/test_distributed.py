@@ -10,10 +10,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from cases import SHORT, Examples, token_cross_entropy
 from contract import METHODS, build
+from influence_kit.methods.influence_functions.kronecker_fit import OBSERVATIONS
 from whole_models import ROUTED, WHOLE
 
 import influence_kit
-from influence_kit.methods.influence_functions.kronecker_fit import OBSERVATIONS
 
 # of batches, by the number of ranks: an uneven share, none for the last rank, and one each
 SIZES = {2: (2, 20), 3: (4,)}
@@ -100,7 +100,7 @@ def _dampings(method: str, name: str) -> dict[str, torch.Tensor]:
         found[f"{curvature}, damping"] = torch.tensor(
             list(influence.damping_used[0].values()), dtype=torch.float64
         )
-        found[f"{curvature}, counted"] = influence._facts[0][OBSERVATIONS]
+        found[f"{curvature}, counted"] = influence.fit_state[0][OBSERVATIONS]
     return found
 
 

@@ -156,7 +156,7 @@ def test_the_gradients_of_few_examples_are_what_memory_must_hold(
     model, need = seeded(TanhMLP), 8 * (N * 83 + 3 * N**2)
     for free in (need - 1, need):
         monkeypatch.setattr(
-            "influence_kit.methods.influence_functions.explicit.free_bytes",
+            "influence_kit.curvature.operator_inverses.free_bytes",
             lambda device, f=free: f,
         )
         few = explicit(model, curvature="empirical_fisher")

@@ -16,9 +16,9 @@ from influence_kit import EKFACInfluenceFunction
 from influence_kit.curvature import eigenbasis
 from influence_kit.curvature.drawn_labels import uniform
 from influence_kit.curvature.eigenbasis import Eigenbasis
+from influence_kit.curvature.fit_data import OTHER_DRAW
 from influence_kit.curvature.kronecker import MatrixLayer
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.methods.influence_functions.fitted import OTHER_DRAW
 
 N, M, DAMPING = 12, 4, 0.02
 MATRICES = {
@@ -408,7 +408,7 @@ def test_eigenvalues_are_measured_at_labels_that_the_eigenvectors_did_not_see() 
 
     first, second = drawn(7), drawn((7 + OTHER_DRAW) % 2**63)
     assert not torch.equal(first, second)
-    facts = ekfac._facts[0]
+    facts = ekfac.fit_state[0]
     for layer in ("body.0", "body.2", "head"):
         left, right = facts[f"{layer}.left"][0], facts[f"{layer}.right"][0]
 

@@ -289,7 +289,7 @@ def test_a_loss_that_is_no_likelihood_is_refused(name: str, batch_size: int, unc
         (
             lambda logits: {"logits": logits},
             lambda x, y: {"x": x, "class": y},
-            r"none of the keys \['x', 'class'\] is known to hold the labels",
+            r"none of the keys \['x', 'class'\] is a known key of labels",
         ),
     ],
 )
@@ -379,7 +379,7 @@ def drawn_by(model: Any, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], T
     """A batch with drawn labels, and the model's logits."""
     model.eval()
     explainer = fisher(model, batch, batch_size=4, damping=1.0)
-    with explainer._session():
+    with explainer.session():
         some = {key: value[:4] for key, value in batch.items()}
         explainer._source.prepare(some, explainer._train_loss)
         count = len(batch["labels"])

@@ -75,7 +75,7 @@ def steady(x, y):
 
 
 TRANSFORMS = [noise, flip, jitter]
-OTHER_INPUTS = "has other inputs whenever it is read: a transform in its Dataset or `collate_fn`"
+OTHER_INPUTS = "has other inputs each time it is read: a transform in its Dataset or `collate_fn`"
 
 
 # Inputs that are drawn.
@@ -117,14 +117,18 @@ def test_a_random_transform_is_refused_where_something_is_fitted(model, unchange
     options = {"hessian_dataset": Drawn(noise)} if name == "hessian_dataset" else {}
     data = DATA if options else Drawn(noise)
     explainer = method(model, data, [model.state_dict()], loss_fn=nn.CrossEntropyLoss(), **options)
-    match = f"`{name}` {OTHER_INPUTS}.*; but the curvature .*so that passes over it must agree"
+    match = (
+        f"`{name}` {OTHER_INPUTS}.*; but the curvature .*so every pass over it must give the same"
+    )
     with unchanged(model), pytest.raises(InvalidArgumentError, match=match):
         explainer.influence(TEST)
 
 
 def test_a_random_transform_is_refused_where_gradients_are_stored(model, tmp_path):
     explainer = tracin(model, Drawn(noise), store=tmp_path / "store")
-    match = "but `store` keeps the gradients of its examples, so that passes over it must agree"
+    match = (
+        "but `store` keeps the gradients of its examples, so every pass over it must give the same"
+    )
     with pytest.raises(InvalidArgumentError, match=match):
         explainer.influence(TEST)
 
@@ -167,9 +171,9 @@ def shuffled(examples):
     return default_collate(random.sample(examples, len(examples)))
 
 
-ORDER = "`train_dataset` has its examples in another order whenever it is read: its indices would"
-TARGETS = "`train_dataset` has other targets whenever it is read: it shuffles, or its Dataset or"
-UNCLEAR = "other inputs .* or a stream shuffles, which these targets do not tell apart"
+ORDER = "`train_dataset` has its examples in another order each time it is read: its indices would"
+TARGETS = "`train_dataset` has other targets each time it is read: it shuffles, or its Dataset or"
+UNCLEAR = "other inputs .* or a stream shuffles: the targets do not show which"
 
 
 class Stream(IterableDataset):
@@ -418,7 +422,7 @@ def test_an_iterator_that_begins_again_is_taken(model, recwarn):
     assert not recwarn
 
 
-ONCE = "`train_dataset` gives its examples only once, and it is read more often: its `__iter__`"
+ONCE = "`train_dataset` gives its examples only once, but it is read several times: its `__iter__`"
 
 
 class Once:
@@ -478,7 +482,7 @@ def test_a_checked_loader_has_the_attributes_of_its_own(model):
     assert explainer.train_dataloader.batches is loader
     assert explainer.train_dataloader.dataset is DATA
     assert len(explainer.train_dataloader) == explainer.train_dataloader_len == 5
-    with pytest.raises(TypeError, match="a Batches does not tell its length"):
+    with pytest.raises(TypeError, match="a Batches has no length"):
         len(CheckedBatches(Batches(in_order), "data"))
     with pytest.raises(AttributeError, match="no_such"):
         _ = explainer.train_dataloader.no_such
@@ -531,9 +535,9 @@ def summed(outputs, batch):
     return outputs.sum(1)
 
 
-LISTS = "item 'x' of an example of `train_dataset` is a list of 3 numbers, of which torch's default"
+LISTS = "item 'x' of an example of `train_dataset` is a list of 3 numbers, which torch's default"
 LENGTHS = "the examples of `train_dataset` have tensors or lists of different lengths, which torch"
-ODD = "torch's default collation makes no batch of the examples of `train_dataset`"
+ODD = "torch's default collation cannot make a batch of the examples of `train_dataset`"
 BARE = "an example of `train_dataset` must be a tuple or list .* got a Tensor"
 
 
@@ -577,7 +581,7 @@ def test_values_that_are_no_gradients_refuse_the_same(model):
 
 
 def test_measures_over_checkpoints_refuse_the_same(model):
-    with pytest.raises(InvalidArgumentError, match="`dataset` has other targets whenever it is"):
+    with pytest.raises(InvalidArgumentError, match="`dataset` has other targets each time it is"):
         checkpoint_losses(
             model, Drawn(any_example), [model.state_dict()], loss_fn=nn.CrossEntropyLoss()
         )

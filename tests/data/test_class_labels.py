@@ -36,7 +36,7 @@ LAST = len(Y) - 1
 def test_a_label_that_is_no_class(
     labels: Any, ignored: int | None, which: str, told: str, dtype: torch.dtype
 ) -> None:
-    match = f"^{which}, and there are 3 classes: labels are 0 to 2, and {told} counts nothing$"
+    match = f"^{which}, and there are 3 classes: labels are 0 to 2, and {told} is ignored$"
     with pytest.raises(LabelError, match=match):
         check_labels(torch.tensor(labels, dtype=dtype), 3, ignored)
 
@@ -77,8 +77,14 @@ class Anew(nn.CrossEntropyLoss):
     ("loss_fn", "told"),
     [
         (nn.CrossEntropyLoss(), "and there are 3 classes: labels are 0 to 2, and the label -100"),
-        (nn.CrossEntropyLoss(ignore_index=7), "and there are 3 classes: .* and the label 7 counts"),
-        (F.cross_entropy, "and there are 3 classes: labels are 0 to 2, and the label -100 counts"),
+        (
+            nn.CrossEntropyLoss(ignore_index=7),
+            "and there are 3 classes: .* and the label 7 is ignored",
+        ),
+        (
+            F.cross_entropy,
+            "and there are 3 classes: labels are 0 to 2, and the label -100 is ignored",
+        ),
         (lambda o, y: F.cross_entropy(o, y), r"which `loss_fn` cannot look up"),
         (Anew(), "which `loss_fn` cannot look up"),
     ],

@@ -161,9 +161,9 @@ def test_a_batch_without_examples_is_refused_with_what_it_holds(batch, shown):
 @pytest.mark.parametrize(
     ("batch", "remedy"),
     [
-        ((X.numpy(), Y.numpy()), r"Make tensors of its arrays and lists \(`torch.as_tensor`\)"),
+        ((X.numpy(), Y.numpy()), r"Convert its arrays and lists to tensors \(`torch.as_tensor`\)"),
         ((X[:0], Y[:0]), "It is empty"),
-        ((torch.tensor(1.0),), "in `batch_axes`"),
+        ((torch.tensor(1.0),), "as `batch_axes`"),
     ],
     ids=["arrays", "empty", "numbers"],
 )

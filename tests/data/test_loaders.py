@@ -73,7 +73,9 @@ def test_a_loader_that_shuffles_is_refused(kind):
 
 
 def test_workers_that_may_overtake_each_other_are_refused():
-    with pytest.raises(InvalidArgumentError, match="in_order=False and 2 workers: batches come as"):
+    with pytest.raises(
+        InvalidArgumentError, match="in_order=False and 2 workers: batches come in the order"
+    ):
         as_loader(DataLoader(DATA, 2, num_workers=2, in_order=False), None, "train_dataset")
     as_loader(DataLoader(DATA, 2, num_workers=1, in_order=False), None, "train_dataset")
 
@@ -228,7 +230,7 @@ NO_DATA = {
     "text": ("data.csv", "`train_dataset` is a str; it must be a Dataset or sequence"),
     "table": (
         type("Frame", (), {"iloc": None, "__len__": len, "__getitem__": None})(),
-        "`train_dataset` is a Frame, whose columns are not told apart here; it must be",
+        "`train_dataset` is a Frame, whose columns cannot be assigned to inputs and targets; it",
     ),
     "columns": ({"x": X, "y": Y}, r"`train_dataset` is a dict of \['x', 'y'\]; it must be"),
     "tuple of tensors": ((X, Y), "`train_dataset` is a tuple of 2 tensors; it must be"),

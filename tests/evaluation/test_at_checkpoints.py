@@ -207,7 +207,7 @@ class Once:
         (
             lambda: checkpoint_losses(MODEL, DATA, RUN, lambda z, y: z[:, 0].repeat(2)),
             InvalidArgumentError,
-            r"returned a tensor of shape \[22\] for 11 examples; its first dimension must be the",
+            r"returned a tensor of shape \[22\] for 11 examples; its first dimension must count",
         ),
         (
             lambda: checkpoint_losses(MODEL, DATA, RUN, lambda z, y: z[:, 0] / (y != 1)),
@@ -227,7 +227,7 @@ class Once:
         (
             lambda: checkpoint_losses(MODEL, Once(), RUN, nn.CrossEntropyLoss()),
             InvalidArgumentError,
-            "`dataset` gives its examples only once, and it is read more often",
+            "`dataset` gives its examples only once, but it is read several times",
         ),
         (
             lambda: checkpoint_losses(MODEL, EMPTY, RUN, nn.CrossEntropyLoss()),

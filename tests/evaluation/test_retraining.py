@@ -370,7 +370,7 @@ def test_no_processes_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "joblib", None)
     with pytest.raises(
         InvalidArgumentError,
-        match=r"n_jobs=2 works in processes of joblib.*influence_kit\[parallel\]",
+        match=r"n_jobs=2 runs in processes of joblib.*influence_kit\[parallel\]",
     ):
         Retraining(Trainer(), n_jobs=2)
     assert Retraining(Trainer()).outputs(SUBSETS, measure).shape == (4, 1, 5)

@@ -37,7 +37,7 @@ def projected_question(draw: Draw, setup: Setup) -> Question:
     def ask(method: Any) -> Answers:
         found = method.influence(setup.test)
         names = setup.oracle.names
-        columns = projected.written_out(setup.oracle.pristine, names, method._projection.maps)
+        columns = projected.written_out(setup.oracle.pristine, names, method._map.maps.maps)
         maps = torch.cat(list(columns.values()), dim=1)
         if cls is TracInCPRandProj:
             products = [_product(setup, c, maps) for c in places(setup)]

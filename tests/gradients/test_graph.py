@@ -84,8 +84,8 @@ def states(model):
 
 
 MESSAGE = (
-    "returned a value without a graph|is no function of the model's output"
-    "|`output_fn` was said to return one loss an example"
+    "returned a value without a graph|is not a function of the model's output"
+    "|`output_fn` was declared to return one loss per example"
 )
 
 

@@ -11,7 +11,7 @@ from contract import assert_close
 from torch import Tensor, nn
 
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.gradients.source import GradientSource
+from influence_kit.gradients.gradient_source import GradientSource
 from influence_kit.losses.loss import Loss
 
 N = 5

@@ -21,7 +21,7 @@ from influence_kit.errors import InvalidArgumentError
 N = 12
 X = torch.randn(N, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(N) % 3
-SLOW = pytest.mark.filterwarnings("ignore:.*(slower|batches before).*:UserWarning")
+SLOW = pytest.mark.filterwarnings("ignore:.*(slower|earlier batches).*:UserWarning")
 
 
 class Body(nn.Module):
@@ -59,7 +59,7 @@ def in_batch(outputs: Tensor, targets: Tensor) -> Tensor:
     ("model", "loss", "y", "match"),
     [
         (Body(noise), nn.CrossEntropyLoss(), Y, "returns other outputs each time for the same"),
-        (Body(centred), nn.CrossEntropyLoss(), Y, r"first seen at layer 'b' \(Linear\)"),
+        (Body(centred), nn.CrossEntropyLoss(), Y, r"first at layer 'b' \(Linear\)"),
         (Body(), in_batch, Y, "the loss mixes the examples of a batch"),
         (Body(outputs=1), nn.MSELoss(), X[:, 0], r"are broadcast to \[\d, \d\]"),
         (Body(outputs=1), nn.MSELoss(reduction="none"), X[:, 0], r"targets.unsqueeze\(-1\)"),
@@ -103,7 +103,7 @@ def test_ids_beyond_an_embedding_are_named() -> None:
     model = nn.Sequential(nn.Embedding(9, 2), nn.Flatten(), nn.Linear(8, 3)).double()
     ids = torch.arange(4 * N).reshape(N, 4) % 9
     ids[7, 1] = 9
-    with pytest.raises(InvalidArgumentError, match="the id 9, and the embedding '0' has rows 0 to"):
+    with pytest.raises(InvalidArgumentError, match="the id 9, but the embedding '0' has rows 0 to"):
         scores(model, nn.CrossEntropyLoss(), x=ids)
 
 
@@ -113,7 +113,7 @@ class Wrapped(Body):
 
 
 def test_a_loss_given_an_object_says_what_to_take() -> None:
-    with pytest.raises(InvalidArgumentError, match=r"a SimpleNamespace .* take its `logits`"):
+    with pytest.raises(InvalidArgumentError, match=r"a SimpleNamespace .* use its `logits`"):
         scores(Wrapped().double(), nn.CrossEntropyLoss())
 
 
@@ -129,9 +129,9 @@ def test_a_model_without_weights_is_refused() -> None:
 def test_words_of_verify_and_batch_axes() -> None:
     with pytest.raises(InvalidArgumentError, match='must be "repeated" or "once"; got 3'):
         scores(Body().double(), nn.CrossEntropyLoss(), verify=3)
-    with pytest.raises(InvalidArgumentError, match="names dimension 4 of a tensor of shape"):
+    with pytest.raises(InvalidArgumentError, match="is dimension 4 of a tensor of shape"):
         scores(Body().double(), nn.CrossEntropyLoss(), batch_axes=(4, 0))
-    with pytest.raises(InvalidArgumentError, match="and a batch has another structure"):
+    with pytest.raises(InvalidArgumentError, match="but a batch has another structure"):
         scores(Body().double(), nn.CrossEntropyLoss(), batch_axes=(0, 0, 0))
 
 

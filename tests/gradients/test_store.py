@@ -427,9 +427,9 @@ def test_an_incomplete_store_is_not_asked(tmp_path: Path) -> None:
     store.fill(0, pieces(all_rows(), 3))
     with pytest.raises(InvalidArgumentError, match="5 of 10 chunks are missing"):
         GradientStore.open(tmp_path)
-    with pytest.raises(InvalidArgumentError, match=r"lacks 5 chunks .* the first of them \(1, 0\)"):
+    with pytest.raises(InvalidArgumentError, match=r"lacks 5 chunks; the first is .* \(1, 0\)"):
         store.finish()
-    with pytest.raises(InvalidArgumentError, match=r"0001-000000.* is not there; build"):
+    with pytest.raises(InvalidArgumentError, match=r"0001-000000.* is missing; build"):
         store.read(1, 0, 2)
     store.fill(1, pieces(all_rows(1), 3))
     with pytest.raises(InvalidArgumentError, match="0 of 10 chunks are missing, or `finish` was"):
@@ -529,7 +529,7 @@ def test_a_chunk_of_another_place_or_store_is_refused(tmp_path: Path) -> None:
     path = chunk(tmp_path / "a")
     for other in (chunk(tmp_path / "a", 1, 1), chunk(tmp_path / "b")):
         path.write_bytes(other.read_bytes())
-        with pytest.raises(InvalidArgumentError, match=f"{path.name} belongs elsewhere"):
+        with pytest.raises(InvalidArgumentError, match=f"{path.name} is of another store"):
             GradientStore.open(tmp_path / "a").read(0, 5, 6)
 
 
@@ -539,7 +539,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match=r"cannot be read .*influence_kit has not writ"):
         GradientStore.open(tmp_path).read(0, 5, 6)
     PackedTensors.of({"other": torch.ones(2)}).write(chunk(tmp_path), "gradients", {})
-    with pytest.raises(InvalidArgumentError, match=r"belongs elsewhere: its header says {"):
+    with pytest.raises(InvalidArgumentError, match=r"is of another store: its header is {"):
         GradientStore.open(tmp_path).read(0, 5, 6)
     identity = {"store": GradientStore.open(tmp_path)._manifest.identity}
     PackedTensors.of({"gradients": torch.ones(2)}).write(chunk(tmp_path), "gradients", identity)
@@ -631,7 +631,7 @@ def test_a_gradient_that_is_not_finite_is_refused(tmp_path: Path, value: float) 
 @pytest.mark.parametrize("size", [1e-7, 1e-12, 1e-100])
 def test_what_float16_loses_of_small_numbers_is_told(tmp_path: Path, size: float) -> None:
     store = new(tmp_path / "half", dtype=torch.float16)
-    with pytest.warns(UserWarning, match="takes more than 0.1% .* store torch.bfloat16"):
+    with pytest.warns(UserWarning, match="lose more than 0.1% .* store torch.bfloat16"):
         store.fill(0, pieces(all_rows() * size, 4))
 
 

@@ -201,7 +201,7 @@ def test_an_optimizer_without_a_scheduler_has_its_rate_and_one_with_a_lost_one_a
 
 def test_two_optimizers_with_different_rates_are_refused():
     states = [{"param_groups": [{"lr": rate}]} for rate in (0.1, 0.2)]
-    match = r"several learning rates, \[0.1, 0.2\]; store the one that counts"
+    match = r"several learning rates, \[0.1, 0.2\]; store the one to use"
     with pytest.raises(InvalidArgumentError, match=match):
         load_checkpoint(nn.Linear(2, 1), {"state_dict": weights(), "optimizer_states": states})
 
@@ -396,7 +396,7 @@ def test_schedules_of_lightning_without_a_formula(tmp_path, kind):
 
 def test_lightning_with_weights_alone_has_a_warning():
     saved = {"pytorch-lightning_version": "2.6.6", "state_dict": weights(), "global_step": 3}
-    match = r"checkpoint in memory holds no learning rate and counts with rate 1; scores that weigh"
+    match = r"checkpoint in memory holds no learning rate and is weighted by 1; scores in which"
     with pytest.warns(UserWarning, match=match):
         assert load_checkpoint(nn.Linear(2, 1), saved) == 1.0
 
@@ -458,7 +458,7 @@ def test_a_training_folder_of_accelerate_is_its_checkpoints(tmp_path):
 def test_a_folder_of_accelerate_without_an_optimizer_has_a_warning(tmp_path):
     save_file(weights(), tmp_path / "model.safetensors")
     (tmp_path / "random_states_0.pkl").touch()
-    with pytest.warns(UserWarning, match=r"holds no learning rate and counts with rate 1"):
+    with pytest.warns(UserWarning, match=r"holds no learning rate and is weighted by 1"):
         load_checkpoint(nn.Linear(2, 1), tmp_path)
 
 
@@ -643,7 +643,7 @@ def test_three_rates_symmetric_on_a_curve_are_not_taken_for_a_line(tmp_path):
 def test_a_model_saved_alone_without_a_log_counts_with_rate_1_and_a_warning(tmp_path):
     applied, states = lambda_run(factor_of("linear"))
     path = trainer(tmp_path, applied, states, only=True, logs=1000)[10]
-    match = r"checkpoint '.*checkpoint-10' holds no learning rate and counts with rate 1; scores"
+    match = r"checkpoint '.*checkpoint-10' holds no learning rate and is weighted by 1; scores"
     with pytest.warns(UserWarning, match=match):
         assert load_checkpoint(nn.Linear(2, 1), path) == 1.0
     (row,) = checkpoint_table([path])

@@ -217,7 +217,7 @@ def test_a_schedule_that_is_not_recognised_is_a_line_between_its_logs(tmp_path):
     ]
     assert found.value == pytest.approx(5 * applied[5] + math.fsum(lines), rel=1e-9)
     assert found.value == pytest.approx(math.fsum(applied[t] for t in range(1, 61)), rel=0.03)
-    assert found.source == "between the rates known of 12 of 60 steps"
+    assert found.source == "interpolated between the rates known at 12 of 60 steps"
 
 
 def test_logs_of_the_next_step_are_near(tmp_path):
@@ -336,7 +336,10 @@ BOTH_LACK = r"lacks a learning rate and the number of optimizer steps"
         ("no such file.pt", BOTH_LACK),
         ("no such file.safetensors", BOTH_LACK),
         (stored(0.1, 0), "saved after 0 steps"),
-        (stored(0.0, 5), r"rates of its 5 steps add up to 0 \(between the rates known of 1 of 5"),
+        (
+            stored(0.0, 5),
+            r"rates of its 5 steps add up to 0 \(interpolated between the rates",
+        ),
         (
             stored(0.1, 5, momentum=1.0),
             "`momentum` must be a number that is not negative and below 1",
@@ -352,7 +355,7 @@ def test_what_is_missing_is_said(checkpoint, match):
 def test_adam_is_refused_with_its_reason(tmp_path, optimizer):
     save, paths = plain(tmp_path, global_step=lambda step: step)
     run(CLOSED["StepLR"], save, optimizer)
-    refuses(r"Adam, AdamW or their like .* divides each entry of the gradient", [paths[8]])
+    refuses(r"Adam, AdamW or similar .* divides each entry of the gradient", [paths[8]])
     # what is stored beside it makes no other optimizer of it
     saved = torch.load(paths[8], weights_only=False)
     refuses("is Adam", [{**saved, "learning_rate": 0.1}])
@@ -416,4 +419,4 @@ def test_a_momentum_that_a_function_scales_is_refused(tmp_path):
 
 def test_checkpoints_of_several_runs_are_refused():
     runs = [stored(0.1, 10), stored(0.2, 10)]
-    refuses("rates 0.1 and 0.2 in the same step 10, so that they are not of one run", runs)
+    refuses("rates 0.1 and 0.2 in the same step 10, so they are not of one run", runs)

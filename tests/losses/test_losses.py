@@ -142,7 +142,7 @@ MEANS_OF_OTHER_THINGS = {
 def test_a_mean_over_something_else_than_examples_is_refused(name):
     match = (
         r"`loss_fn` is not a sum or mean over examples: 4 examples together have .*, each alone "
-        r"\[.*\]. A mean over tokens with padding .* pass a loss with one value an example"
+        r"\[.*\]. A mean over tokens with padding .* pass a loss with one value per example"
     )
     with pytest.raises(InvalidArgumentError, match=match):
         settled(*MEANS_OF_OTHER_THINGS[name])
@@ -229,9 +229,9 @@ def test_a_loss_that_is_no_tensor_is_refused(value):
             "none",
             r"Loss function is applying a reduction. .* scalar for 4 examples",
         ),
-        (torch.zeros(N), "sum", r"said to return the sum over the batch and .* shape \[4\]"),
-        (torch.zeros(1), "mean", r"said to return the mean over the batch and .* shape \[1\]"),
-        (torch.zeros(2, N), None, r"shape \[2, 4\] for 4 examples; its first dimension must be"),
+        (torch.zeros(N), "sum", r"declared to return the sum over the batch and .* shape \[4\]"),
+        (torch.zeros(1), "mean", r"declared to return the mean over the batch and .* shape \[1\]"),
+        (torch.zeros(2, N), None, r"shape \[2, 4\] for 4 examples; its first dimension must count"),
         (torch.zeros(N * TOKENS), "none", r"shape \[20\] for 4 .*reshape token losses to \[n, tok"),
     ],
     ids=["reduced", "per example", "one item", "second dimension", "folded tokens"],
@@ -320,10 +320,10 @@ def test_a_declared_reduction_that_does_not_fit_the_flag_is_refused(
 
 @pytest.mark.parametrize(
     ("flag", "taken", "meaning"),
-    [(True, "sum", "the sum over the batch"), (False, "none", "one loss an example")],
+    [(True, "sum", "the sum over the batch"), (False, "none", "one loss per example")],
 )
 def test_the_flag_decides_about_a_plain_function_with_a_warning(flag, taken, meaning):
-    match = f"has no attribute `reduction`; since .* is {flag}, it is taken to return {meaning}"
+    match = f"has no attribute `reduction`; since .* is {flag}, it is assumed to return {meaning}"
     with pytest.warns(UserWarning, match=match):
         assert declared_reduction(F.cross_entropy, flag) == taken
 

@@ -170,17 +170,17 @@ FIT = r"the margin of a classifier does not fit \({}\); pass `output_fn\(outputs
 @pytest.mark.parametrize(
     ("outputs", "targets", "why"),
     [
-        (normal(N, C), normal(N), "the targets are torch.float64, not labels of classes"),
-        (normal(N, C), labels(N) > 2, "the targets are torch.bool, not labels of classes"),
+        (normal(N, C), normal(N), "the targets are torch.float64, not class labels"),
+        (normal(N, C), labels(N) > 2, "the targets are torch.bool, not class labels"),
         (
             normal(N),
             labels(N),
-            r"outputs of shape \[6\] are no logits of two or more classes for labels .* \[6\]",
+            r"outputs of shape \[6\] are not logits of two or more classes for labels .* \[6\]",
         ),
         (
             normal(N, 1),
             labels(N),
-            r"outputs of shape \[6, 1\] are no logits of two or more classes .* \[6\]",
+            r"outputs of shape \[6, 1\] are not logits of two or more classes .* \[6\]",
         ),
         (normal(N, C), labels(N, 1), r"outputs of shape \[6, 5\] .* labels of shape \[6, 1\]"),
         (normal(N, C), labels(N - 1), r"outputs of shape \[6, 5\] .* labels of shape \[5\]"),
@@ -191,7 +191,7 @@ FIT = r"the margin of a classifier does not fit \({}\); pass `output_fn\(outputs
         (
             normal(N, C),
             {"x": normal(N, 2)},
-            r"none of the keys \['x'\] is known to hold the labels",
+            r"none of the keys \['x'\] is a known key of labels",
         ),
         (normal(N, C), {"labels": [0] * N}, "the labels are a list, not a tensor"),
     ],
@@ -204,7 +204,7 @@ def test_what_has_no_margin(outputs: Any, targets: Any, why: str) -> None:
 
 @pytest.mark.parametrize(("shape", "shift"), [((), 1), ((T,), -1), ((T,), True), ((2, 3), 1)])
 def test_a_shift_without_positions(shape: tuple[int, ...], shift: Any) -> None:
-    match = r"`shift` must be None, or a count of positions of labels \[n, t\]; got"
+    match = r"`shift` must be None, or a number of positions for labels \[n, t\]; got"
     with pytest.raises(InvalidArgumentError, match=match):
         classification_margin(normal(N, *shape, C), labels(N, *shape), shift)
 
@@ -310,7 +310,9 @@ def test_the_slope_of_an_object_with_logits() -> None:
 def test_what_does_not_look_at_the_logits_has_no_slope(name: str) -> None:
     functions: Any = {"output_fn": lambda o, t: o.sum(1), "loss_fn": lambda o, t: o.sum(1)}
     functions[name] = lambda o, t: torch.zeros(N)
-    with pytest.raises(InvalidArgumentError, match=f"`{name}` is no function of the model's out"):
+    with pytest.raises(
+        InvalidArgumentError, match=f"`{name}` is not a function of the model's out"
+    ):
         slope(functions["loss_fn"], functions["output_fn"], normal(N, 2), (None, None))
 
 

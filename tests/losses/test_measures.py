@@ -209,7 +209,7 @@ RISING: dict[str, tuple[Measure, str]] = {
             o.gather(1, t[:, None])
             - o.scatter(1, t[:, None], -math.inf).max(1, keepdim=True).values
         ),
-        "the label's logit less the largest other",
+        "the label's logit minus the largest other",
     ),
     "a logit": (lambda o, t: o.gather(1, t[:, None]), "the label's logit"),
     "a log-probability": (lambda o, t: -F.cross_entropy(o, t), "the label's log-probability"),

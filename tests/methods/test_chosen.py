@@ -6,8 +6,8 @@ from torch import nn
 
 from influence_kit import TracInCP
 from influence_kit.errors import InvalidArgumentError, UnknownLayerError
+from influence_kit.gradients.parameter_selection import choose_parameters, group_by_layer
 from influence_kit.methods.layer_names import check_layer, check_layers
-from influence_kit.methods.parameter_selection import choose_parameters, group_by_layer
 
 
 class Tied(nn.Module):

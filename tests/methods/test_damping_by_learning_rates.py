@@ -11,9 +11,9 @@ from torch.utils.data import TensorDataset
 
 import influence_kit
 from influence_kit import EKFACInfluenceFunction, KFACInfluenceFunction
+from influence_kit.curvature import kronecker_curvature
 from influence_kit.curvature.observations import curvature_factor
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.methods.influence_functions import kronecker_influence
 
 N = 12
 X = torch.randn(N, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -101,10 +101,10 @@ def test_kronecker_factors_have_it_in_their_own_units(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over what their eigenvalues lack of the curvature on average, and what they leave out."""
-    monkeypatch.setattr(kronecker_influence, "misfit", lambda *arguments: 4.0)
+    monkeypatch.setattr(kronecker_curvature, "misfit", lambda *arguments: 4.0)
     model, checkpoints, dampings = trained()
     found = make(method, model, checkpoints, damping=RULE).fit()
-    factors = [curvature_factor(found._facts[place]["observations"], False) for place in (0, 1)]
+    factors = [curvature_factor(found.fit_state[place]["observations"], False) for place in (0, 1)]
     for used, damping, factor in zip(found.damping_used, dampings, factors, strict=True):
         assert used == pytest.approx(dict.fromkeys("02", damping / factor / 4), rel=1e-9)
 
@@ -142,11 +142,11 @@ def test_the_units_of_outer_products_against_the_gauss_newton_matrix(
     """Of a linear model the squared gradient at one label tells that on average over labels."""
     data, states = TensorDataset(X, labels), [LINEAR.state_dict()]
     found = KFACInfluenceFunction(LINEAR, data, states, loss_fn=loss, curvature=curvature).fit()
-    observed = found._observed(found._data_at(0), draw=0)
-    with found._session() as loader:
+    observed = found._fit_data(0).observed(0, draw=0, at_data=curvature != "fisher")
+    with found.session() as loader:
         loader.load(0)
         gradients, _ = observed(torch.arange(N), (X, labels))
-    factor = curvature_factor(found._facts[0]["observations"], curvature != "fisher")
+    factor = curvature_factor(found.fit_state[0]["observations"], curvature != "fisher")
     trace = float(gradients.squared_norms().double().mean())
     assert trace * factor == pytest.approx(ggn_trace(loss, labels), rel=1e-9)
 
@@ -176,7 +176,7 @@ def test_adam_is_refused() -> None:
     F.cross_entropy(model(X), Y).backward()
     optimizer.step()
     one = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 1}
-    match = r"its optimizer is Adam, AdamW or their like .* Other rules are \"auto\", \"evidence\""
+    match = r"its optimizer is Adam, AdamW or similar .* Other rules are \"auto\", \"evidence\""
     with pytest.raises(InvalidArgumentError, match=match):
         make("EKFACInfluenceFunction", model, [one], damping=RULE).fit()
 
@@ -197,7 +197,7 @@ def test_a_fit_of_an_old_version_is_refused() -> None:
     found = EKFACInfluenceFunction(
         model, DATA, checkpoints, loss_fn=nn.CrossEntropyLoss(), damping=1.0
     ).fit()
-    for facts in found._facts.values():
+    for facts in found.fit_state.values():
         del facts["observations"]
     found.damping = RULE
     with pytest.raises(InvalidArgumentError, match=r'damping="learning_rates" .* call `fit\(\)`'):

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 import influence_kit
 from influence_kit.curvature.drawn_labels import uniform
+from influence_kit.curvature.fit_data import OTHER_DRAW
+from influence_kit.curvature.kronecker_fit import OBSERVATIONS, KroneckerFit
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.methods.influence_functions.fitted import OTHER_DRAW
-from influence_kit.methods.influence_functions.kronecker_fit import OBSERVATIONS, KroneckerFit
 
 METHODS = ["KFACInfluenceFunction", "EKFACInfluenceFunction"]
 both = pytest.mark.parametrize("method", METHODS)
@@ -563,7 +563,7 @@ def test_rules_of_the_ridge(rule: str, dim: int, count: int) -> None:
     trak = influence_kit.TRAK(case.model(), Examples(case.train), case.states[:count], **own)
     with pytest.warns(UserWarning, match="Phi is singular") if dim > 11 else nothing():
         trak.fit()
-    traces = [float(facts["gram"].trace()) for facts in trak._facts.values()]
+    traces = [float(facts["gram"].trace()) for facts in trak.fit_state.values()]
     share = 1.5 / count**0.5 / (dim if rule == "mean" else min(dim, 11))
     assert trak.ridge_used == [pytest.approx(share * trace, rel=1e-12) for trace in traces]
     match = '`ridge` must be a number, a dict by block or one of "auto", "mean", "trace"'
@@ -595,7 +595,7 @@ def nothing_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("the curvature was measured again")
 
-    monkeypatch.setattr(KroneckerFit, "_measure", refuse)
+    monkeypatch.setattr(KroneckerFit, "__call__", refuse)
 
 
 @both
@@ -653,11 +653,11 @@ def test_a_fit_of_an_earlier_version(method: str, tmp_path: Path) -> None:
     case, model = CASES["mlp"], CASES["mlp"].model()
     first = make(method, model, case.train, damping="mean", **EMPIRICAL)
     expected = first.influence(case.test)
-    (facts,) = first._facts.values()
+    (facts,) = first.fit_state.values()
     for key in [k for k in facts if k == OBSERVATIONS or k.endswith("squared_weights")]:
         del facts[key]
     first.save(tmp_path)
-    assert not any(OBSERVATIONS in key for own in first._facts.values() for key in own)
+    assert not any(OBSERVATIONS in key for own in first.fit_state.values() for key in own)
     loaded = make(method, model, case.train, **EMPIRICAL).load(tmp_path)
     for rule in ("auto", "evidence"):
         loaded.damping = rule

@@ -250,7 +250,7 @@ def test_arguments_that_cannot_be_meant(change, match):
 
 def test_a_trace_that_does_not_fit():
     model, trace = run()
-    with pytest.raises(InvalidArgumentError, match="took example 7, and `train_dataset` has 6"):
+    with pytest.raises(InvalidArgumentError, match="used example 7, but `train_dataset` has 6"):
         DVEmb(model, TensorDataset(X[:6], Y[:6]), trace=trace, loss_fn=cross_entropy)
     with pytest.raises(InvalidArgumentError, match=r"the weights after training, \[state_dict\]"):
         make(model, list(trace))
@@ -310,14 +310,14 @@ def test_projected_embeddings_follow_the_projected_gradients() -> None:
     """The recursion of the projected gradients, each written out by its own map's matrices."""
     case = CASES["mlp"]
     dvemb = build("DVEmb", case, projection_dim=(2, 3), seed=3)
-    shapes = {name: list(shape) for name, shape in dvemb._shapes.items()}
+    shapes = {name: list(shape) for name, shape in dvemb._map.shapes.items()}
     assert shapes == {"body.0.weight": [6], "body.2.weight": [6], "head.weight": [6]}
 
     def projected(state: dict[str, Tensor], batch: Any) -> Tensor:
         model = case.model()
         model.load_state_dict(state)
         parts = []
-        for name, unit in dvemb._projection.maps.items():
+        for name, unit in dvemb._map.maps.maps.items():
             bias = name.replace("weight", "bias")
             weight = oracles.gradients(model, batch, case.loss, [name])
             matrix = weight.view(len(weight), unit.unit.outputs, -1)
@@ -344,5 +344,5 @@ def test_projected_embeddings_follow_the_projected_gradients() -> None:
 
 
 def test_a_store_is_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match="stay in memory"):
+    with pytest.raises(TypeError, match=r"DVEmb.*unexpected keyword argument 'store'"):
         build("DVEmb", CASES["mlp"], store="folder")

@@ -45,7 +45,7 @@ def matrices(influence: Any, name: str) -> dict[str, Tensor]:
     model = CASES[name].model()
     names = [n for n, _ in model.named_parameters()]
     pieces = projected.pieces(model, names)
-    maps = influence._projection.maps
+    maps = influence._map.maps.maps
     return {p.names[0]: projected.own_matrix(p, maps[p.names[0]]) for p in pieces}
 
 
@@ -135,7 +135,7 @@ def sample_of(n: int, most: int = 64) -> list[int]:
 
 
 def learnt(influence: Any) -> dict[str, Tensor]:
-    return {name: unit.map.first.chosen for name, unit in influence._projection.maps.items()}
+    return {name: unit.map.first.chosen for name, unit in influence._map.maps.maps.items()}
 
 
 @every_case
@@ -149,7 +149,7 @@ def test_the_mask_is_learnt_from_gradients_at_the_first_checkpoint(name: str) ->
         if sum(model.get_parameter(own).numel() for own in piece.names) <= 2:
             continue
         gradients = oracles.gradients(model, case.train, case.loss, piece.names)
-        mask = influence._projection.maps[piece.names[0]].map.first
+        mask = influence._map.maps.maps[piece.names[0]].map.first
         assert mask.scale == 1
         assert torch.equal(mask.chosen, learnt_mask(gradients, min(4, gradients.shape[1])))
 
@@ -204,11 +204,11 @@ def test_the_mask_is_learnt_once(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(k)
         return learnt_mask(gradients, k)
 
-    monkeypatch.setattr("influence_kit.methods.projected.grass.learnt_mask", counted)
+    monkeypatch.setattr("influence_kit.projections.projected.learnt_mask", counted)
     monkeypatch.setattr("influence_kit.methods.inner_product.resident_bytes", lambda device: 0)
     case = CASES["mlp"]
     influence = make("GraSS", mask="learnt", checkpoints=case.checkpoints())
-    layers = len(influence._projection.maps)
+    layers = len(influence._map.maps.maps)
     first = influence.influence(case.test)
     influence.self_influence()
     influence.damping = 0.1
@@ -247,7 +247,7 @@ def test_a_loaded_mask_is_not_learnt_again(tmp_path: Path, monkeypatch: pytest.M
     def refuse(*_: Any) -> None:
         raise AssertionError("learnt again")
 
-    monkeypatch.setattr("influence_kit.methods.projected.grass.learnt_mask", refuse)
+    monkeypatch.setattr("influence_kit.projections.projected.learnt_mask", refuse)
     loaded = make("GraSS", **own).load(tmp_path)
     for name, mask in learnt(influence).items():
         assert torch.equal(learnt(loaded)[name], mask)

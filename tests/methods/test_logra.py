@@ -74,7 +74,7 @@ class Formula:
     def __init__(self, influence: Any, name: str, place: int = 0, fitted_on: Any = None) -> None:
         case = CASES[name]
         names = [n for n, _ in model_at(name).named_parameters()]
-        self.columns = projected.written_out(model_at(name), names, influence._projection.maps)
+        self.columns = projected.written_out(model_at(name), names, influence._map.maps.maps)
         matrix = torch.cat(list(self.columns.values()), dim=1)
         self.h = gradients(name, case.test, place) @ matrix
         self.g = gradients(name, case.train, place) @ matrix
@@ -344,7 +344,7 @@ def test_the_identity_is_the_exact_influence_function(name: str, relative: str |
 def test_a_side_that_is_short_stays_as_it_is(name: str, dim: Any) -> None:
     """A square random matrix would shorten nothing and disturb what it multiplies."""
     influence = make("LoGra", name, projection="gaussian", projection_dim=dim)
-    for unit in influence._projection.maps.values():
+    for unit in influence._map.maps.maps.values():
         for side in (unit.left, unit.right) if hasattr(unit, "left") else (unit.map,):
             assert isinstance(side, Identity) == (side.k == side.p)
             assert side.k <= side.p
@@ -355,7 +355,7 @@ def test_how_many_entries_a_layer_gets() -> None:
 
     def sizes(dim: Any, projection: str = "gaussian") -> dict[str, int]:
         influence = make("LoGra", "gpt", projection_dim=dim, projection=projection)
-        return {name: shape.numel() for name, shape in influence._shapes.items()}
+        return {name: shape.numel() for name, shape in influence._map.shapes.items()}
 
     table, norm = ["tokens.weight", "positions.weight"], ["norm.weight", "norm.bias"]
     names = [*table, *norm, "qkv.weight", "out.weight"]
@@ -383,8 +383,8 @@ def test_a_layers_projection_depends_on_its_name_alone(method: str) -> None:
     """Not on which other layers there are."""
     one = make(method, "mlp", layers=["head"])
     every = make(method, "mlp")
-    (found,) = one._projection.maps.values()
-    (expected,) = [unit for name, unit in every._projection.maps.items() if name == "head.weight"]
+    (found,) = one._map.maps.maps.values()
+    (expected,) = [unit for name, unit in every._map.maps.maps.items() if name == "head.weight"]
     piece = projected.pieces(model_at("mlp"), ["head.weight", "head.bias"])[0]
     both = [projected.own_matrix(piece, unit) for unit in (found, expected)]
     assert torch.equal(*both)
@@ -399,7 +399,7 @@ def test_inner_products_are_kept_on_average(method: str) -> None:
     found = []
     for seed in range(seeds):
         influence = make(method, "mlp", seed=seed)
-        columns = projected.written_out(model_at("mlp"), names, influence._projection.maps)
+        columns = projected.written_out(model_at("mlp"), names, influence._map.maps.maps)
         matrix = torch.cat(list(columns.values()), dim=1)
         found.append((h @ matrix) @ (g @ matrix).T)
     products = torch.stack(found)
@@ -462,11 +462,11 @@ def test_kept_in_memory_or_not(
     own = {"checkpoints": case.checkpoints()[:2], "relative": relative}
     kept = make(method, name, **own)
     expected = kept.influence(case.test), kept.self_influence(), kept.influence(case.test, k=3)
-    assert kept._kept is not None
+    assert kept._cache.rows is not None
     monkeypatch.setattr("influence_kit.methods.inner_product.resident_bytes", lambda device: 0)
     anew = make(method, name, **own)
     assert_close(anew.influence(case.test), expected[0], 1e-10)
-    assert anew._kept is None
+    assert anew._cache.rows is None
     assert_close(anew.self_influence(), expected[1], 1e-10)
     assert torch.equal(anew.influence(case.test, k=3).indices, expected[2].indices)
     by_layer = torch.stack(list(anew.influence_by_layer(case.test).values()))

@@ -296,7 +296,7 @@ def test_a_stream_is_read_no_further_than_needed() -> None:
     assert data.read < 8
     whole = method.perturbation_influence(CASES["mlp"].test)
     assert_close(whole, expected("mlp"), CLOSE)
-    with pytest.raises(InvalidArgumentError, match=r"places from 1 to 11.*has 11 examples"):
+    with pytest.raises(InvalidArgumentError, match=r"indices from 1 to 11.*has 11 examples"):
         method.perturbation_influence(CASES["mlp"].test, train_indices=[11, 1])
 
 
@@ -688,15 +688,15 @@ def test_a_layer_that_cannot_be_perturbed() -> None:
 @pytest.mark.parametrize(
     ("indices", "text"),
     [
-        ([11], "places from 11 to 11; they must be 0 or more and within.*has 11 examples"),
-        ([0, -1], "places from -1 to 0"),
-        ([], "one int or more; got \\[\\]"),
-        ([0.5], "list of places.*got \\[0.5\\]"),
-        ([True, False], "list of places"),
-        (3, "list of places.*got 3"),
-        ([[1, 2]], "list of places"),
-        ("all", "list of places.*got 'all'"),
-        ([None], "list of places"),
+        ([11], "indices from 11 to 11; they must be at least 0 and within.*has 11 examples"),
+        ([0, -1], "indices from -1 to 0"),
+        ([], "one or more indices .*; got \\[\\]"),
+        ([0.5], "list of one or more indices.*got \\[0.5\\]"),
+        ([True, False], "list of one or more indices"),
+        (3, "list of one or more indices.*got 3"),
+        ([[1, 2]], "list of one or more indices"),
+        ("all", "list of one or more indices.*got 'all'"),
+        ([None], "list of one or more indices"),
     ],
     ids=str,
 )

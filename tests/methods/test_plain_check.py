@@ -308,7 +308,7 @@ def test_tuning_tries_such_values_in_silence() -> None:
 
 def test_a_pass_that_is_not_watched_is_as_before() -> None:
     method = influence_kit.GradDot(new_model(), TRAIN, states(), loss_fn=nn.CrossEntropyLoss())
-    with method._session() as loader:
+    with method.session() as loader:
         reducer = AllScores()
         stream = Stream(method.terms(), loader, method._sample)
         stream.scores([TESTS], DataLoader(TRAIN, batch_size=50), reducer, aggregate=False)

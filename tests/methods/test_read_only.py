@@ -15,7 +15,7 @@ from torch import nn
 
 from influence_kit import GradDot, SimilarityInfluence, TracInCP, TracInCPRandProj
 from influence_kit.errors import FixedAttributeError, InvalidArgumentError
-from influence_kit.methods.example_influence import ExampleInfluence
+from influence_kit.methods.base import ExampleInfluence
 from influence_kit.scoring import Term
 
 MLP = CASES["mlp"]
@@ -152,7 +152,7 @@ def test_subclasses_assign_what_is_theirs() -> None:
 class Bare(ExampleInfluence):
     """A method without terms, whose constructor is inherited."""
 
-    def _stream_scores(
+    def stream_scores(
         self, inputs: Any, reducer: Any, doing: str, show_progress: bool, aggregate: bool
     ) -> None:
         raise NotImplementedError

@@ -19,7 +19,8 @@ from influence_kit import (
     RepresenterPointSelection,
     TracInCP,
 )
-from influence_kit.methods.influence_functions.fitted import FittedInfluence
+from influence_kit.curvature import EKFAC
+from influence_kit.methods.influence_functions.influence_function import InfluenceFunction
 
 CASE = CASES["mlp"]
 PAGE = Path(__file__).parents[2] / "sphinx" / "concepts.md"
@@ -106,7 +107,7 @@ def test_a_learnt_mask_is_that_of_the_first_checkpoint():
 
 
 OF_SEVERAL = [m for m, method in METHODS.items() if method.over_checkpoints in ("mean", "other")]
-FITTED = [m for m in OF_SEVERAL if isinstance(build(m, CASE), FittedInfluence)]
+FITTED = [m for m in OF_SEVERAL if isinstance(build(m, CASE), InfluenceFunction)]
 
 
 @of_all_features
@@ -209,14 +210,14 @@ def test_a_refit_and_a_store_of_plain_gradients_are_shown(capsys, tmp_path):
 
 def test_a_fit_that_was_broken_off_is_shown_where_it_goes_on(capsys, monkeypatch):
     ekfac = EKFACInfluenceFunction(CASE.model(), Examples(CASE.train), three(), loss_fn=CASE.loss)
-    measure = EKFACInfluenceFunction._measure
+    fit = EKFAC.fit
 
     def interrupted(self, data):
         if data.checkpoint == 2:
             raise KeyboardInterrupt
-        return measure(self, data)
+        return fit(self, data)
 
-    monkeypatch.setattr(EKFACInfluenceFunction, "_measure", interrupted)
+    monkeypatch.setattr(EKFAC, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ekfac.influence(CASE.test, show_progress=True)
     monkeypatch.undo()

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 import influence_kit
 from influence_kit import classification_margin
-from influence_kit.methods.summary import counted, value_text
+from influence_kit.core.summary import counted, value_text
 from influence_kit.valuation import DataOOB, TMCShapley
 
 X, Y = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3

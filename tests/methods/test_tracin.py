@@ -117,6 +117,7 @@ def test_a_batch_larger_than_memory_wants_is_taken_in_pieces(
         return original(self, x)
 
     monkeypatch.setattr(TanhMLP, "forward", counting)
-    monkeypatch.setattr("influence_kit.gradients.source.workspace_bytes", lambda device: 300)
+    budget = "influence_kit.gradients.gradient_source.workspace_bytes"
+    monkeypatch.setattr(budget, lambda device: 300)
     assert_close(scores(build("TracInCP", MLP, batch_size="auto"), MLP.test), expected)
     assert max(sizes) < MLP.n

@@ -28,7 +28,7 @@ def images(influence: TracInCPRandProj, name: str, place: int, batch: Any) -> Te
     case, model = CASES[name], CASES[name].model()
     model.load_state_dict(case.states[place])
     names = [n for n, _ in model.named_parameters()]
-    columns = projected.written_out(model, names, influence._projection.maps)
+    columns = projected.written_out(model, names, influence._map.maps.maps)
     return oracles.gradients(model, batch, case.loss) @ torch.cat(list(columns.values()), dim=1)
 
 

@@ -87,7 +87,7 @@ def one_minus_p(name: str, place: int, of_test: bool = False) -> Tensor:
 
 def matrix(trak: TRAK, name: str, place: int) -> Tensor:
     """The projection at a checkpoint, ``[P, k]``."""
-    maps = trak._made._at(place).maps
+    maps = trak._map._at(place).maps
     names = [n for n, _ in model_at(name, place).named_parameters()]
     assert list(maps) == names
     return torch.cat([maps[n].matrix(projected.LIKE) for n in names])
@@ -349,7 +349,7 @@ def test_kept_in_memory_or_not(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     anew = make(name)
     expected = formula(kept, name, "auto")
     assert_close(anew.influence(case.test), expected, CLOSE)
-    assert anew._kept is None
+    assert anew._cache.rows is None
     assert_close(anew.self_influence(), kept.self_influence(), 1e-10)
     assert_close(sum(anew.influence_by_layer(case.test).values()), expected, CLOSE)
 
@@ -732,7 +732,7 @@ def test_an_output_without_a_loss() -> None:
 def test_targets_that_are_no_labels(unchanged: Any) -> None:
     model, data, test = regression()
     trak = make(model=model, data=data, checkpoints=[model.state_dict()])
-    match = "the targets are torch.float64, not labels .* pass `output_fn"
+    match = "the targets are torch.float64, not class labels.* pass `output_fn"
     with unchanged(model), pytest.raises(InvalidArgumentError, match=match):
         trak.influence(test)
 
@@ -740,7 +740,7 @@ def test_targets_that_are_no_labels(unchanged: Any) -> None:
 @pytest.mark.parametrize(
     ("output_fn", "match"),
     [
-        (lambda o, t: o[:, 0].mean(), "`output_fn` was said to return one loss an example"),
+        (lambda o, t: o[:, 0].mean(), "`output_fn` was declared to return one loss per example"),
         (lambda o, t: o[:2, 0], r"`output_fn` returned a tensor of shape \[2\] for"),
         (lambda o, t: 3.0, "`output_fn` must return a tensor; got a float"),
     ],

@@ -17,8 +17,9 @@ from whole_models import ROUTED, WHOLE, Bare, Whole, routed
 import influence_kit
 from influence_kit.curvature import factor_sums
 from influence_kit.curvature.drawn_labels import uniform
+from influence_kit.curvature.fit_data import OTHER_DRAW
+from influence_kit.curvature.kronecker_curvature import eigenvalues
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.methods.influence_functions.fitted import OTHER_DRAW
 
 pytest.importorskip("transformers")
 # of what torch.func computes
@@ -119,7 +120,7 @@ def test_long_sides_have_the_diagonal(
     assert_close(explainer.self_influence(), expected.scores(train, train).diagonal(), 1e-8)
     assert all(
         max(value.shape[-2:]) <= max(limit + 1, 2)
-        for key, value in explainer._facts[0].items()
+        for key, value in explainer.fit_state[0].items()
         if key.endswith((".left", ".right"))
     )
 
@@ -263,7 +264,7 @@ def test_a_fit_that_was_saved_before_blocks_had_pieces(method: str, tmp_path: Pa
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     first = make(method, WHOLE["bare"], model, train, **EMPIRICAL)
     scores = first.influence(test)
-    first._facts[0] = {k: v for k, v in first._facts[0].items() if not k.endswith("members")}
+    first.fit_state[0] = {k: v for k, v in first.fit_state[0].items() if not k.endswith("members")}
     first.save(tmp_path)
     second = make(method, WHOLE["bare"], model, train, **EMPIRICAL).load(tmp_path)
     assert torch.equal(second.influence(test), scores)
@@ -423,7 +424,7 @@ def test_all_eigenvalues_of_all_blocks_can_be_read() -> None:
     torch.manual_seed(0)
     case, model, train, _ = setting("bare")
     explainer = make("EKFACInfluenceFunction", case, model, train, **EMPIRICAL).fit()
-    values = explainer._eigenvalues(explainer._facts[0])
+    values = eigenvalues(explainer.fit_state[0], explainer._partition)
     assert list(values) == explainer.block_names
     assert sum(v.numel() for own in values.values() for v in own) == sum(
         p.numel() for p in Bare().parameters()

@@ -196,7 +196,7 @@ def test_a_warning_tells_the_true_residual_of_what_is_not_done() -> None:
     with pytest.warns(UserWarning, match="stopped after 3 iterations") as caught:
         found = conjugate_gradients(operator, vectors, 0.001, max_iter=3, tol=1e-6)
     left = residuals(operator, 0.001, found, vectors).nan_to_num()
-    told = f"residuals up to {float(left.max()):.2g} (asked: 1e-06) in 4 of 5 rows"
+    told = f"residuals up to {float(left.max()):.2g} (tol: 1e-06) in 4 of 5 rows"
     assert told in str(caught[0].message)
     assert float(left.max()) > 0.1
 
@@ -211,9 +211,7 @@ def test_no_warning_where_all_is_done() -> None:
 
 def test_an_indefinite_matrix_is_refused_with_a_direction() -> None:
     operator = Matrix(symmetric([3.0, 1.0, 0.5, -0.5]))
-    match = (
-        r"the damped curvature is -0\.\d+ along a direction, so that it is not positive definite"
-    )
+    match = r"the damped curvature is -0\.\d+ along a direction, so it is not positive definite"
     with pytest.raises(CurvatureError, match=match):
         conjugate_gradients(operator, normal(3, 4), 0.1)
     # and taken where the damping is above the lowest eigenvalue

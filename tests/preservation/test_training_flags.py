@@ -75,7 +75,7 @@ def maybe_ambiguous(mode, layer):
     """Weights that were trained, and that ``eval()`` changes: when were they saved?"""
     if mode == "training" or layer is not Rounding:
         return nullcontext()
-    return pytest.warns(UserWarning, match="taken as saved in training mode")
+    return pytest.warns(UserWarning, match="assumed to be saved in training mode")
 
 
 MODES = ["training", "evaluation", "mixed"]
@@ -134,7 +134,7 @@ def test_weights_under_an_adapter_that_were_trained_too_are_as_saved_in_the_mode
     torch.testing.assert_close(scores, expected)
     merged = [copy.deepcopy(in_training(model, s).eval().state_dict()) for s in checkpoints]
     model.eval()
-    with unchanged(model), pytest.warns(UserWarning, match="taken as saved in evaluation mode"):
+    with unchanged(model), pytest.warns(UserWarning, match="to be saved in evaluation mode"):
         scores = GradDot(model, data, merged, loss_fn=loss).influence(TEST)
     torch.testing.assert_close(scores, expected)
 
@@ -239,7 +239,7 @@ def test_weights_that_count_in_training_mode_alone_are_no_zeros(unchanged, metho
     model = AverageBeside()
     model.net[2].p = 0
     given = model, TensorDataset(*TRAIN), [model.state_dict()]
-    with unchanged(model), pytest.raises(ValueError, match="other weights then"):
+    with unchanged(model), pytest.raises(ValueError, match="uses other weights"):
         method(*given, loss_fn=loss, batch_size=batch_size).influence(TEST)
     scores = GradDot(*given, loss_fn=loss, eval_mode=False).influence(TEST)
     plain = model.net

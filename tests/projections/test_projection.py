@@ -23,8 +23,8 @@ from projected_oracles import LIKE, pieces, written_out
 from torch import Tensor, nn
 
 from influence_kit.gradients.forms import Dense, Sum
+from influence_kit.gradients.gradient_source import GradientSource
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.gradients.source import GradientSource
 from influence_kit.losses.loss import Loss
 from influence_kit.projections.joint_projection import JointProjection, rows_of
 from influence_kit.projections.maps import Identity, Placed

@@ -90,7 +90,7 @@ def test_no_more_than_k_scores_of_a_test_example_are_kept_between_blocks(k):
     for places in torch.arange(N).split(6):
         reducer.update(places, scores_of("many ties")[:, places])
         seen += len(places)
-        for kept in (reducer._scores, reducer._places):
+        for kept in (reducer._scores, reducer._indices):
             assert kept.shape == (M, min(k, seen))
             assert kept.untyped_storage().nbytes() == kept.numel() * 8
 
@@ -171,7 +171,7 @@ def every_other(make, scores):
 def test_the_best_of_two_ranks_are_the_best_of_all(merged, kind, proponents):
     scores = scores_of(kind)
     mine, other = every_other(lambda: TopK(6, proponents), scores)
-    found = merged(mine, other._scores, other._places)
+    found = merged(mine, other._scores, other._indices)
     expected = scores.sort(dim=1, descending=proponents, stable=True)
     assert torch.equal(found.indices, expected.indices[:, :6])
     assert torch.equal(found.influence_scores, expected.values[:, :6])
@@ -181,7 +181,7 @@ def test_all_scores_of_two_ranks_are_in_the_order_of_the_training_set(merged):
     scores = scores_of("distinct")
     mine, other = every_other(AllScores, scores)
     # places are gathered before scores
-    found = merged(mine, torch.cat(other._places), torch.cat(other._blocks, dim=1))
+    found = merged(mine, torch.cat(other._indices), torch.cat(other._blocks, dim=1))
     assert torch.equal(found, scores)
 
 
@@ -192,7 +192,7 @@ def test_whole_rows_of_two_ranks_are_in_the_order_of_the_test_examples(merged, k
     mine.update(torch.tensor([0, 2]), scores[[0, 2]])
     other.update(torch.tensor([1, 3]), scores[[1, 3]])
     # of each tensor that is kept, places are gathered before it
-    theirs = [part for kept in other._kept for part in (kept._places[0], kept._blocks[0].T)]
+    theirs = [part for kept in other._kept for part in (kept._indices[0], kept._blocks[0].T)]
     found = merged(mine, *theirs)
     if k is None:
         assert torch.equal(found, scores)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from influence_kit import TracInCP
-from influence_kit.scoring.stream import slabs
+from influence_kit.scoring.stream import chunks
 
 MLP = CASES["mlp"]
 
@@ -56,17 +56,17 @@ def test_each_checkpoint_is_loaded_once_in_all_when_scores_fit(call: str) -> Non
     assert counting.passes == 1
 
 
-def test_each_checkpoint_is_loaded_once_a_slab(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_checkpoint_is_loaded_once_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = scores(build("TracInCP", MLP), MLP.test)
-    monkeypatch.setattr("influence_kit.scoring.stream.SLAB_BYTES", 1)
+    monkeypatch.setattr("influence_kit.scoring.stream.CHUNK_BYTES", 1)
     counting, influence = counted()
     assert_close(influence.influence(MLP.test), expected)
     batches = (MLP.n + 1) // 2
-    assert len(counting.loads) == 3 * batches  # here a slab is a batch
+    assert len(counting.loads) == 3 * batches  # here a chunk is a batch
     assert counting.passes == 1
 
 
-def test_one_checkpoint_is_loaded_once_however_many_slabs() -> None:
+def test_one_checkpoint_is_loaded_once_however_many_chunks() -> None:
     counting, influence = counted()
     influence.checkpoints = MLP.checkpoints()[:1]
     influence.influence(MLP.test, k=2)
@@ -80,11 +80,11 @@ def test_outer_loop_by_checkpoints_reads_the_data_once_a_checkpoint() -> None:
     assert counting.passes == 3
 
 
-def test_slabs_group_batches_up_to_a_number_of_rows() -> None:
+def test_chunks_group_batches_up_to_a_number_of_rows() -> None:
     batches = [(torch.zeros(n, 1), torch.zeros(n)) for n in (3, 3, 3, 5, 1)]
-    groups = [([start for start, _ in slab], last) for slab, last in slabs(batches, 6, None)]
+    groups = [([start for start, _ in chunk], last) for chunk, last in chunks(batches, 6, None)]
     assert groups == [([0, 3], False), ([6], False), ([9, 14], True)]
-    ones = [[start for start, _ in slab] for slab, _ in slabs(batches, None, 1)]
+    ones = [[start for start, _ in chunk] for chunk, _ in chunks(batches, None, 1)]
     assert ones == [[0], [3], [6], [9], [14]]
 
 

@@ -202,7 +202,7 @@ def test_the_given_numbers_come_first(model):
     trace = TrainingTrace(model, torch.optim.SGD(groups, lr=0.1, weight_decay=0.2))
     trace.record([0], lr=0.3, weight_decay=0)
     assert (trace[0]["lr"], trace[0]["weight_decay"]) == (0.3, 0)
-    with pytest.raises(InvalidArgumentError, match=r"have lr \[0.1, 0.5\]; .* pass `lr`"):
+    with pytest.raises(InvalidArgumentError, match=r"have lr \[0.1, 0.5\], .* pass `lr`"):
         trace.record([0])
     trace._optimizer.param_groups[0]["weight_decay"] = 0.0
     with pytest.raises(InvalidArgumentError, match=r"have weight_decay \[0.0, 0.2\]"):
@@ -218,7 +218,7 @@ def test_the_given_numbers_come_first(model):
     ],
 )
 def test_optimizers_whose_steps_are_others(model, make, words):
-    with pytest.warns(UserWarning, match=f"{words}: the trace takes its steps for plain SGD"):
+    with pytest.warns(UserWarning, match=f"{words}: the trace treats its steps as plain SGD"):
         trace = TrainingTrace(model, make(list(model.parameters())))
     trace.record([0])
     assert trace[0]["lr"] == 0.1
@@ -229,7 +229,7 @@ def test_what_cannot_be_recorded(model, tmp_path):
     with pytest.raises(InvalidArgumentError, match="no learning rate: pass `lr`, or the optimizer"):
         trace.record([0])
     for indices in ([], [-1], [0.5], [True], [[0]], "first", 3, None):
-        with pytest.raises(InvalidArgumentError, match="the indices of step 0 must be places"):
+        with pytest.raises(InvalidArgumentError, match="the indices of step 0 must be one or more"):
             trace.record(indices, lr=0.1)
     for lr, words in ((float("inf"), "finite"), ("much", "a number"), (True, "a number")):
         with pytest.raises(InvalidArgumentError, match=f"the lr of step 0 must be {words}"):
@@ -300,7 +300,7 @@ def test_steps_given_by_hand():
         ("trace", "got a str"),
         ([7], "step 0 of the trace must be a dict with state_dict .* got a int"),
         ([{"indices": [0], "lr": 1}], r"got \['indices', 'lr'\]"),
-        ([{"state_dict": {}, "indices": [1, 5], "lr": 1}], "took example 5, and .* has 2"),
+        ([{"state_dict": {}, "indices": [1, 5], "lr": 1}], "used example 5, but .* has 2"),
     ):
         with pytest.raises(InvalidArgumentError, match=words):
             steps_of(trace, 2)

@@ -4,29 +4,32 @@ Letters: m test and n training examples, P chosen parameters, B examples of a st
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.core.draws import check_seed
 from influence_kit.data.batches import Batch, to_device
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.gradients.gradient_source import Verify
 from influence_kit.gradients.per_example import Gradients, from_flat
-from influence_kit.losses.loss import Loss
+from influence_kit.losses.loss import LossFunction
+from influence_kit.losses.margins import OutputFunction
+from influence_kit.methods.arguments import documented
+from influence_kit.methods.caches import Cache
 from influence_kit.methods.data_fingerprint import data_fingerprint
 from influence_kit.methods.dvemb.by_place import ExamplesByPlace, count_by_place
 from influence_kit.methods.dvemb.looked_up import LookedUp, places_in_pieces
 from influence_kit.methods.dvemb.step_gradients import StepGradients
 from influence_kit.methods.dvemb.walk_back import check_epochs, check_memory, walk_back
-from influence_kit.methods.example_influence import given
+from influence_kit.methods.example_batches import BatchSize
 from influence_kit.methods.inner_product import InnerProductInfluence
-from influence_kit.methods.origin import Source
-from influence_kit.methods.projected.projected import Dim, check_dim
-from influence_kit.methods.starting_again import starts_again
-from influence_kit.projections.projection import Projection, layer_by_layer
+from influence_kit.methods.layer_names import Layers
+from influence_kit.methods.questions import given, starts_again
+from influence_kit.projections.projected import Dim, Projected, check_dim
 from influence_kit.scoring.reducers import Reducer
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term
@@ -34,6 +37,23 @@ from influence_kit.training.step import steps_of
 from influence_kit.training.trace import TrainingTrace
 
 
+class Embeddings(Cache):
+    """The embeddings of the training examples, once they are made."""
+
+    of_checkpoints = False  # they are of the weights in the trace
+    rows: Tensor | None = None
+
+    @property
+    def since(self) -> str | None:
+        """What was done when they were made."""
+        return None if self.rows is None else "the training examples were embedded"
+
+    def clear(self) -> None:
+        """Drop them."""
+        self.rows = None
+
+
+@documented
 class DVEmb(InnerProductInfluence):
     r"""score = <e_train, grad loss(test) after training>, e = what leaving the example out does.
 
@@ -99,32 +119,56 @@ class DVEmb(InnerProductInfluence):
         model: nn.Module,
         train_dataset: Dataset[Any] | DataLoader[Any],
         checkpoints: Any = None,
-        *args: Any,
+        checkpoints_load_func: LoadFunction = load_checkpoint,
+        layers: Layers | None = None,
+        loss_fn: LossFunction | None = None,
+        batch_size: BatchSize = "auto",
+        test_loss_fn: LossFunction | None = None,
+        sample_wise_grads_per_batch: bool | None = None,
+        *,
         trace: Sequence[Mapping[str, Any]],
         epochs: Collection[int] | None = None,
         projection_dim: Dim | None = None,
         seed: int = 0,
-        **kwargs: Any,
+        test_output_fn: OutputFunction | None = None,
+        eval_mode: bool = True,
+        batch_axes: Any = None,
+        verify: Verify = "repeated",
     ) -> None:
-        if kwargs.get("store") is not None:
-            raise InvalidArgumentError(
-                "DVEmb computes no gradients again that a `store` could keep; its embeddings "
-                "(`embeddings()`) stay in memory"
-            )
         self.projection_dim = None if projection_dim is None else check_dim(projection_dim)
         self.seed = check_seed(seed)
         self._steps = steps_of(trace, count_by_place(train_dataset))
         check_epochs(epochs, self._steps)
         self.trace = trace
         self.epochs = epochs
-        self._embeddings: Tensor | None = None
-        super().__init__(model, train_dataset, checkpoints, *args, **kwargs)
+        super().__init__(
+            model,
+            train_dataset,
+            _after_training(checkpoints, trace),
+            checkpoints_load_func,
+            layers,
+            loss_fn,
+            batch_size,
+            test_loss_fn,
+            sample_wise_grads_per_batch,
+            test_output_fn=test_output_fn,
+            eval_mode=eval_mode,
+            batch_axes=batch_axes,
+            verify=verify,
+            features=None
+            if projection_dim is None
+            else Projected(projection_dim, "gaussian", seed),
+        )
+        _check_one(self.checkpoints)
+        self._embedded = self._caches.add(Embeddings(), first=True)
+        if not isinstance(trace, TrainingTrace):  # which may only grow
+            self._caches.sources["trace"] = partial(data_fingerprint, trace)
 
     # What a method says.
 
     def terms(self) -> list[Term]:
         """One term: gradients after training, and embeddings."""
-        test, train = Side(0, self._test_gradients), Side(0, self._embedded)
+        test, train = Side(0, self._test_gradients), Side(0, self._embeddings_of)
         return [LookedUp(test, train, weight=1.0, own=self._own_gradients)]
 
     # What a user calls.
@@ -144,16 +188,17 @@ class DVEmb(InnerProductInfluence):
 
     def _embed(self, show_progress: bool) -> Tensor:
         """The same, of what is checked by the session that follows."""
-        if self._embeddings is None:
-            check_memory(self._train_count(), self._size, self._steps, self._sample)
+        if self._embedded.rows is None:
+            check_memory(self._examples.train_count, self._size, self._steps, self._sample)
             doing, of_examples = "embed the training examples. Processing step", self._own_gradients
-            with self._session(), self._bar(doing, len(self._steps), show_progress) as bar:
+            with self.session(), self.progress(doing, len(self._steps), show_progress) as bar:
                 read = StepGradients(
-                    self.model, self.trace, self._steps, of_examples, self._examples.rows
+                    self.model, self.trace, self._steps, of_examples, self._by_index.rows
                 )
-                empty = self._sample.new_zeros(self._train_count(), self._size)
-                self._embeddings = walk_back(self._steps, read, empty, self.epochs, bar.update)
-        return self._embeddings
+                empty = self._sample.new_zeros(self._examples.train_count, self._size)
+                rows = walk_back(self._steps, read, empty, self.epochs, bar.update)
+                self._embedded.rows = rows
+        return self._embedded.rows
 
     @starts_again
     def self_influence(
@@ -187,55 +232,26 @@ class DVEmb(InnerProductInfluence):
             ``[m, P]`` (``[1, P]`` if ``aggregate``); the scores are its dot products with
             ``embeddings()``.
         """
-        with self._session() as loader:
-            batches = self._batches(given(inputs), ordered=not aggregate)
+        with self.session() as loader:
+            batches = self.batches(given(inputs), ordered=not aggregate)
             vectors = Stream([], loader, self._sample).vectors(self.test_at(0), batches, aggregate)
         return vectors.to(self._dtype)
 
     # How it is done.
 
-    # the embeddings are of the weights in the trace
-    _keeps_of_checkpoints = False
-
     @property
-    def _kept_since(self) -> str | None:
-        return None if self._embeddings is None else "the training examples were embedded"
+    def checkpoints(self) -> list[Any]:
+        """The weights after training; may be set to others."""
+        return self._checkpoints
 
-    @property
-    def _sources(self) -> dict[str, Source]:
-        found = super()._sources
-        if not isinstance(self.trace, TrainingTrace):  # which may only grow
-            found["trace"] = partial(data_fingerprint, self.trace)
-        return found
+    @checkpoints.setter
+    def checkpoints(self, checkpoints: Any) -> None:
+        found = self._found_checkpoints(_after_training(checkpoints, self.trace))
+        _check_one(found)
+        self._checkpoints = found
+        self._examples.forget()
 
-    def forget(self) -> None:
-        """Drop the embeddings, too."""
-        self._embeddings = None
-        super().forget()
-
-    def _forget(self) -> None:
-        """New weights after training change no embedding."""
-        known = None if self._embeddings is None else self._origin
-        super()._forget()
-        self._origin = known or self._origin
-
-    def _find(self, checkpoints: Any) -> list[Any]:
-        if checkpoints is None:
-            if not isinstance(self.trace, TrainingTrace):
-                raise InvalidArgumentError(
-                    "`checkpoints` must be the weights after training, [state_dict]; only a "
-                    "TrainingTrace has them itself"
-                )
-            checkpoints = [self.trace.final]
-        found = super()._find(checkpoints)
-        if len(found) > 1:
-            raise InvalidArgumentError(
-                f"DVEmb follows one training run to its end: `checkpoints` must be one, the "
-                f"weights after it; got {len(found)}"
-            )
-        return found
-
-    def _stream_scores(
+    def stream_scores(
         self,
         inputs: Any,
         reducer: Reducer,
@@ -246,15 +262,15 @@ class DVEmb(InnerProductInfluence):
     ) -> None:
         given(inputs)
         self._embed(show_progress)
-        super()._stream_scores(inputs, reducer, doing, show_progress, aggregate, groups)
+        super().stream_scores(inputs, reducer, doing, show_progress, aggregate, groups)
 
     @property
     def _train_batches(self) -> Iterable[Batch]:
-        return places_in_pieces(self._train_count(), self._examples.rows)
+        return places_in_pieces(self._examples.train_count, self._by_index.rows)
 
-    def _batches(self, inputs: Any, ordered: bool = True) -> Iterable[Batch]:
+    def batches(self, inputs: Any, ordered: bool = True) -> Iterable[Batch]:
         if not isinstance(inputs, Tensor):
-            return super()._batches(inputs, ordered)
+            return super().batches(inputs, ordered)
         if inputs.dim() != 2 or inputs.shape[1] != self._size:
             raise InvalidArgumentError(
                 f"`inputs` is a tensor of shape {list(inputs.shape)}; a test side made by "
@@ -267,42 +283,51 @@ class DVEmb(InnerProductInfluence):
 
     def _test_gradients(self, batch: Any) -> Gradients:
         if isinstance(batch, Tensor):  # made before, by ``compute_intermediate_quantities``
-            return from_flat(batch.to(self._sample), self._shapes, self._sample)
+            return from_flat(batch.to(self._sample), self._map.shapes, self._sample)
         return self.test_at(0)(batch)
 
-    def _embedded(self, batch: Any) -> Gradients:
+    def _embeddings_of(self, batch: Any) -> Gradients:
         """The embeddings of the training examples at the places of a batch ``(places [n],)``."""
-        assert self._embeddings is not None
-        rows = self._embeddings[slice(*batch.ends)]
-        return from_flat(rows, self._shapes, self._sample)
+        assert self._embedded.rows is not None
+        rows = self._embedded.rows[slice(*batch.ends)]
+        return from_flat(rows, self._map.shapes, self._sample)
 
     def _own_gradients(self, batch: Any) -> Gradients:
         """The gradients of the same examples, at the weights that are in the model."""
         (places,) = batch
-        examples = self._examples(places.tolist())
-        return self.train_at(0)(to_device(examples, self._device))
-
-    @cached_property
-    def _projection(self) -> Projection | None:
-        """Of training and test gradients alike, at every step."""
-        if self.projection_dim is None:
-            return None
-        return layer_by_layer(self.model, self._parameters, self.projection_dim, self.seed)
+        examples = self._by_index(places.tolist())
+        return self.train_at(0)(to_device(examples, self.device))
 
     @property
-    def _shapes(self) -> Mapping[str, torch.Size]:
-        return super()._shapes if self._projection is None else self._projection.shapes
-
-    def _features(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
-        gradients = super()._features(checkpoint, batch, loss)
-        return gradients if self._projection is None else self._projection(gradients)
-
-    @property
-    def _examples(self) -> ExamplesByPlace:
+    def _by_index(self) -> ExamplesByPlace:
         self.train_dataloader.check_draws()
         return ExamplesByPlace(self.train_dataloader)
 
     @property
     def _size(self) -> int:
         """The letter P."""
-        return sum(shape.numel() for shape in self._shapes.values())
+        return sum(shape.numel() for shape in self._map.shapes.values())
+
+
+def _after_training(checkpoints: Any, trace: Any) -> Any:
+    """The argument ``checkpoints``, or the weights that a trace has at its end."""
+    if checkpoints is not None:
+        return checkpoints
+    if not isinstance(trace, TrainingTrace):
+        raise InvalidArgumentError(
+            "`checkpoints` must be the weights after training, [state_dict]; only a "
+            "TrainingTrace has them itself"
+        )
+    return [trace.final]
+
+
+def _check_one(checkpoints: Sequence[Any]) -> None:
+    if len(checkpoints) > 1:
+        raise InvalidArgumentError(
+            "DVEmb follows one training run to its end: `checkpoints` must be one, the weights "
+            f"after it; got {len(checkpoints)}"
+        )
+
+
+def _projected(projection_dim: Dim | None, seed: int) -> Projected | None:
+    return None if projection_dim is None else Projected(projection_dim, "gaussian", seed)

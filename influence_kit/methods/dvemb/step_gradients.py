@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from influence_kit.checkpoints.found import load_checkpoint
+from influence_kit.checkpoints.discovery import load_checkpoint
 from influence_kit.checkpoints.loader import is_live, memory_of
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients

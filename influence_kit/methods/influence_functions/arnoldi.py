@@ -5,18 +5,18 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from influence_kit.checkpoints.found import LoadFunction, load_checkpoint
-from influence_kit.core.arguments import check_count, check_number
-from influence_kit.gradients.source import Verify
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
+from influence_kit.curvature.hessian_eigenpairs import ArnoldiEigenpairs
+from influence_kit.gradients.gradient_source import Verify
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
-from influence_kit.methods.base import BatchSize
+from influence_kit.methods.arguments import documented
+from influence_kit.methods.example_batches import BatchSize
 from influence_kit.methods.influence_functions.embedding_influence import EmbeddingInfluence
 from influence_kit.methods.layer_names import Layers
-from influence_kit.operators.low_rank import EigenPairs, arnoldi
-from influence_kit.operators.operator import Operator
 
 
+@documented
 class ArnoldiInfluenceFunction(EmbeddingInfluence):
     r"""score = <R^T grad loss(test), R^T grad loss(train)>, R = V / sqrt(D) of the summed Hessian.
 
@@ -80,8 +80,6 @@ class ArnoldiInfluenceFunction(EmbeddingInfluence):
         batch_axes: Any = None,
         verify: Verify = "repeated",
     ) -> None:
-        self.arnoldi_dim = check_count(arnoldi_dim, "arnoldi_dim")
-        self.arnoldi_tol = check_number(arnoldi_tol, "arnoldi_tol", least=0)
         super().__init__(
             model,
             train_dataset,
@@ -93,22 +91,18 @@ class ArnoldiInfluenceFunction(EmbeddingInfluence):
             hessian_dataset,
             test_loss_fn,
             sample_wise_grads_per_batch,
-            projection_dim,
-            seed,
-            hessian_reg,
-            hessian_inverse_tol,
-            projection_on_cpu,
-            show_progress,
+            ArnoldiEigenpairs(
+                arnoldi_dim,
+                arnoldi_tol,
+                hessian_reg,
+                projection_dim,
+                hessian_inverse_tol,
+                projection_on_cpu,
+                seed,
+            ),
             test_output_fn=test_output_fn,
             eval_mode=eval_mode,
             batch_axes=batch_axes,
             verify=verify,
+            show_progress=show_progress,
         )
-
-    def _pairs(self, hessian: Operator) -> EigenPairs:
-        (pair,) = arnoldi(hessian, self.arnoldi_dim, self.arnoldi_tol, self.seed)
-        return pair
-
-    def _settings(self) -> dict[str, Any]:
-        own = {"arnoldi_dim": self.arnoldi_dim, "arnoldi_tol": self.arnoldi_tol}
-        return {**super()._settings(), **own}

@@ -1,24 +1,30 @@
 """Influence functions by conjugate gradients: Koh and Liang 2017, arXiv 1703.04730."""
 
-from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
-from influence_kit.core.arguments import check_count, check_number
-from influence_kit.curvature.passes import DataSet
-from influence_kit.errors import InvalidArgumentError
-from influence_kit.methods.influence_functions.curvature_influence import CurvatureInfluence
-from influence_kit.methods.influence_functions.fitted import Facts
-from influence_kit.operators.low_rank import JacobiPreconditioner, NystromPreconditioner
-from influence_kit.operators.solvers import Solve, conjugate_gradients
-from influence_kit.scoring.term import Transform
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
+from influence_kit.curvature.damping import DampingArgument
+from influence_kit.curvature.operator_inverses import (
+    BlockArgument,
+    ConjugateGradients,
+    CurvatureName,
+)
+from influence_kit.gradients.gradient_source import Verify
+from influence_kit.losses.loss import LossFunction
+from influence_kit.losses.margins import OutputFunction
+from influence_kit.methods.arguments import documented
+from influence_kit.methods.example_batches import BatchSize
+from influence_kit.methods.influence_functions.influence_function import InfluenceFunction
+from influence_kit.methods.layer_names import Layers
 
-# of the Nystroem preconditioner
-RANK = 50
 
-
-class CGInfluenceFunction(CurvatureInfluence):
+@documented
+class CGInfluenceFunction(InfluenceFunction):
     r"""score = grad loss(test)^T (C + damping I)^-1 grad loss(train), by conjugate gradients.
 
     All test examples are solved for at once: one pass over the Hessian data an iteration, whatever
@@ -56,36 +62,51 @@ class CGInfluenceFunction(CurvatureInfluence):
 
     def __init__(
         self,
-        *args: Any,
+        model: nn.Module,
+        train_dataset: Dataset[Any] | DataLoader[Any],
+        checkpoints: Any,
+        checkpoints_load_func: LoadFunction = load_checkpoint,
+        layers: Layers | None = None,
+        loss_fn: LossFunction | None = None,
+        batch_size: BatchSize = "auto",
+        test_loss_fn: LossFunction | None = None,
+        sample_wise_grads_per_batch: bool | None = None,
+        *,
+        damping: DampingArgument = "auto",
+        curvature: CurvatureName = "ggn",
+        blocks: BlockArgument = "full",
+        hessian_dataset: Dataset[Any] | DataLoader[Any] | None = None,
+        relative: Literal["theta", "l"] | None = None,
+        seed: int = 0,
         max_iter: int = 100,
         tol: float = 1e-6,
         preconditioner: Literal["jacobi", "nystrom"] | None = None,
-        **kwargs: Any,
+        test_output_fn: OutputFunction | None = None,
+        eval_mode: bool = True,
+        batch_axes: Any = None,
+        verify: Verify = "repeated",
+        store: str | Path | None = None,
+        store_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(*args, **kwargs)
-        if preconditioner not in (None, "jacobi", "nystrom"):
-            raise InvalidArgumentError(
-                f'`preconditioner` must be None, "jacobi" or "nystrom"; got {preconditioner!r}'
-            )
-        self.max_iter, self.tol = (
-            check_count(max_iter, "max_iter"),
-            check_number(tol, "tol", least=0, below=1),
+        super().__init__(
+            model,
+            train_dataset,
+            checkpoints,
+            checkpoints_load_func,
+            layers,
+            loss_fn,
+            batch_size,
+            test_loss_fn,
+            sample_wise_grads_per_batch,
+            inverse=ConjugateGradients(
+                damping, curvature, blocks, seed, max_iter, tol, preconditioner
+            ),
+            hessian_dataset=hessian_dataset,
+            relative=relative,
+            test_output_fn=test_output_fn,
+            eval_mode=eval_mode,
+            batch_axes=batch_axes,
+            verify=verify,
+            store=store,
+            store_dtype=store_dtype,
         )
-        self.preconditioner = preconditioner
-
-    def _make_inverse(self, facts: Facts, damping: Tensor, data: DataSet) -> Transform:
-        operator = self._curvature(data)
-        conditioner: Solve | None = None
-        if self.preconditioner == "jacobi":
-            conditioner = JacobiPreconditioner(operator, damping, self.seed)
-        elif self.preconditioner == "nystrom":
-            conditioner = NystromPreconditioner(operator, damping, RANK, self.seed)
-        solve = partial(
-            conjugate_gradients,
-            operator,
-            damping=damping,
-            max_iter=self.max_iter,
-            tol=self.tol,
-            preconditioner=conditioner,
-        )
-        return self._through(solve)

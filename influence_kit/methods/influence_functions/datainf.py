@@ -1,14 +1,25 @@
 """DataInf: Kwon et al. 2023, arXiv 2310.00902."""
 
-from torch import Tensor
+from pathlib import Path
+from typing import Any, Literal
 
-from influence_kit.curvature.mean_inverse import MeanInverse, mean_squared_norms
-from influence_kit.curvature.passes import DataSet
-from influence_kit.methods.influence_functions.fitted import Facts
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
+from influence_kit.curvature.damping import DampingArgument
+from influence_kit.curvature.mean_inverse import MeanOfInverses
+from influence_kit.gradients.gradient_source import Verify
+from influence_kit.losses.loss import LossFunction
+from influence_kit.losses.margins import OutputFunction
+from influence_kit.methods.arguments import documented
+from influence_kit.methods.example_batches import BatchSize
 from influence_kit.methods.influence_functions.influence_function import InfluenceFunction
-from influence_kit.scoring.term import Transform
+from influence_kit.methods.layer_names import Layers
 
 
+@documented
 class DataInf(InfluenceFunction):
     r"""score = sum over layers of grad loss(test)^T R_l grad loss(train).
 
@@ -45,10 +56,46 @@ class DataInf(InfluenceFunction):
         torch.Size([8, 8])
     """
 
-    def _traces(self, facts: Facts, data: DataSet) -> Tensor:
-        features = self._curvature_features("empirical_fisher", data)
-        return mean_squared_norms(features, data, self._partition)
-
-    def _make_inverse(self, facts: Facts, damping: Tensor, data: DataSet) -> Transform:
-        features = self._curvature_features("empirical_fisher", data)
-        return self._through(MeanInverse(features, data, self._partition, damping))
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: Dataset[Any] | DataLoader[Any],
+        checkpoints: Any,
+        checkpoints_load_func: LoadFunction = load_checkpoint,
+        layers: Layers | None = None,
+        loss_fn: LossFunction | None = None,
+        batch_size: BatchSize = "auto",
+        test_loss_fn: LossFunction | None = None,
+        sample_wise_grads_per_batch: bool | None = None,
+        *,
+        damping: DampingArgument = "auto",
+        hessian_dataset: Dataset[Any] | DataLoader[Any] | None = None,
+        relative: Literal["theta", "l"] | None = None,
+        seed: int = 0,
+        test_output_fn: OutputFunction | None = None,
+        eval_mode: bool = True,
+        batch_axes: Any = None,
+        verify: Verify = "repeated",
+        store: str | Path | None = None,
+        store_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            train_dataset,
+            checkpoints,
+            checkpoints_load_func,
+            layers,
+            loss_fn,
+            batch_size,
+            test_loss_fn,
+            sample_wise_grads_per_batch,
+            inverse=MeanOfInverses(damping, seed),
+            hessian_dataset=hessian_dataset,
+            relative=relative,
+            test_output_fn=test_output_fn,
+            eval_mode=eval_mode,
+            batch_axes=batch_axes,
+            verify=verify,
+            store=store,
+            store_dtype=store_dtype,
+        )

@@ -1,32 +1,26 @@
 """What Captum's two influence functions share: embeddings whose dot products are the scores."""
 
-from abc import abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from influence_kit.checkpoints.found import LoadFunction, load_checkpoint
-from influence_kit.core.arguments import check_count, check_number
-from influence_kit.curvature.curvature import HessianOfLoss
-from influence_kit.curvature.passes import DataSet
-from influence_kit.errors import CurvatureError, InvalidArgumentError
+from influence_kit.checkpoints.discovery import LoadFunction
+from influence_kit.curvature.hessian_eigenpairs import HessianEigenpairs
+from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.forms import Dense
+from influence_kit.gradients.gradient_source import Verify
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.gradients.source import Verify
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
-from influence_kit.methods.base import BatchSize
-from influence_kit.methods.example_influence import given
-from influence_kit.methods.influence_functions.fitted import Facts
+from influence_kit.methods.base import ExampleInfluence
+from influence_kit.methods.example_batches import BatchSize
 from influence_kit.methods.influence_functions.influence_function import InfluenceFunction
 from influence_kit.methods.layer_names import Layers
-from influence_kit.methods.starting_again import starts_again
-from influence_kit.operators.low_rank import EigenPairs, LowRank, as_tensors, from_tensors
-from influence_kit.operators.operator import Operator, Scaled
+from influence_kit.methods.questions import given, starts_again
 from influence_kit.scoring.stream import Stream
-from influence_kit.scoring.term import Side, Transform
+from influence_kit.scoring.term import Side
 
 
 class EmbeddingInfluence(InfluenceFunction):
@@ -37,35 +31,28 @@ class EmbeddingInfluence(InfluenceFunction):
     them the ``projection_dim`` largest.
     """
 
+    inverse: HessianEigenpairs
+
     def __init__(
         self,
         model: nn.Module,
         train_dataset: Dataset[Any] | DataLoader[Any],
         checkpoint: Any,
-        checkpoints_load_func: LoadFunction = load_checkpoint,
-        layers: Layers | None = None,
-        loss_fn: LossFunction | None = None,
-        batch_size: BatchSize = "auto",
-        hessian_dataset: Dataset[Any] | DataLoader[Any] | None = None,
-        test_loss_fn: LossFunction | None = None,
-        sample_wise_grads_per_batch: bool | None = None,
-        projection_dim: int | None = 50,
-        seed: int = 42,
-        hessian_reg: float = 1e-6,
-        hessian_inverse_tol: float = 1e-5,
-        projection_on_cpu: bool = True,
-        show_progress: bool = False,
+        checkpoints_load_func: LoadFunction,
+        layers: Layers | None,
+        loss_fn: LossFunction | None,
+        batch_size: BatchSize,
+        hessian_dataset: Dataset[Any] | DataLoader[Any] | None,
+        test_loss_fn: LossFunction | None,
+        sample_wise_grads_per_batch: bool | None,
+        inverse: HessianEigenpairs,
         *,
-        test_output_fn: OutputFunction | None = None,
-        eval_mode: bool = True,
-        batch_axes: Any = None,
-        verify: Verify = "repeated",
+        test_output_fn: OutputFunction | None,
+        eval_mode: bool,
+        batch_axes: Any,
+        verify: Verify,
+        show_progress: bool,
     ) -> None:
-        if projection_dim is not None:
-            projection_dim = check_count(projection_dim, "projection_dim", instead="None")
-        self.projection_dim = projection_dim
-        self.hessian_inverse_tol = check_number(hessian_inverse_tol, "hessian_inverse_tol", least=0)
-        self.projection_on_cpu = projection_on_cpu
         self.checkpoint = checkpoint
         super().__init__(
             model,
@@ -77,22 +64,18 @@ class EmbeddingInfluence(InfluenceFunction):
             batch_size,
             test_loss_fn,
             sample_wise_grads_per_batch,
-            damping=check_number(hessian_reg, "hessian_reg", least=0),
+            inverse=inverse,
             hessian_dataset=hessian_dataset,
-            seed=seed,
             test_output_fn=test_output_fn,
             eval_mode=eval_mode,
             batch_axes=batch_axes,
             verify=verify,
         )
+        # as Captum's, which leave eigenvalues out in place of damping them
+        self._warns_of_damping = False
+        self._always_fits = True  # embeddings are lifted by the eigenvectors
         if show_progress:
             self.fit(show_progress=True)
-
-    # What a method says.
-
-    @abstractmethod
-    def _pairs(self, hessian: Operator) -> EigenPairs:
-        """Eigenpairs of the summed Hessian."""
 
     # What a user reads and calls.
 
@@ -106,7 +89,7 @@ class EmbeddingInfluence(InfluenceFunction):
     def R(self) -> Tensor:  # noqa: N802 - Captum's name
         """The matrix ``[P, d]`` that gradients are multiplied with."""
         self._check_kept()
-        if 0 not in self._facts:
+        if 0 not in self._fit.states:
             self.fit()
         return self._projection()
 
@@ -143,11 +126,11 @@ class EmbeddingInfluence(InfluenceFunction):
             inputs: the same as ``inputs_dataset``.
         """
         chosen = given(inputs_dataset if inputs is None else inputs)
-        with self._session() as loader:
+        with self.session() as loader:
             _, batches = self._plan(loader, chosen, not aggregate, show_progress)
             features = (self.test_at if test else self.train_at)(0).features
             side = Side(0, features, (self._embed,))
-            with self._bar("embed examples. Processing checkpoint", 1, show_progress) as bar:
+            with self.progress("embed examples. Processing checkpoint", 1, show_progress) as bar:
                 vectors = Stream([], loader, self._sample).vectors(side, batches, aggregate)
                 bar.update()
         vectors = vectors.to(self._dtype)
@@ -155,47 +138,11 @@ class EmbeddingInfluence(InfluenceFunction):
 
     # How it is done.
 
-    # as Captum's, which leave eigenvalues out in place of damping them
-    _warns_of_damping = False
-
-    @property
-    def _damping_text(self) -> str:
-        return f"hessian_reg={self.hessian_reg:g}"
-
-    def _blocks_of(self, names: list[str]) -> dict[str, list[str]]:
-        return {"full": names}
-
-    def _measure(self, data: DataSet) -> Facts:
-        mean = HessianOfLoss(self._source, self._train_loss, data, self._partition, self._sample)
-        facts = as_tensors([self._pairs(Scaled(mean, data.count))])
-        return {
-            name: value.cpu() if self.projection_on_cpu else value for name, value in facts.items()
-        }
-
-    def _traces(self, facts: Facts, data: DataSet) -> Tensor:
-        return facts["values.0"].sum()[None]
-
-    def _chosen(self, facts: Facts) -> EigenPairs:
-        """The eigenpairs that count, the reg added, the largest first."""
-        (pair,) = from_tensors(facts, 1)
-        values = pair.values + self.hessian_reg
-        order = torch.argsort(values, descending=True)[: self.projection_dim]
-        order = order[values[order] > self.hessian_inverse_tol]
-        if not len(order):
-            raise CurvatureError(
-                "Hessian has no positive eigenvalues: with `hessian_reg` added the largest is "
-                f"{float(values.max()):.4g}, which is not above `hessian_inverse_tol` "
-                f"({self.hessian_inverse_tol}); train the model to a minimum, raise `hessian_reg`, "
-                "or use `ExplicitInfluenceFunction`, whose default curvature is never negative"
-            )
-        return EigenPairs(values[order], pair.vectors[:, order])
-
-    def _make_inverse(self, facts: Facts, damping: Tensor, data: DataSet) -> Transform:
-        return self._through(LowRank([self._chosen(facts)], 0.0, complement=False))
+    def notes(self) -> list[str]:
+        return [*ExampleInfluence.notes(self), f"hessian_reg={self.hessian_reg:g}"]
 
     def _projection(self) -> Tensor:
-        pair = self._chosen(self._facts[0])
-        return (pair.vectors / pair.values.sqrt()).to(self._sample)
+        return self.inverse.projection(self._fit.states[0], self.hessian_reg, self._sample)
 
     def _embed(self, gradients: Gradients) -> Gradients:
         values = self._partition.flat(gradients) @ self._projection()
@@ -203,8 +150,6 @@ class EmbeddingInfluence(InfluenceFunction):
         return Gradients(
             gradients.n, {"embedding": Dense(values, shape)}, {"embedding": shape}, gradients.sample
         )
-
-    _needs_fit_for_quantities = True
 
     def _checked_quantities(self, quantities: Tensor) -> Tensor:
         projection = self._projection()

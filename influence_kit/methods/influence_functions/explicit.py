@@ -1,20 +1,26 @@
 """Influence functions by the curvature written out: Koh and Liang 2017, arXiv 1703.04730."""
 
+from pathlib import Path
+from typing import Any, Literal
+
 import torch
-from torch import Tensor
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
-from influence_kit.core.memory import free_bytes
-from influence_kit.curvature.curvature import Curvature
-from influence_kit.curvature.passes import DataSet
-from influence_kit.errors import InvalidArgumentError
-from influence_kit.methods.influence_functions.curvature_influence import CurvatureInfluence
-from influence_kit.methods.influence_functions.fitted import Facts
-from influence_kit.operators.block import Block
-from influence_kit.operators.solvers import Cholesky
-from influence_kit.scoring.term import Transform
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
+from influence_kit.curvature.damping import DampingArgument
+from influence_kit.curvature.operator_inverses import BlockArgument, CurvatureName, Explicit
+from influence_kit.gradients.gradient_source import Verify
+from influence_kit.losses.loss import LossFunction
+from influence_kit.losses.margins import OutputFunction
+from influence_kit.methods.arguments import documented
+from influence_kit.methods.example_batches import BatchSize
+from influence_kit.methods.influence_functions.influence_function import InfluenceFunction
+from influence_kit.methods.layer_names import Layers
 
 
-class ExplicitInfluenceFunction(CurvatureInfluence):
+@documented
+class ExplicitInfluenceFunction(InfluenceFunction):
     r"""score = grad loss(test)^T (C + damping I)^-1 grad loss(train), by Cholesky's factors of C.
 
     .. math::
@@ -36,8 +42,12 @@ class ExplicitInfluenceFunction(CurvatureInfluence):
         damping: added to the eigenvalues of C: a number, a dict by block, or "auto" (or "trace"):
             the mean eigenvalue of the block, which is its trace over the number of its parameters,
             or of examples where those are fewer; "mean" is always over the parameters.
-        curvature: "ggn", "hessian", "fisher" or "empirical_fisher"; see ``CurvatureInfluence``.
-        blocks: "full", "layer", "parameter" or a dict; see ``CurvatureInfluence``.
+        curvature: "ggn" (Gauss-Newton, J^T H J: the Hessian for models that are linear in their
+            parameters, and never negative for a loss that is convex in the outputs), "hessian" (may
+            be indefinite away from a minimum), "fisher" (outer products of gradients at labels
+            drawn from the model) or "empirical_fisher" (at the labels of the data).
+        blocks: "full", "layer", "parameter", or names of parameters by block: what is between
+            blocks is taken for zero, and a parameter that no block has for frozen.
         hessian_dataset: the data over which C is a mean; the training set where None.
         relative: RelatIF: None, "l" or "theta".
         seed: of the labels that "fisher" draws.
@@ -64,35 +74,48 @@ class ExplicitInfluenceFunction(CurvatureInfluence):
         True
     """
 
-    def _measure(self, data: DataSet) -> Facts:
-        curvature = self._curvature(data)
-        self._check_memory(curvature)
-        facts = {}
-        for number, block in enumerate(curvature.blocks()):
-            facts[f"curvature.{number}"] = block.core
-            if block.rows is not None:
-                facts[f"rows.{number}"] = block.rows
-        return facts
-
-    def _check_memory(self, curvature: Curvature) -> None:
-        sizes, cores = curvature.sizes, curvature.core_sizes
-        rows = sum(core * size for core, size in zip(cores, sizes, strict=True) if core < size)
-        # what is decomposed, its factors, and one of them while that is done
-        need = 8 * (2 * sum(core**2 for core in cores) + max(cores) ** 2 + rows)
-        free = free_bytes(self._device)
-        if need > free:
-            raise InvalidArgumentError(
-                f"blocks of up to {max(sizes)} parameters take {need / 2**30:.1f} GiB, written "
-                f'out; {free / 2**30:.1f} GiB are free. Use blocks="layer", `layers`, or '
-                "`EKFACInfluenceFunction` or `CGInfluenceFunction`, which write nothing out"
-            )
-
-    def _blocks(self, facts: Facts) -> list[Block]:
-        numbers = range(len(self.block_names))
-        return [Block(facts[f"curvature.{i}"], facts.get(f"rows.{i}")) for i in numbers]
-
-    def _traces(self, facts: Facts, data: DataSet) -> Tensor:
-        return torch.stack([block.core.diagonal().sum() for block in self._blocks(facts)])
-
-    def _make_inverse(self, facts: Facts, damping: Tensor, data: DataSet) -> Transform:
-        return self._through(Cholesky(self._blocks(facts), damping, self.block_names))
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: Dataset[Any] | DataLoader[Any],
+        checkpoints: Any,
+        checkpoints_load_func: LoadFunction = load_checkpoint,
+        layers: Layers | None = None,
+        loss_fn: LossFunction | None = None,
+        batch_size: BatchSize = "auto",
+        test_loss_fn: LossFunction | None = None,
+        sample_wise_grads_per_batch: bool | None = None,
+        *,
+        damping: DampingArgument = "auto",
+        curvature: CurvatureName = "ggn",
+        blocks: BlockArgument = "full",
+        hessian_dataset: Dataset[Any] | DataLoader[Any] | None = None,
+        relative: Literal["theta", "l"] | None = None,
+        seed: int = 0,
+        test_output_fn: OutputFunction | None = None,
+        eval_mode: bool = True,
+        batch_axes: Any = None,
+        verify: Verify = "repeated",
+        store: str | Path | None = None,
+        store_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            train_dataset,
+            checkpoints,
+            checkpoints_load_func,
+            layers,
+            loss_fn,
+            batch_size,
+            test_loss_fn,
+            sample_wise_grads_per_batch,
+            inverse=Explicit(damping, curvature, blocks, seed),
+            hessian_dataset=hessian_dataset,
+            relative=relative,
+            test_output_fn=test_output_fn,
+            eval_mode=eval_mode,
+            batch_axes=batch_axes,
+            verify=verify,
+            store=store,
+            store_dtype=store_dtype,
+        )

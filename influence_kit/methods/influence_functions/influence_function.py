@@ -1,31 +1,55 @@
-"""The face that influence functions share: the test side through (C + damping)^-1.
+"""Influence functions: test gradients through (C + damping)^-1.
 
 Letters: m test and n training examples, P chosen parameters, C checkpoints (in shapes), B blocks.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from typing_extensions import Self
 
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
+from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.core.distributed import is_first_rank
-from influence_kit.curvature.passes import DataSet
-from influence_kit.errors import DampingWarning
-from influence_kit.gradients.per_example import Gradients
-from influence_kit.methods.example_influence import check_k, given
-from influence_kit.methods.influence_functions.damping import AUTO
+from influence_kit.curvature.damping import AUTO, DampingArgument, as_text, check_damping
+from influence_kit.curvature.fit_data import FitData
+from influence_kit.curvature.inverse_curvature import InverseCurvature, State
+from influence_kit.curvature.passes import DataSet, Memory
+from influence_kit.data.batches import Batch
+from influence_kit.data.checked_batches import CheckedBatches
+from influence_kit.data.loaders import HESSIAN_DATA
+from influence_kit.errors import DampingWarning, InvalidArgumentError
+from influence_kit.gradients.feature_map import FeatureMap
+from influence_kit.gradients.gradient_source import Verify
+from influence_kit.losses.loss import LossFunction
+from influence_kit.losses.margins import OutputFunction
+from influence_kit.methods.data_fingerprint import data_fingerprint
+from influence_kit.methods.example_batches import TRAIN, BatchSize
+from influence_kit.methods.fit_cache import FitCache
 from influence_kit.methods.influence_functions.perturbation import Perturbation, Perturbed
 from influence_kit.methods.influence_functions.plain_check import (
     LEAST_OF_LAYERS,
+    LEAST_OF_WHOLE,
     Figures,
     PlainCheck,
     advice,
 )
-from influence_kit.methods.influence_functions.solved import SolvedInfluence
-from influence_kit.methods.layer_names import check_layer
-from influence_kit.methods.starting_again import starts_again
+from influence_kit.methods.influence_functions.ready_gradients import (
+    check_ready,
+    ready_features,
+)
+from influence_kit.methods.inner_product import InnerProductInfluence
+from influence_kit.methods.layer_names import Layers, check_layer
+from influence_kit.methods.questions import check_k, given, starts_again
+from influence_kit.operators.partition import Partition
 from influence_kit.scoring.features import (
     MostInfluentialFeatures,
     check_places,
@@ -38,33 +62,254 @@ from influence_kit.scoring.term import Side, Term
 from influence_kit.scoring.transforms import unit_influence
 from influence_kit.scoring.watch import Watch
 
-TakeGiven = Callable[[Any], Gradients]
 
-
-class InfluenceFunction(SolvedInfluence):
+class InfluenceFunction(InnerProductInfluence):
     """score = mean over checkpoints of grad loss(test)^T (C + damping I)^-1 grad loss(train).
+
+    The named classes are this one with an inverse curvature of their own; here any inverse can be
+    combined with any features that it fits.
 
     What is measured of the curvature at a checkpoint (``fit``) does not depend on the damping, is
     kept for later calls, and can be saved. About five checkpoints of one run, evenly over its
     steps, are recommended (``select_checkpoints``); each has its own damping where that is "auto".
 
     Args:
-        damping: what is added to the eigenvalues of the curvature C of the mean loss: a number, one
-            per block (a dict), or a rule by name: "mean" (a share of the mean eigenvalue of the
-            block, its trace over its parameters), "trace" (of its trace over the examples, where
-            those are fewer), or "auto", the rule of the class. Each class has its own share;
-            ``damping_used`` shows the numbers. Classes whose C is that of the model's mean loss
-            know "learning_rates", too: (1 - momentum) / (sum of the learning rates of all steps
-            before the checkpoint), one value for all blocks, for models trained by SGD
-            (``early_stopping``).
+        inverse: what fits and inverts the curvature: one of ``influence_kit.curvature``, or a class
+            of your own. Its ``damping`` is what is added to the eigenvalues of the curvature C of
+            the mean loss: a number, one per block (a dict), or a rule by name: "mean" (a share of
+            the mean eigenvalue of the block, its trace over its parameters), "trace" (of its trace
+            over the examples, where those are fewer), or "auto", the rule of the class. Each class
+            has its own share; ``damping_used`` shows the numbers. Classes whose C is that of the
+            model's mean loss know "learning_rates", too: (1 - momentum) / (sum of the learning
+            rates of all steps before the checkpoint), one value for all blocks, for models trained
+            by SGD (``early_stopping``).
         hessian_dataset: the data over which C is a mean; the training set where None.
         relative: RelatIF (arXiv 2003.11630): None, "l" (divide by the root of the training
             example's own score g^T (C + damping)^-1 g) or "theta" (by the norm of
             (C + damping)^-1 g).
-        seed: of everything that is drawn at random.
+
+    The other arguments are those of ``InnerProductInfluence``.
+
+    Raises:
+        InvalidArgumentError: where the inverse cannot be fitted to the features, and for arguments
+            that cannot be meant.
+
+    Warns:
+        DampingWarning: at the first question, where the scores of a sample hardly agree with the
+            plain products of the same gradients, which is what a damping far too small does.
+
+    Example:
+        >>> import torch
+        >>> from influence_kit.curvature import MeanOfInverses
+        >>> from influence_kit.projections import Projected
+        >>> _ = torch.manual_seed(0)
+        >>> model, x, y = torch.nn.Linear(20, 2), torch.randn(8, 20), torch.arange(8) % 2
+        >>> method = InfluenceFunction(
+        ...     model,
+        ...     torch.utils.data.TensorDataset(x, y),
+        ...     [model.state_dict()],
+        ...     loss_fn=torch.nn.CrossEntropyLoss(),
+        ...     inverse=MeanOfInverses(damping=0.1),
+        ...     features=Projected((2, 4)),
+        ... )
+        >>> method.influence((x[:4], y[:4])).shape
+        torch.Size([4, 8])
     """
 
-    # What a user calls.
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: Dataset[Any] | DataLoader[Any],
+        checkpoints: Any,
+        checkpoints_load_func: LoadFunction = load_checkpoint,
+        layers: Layers | None = None,
+        loss_fn: LossFunction | None = None,
+        batch_size: BatchSize = "auto",
+        test_loss_fn: LossFunction | None = None,
+        sample_wise_grads_per_batch: bool | None = None,
+        *,
+        inverse: InverseCurvature,
+        hessian_dataset: Dataset[Any] | DataLoader[Any] | None = None,
+        relative: Literal["theta", "l"] | None = None,
+        test_output_fn: OutputFunction | None = None,
+        eval_mode: bool = True,
+        batch_axes: Any = None,
+        verify: Verify = "repeated",
+        features: FeatureMap | None = None,
+        store: str | Path | None = None,
+        store_dtype: torch.dtype | None = None,
+    ) -> None:
+        if relative not in (None, "theta", "l"):
+            raise InvalidArgumentError(f'`relative` must be None, "theta" or "l"; got {relative!r}')
+        super().__init__(
+            model,
+            train_dataset,
+            checkpoints,
+            checkpoints_load_func,
+            layers,
+            loss_fn,
+            batch_size,
+            test_loss_fn,
+            sample_wise_grads_per_batch,
+            test_output_fn=test_output_fn,
+            eval_mode=eval_mode,
+            batch_axes=batch_axes,
+            verify=verify,
+            features=features,
+            store=store,
+            store_dtype=store_dtype,
+        )
+        self.relative = relative
+        self.inverse = _checked(inverse, self.features)
+        self._take_hessian_data(hessian_dataset)
+        fitted_on = TRAIN if hessian_dataset is None else HESSIAN_DATA
+        self._fit = self._caches.add(
+            FitCache(inverse.wording.matrix, "measured", fitted_on), first=True
+        )
+        self._cache.remedy = self._learnt.remedy = self._fit.remedy
+        self._memory = Memory()
+        # whether test gradients that are preconditioned already still need a fit
+        self._always_fits = relative is not None
+        # whether a damping that is far too small is warned of
+        self._warns_of_damping = True
+        self._damping: DampingArgument = inverse.damping
+        self._bind(self._bind_blocks)
+        self._show_settings()
+
+    def _take_hessian_data(self, data: Any) -> None:
+        self._hessian_data = data
+        if data is not None:
+            self._examples.add_given(data, HESSIAN_DATA)
+            self._caches.sources[HESSIAN_DATA] = partial(data_fingerprint, data)
+
+    def _bind_blocks(self) -> None:
+        shapes = self._map.shapes
+        self._partition = Partition(self.inverse.blocks_of(self.model, list(shapes)), shapes)
+        self.damping = self._damping  # which may name blocks that there are no more
+
+    def _show_settings(self) -> None:
+        """The settings of the parts are attributes of the method, too."""
+        for part in (self.inverse, self.features):
+            for name, value in vars(part).items():
+                if not name.startswith("_") and not hasattr(self, name):
+                    setattr(self, name, value)
+
+    # What a method says.
+
+    def terms(self) -> list[Term]:
+        """One term per checkpoint, the test gradients through the inverse."""
+        return [
+            Term(
+                replace(self.test_at(c), solve=self._inverse_at(c)),
+                self._train_side(c),
+                weight=1 / len(self.checkpoints),
+            )
+            for c in range(len(self.checkpoints))
+        ]
+
+    def _train_side(self, index: int) -> Side:
+        if self.relative is None:
+            return self.train_at(index)
+        return self.train_at(index, partial(unit_influence, self._inverse_at(index), self.relative))
+
+    def _inverse_at(self, index: int) -> Any:
+        """Gradients through the inverse at a checkpoint, to be called when the model has it."""
+        return lambda gradients: self._fit.inverses[index](gradients)
+
+    # What a user reads, sets and calls.
+
+    @property
+    def block_names(self) -> list[str]:
+        """The blocks of the curvature, each with a damping of its own."""
+        self._see_model()
+        return list(self._partition.blocks)
+
+    @property
+    def damping(self) -> DampingArgument:
+        """As given; setting it again fits nothing again."""
+        return self._damping
+
+    @damping.setter
+    def damping(self, damping: DampingArgument) -> None:
+        inverse, blocks = self.inverse, list(self._partition.blocks)
+        self._damping = check_damping(damping, blocks, inverse.wording.damping, inverse.rules)
+        self._fit.drop_inverses()
+
+    @property
+    def damping_used(self) -> list[dict[str, float]]:
+        """The damping of each block, at each checkpoint that is fitted."""
+        states = self._fit.states
+        return [
+            dict(zip(self.block_names, self._damping_at(c).tolist(), strict=True))
+            for c in sorted(states)
+            if self._rule is None or f"{self._rule}_damping" in states[c]
+        ]
+
+    @property
+    def fit_state(self) -> dict[int, State]:
+        """What was fitted at each checkpoint, by its index: tensors by name."""
+        return self._fit.states
+
+    @starts_again
+    def fit(self, show_progress: bool = False) -> Self:
+        """Fit at every checkpoint, again; ``influence`` does so by itself once.
+
+        Args:
+            show_progress: a bar over the checkpoints.
+        """
+        self.forget()
+        with self.session() as loader:
+            self._fit_everywhere(loader, show_progress)
+        return self
+
+    @starts_again
+    def save(self, folder: str | Path) -> None:
+        """Write what was fitted to a folder; fits where that has not been done.
+
+        What may be set again without fitting again (a damping, a ridge) is not part of it.
+        """
+        with self.session() as loader:
+            self._fit_everywhere(loader)
+            self._fit.save(folder, self._description(loader))
+
+    @starts_again
+    def load(self, folder: str | Path) -> Self:
+        """Take what ``save`` has written, in place of ``fit``.
+
+        Raises:
+            InvalidArgumentError: where it was saved for another model, data set, loss or setting.
+        """
+        with self._caches.beside(), self.session() as loader:
+            self._fit.load(
+                folder,
+                self._description(loader),
+                loader,
+                len(self.checkpoints),
+                self.device,
+                self._caches,
+            )
+            self._map.take_state(self._fit.states[0])
+        return self
+
+    @starts_again
+    def compute_intermediate_quantities(self, inputs: Any, aggregate: bool = False) -> Tensor:
+        """Test gradients through the inverse: what ``influence`` takes in place of ``inputs``.
+
+        Computed once, they serve any number of training sets: ``influence`` of another object of
+        this class (same model, parameters and checkpoints) takes them and fits nothing.
+
+        Returns:
+            ``[m, C * P]``, parameters in the model's order (``[1, C * P]`` if ``aggregate``); the
+            scores are its dot products with the gradients of the training loss at all checkpoints.
+        """
+        with self.session() as loader:
+            terms, batches = self._plan(loader, given(inputs), ordered=not aggregate)
+            stream = Stream(terms, loader, self._sample)
+            blocks = [
+                stream.test_side(term.test, batches, aggregate).flat() * term.weight_at(1.0)
+                for term in terms
+            ]
+        return torch.cat(blocks, dim=1).to(self._dtype)
 
     @starts_again
     def perturbation_influence(
@@ -130,19 +375,25 @@ class InfluenceFunction(SolvedInfluence):
                 f'with relative="{self.relative}" scores are divided by a norm that depends on the '
                 "training input, too; `perturbation_influence` needs relative=None"
             )
+        if not self._map.is_linear:
+            raise NotImplementedError(
+                f"the scores of {self.get_name()} are not linear in the gradient of the training "
+                "loss, which `perturbation_influence` differentiates: use an influence function "
+                "(`EKFACInfluenceFunction`, `LoGra`)"
+            )
         name = None if layer is None else check_layer(self.model, layer)
-        places = check_places(train_indices, self._train_count())
+        places = check_places(train_indices, self._examples.train_count)
         perturbed = Perturbed(self.model, name)
-        with self._session() as loader:
+        with self.session() as loader:
             # what cannot be perturbed is refused before the curvature is measured
-            perturbed.value(DataSet(self.train_dataloader, self._device).first())
+            perturbed.value(DataSet(self.train_dataloader, self.device).first())
             terms, batches = self._plan(loader, given(inputs), show_progress=show_progress)
             stream = Stream(terms, loader, self._sample)
             sides = [(stream.test_side(term.test, batches), term.weight_at(1.0)) for term in terms]
-            vectors = [self._lifted(side).flat() * weight for side, weight in sides]
+            vectors = [self._map.transpose(side).flat() * weight for side, weight in sides]
             found = Perturbation(self._source, self._train_loss, perturbed, loader, vectors)
             doing = "compute perturbation influence for training batches"
-            with self._bar(doing, self.train_dataloader_len, show_progress) as bar:
+            with self.progress(doing, self.train_dataloader_len, show_progress) as bar:
                 rows = chosen_rows(self.train_dataloader, places, bar.update)
                 if k is not None:
                     return most_influential(found.blocks(rows), k)
@@ -150,40 +401,161 @@ class InfluenceFunction(SolvedInfluence):
 
     # How it is done.
 
-    # whether a damping that is far too small is told of
-    _warns_of_damping = True
-
-    def _watch(self, terms: Sequence[Term]) -> Watch | None:
-        # test gradients that were solved for before are not there to be compared
-        is_solved = terms[0].test.solve is None
-        if self._compared or is_solved or not (self._warns_of_damping and is_first_rank()):
-            return None
-        return PlainCheck(self._train_count(), self._tell)
+    def notes(self) -> list[str]:
+        return [*super().notes(), self._damping_text]
 
     @property
-    def _least_agreement(self) -> float:
-        """What figures of scores at a damping that serves are above."""
-        return LEAST_OF_LAYERS
+    def _damping_text(self) -> str:
+        """The damping as it was given, and what was used."""
+        states, key = self._fit.states, f"{self._rule}_damping"
+        known = [c for c in sorted(states) if self._rule is None or key in states[c]]
+        used = [value for index in known for value in self._damping_at(index).tolist()]
+        return as_text(self.inverse.wording.damping, self._damping, self._rule, used)
+
+    def prepare(self, loader: CheckpointLoader, show_progress: bool = False) -> None:
+        # before the data is shared out: every rank takes part in measuring
+        self._fit_everywhere(loader, show_progress)
+
+    def _plan(
+        self,
+        loader: CheckpointLoader,
+        inputs: Any,
+        ordered: bool = True,
+        show_progress: bool = False,
+    ) -> tuple[list[Term], Iterable[Batch]]:
+        if not isinstance(inputs, Tensor):
+            return super()._plan(loader, inputs, ordered, show_progress)
+        if self._always_fits:
+            self.prepare(loader, show_progress)
+        super().prepare(loader, show_progress)
+        quantities: Any = self._checked_quantities(inputs)
+        count = len(self.checkpoints)
+        features = ready_features(self._map.shapes, count, self._sample)
+        terms = [Term(Side(c, features(c)), self._train_side(c), weight=1.0) for c in range(count)]
+        return terms, [quantities]  # the "batch" that the features of these terms take
+
+    def _checked_quantities(self, quantities: Tensor) -> Tensor:
+        """Preconditioned test gradients ``[m, C * P]``."""
+        check_ready(quantities, sum(self._partition.sizes), len(self.checkpoints))
+        return quantities
+
+    def _fit_everywhere(self, loader: CheckpointLoader, show_progress: bool = False) -> None:
+        """Have the inverses at all checkpoints, with a bar over them where one is not fitted."""
+        super().prepare(loader, show_progress)
+        indices = range(len(self.checkpoints))
+        show = show_progress and not all(index in self._fit.states for index in indices)
+        doing = f"fit {self._fit.what}. Processing checkpoint"
+        with self.progress(doing, len(indices), show) as bar:
+            for index in indices:
+                self._fit_at(index, loader)
+                bar.update()
+
+    def _fit_at(self, index: int, loader: CheckpointLoader) -> None:
+        """Have the inverse at a checkpoint, fitting what is not fitted yet."""
+        loader.load(index)
+        data, states = self._fit_data(index), self._fit.states
+        if index not in states:
+            states[index] = {**self.inverse.fit(data), **self._map.state}
+        if index not in self._fit.inverses:
+            key = f"{self._rule}_damping"
+            if self._rule is not None and key not in states[index]:
+                states[index][key] = self.inverse.auto_damping(self._rule, states[index], data)
+            inverse = self.inverse.inverse(states[index], self._damping_at(index), data)
+            self._fit.inverses[index] = inverse
+
+    def _fit_data(self, index: int) -> FitData:
+        """What is fitted to at a checkpoint."""
+        inverse, of_training = self.inverse, self._hessian_data is None
+        is_cached = of_training and inverse.takes_own_labels and self._map.is_short
+        examples = DataSet(
+            self._train_batches if is_cached else self._hessian_loader,
+            self.device,
+            index,
+            inverse.wording.data,
+            inverse.sample_size(self._partition),
+        )
+        return FitData(
+            examples,
+            self._train_loss,
+            self._map,
+            self._partition,
+            self._sample,
+            self._memory,
+            partial(self._cached, index),
+            lambda: DataSet(self.train_dataloader, self.device).count,
+            self.checkpoints,
+            self._hessian_loader,
+            of_training,
+            f'{inverse.wording.damping}="{self._damping}"',
+        )
+
+    @property
+    def _hessian_loader(self) -> CheckedBatches:
+        if self._hessian_data is None:
+            return self.train_dataloader
+        return self._examples.of(self._hessian_data, HESSIAN_DATA)
+
+    def _description(self, loader: CheckpointLoader) -> dict[str, Any]:
+        """What a saved fit belongs to."""
+        return {
+            "method": self.get_name(),
+            **self.inverse.settings,
+            # a list: the order counts
+            "blocks": [list(block) for block in self._partition.blocks.items()],
+            **({} if type(self.features) is FeatureMap else self._map.settings),
+            **self._identity(loader, self._hessian_loader),
+        }
+
+    @property
+    def _rule(self) -> str | None:
+        """The rule of the damping; None of numbers."""
+        if not isinstance(self._damping, str):
+            return None
+        return self.inverse.auto_rule if self._damping == AUTO else self._damping
+
+    def _damping_at(self, index: int) -> Tensor:
+        """The damping of each block ``[B]``, float64."""
+        names = list(self._partition.blocks)
+        if self._rule is not None:
+            values = self._fit.states[index][f"{self._rule}_damping"].tolist()
+        elif isinstance(self._damping, Mapping):
+            values = [self._damping[name] for name in names]
+        else:
+            values = [self._damping] * len(names)
+        return torch.tensor(values, dtype=torch.float64, device=self.device)
+
+    @contextmanager
+    def session(self) -> Iterator[CheckpointLoader]:
+        with super().session() as loader:
+            try:
+                yield loader
+            finally:
+                self._memory.clear()
+
+    def watch(self, terms: Sequence[Term]) -> Watch | None:
+        # preconditioned test gradients that were given cannot be compared
+        is_given = terms[0].test.solve is None
+        if self._fit.is_compared or is_given or not (self._warns_of_damping and is_first_rank()):
+            return None
+        return PlainCheck(self._examples.train_count, self._tell)
 
     def _tell(self, figures: Figures | None) -> None:
         """Warn of the damping where its scores look poor."""
         if figures is None:
             return
-        self._compared = True
-        if figures.are_below(self._least_agreement):
-            damping, is_auto = self._damping_text, self._damping == AUTO
-            text = advice(figures, self.get_name(), damping, is_auto)
+        self._fit.is_compared = True
+        least = LEAST_OF_WHOLE if self.inverse.couples_layers else LEAST_OF_LAYERS
+        if figures.are_below(least):
+            is_auto = self._damping == AUTO
+            text = advice(figures, self.get_name(), self._damping_text, is_auto)
             warnings.warn(text, DampingWarning, stacklevel=2)
 
-    def _lifted(self, solved: Gradients) -> Gradients:
-        """A test side through the inverse, as gradients of the parameters."""
-        return solved
 
-    @property
-    def _needs_fit_for_quantities(self) -> bool:
-        return self.relative is not None
-
-    def _train_side(self, place: int) -> Side:
-        if self.relative is None:
-            return self.train_at(place)
-        return self.train_at(place, partial(unit_influence, self._inverse_at(place), self.relative))
+def _checked(inverse: Any, features: FeatureMap) -> InverseCurvature:
+    if not isinstance(inverse, InverseCurvature):
+        raise InvalidArgumentError(
+            "`inverse` must be an InverseCurvature, such as `influence_kit.curvature.EKFAC()`; got "
+            f"{inverse!r}"
+        )
+    inverse.check_features(features)
+    return inverse

@@ -1,9 +1,33 @@
 """Influence functions by Kronecker-factored curvature: K-FAC and EK-FAC."""
 
-from influence_kit.methods.influence_functions.kronecker_influence import KroneckerInfluence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
+from influence_kit.curvature.damping import DampingArgument
+from influence_kit.curvature.fitted_pieces import LEFT_OUT
+from influence_kit.curvature.kronecker_curvature import (
+    EKFAC,
+    KFAC,
+    FisherName,
+    WithoutForm,
+    block_forms,
+)
+from influence_kit.gradients.gradient_source import Verify
+from influence_kit.losses.loss import LossFunction
+from influence_kit.losses.margins import OutputFunction
+from influence_kit.methods.arguments import documented
+from influence_kit.methods.example_batches import BatchSize
+from influence_kit.methods.influence_functions.influence_function import InfluenceFunction
+from influence_kit.methods.layer_names import Layers
 
 
-class KFACInfluenceFunction(KroneckerInfluence):
+@documented
+class KFACInfluenceFunction(InfluenceFunction):
     r"""score = sum over layers of <G_test, (S (x) A + damping)^-1 G_train>.
 
     .. math::
@@ -78,10 +102,79 @@ class KFACInfluenceFunction(KroneckerInfluence):
         torch.Size([4, 8])
     """
 
-    corrected = False
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: Dataset[Any] | DataLoader[Any],
+        checkpoints: Any,
+        checkpoints_load_func: LoadFunction = load_checkpoint,
+        layers: Layers | None = None,
+        loss_fn: LossFunction | None = None,
+        batch_size: BatchSize = "auto",
+        test_loss_fn: LossFunction | None = None,
+        sample_wise_grads_per_batch: bool | None = None,
+        *,
+        damping: DampingArgument = "auto",
+        curvature: FisherName = "fisher",
+        hessian_dataset: Dataset[Any] | DataLoader[Any] | None = None,
+        relative: Literal["theta", "l"] | None = None,
+        rtol: float = 1e-5,
+        layers_without_kronecker: WithoutForm = "diagonal",
+        seed: int = 0,
+        test_output_fn: OutputFunction | None = None,
+        eval_mode: bool = True,
+        batch_axes: Any = None,
+        verify: Verify = "repeated",
+        store: str | Path | None = None,
+        store_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            train_dataset,
+            checkpoints,
+            checkpoints_load_func,
+            layers,
+            loss_fn,
+            batch_size,
+            test_loss_fn,
+            sample_wise_grads_per_batch,
+            inverse=KFAC(damping, curvature, seed, rtol, layers_without_kronecker),
+            hessian_dataset=hessian_dataset,
+            relative=relative,
+            test_output_fn=test_output_fn,
+            eval_mode=eval_mode,
+            batch_axes=batch_axes,
+            verify=verify,
+            store=store,
+            store_dtype=store_dtype,
+        )
+
+    @property
+    def block_forms(self) -> dict[str, str]:
+        """The form of the curvature of each block, once it is fitted; empty before.
+
+        "Kronecker", "diagonal" ("diagonal (zero)" where no example has a gradient) or "left out";
+        "Kronecker, diagonal over its 50,257 outputs" where a side of a weight is longer than 8,192;
+        by parameter where those of a block differ: "weight: Kronecker; bias: diagonal". Where
+        checkpoints differ, their forms with "or" between.
+        """
+        return block_forms(self.model, self._fit.states, self._partition)
+
+    @property
+    def damping_used(self) -> list[dict[str, float]]:
+        """The damping of each block that takes part, at each checkpoint that is fitted.
+
+        With "auto" the blocks of a checkpoint have the same one.
+        """
+        forms = self.block_forms
+        return [
+            {block: value for block, value in values.items() if forms[block] != LEFT_OUT}
+            for values in super().damping_used
+        ]
 
 
-class EKFACInfluenceFunction(KroneckerInfluence):
+@documented
+class EKFACInfluenceFunction(InfluenceFunction):
     r"""score = sum over layers of <G_test, Q_S [(Q_S^T G_train Q_A) / (Lambda + damping)] Q_A^T>.
 
     .. math::
@@ -128,4 +221,72 @@ class EKFACInfluenceFunction(KroneckerInfluence):
         {'0': 'Kronecker', '2': 'Kronecker'}
     """
 
-    corrected = True
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: Dataset[Any] | DataLoader[Any],
+        checkpoints: Any,
+        checkpoints_load_func: LoadFunction = load_checkpoint,
+        layers: Layers | None = None,
+        loss_fn: LossFunction | None = None,
+        batch_size: BatchSize = "auto",
+        test_loss_fn: LossFunction | None = None,
+        sample_wise_grads_per_batch: bool | None = None,
+        *,
+        damping: DampingArgument = "auto",
+        curvature: FisherName = "fisher",
+        hessian_dataset: Dataset[Any] | DataLoader[Any] | None = None,
+        relative: Literal["theta", "l"] | None = None,
+        rtol: float = 1e-5,
+        layers_without_kronecker: WithoutForm = "diagonal",
+        seed: int = 0,
+        test_output_fn: OutputFunction | None = None,
+        eval_mode: bool = True,
+        batch_axes: Any = None,
+        verify: Verify = "repeated",
+        store: str | Path | None = None,
+        store_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            train_dataset,
+            checkpoints,
+            checkpoints_load_func,
+            layers,
+            loss_fn,
+            batch_size,
+            test_loss_fn,
+            sample_wise_grads_per_batch,
+            inverse=EKFAC(damping, curvature, seed, rtol, layers_without_kronecker),
+            hessian_dataset=hessian_dataset,
+            relative=relative,
+            test_output_fn=test_output_fn,
+            eval_mode=eval_mode,
+            batch_axes=batch_axes,
+            verify=verify,
+            store=store,
+            store_dtype=store_dtype,
+        )
+
+    @property
+    def block_forms(self) -> dict[str, str]:
+        """The form of the curvature of each block, once it is fitted; empty before.
+
+        "Kronecker", "diagonal" ("diagonal (zero)" where no example has a gradient) or "left out";
+        "Kronecker, diagonal over its 50,257 outputs" where a side of a weight is longer than 8,192;
+        by parameter where those of a block differ: "weight: Kronecker; bias: diagonal". Where
+        checkpoints differ, their forms with "or" between.
+        """
+        return block_forms(self.model, self._fit.states, self._partition)
+
+    @property
+    def damping_used(self) -> list[dict[str, float]]:
+        """The damping of each block that takes part, at each checkpoint that is fitted.
+
+        With "auto" the blocks of a checkpoint have the same one.
+        """
+        forms = self.block_forms
+        return [
+            {block: value for block, value in values.items() if forms[block] != LEFT_OUT}
+            for values in super().damping_used
+        ]

@@ -1,24 +1,27 @@
 """Influence functions by LiSSA: Agarwal et al. 2017, arXiv 1602.03943."""
 
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from torch.utils.data import IterableDataset, default_collate
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
-from influence_kit.core.arguments import check_count, check_number
-from influence_kit.curvature.curvature import Curvature
-from influence_kit.curvature.passes import DataSet
-from influence_kit.data.batches import to_device
-from influence_kit.errors import InvalidArgumentError
-from influence_kit.methods.influence_functions.curvature_influence import CurvatureInfluence
-from influence_kit.methods.influence_functions.fitted import Facts
-from influence_kit.operators.solvers import lissa
-from influence_kit.scoring.term import Transform
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
+from influence_kit.curvature.damping import DampingArgument
+from influence_kit.curvature.operator_inverses import BlockArgument, CurvatureName
+from influence_kit.curvature.stochastic_series import LiSSA
+from influence_kit.gradients.gradient_source import Verify
+from influence_kit.losses.loss import LossFunction
+from influence_kit.losses.margins import OutputFunction
+from influence_kit.methods.arguments import documented
+from influence_kit.methods.example_batches import BatchSize
+from influence_kit.methods.influence_functions.influence_function import InfluenceFunction
+from influence_kit.methods.layer_names import Layers
 
 
-class LiSSAInfluenceFunction(CurvatureInfluence):
+@documented
+class LiSSAInfluenceFunction(InfluenceFunction):
     r"""score = grad loss(test)^T (C + damping I)^-1 grad loss(train), by a stochastic series.
 
     .. math::
@@ -60,66 +63,59 @@ class LiSSAInfluenceFunction(CurvatureInfluence):
 
     def __init__(
         self,
-        *args: Any,
+        model: nn.Module,
+        train_dataset: Dataset[Any] | DataLoader[Any],
+        checkpoints: Any,
+        checkpoints_load_func: LoadFunction = load_checkpoint,
+        layers: Layers | None = None,
+        loss_fn: LossFunction | None = None,
+        batch_size: BatchSize = "auto",
+        test_loss_fn: LossFunction | None = None,
+        sample_wise_grads_per_batch: bool | None = None,
+        *,
+        damping: DampingArgument = "auto",
+        curvature: CurvatureName = "ggn",
+        blocks: BlockArgument = "full",
+        hessian_dataset: Dataset[Any] | DataLoader[Any] | None = None,
+        relative: Literal["theta", "l"] | None = None,
+        seed: int = 0,
         recursion_depth: int = 1000,
         num_repeat: int = 1,
         scale: float | Literal["auto"] = "auto",
         hessian_batch_size: int | None = 64,
-        **kwargs: Any,
+        test_output_fn: OutputFunction | None = None,
+        eval_mode: bool = True,
+        batch_axes: Any = None,
+        verify: Verify = "repeated",
+        store: str | Path | None = None,
+        store_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(*args, **kwargs)
-        self.recursion_depth = check_count(recursion_depth, "recursion_depth")
-        self.num_repeat = check_count(num_repeat, "num_repeat")
-        if hessian_batch_size is not None:
-            hessian_batch_size = check_count(hessian_batch_size, "hessian_batch_size")
-        self.hessian_batch_size = hessian_batch_size
-        if scale != "auto":
-            scale = check_number(scale, "scale", above=0, instead='"auto"')
-        self.scale = scale
-
-    def _make_inverse(self, facts: Facts, damping: Tensor, data: DataSet) -> Transform:
-        operator = self._curvature(data)
-        sampled = self.hessian_batch_size is not None and self.hessian_batch_size < data.count
-
-        def solve(vectors: Tensor) -> Tensor:
-            return lissa(
-                operator,
-                vectors,
+        super().__init__(
+            model,
+            train_dataset,
+            checkpoints,
+            checkpoints_load_func,
+            layers,
+            loss_fn,
+            batch_size,
+            test_loss_fn,
+            sample_wise_grads_per_batch,
+            inverse=LiSSA(
                 damping,
-                self.recursion_depth,
-                self.num_repeat,
-                self.scale,
-                self._samples(operator) if sampled else None,
-                tol=torch.finfo(vectors.dtype).eps,
-            )
-
-        return self._through(solve)
-
-    def _samples(self, operator: Curvature) -> Callable[[int], Callable[[Tensor], Tensor]]:
-        """Products with the curvature of examples drawn anew for each call."""
-        loader: Any = self._hessian_loader
-        loader.check_draws()
-        examples: Any = getattr(loader, "dataset", None)
-        batches = getattr(loader, "batch_sampler", None)
-        if isinstance(examples, IterableDataset) or batches is None:
-            raise InvalidArgumentError(
-                f"no examples can be drawn from a {type(loader.batches).__name__} without a data "
-                "set that has places; use `hessian_batch_size=None`, which takes all of them each "
-                "time"
-            )
-        collate = getattr(loader, "collate_fn", default_collate)
-        order = [index for batch in batches for index in batch]
-        count = self.hessian_batch_size or len(order)
-
-        def start(repeat: int) -> Callable[[Tensor], Tensor]:
-            generator = torch.Generator().manual_seed(self.seed + repeat)
-
-            def product(vectors: Tensor) -> Tensor:
-                places = torch.randint(len(order), (count,), generator=generator)
-                batch = collate([examples[order[place]] for place in places.tolist()])
-                batch = to_device(loader.marked(batch), self._device)
-                return operator.batch_product(places.to(self._device), batch, vectors) / count
-
-            return product
-
-        return start
+                curvature,
+                blocks,
+                seed,
+                recursion_depth,
+                num_repeat,
+                scale,
+                hessian_batch_size,
+            ),
+            hessian_dataset=hessian_dataset,
+            relative=relative,
+            test_output_fn=test_output_fn,
+            eval_mode=eval_mode,
+            batch_axes=batch_axes,
+            verify=verify,
+            store=store,
+            store_dtype=store_dtype,
+        )

@@ -1,12 +1,22 @@
 """Captum's influence function by the Hessian written out: Koh and Liang 2017, arXiv 1703.04730."""
 
-import torch
+from typing import Any
 
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
+from influence_kit.curvature.hessian_eigenpairs import ExactEigenpairs
+from influence_kit.gradients.gradient_source import Verify
+from influence_kit.losses.loss import LossFunction
+from influence_kit.losses.margins import OutputFunction
+from influence_kit.methods.arguments import documented
+from influence_kit.methods.example_batches import BatchSize
 from influence_kit.methods.influence_functions.embedding_influence import EmbeddingInfluence
-from influence_kit.operators.low_rank import EigenPairs
-from influence_kit.operators.operator import Operator
+from influence_kit.methods.layer_names import Layers
 
 
+@documented
 class NaiveInfluenceFunction(EmbeddingInfluence):
     r"""score = <R^T grad loss(test), R^T grad loss(train)>, R = V / sqrt(D) of the summed Hessian.
 
@@ -54,6 +64,47 @@ class NaiveInfluenceFunction(EmbeddingInfluence):
         torch.Size([8, 4])
     """
 
-    def _pairs(self, hessian: Operator) -> EigenPairs:
-        (block,) = hessian.dense()
-        return EigenPairs(*torch.linalg.eigh(block))
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: Dataset[Any] | DataLoader[Any],
+        checkpoint: Any,
+        checkpoints_load_func: LoadFunction = load_checkpoint,
+        layers: Layers | None = None,
+        loss_fn: LossFunction | None = None,
+        batch_size: BatchSize = "auto",
+        hessian_dataset: Dataset[Any] | DataLoader[Any] | None = None,
+        test_loss_fn: LossFunction | None = None,
+        sample_wise_grads_per_batch: bool | None = None,
+        projection_dim: int | None = 50,
+        seed: int = 42,
+        hessian_reg: float = 1e-6,
+        hessian_inverse_tol: float = 1e-5,
+        projection_on_cpu: bool = True,
+        show_progress: bool = False,
+        *,
+        test_output_fn: OutputFunction | None = None,
+        eval_mode: bool = True,
+        batch_axes: Any = None,
+        verify: Verify = "repeated",
+    ) -> None:
+        super().__init__(
+            model,
+            train_dataset,
+            checkpoint,
+            checkpoints_load_func,
+            layers,
+            loss_fn,
+            batch_size,
+            hessian_dataset,
+            test_loss_fn,
+            sample_wise_grads_per_batch,
+            ExactEigenpairs(
+                hessian_reg, projection_dim, hessian_inverse_tol, projection_on_cpu, seed
+            ),
+            test_output_fn=test_output_fn,
+            eval_mode=eval_mode,
+            batch_axes=batch_axes,
+            verify=verify,
+            show_progress=show_progress,
+        )

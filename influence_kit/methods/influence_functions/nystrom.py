@@ -1,18 +1,26 @@
 """Influence functions by the randomized Nystroem approximation, arXiv 2110.02820."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
-from influence_kit.core.arguments import check_count
-from influence_kit.curvature.passes import DataSet
-from influence_kit.methods.influence_functions.curvature_influence import CurvatureInfluence
-from influence_kit.methods.influence_functions.fitted import Facts
-from influence_kit.operators.low_rank import LowRank, as_tensors, from_tensors, nystrom
-from influence_kit.scoring.term import Transform
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
+from influence_kit.curvature.damping import DampingArgument
+from influence_kit.curvature.operator_inverses import BlockArgument, CurvatureName, Nystrom
+from influence_kit.gradients.gradient_source import Verify
+from influence_kit.losses.loss import LossFunction
+from influence_kit.losses.margins import OutputFunction
+from influence_kit.methods.arguments import documented
+from influence_kit.methods.example_batches import BatchSize
+from influence_kit.methods.influence_functions.influence_function import InfluenceFunction
+from influence_kit.methods.layer_names import Layers
 
 
-class NystromInfluenceFunction(CurvatureInfluence):
+@documented
+class NystromInfluenceFunction(InfluenceFunction):
     r"""score = grad loss(test)^T (C_nys + damping I)^-1 grad loss(train), C_nys of a given rank.
 
     .. math::
@@ -49,16 +57,49 @@ class NystromInfluenceFunction(CurvatureInfluence):
         torch.Size([4, 8])
     """
 
-    def __init__(self, *args: Any, rank: int = 100, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.rank = check_count(rank, "rank")
-
-    def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "rank": self.rank}
-
-    def _measure(self, data: DataSet) -> Facts:
-        return as_tensors(nystrom(self._curvature(data), self.rank, self.seed))
-
-    def _make_inverse(self, facts: Facts, damping: Tensor, data: DataSet) -> Transform:
-        pairs = from_tensors(facts, len(self.block_names))
-        return self._through(LowRank(pairs, damping, complement=True))
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: Dataset[Any] | DataLoader[Any],
+        checkpoints: Any,
+        checkpoints_load_func: LoadFunction = load_checkpoint,
+        layers: Layers | None = None,
+        loss_fn: LossFunction | None = None,
+        batch_size: BatchSize = "auto",
+        test_loss_fn: LossFunction | None = None,
+        sample_wise_grads_per_batch: bool | None = None,
+        *,
+        damping: DampingArgument = "auto",
+        curvature: CurvatureName = "ggn",
+        blocks: BlockArgument = "full",
+        hessian_dataset: Dataset[Any] | DataLoader[Any] | None = None,
+        relative: Literal["theta", "l"] | None = None,
+        seed: int = 0,
+        rank: int = 100,
+        test_output_fn: OutputFunction | None = None,
+        eval_mode: bool = True,
+        batch_axes: Any = None,
+        verify: Verify = "repeated",
+        store: str | Path | None = None,
+        store_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            train_dataset,
+            checkpoints,
+            checkpoints_load_func,
+            layers,
+            loss_fn,
+            batch_size,
+            test_loss_fn,
+            sample_wise_grads_per_batch,
+            inverse=Nystrom(damping, curvature, blocks, seed, rank),
+            hessian_dataset=hessian_dataset,
+            relative=relative,
+            test_output_fn=test_output_fn,
+            eval_mode=eval_mode,
+            batch_axes=batch_axes,
+            verify=verify,
+            store=store,
+            store_dtype=store_dtype,
+        )

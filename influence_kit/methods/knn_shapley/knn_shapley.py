@@ -4,13 +4,15 @@ Letters: m test and n training examples, b test examples at a time, d features o
 neighbours.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.core.arguments import check_count
 from influence_kit.core.distributed import is_mine, sum_over_ranks
@@ -18,18 +20,22 @@ from influence_kit.core.memory import rows_within, workspace_bytes
 from influence_kit.data.batches import Batch
 from influence_kit.data.loaders import loader_length
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.gradients.source import GradientSource
+from influence_kit.gradients.gradient_source import Verify
+from influence_kit.losses.loss import LossFunction
+from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.activations import Features
-from influence_kit.methods.example_influence import ExampleInfluence, given
+from influence_kit.methods.arguments import documented
+from influence_kit.methods.base import ExampleInfluence
+from influence_kit.methods.example_batches import BatchSize
 from influence_kit.methods.knn_shapley.knn_points import Points, Reader
 from influence_kit.methods.knn_shapley.knn_values import (
     far_to_near,
     values_of_matches,
     values_of_targets,
 )
-from influence_kit.methods.layer_names import check_layer
+from influence_kit.methods.layer_names import Layers, check_layer
+from influence_kit.methods.questions import given, starts_again
 from influence_kit.methods.similarity.distances import euclidean_distance
-from influence_kit.methods.starting_again import starts_again
 from influence_kit.scoring.reducers import AllScores, Reducer, WholeRows
 
 Metric = Literal["euclidean", "cosine"]
@@ -38,6 +44,7 @@ Utility = Literal["accuracy", "squared_error"]
 BYTES_A_PAIR = 96
 
 
+@documented
 class KNNShapley(ExampleInfluence):
     r"""score = sum over ranks j >= r of (c_j - c_{j+1}) / max(K, j), c_j = [label j = test label].
 
@@ -86,12 +93,21 @@ class KNNShapley(ExampleInfluence):
         model: nn.Module,
         train_dataset: Dataset[Any] | DataLoader[Any],
         checkpoints: Any = None,
-        *args: Any,
+        checkpoints_load_func: LoadFunction = load_checkpoint,
+        layers: Layers | None = None,
+        loss_fn: LossFunction | None = None,
+        batch_size: BatchSize = "auto",
+        test_loss_fn: LossFunction | None = None,
+        sample_wise_grads_per_batch: bool | None = None,
+        *,
         n_neighbors: int = 5,
         layer: str | nn.Module | None = None,
         metric: Metric = "euclidean",
         utility: Utility = "accuracy",
-        **kwargs: Any,
+        test_output_fn: OutputFunction | None = None,
+        eval_mode: bool = True,
+        batch_axes: Any = None,
+        verify: Verify = "repeated",
     ) -> None:
         if metric not in ("euclidean", "cosine"):
             raise InvalidArgumentError(f'`metric` must be "euclidean" or "cosine"; got {metric!r}')
@@ -99,7 +115,7 @@ class KNNShapley(ExampleInfluence):
             raise InvalidArgumentError(
                 f'`utility` must be "accuracy" or "squared_error"; got {utility!r}'
             )
-        if kwargs.get("test_output_fn") is not None:
+        if test_output_fn is not None:
             raise InvalidArgumentError(
                 f"`test_output_fn` is a function of outputs, and {self.get_name()} looks at labels "
                 "of neighbours alone: leave it out, or use a method of gradients (`TracInCP`, say)"
@@ -107,30 +123,31 @@ class KNNShapley(ExampleInfluence):
         self.n_neighbors = check_count(n_neighbors, "n_neighbors")
         self.layer = check_layer(model, layer) if isinstance(layer, nn.Module) else layer
         self.metric, self.utility = metric, utility
-        super().__init__(model, train_dataset, checkpoints, *args, **kwargs)
-
-    def _find(self, checkpoints: Any) -> list[Any]:
-        if checkpoints is not None:
-            return super()._find(checkpoints)
-        if self.layer is not None:
-            raise InvalidArgumentError(
-                f"`checkpoints` is None: the output of layer '{self.layer}' is compared at each "
-                "checkpoint; [model.state_dict()] is the model as it is now"
-            )
-        return []
-
-    def _look_at(self, layers: Any) -> None:
         if layers is not None:
             raise InvalidArgumentError(
                 f"`layers` names parameters, which {self.get_name()} does not look at; name one "
                 "`layer`, whose output is then compared"
             )
-        if self.layer is not None:
-            check_layer(self.model, self.layer)
-        self.__dict__["layers"] = None
-        # they tell the device and the precision alone; a model without any is where torch puts it
-        self._parameters = dict(self.model.named_parameters()) or {"": nn.Parameter(torch.empty(0))}
-        self._source = GradientSource(self.model, {})
+        super().__init__(
+            model,
+            train_dataset,
+            checkpoints,
+            checkpoints_load_func,
+            layers,
+            loss_fn,
+            batch_size,
+            test_loss_fn,
+            sample_wise_grads_per_batch,
+            eval_mode=eval_mode,
+            batch_axes=batch_axes,
+            verify=verify,
+            select=partial(_all_parameters, layer=self.layer),
+            differentiates=False,
+        )
+
+    def _found_checkpoints(self, checkpoints: Any) -> list[Any]:
+        checkpoints = _used(checkpoints, self.layer)
+        return [] if checkpoints is None else super()._found_checkpoints(checkpoints)
 
     # What a user calls.
 
@@ -152,26 +169,26 @@ class KNNShapley(ExampleInfluence):
         """
         doing = "compute self influence. Processing batch"
         reducer = AllScores()
-        with self._session() as loader:
-            points, _ = self._points(loader, self._batches(inputs), None, doing, show_progress)
+        with self.session() as loader:
+            points, _ = self._points(loader, self.batches(inputs), None, doing, show_progress)
             for rows, block in self._blocks(points, points, show_progress):
                 reducer.update(rows, block.gather(1, rows.to(block.device)[:, None]).squeeze(1))
         return reducer.result().to(self._dtype)
 
     # How it is done.
 
-    def _reducer(self, k: int | None, proponents: bool) -> Reducer:
+    def make_reducer(self, k: int | None, proponents: bool) -> Reducer:
         return WholeRows(k, proponents)
 
-    def _stream_scores(
+    def stream_scores(
         self, inputs: Any, reducer: Reducer, doing: str, show_progress: bool, aggregate: bool
     ) -> None:
-        with self._session() as loader:
-            tests = self._batches(given(inputs), ordered=not aggregate)
+        with self.session() as loader:
+            tests = self.batches(given(inputs), ordered=not aggregate)
             train, test = self._points(loader, self.train_dataloader, tests, doing, show_progress)
             blocks = self._blocks(train, test, show_progress)
             if aggregate:
-                total = torch.zeros(1, train[0].n, dtype=torch.float64, device=self._device)
+                total = torch.zeros(1, train[0].n, dtype=torch.float64, device=self.device)
                 for _, block in blocks:
                     total += block.sum(0)
                 mine = _of_this_rank(1)
@@ -194,12 +211,12 @@ class KNNShapley(ExampleInfluence):
         total = None if length is None else length * len(places)
         features = Features(self.model, self.layer)
         any_number = self.utility == "squared_error"
-        read = Reader(features, self.metric == "cosine", any_number, self._device)
+        read = Reader(features, self.metric == "cosine", any_number, self.device)
         read.refuse_unfit_labels(train, "training")
         if test is not None:
             read.refuse_unfit_labels(test, "test")
         found: tuple[list[Points], list[Points]] = ([], [])
-        with self._bar(doing, total, show_progress) as bar:
+        with self.progress(doing, total, show_progress) as bar:
             for place in places:
                 if place is not None:
                     loader.load(place)
@@ -213,11 +230,11 @@ class KNNShapley(ExampleInfluence):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's test examples, some at a time, with their scores ``[b, n]``, float64."""
         n, mine = train[0].n, _of_this_rank(test[0].n)
-        size = rows_within(4 * workspace_bytes(self._device), BYTES_A_PAIR * n)
+        size = rows_within(4 * workspace_bytes(self.device), BYTES_A_PAIR * n)
         doing = "value training examples. Processing test example"
-        with self._bar(doing, len(mine), show_progress) as bar:
+        with self.progress(doing, len(mine), show_progress) as bar:
             for rows in mine.split(size):
-                total = torch.zeros(len(rows), n, dtype=torch.float64, device=self._device)
+                total = torch.zeros(len(rows), n, dtype=torch.float64, device=self.device)
                 for known, asked in zip(train, test, strict=True):
                     total += self._values(known, asked.features[rows], asked.labels[rows])
                 yield rows, total.div_(len(train))
@@ -233,6 +250,23 @@ class KNNShapley(ExampleInfluence):
             targets = train.labels.double()[order]
             values = values_of_targets(targets, labels.double()[:, None], self.n_neighbors)
         return torch.empty_like(values).scatter_(1, order, values)
+
+
+def _used(checkpoints: Any, layer: str | None) -> Any:
+    """The argument ``checkpoints``, which only a layer needs."""
+    if checkpoints is None and layer is not None:
+        raise InvalidArgumentError(
+            f"`checkpoints` is None: the output of layer '{layer}' is compared at each checkpoint; "
+            "[model.state_dict()] is the model as it is now"
+        )
+    return checkpoints
+
+
+def _all_parameters(model: nn.Module, layers: Any, layer: str | None) -> Mapping[str, nn.Parameter]:
+    """They tell the device and the precision alone; a model without any is where torch puts it."""
+    if layer is not None:
+        check_layer(model, layer)
+    return dict(model.named_parameters()) or {"": nn.Parameter(torch.empty(0))}
 
 
 def _of_this_rank(count: int) -> Tensor:

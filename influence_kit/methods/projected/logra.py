@@ -1,11 +1,29 @@
 """LoGra: Choe et al. 2024, arXiv 2405.13954."""
 
+from pathlib import Path
 from typing import Any, Literal
 
-from influence_kit.methods.projected.projected import Dim, ProjectedInfluence, check_kind
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
+from influence_kit.curvature.damping import DampingArgument
+from influence_kit.curvature.kronecker_curvature import FisherName
+from influence_kit.curvature.operator_inverses import BlockArgument
+from influence_kit.gradients.gradient_source import Verify
+from influence_kit.losses.loss import LossFunction
+from influence_kit.losses.margins import OutputFunction
+from influence_kit.methods.arguments import documented
+from influence_kit.methods.example_batches import BatchSize
+from influence_kit.methods.influence_functions.influence_function import InfluenceFunction
+from influence_kit.methods.layer_names import Layers
+from influence_kit.methods.projected.projected_inverse import ProjectedInverse
+from influence_kit.projections.projected import Dim, Kind, Projected
 
 
-class LoGra(ProjectedInfluence):
+@documented
+class LoGra(InfluenceFunction):
     r"""score = sum over layers of u_test^T (F + damping I)^-1 u_train, u = vec(P_o^T G P_i).
 
     .. math::
@@ -63,10 +81,49 @@ class LoGra(ProjectedInfluence):
 
     def __init__(
         self,
-        *args: Any,
+        model: nn.Module,
+        train_dataset: Dataset[Any] | DataLoader[Any],
+        checkpoints: Any,
+        checkpoints_load_func: LoadFunction = load_checkpoint,
+        layers: Layers | None = None,
+        loss_fn: LossFunction | None = None,
+        batch_size: BatchSize = "auto",
+        test_loss_fn: LossFunction | None = None,
+        sample_wise_grads_per_batch: bool | None = None,
+        *,
         projection_dim: Dim = 4096,
-        projection: Literal["gaussian", "rademacher", "orthogonal", "identity"] = "orthogonal",
-        **kwargs: Any,
+        projection: Kind = "orthogonal",
+        damping: DampingArgument = "auto",
+        curvature: FisherName = "empirical_fisher",
+        blocks: BlockArgument = "layer",
+        hessian_dataset: Dataset[Any] | DataLoader[Any] | None = None,
+        relative: Literal["theta", "l"] | None = None,
+        seed: int = 0,
+        test_output_fn: OutputFunction | None = None,
+        eval_mode: bool = True,
+        batch_axes: Any = None,
+        verify: Verify = "repeated",
+        store: str | Path | None = None,
+        store_dtype: torch.dtype | None = None,
     ) -> None:
-        self.projection = check_kind(projection)
-        super().__init__(*args, projection_dim=projection_dim, **kwargs)
+        super().__init__(
+            model,
+            train_dataset,
+            checkpoints,
+            checkpoints_load_func,
+            layers,
+            loss_fn,
+            batch_size,
+            test_loss_fn,
+            sample_wise_grads_per_batch,
+            inverse=ProjectedInverse(damping, curvature, blocks, seed),
+            hessian_dataset=hessian_dataset,
+            relative=relative,
+            features=Projected(projection_dim, projection, seed),
+            test_output_fn=test_output_fn,
+            eval_mode=eval_mode,
+            batch_axes=batch_axes,
+            verify=verify,
+            store=store,
+            store_dtype=store_dtype,
+        )

@@ -16,7 +16,7 @@ from influence_kit.core.scaling import unit_rows
 from influence_kit.data.batches import Batch, example_count, take, to_device
 from influence_kit.data.class_labels import logits_of
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
-from influence_kit.gradients.source import GradientSource
+from influence_kit.gradients.gradient_source import GradientSource
 from influence_kit.losses.loss import Loss, LossFunction
 from influence_kit.methods.representer.last_layer import LastLayer, at_last_layer, joined
 from influence_kit.methods.representer.newton import Objective, minimum

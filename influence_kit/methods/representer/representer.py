@@ -4,30 +4,35 @@ Letters: m test and n training examples, t positions (1 unless an example is a s
 of the last layer, c outputs.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from typing_extensions import Self
 
-from influence_kit.checkpoints.found import LoadFunction, load_checkpoint
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.core.dtypes import has_complex
 from influence_kit.data.batches import Batch
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.factored import Factored
+from influence_kit.gradients.gradient_source import Verify
+from influence_kit.gradients.parameter_selection import choose_parameters
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rules import linear, rule_for, transposed_linear
-from influence_kit.gradients.source import Verify
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
-from influence_kit.methods.base import BatchSize
-from influence_kit.methods.example_influence import given
-from influence_kit.methods.kept_fit import KeptFit
+from influence_kit.methods.arguments import documented
+from influence_kit.methods.example_batches import TRAIN, BatchSize
+from influence_kit.methods.fit_cache import FitCache
+from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.layer_names import check_layer
+from influence_kit.methods.questions import given, starts_again
 from influence_kit.methods.representer.last_layer import chosen_outputs
 from influence_kit.methods.representer.refit import Head, Refit, Settings
 from influence_kit.methods.row_check import RowCheck
@@ -38,7 +43,8 @@ from influence_kit.scoring.term import Side, Term
 VALUE, CHOSEN = "representer value", "chosen output"
 
 
-class RepresenterPointSelection(KeptFit):
+@documented
+class RepresenterPointSelection(InnerProductInfluence):
     r"""score = alpha_train[label of test] * <f_train, f_test>, f the input of the last layer.
 
     .. math::
@@ -136,12 +142,13 @@ class RepresenterPointSelection(KeptFit):
         verify: Verify = "repeated",
     ) -> None:
         self._how = Settings(l2, normalize, count_bias, tol, max_iter)
+        name = check_layer(model, final_fc_layer)
         super().__init__(
             model,
             train_dataset,
             checkpoints,
             checkpoints_load_func,
-            [check_layer(model, final_fc_layer)],
+            [name],
             loss_fn,
             batch_size,
             test_output_fn=test_output_fn,
@@ -149,22 +156,12 @@ class RepresenterPointSelection(KeptFit):
             batch_axes=batch_axes,
             verify=verify,
         )
-
-    def _look_at(self, layers: Any) -> None:
-        super()._look_at(layers)
-        if rule_for(self.final_fc_layer) not in (linear, transposed_linear):
-            raise InvalidArgumentError(
-                f"`final_fc_layer` must be a linear layer; '{self._layer}' is {self.final_fc_layer}"
-            )
-        if has_complex(self.final_fc_layer):
-            raise InvalidArgumentError(
-                f"`final_fc_layer` '{self._layer}' has complex parameters, and the refit is of "
-                "real ones; a method of gradients takes them (`TracInCPFast`, say)"
-            )
+        self._select = _linear_parameters
+        self._look_at(self.layers)
+        self._fit = self._caches.add(FitCache("the last layer", "fitted", TRAIN), first=True)
+        self._cache.remedy = self._fit.remedy
 
     # What a method says.
-
-    _verb = "fitted"
 
     def terms(self) -> list[Term]:
         """One term a checkpoint; scores are their mean."""
@@ -187,12 +184,49 @@ class RepresenterPointSelection(KeptFit):
         outputs = weight.shape[0 if rule_for(self.final_fc_layer) is linear else 1]
         return self.test_output_fn is not None or outputs > 1
 
+    @starts_again
+    def fit(self, show_progress: bool = False) -> Self:
+        """Refit at every checkpoint, again; ``influence`` does so by itself once.
+
+        Args:
+            show_progress: a bar over the checkpoints.
+        """
+        self.forget()
+        with self.session() as loader:
+            self.prepare(loader, show_progress)
+        return self
+
+    @starts_again
+    def save(self, folder: str | Path) -> None:
+        """Write the refitted layers to a folder; fits where that has not been done."""
+        with self.session() as loader:
+            self.prepare(loader)
+            self._fit.save(folder, self._description(loader))
+
+    @starts_again
+    def load(self, folder: str | Path) -> Self:
+        """Take what ``save`` has written, in place of ``fit``.
+
+        Raises:
+            InvalidArgumentError: where it was saved for another model, data set, loss or setting.
+        """
+        with self._caches.beside(), self.session() as loader:
+            self._fit.load(
+                folder,
+                self._description(loader),
+                loader,
+                len(self.checkpoints),
+                self.device,
+                self._caches,
+            )
+        return self
+
     def representer_values(self, checkpoint: int = 0) -> Tensor:
         """The alphas of the training examples, ``[n, c]``, or ``[n, t, c]``, at a checkpoint.
 
         Sequences of different lengths are filled up with zeros.
         """
-        return _without_one(self._found(None, checkpoint)[0].deltas).to(self._dtype)
+        return _without_one(self._values(None, checkpoint)[0].deltas).to(self._dtype)
 
     def refitted_outputs(self, inputs: Any, checkpoint: int = 0) -> Tensor:
         """What the refitted layer gives: ``[m, c]``, or ``[m, t, c]``.
@@ -201,7 +235,7 @@ class RepresenterPointSelection(KeptFit):
             inputs: examples with their labels: one batch (tuple, list or dict) or a DataLoader.
             checkpoint: the number of the checkpoint.
         """
-        form, head = self._found(given(inputs), checkpoint)
+        form, head = self._values(given(inputs), checkpoint)
         outputs = form.inputs.double() @ head.weights.T
         return _without_one(outputs).to(self._dtype)
 
@@ -210,7 +244,7 @@ class RepresenterPointSelection(KeptFit):
     @property
     def _layer(self) -> str:
         assert self.layers is not None
-        return self.layers[0]
+        return str(self.layers[0])
 
     @property
     def _refit(self) -> Refit:
@@ -218,50 +252,37 @@ class RepresenterPointSelection(KeptFit):
         given = self._source, self._train_loss, self.loss_fn
         return Refit(self.model, self._layer, *given, self._how, check)
 
-    def _forget(self) -> None:
-        super()._forget()
-        self._heads: dict[int, Head] = {}
-
-    @property
-    def _what_is_fitted(self) -> str:
-        return "the last layer"
-
-    def _settings(self) -> dict[str, Any]:
+    def _description(self, loader: CheckpointLoader) -> dict[str, Any]:
+        """What a saved fit belongs to."""
         how = asdict(self._how)
         # the most steps change nothing where fewer were enough
         del how["max_iter"]
-        return {"layer": self._layer, **how}
+        return {
+            "method": self.get_name(),
+            "layer": self._layer,
+            **how,
+            **self._identity(loader, self.train_dataloader),
+        }
 
-    def _found_at(self, place: int) -> dict[str, Tensor]:
-        head = self._heads[place]
-        return {"weights": head.weights, "examples": torch.tensor(head.n)}
-
-    def _take(self, place: int, facts: dict[str, Tensor]) -> None:
-        self._heads[place] = Head(facts["weights"], int(facts["examples"]))
-
-    @property
-    def _is_fitted(self) -> bool:
-        return bool(self._heads)
-
-    def _is_fitted_at(self, place: int) -> bool:
-        return place in self._heads
-
-    def _plan(
-        self,
-        loader: CheckpointLoader,
-        inputs: Any,
-        ordered: bool = True,
-        show_progress: bool = False,
-    ) -> tuple[list[Term], Iterable[Batch]]:
+    def prepare(self, loader: CheckpointLoader, show_progress: bool = False) -> None:
         # before the data is shared out: every rank needs the whole of it
-        self._fit_everywhere(loader, show_progress)
-        return super()._plan(loader, inputs, ordered)
+        super().prepare(loader, show_progress)
+        indices, states = range(len(self.checkpoints)), self._fit.states
+        show = show_progress and not all(index in states for index in indices)
+        doing = "fit the last layer. Processing checkpoint"
+        with self.progress(doing, len(indices), show) as bar:
+            for index in indices:
+                loader.load(index)
+                if index not in states:
+                    head = self._refit.head(self.train_dataloader, self.device)
+                    examples = torch.tensor(head.n)
+                    states[index] = {"weights": head.weights, "examples": examples}
+                bar.update()
 
-    def _fit_at(self, place: int, loader: CheckpointLoader) -> None:
-        """Have the refitted layer of a checkpoint."""
-        loader.load(place)
-        if place not in self._heads:
-            self._heads[place] = self._refit.head(self.train_dataloader, self._device)
+    def _head(self, index: int) -> Head:
+        """The refitted layer of a checkpoint."""
+        state = self._fit.states[index]
+        return Head(state["weights"], int(state["examples"]))
 
     def _side(self, place: int, kind: str) -> Side:
         name = next(iter(self._parameters))
@@ -276,7 +297,7 @@ class RepresenterPointSelection(KeptFit):
 
     def _output_side(self, place: int, batch: Batch) -> Gradients:
         """A batch as test examples whose output is of the user's own: (its slopes) f^T."""
-        head, sample = self._heads[place], self._sample
+        head, sample = self._head(place), self._sample
         measured = replace(self._refit, loss=self._test_loss, loss_fn=self.test_output_fn)
         seen = measured.seen(batch)
         slopes, shape = -measured.slopes(seen, head), head.weights.shape
@@ -285,7 +306,7 @@ class RepresenterPointSelection(KeptFit):
 
     def _both_sides(self, place: int, batch: Batch) -> Gradients:
         """A batch as training and as test examples: alpha f^T and (chosen output) f^T."""
-        head, sample = self._heads[place], self._sample
+        head, sample = self._head(place), self._sample
         seen = self._refit.seen(batch)
         values = self._refit.values(seen, head)
         chosen = chosen_outputs(values, seen.batch, self._train_loss.shift)
@@ -296,18 +317,34 @@ class RepresenterPointSelection(KeptFit):
         }
         return Gradients(len(values), forms, dict.fromkeys(forms, shape), sample)
 
-    def _found(self, inputs: Any, checkpoint: int) -> tuple[Factored, Head]:
+    def _values(self, inputs: Any, checkpoint: int) -> tuple[Factored, Head]:
         """The training side of examples (None: the training set), and the refitted layer."""
         if checkpoint not in range(len(self.checkpoints)):
             raise InvalidArgumentError(
                 f"`checkpoint` must be from 0 to {len(self.checkpoints) - 1}; got {checkpoint!r}"
             )
-        with self._session() as loader:
+        with self.session() as loader:
             _, batches = self._plan(loader, inputs)
             side = Side(checkpoint, partial(self._both_sides, checkpoint))
             form = Stream([], loader, self._sample).test_side(side, batches).forms[VALUE]
         assert isinstance(form, Factored)
-        return form, self._heads[checkpoint]
+        return form, self._head(checkpoint)
+
+
+def _linear_parameters(
+    model: nn.Module, layers: Sequence[str] | None
+) -> Mapping[str, nn.Parameter]:
+    """The parameters of the last layer, which must be linear and real."""
+    assert layers is not None
+    name, layer = layers[0], model.get_submodule(layers[0])
+    if rule_for(layer) not in (linear, transposed_linear):
+        raise InvalidArgumentError(f"`final_fc_layer` must be a linear layer; '{name}' is {layer}")
+    if has_complex(layer):
+        raise InvalidArgumentError(
+            f"`final_fc_layer` '{name}' has complex parameters, and the refit is of real ones; a "
+            "method of gradients takes them (`TracInCPFast`, say)"
+        )
+    return choose_parameters(model, layers)
 
 
 def _without_one(values: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.core.arguments import check_count, check_number
 from influence_kit.core.memory import rows_within, workspace_bytes
+from influence_kit.core.summary import summary
 from influence_kit.data.batches import Batch, example_count
 from influence_kit.data.checked_batches import CheckedBatches
 from influence_kit.data.loaders import as_loader
@@ -23,7 +24,7 @@ from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.gradients.check import refuse_mixing_layers
 from influence_kit.methods.activations import examples_first
 from influence_kit.methods.layer_names import Layers, check_layers
-from influence_kit.methods.read_only import ReadOnly
+from influence_kit.methods.read_only import Made, read_only
 from influence_kit.methods.row_check import RowCheck
 from influence_kit.methods.similarity.distances import (
     cosine_similarity,
@@ -36,7 +37,6 @@ from influence_kit.methods.similarity.saved_activations import (
     as_inputs,
     inputs_of,
 )
-from influence_kit.methods.summary import summary
 from influence_kit.preservation.restore import borrowed
 from influence_kit.scoring.reducers import TopK
 
@@ -49,7 +49,8 @@ ZERO_VECTORS = (
 )
 
 
-class SimilarityInfluence(ReadOnly, DataInfluence):
+@read_only
+class SimilarityInfluence(DataInfluence, metaclass=Made):
     """score = similarity_metric(output of a layer for test, output of the layer for train).
 
     The examples of ``influence_src_dataset`` whose activations are nearest to those of a test

@@ -1,20 +1,25 @@
 """TracIn of the last fully-connected layer alone: Pruthi et al. 2020, arXiv 2002.08484."""
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from influence_kit.checkpoints.found import LoadFunction, load_checkpoint
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.core.locks import alone_with
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.gradients.source import GradientSource, Verify
+from influence_kit.gradients.gradient_source import Verify
+from influence_kit.gradients.parameter_selection import choose_parameters
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
-from influence_kit.methods.base import BatchSize
+from influence_kit.methods.arguments import documented
+from influence_kit.methods.example_batches import BatchSize
 from influence_kit.methods.tracin.tracin import TracInCPBase
 
 
+@documented
 class TracInCPFast(TracInCPBase):
     r"""score = sum over checkpoints of learning rate * (d_test . d_train) * (a_test . a_train + 1).
 
@@ -67,7 +72,6 @@ class TracInCPFast(TracInCPBase):
             raise InvalidArgumentError(
                 "loss function must not be none: the gradient at the last layer needs one"
             )
-        self.model = model
         self.vectorize = vectorize
         self._count_bias = count_bias
         super().__init__(
@@ -75,7 +79,7 @@ class TracInCPFast(TracInCPBase):
             train_dataset,
             checkpoints,
             checkpoints_load_func,
-            [self._name_of(final_fc_layer)],
+            [_name_of(model, final_fc_layer)],
             loss_fn,
             batch_size,
             test_loss_fn,
@@ -84,6 +88,8 @@ class TracInCPFast(TracInCPBase):
             batch_axes=batch_axes,
             verify=verify,
         )
+        self._select = partial(_parameters_of, count_bias=count_bias)
+        self._look_at(self.layers)
 
     @property
     def final_fc_layer(self) -> nn.Module:
@@ -94,26 +100,30 @@ class TracInCPFast(TracInCPBase):
     @final_fc_layer.setter
     def final_fc_layer(self, layer: str | nn.Module) -> None:
         with alone_with(self.model):
-            self._look_whole([self._name_of(layer)])
-        self._forget()
+            self._look_whole([_name_of(self.model, layer)])
+        self.forget()
 
-    def _name_of(self, layer: str | nn.Module) -> str:
-        for name, module in self.model.named_modules():
-            if module is layer or name == layer:
-                return str(name)
-        there = [name for name, _ in self.model.named_modules() if name]
+
+def _name_of(model: nn.Module, layer: str | nn.Module) -> str:
+    for name, module in model.named_modules():
+        if module is layer or name == layer:
+            return str(name)
+    there = [name for name, _ in model.named_modules() if name]
+    raise InvalidArgumentError(
+        f'Invalid final_fc_layer str: "{layer}" provided! The model has the layers {there}'
+    )
+
+
+def _parameters_of(
+    model: nn.Module, layers: Sequence[str] | None, count_bias: bool
+) -> dict[str, nn.Parameter]:
+    """The parameters of the last layer, which must be linear, with or without its bias."""
+    assert layers is not None
+    parameters, layer = choose_parameters(model, layers), model.get_submodule(layers[0])
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or len(parameters) > 2:
         raise InvalidArgumentError(
-            f'Invalid final_fc_layer str: "{layer}" provided! The model has the layers {there}'
+            f"`final_fc_layer` must be a linear layer; '{list(layers)}' is {layer}"
         )
-
-    def _look_at(self, layers: Any) -> None:
-        super()._look_at(layers)
-        weight = getattr(self.final_fc_layer, "weight", None)
-        if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or len(self._parameters) > 2:
-            raise InvalidArgumentError(
-                f"`final_fc_layer` must be a linear layer; '{self.layers}' is {self.final_fc_layer}"
-            )
-        if not self._count_bias:
-            bias = getattr(self.final_fc_layer, "bias", None)
-            self._parameters = {n: p for n, p in self._parameters.items() if p is not bias}
-            self._source = GradientSource(self.model, self._parameters, self.verify)
+    bias = None if count_bias else getattr(layer, "bias", None)
+    return {name: p for name, p in parameters.items() if bias is None or p is not bias}

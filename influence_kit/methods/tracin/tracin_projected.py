@@ -1,13 +1,25 @@
 """TracIn of all layers through projected gradients: arXiv 2002.08484, section 4."""
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
-from influence_kit.core.draws import check_seed
-from influence_kit.methods.projected.projected import Dim, ProjectedGradients, check_dim, check_kind
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
+from influence_kit.gradients.gradient_source import Verify
+from influence_kit.losses.loss import LossFunction
+from influence_kit.losses.margins import OutputFunction
+from influence_kit.methods.arguments import documented
+from influence_kit.methods.example_batches import BatchSize
+from influence_kit.methods.layer_names import Layers
 from influence_kit.methods.tracin.tracin import TracInCPBase
+from influence_kit.projections.projected import Dim, Kind, Projected
 
 
-class TracInCPRandProj(TracInCPBase, ProjectedGradients):
+@documented
+class TracInCPRandProj(TracInCPBase):
     r"""score = sum over checkpoints and layers of learning rate * <u_test, u_train>.
 
     .. math::
@@ -44,13 +56,42 @@ class TracInCPRandProj(TracInCPBase, ProjectedGradients):
 
     def __init__(
         self,
-        *args: Any,
+        model: nn.Module,
+        train_dataset: Dataset[Any] | DataLoader[Any],
+        checkpoints: Any,
+        checkpoints_load_func: LoadFunction = load_checkpoint,
+        layers: Layers | None = None,
+        loss_fn: LossFunction | None = None,
+        batch_size: BatchSize = "auto",
+        test_loss_fn: LossFunction | None = None,
+        sample_wise_grads_per_batch: bool | None = None,
+        *,
         projection_dim: Dim = 4096,
-        projection: Literal["gaussian", "rademacher", "orthogonal", "identity"] = "orthogonal",
+        projection: Kind = "orthogonal",
         seed: int = 0,
-        **kwargs: Any,
+        test_output_fn: OutputFunction | None = None,
+        eval_mode: bool = True,
+        batch_axes: Any = None,
+        verify: Verify = "repeated",
+        store: str | Path | None = None,
+        store_dtype: torch.dtype | None = None,
     ) -> None:
-        self.projection_dim = check_dim(projection_dim)
-        self.projection = check_kind(projection)
-        self.seed = check_seed(seed)
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            model,
+            train_dataset,
+            checkpoints,
+            checkpoints_load_func,
+            layers,
+            loss_fn,
+            batch_size,
+            test_loss_fn,
+            sample_wise_grads_per_batch,
+            features=Projected(projection_dim, projection, seed),
+            test_output_fn=test_output_fn,
+            eval_mode=eval_mode,
+            batch_axes=batch_axes,
+            verify=verify,
+            store=store,
+            store_dtype=store_dtype,
+        )
+        self.projection_dim, self.projection, self.seed = projection_dim, projection, seed

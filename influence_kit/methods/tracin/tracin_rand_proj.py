@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from influence_kit.checkpoints.found import LoadFunction, load_checkpoint
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.core.arguments import check_count
 from influence_kit.core.draws import check_seed
 from influence_kit.core.memory import rows_within, workspace_bytes
 from influence_kit.errors import NonFiniteError
-from influence_kit.gradients.source import Verify
+from influence_kit.gradients.gradient_source import Verify
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
-from influence_kit.methods.base import BatchSize
-from influence_kit.methods.example_influence import check_k, given
-from influence_kit.methods.starting_again import starts_again
+from influence_kit.methods.arguments import documented
+from influence_kit.methods.caches import Cache
+from influence_kit.methods.example_batches import BatchSize
+from influence_kit.methods.questions import check_k, given, starts_again
 from influence_kit.methods.tracin.nearest_neighbors import ExactNearestNeighbors, NearestNeighbors
 from influence_kit.methods.tracin.tracin_fast import TracInCPFast
 from influence_kit.projections.maps import Identity
@@ -34,6 +35,22 @@ from influence_kit.scoring.term import Term
 OWNERS: WeakKeyDictionary[NearestNeighbors, Tensor] = WeakKeyDictionary()
 
 
+class StoredVectors(Cache):
+    """The vectors of the training set, once they are made."""
+
+    vectors: Tensor | None = None
+
+    @property
+    def since(self) -> str | None:
+        """What was done when they were made."""
+        return None if self.vectors is None else "the vectors of the training set were stored"
+
+    def clear(self) -> None:
+        """Drop them."""
+        self.vectors = None
+
+
+@documented
 class TracInCPFastRandProj(TracInCPFast):
     r"""score = <v(test), v(train)>, v = sqrt(learning rate) * (J^T d) (A^T [a, 1])^T.
 
@@ -102,14 +119,7 @@ class TracInCPFastRandProj(TracInCPFast):
             batch_axes=batch_axes,
             verify=verify,
         )
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._stored: Tensor | None = None
-
-    @property
-    def _kept_since(self) -> str | None:
-        return None if self._stored is None else "the vectors of the training set were stored"
+        self._stored = self._caches.add(StoredVectors(), first=True)
 
     def terms(self) -> list[Term]:
         """One term a checkpoint, projected alike on both sides."""
@@ -150,14 +160,16 @@ class TracInCPFastRandProj(TracInCPFast):
 
     def _vectors_stored(self) -> Tensor:
         """The same, of what has just been checked."""
-        if self._stored is None:
-            self._stored = self._finite(self._vectors(None, of_tests=False), "training")
-            self._note(self._used)
+        stored = self._stored.vectors
+        if stored is None:
+            stored = self._finite(self._vectors(None, of_tests=False), "training")
+            self._stored.vectors = stored
+            self._caches.note()
         # an index that another object has filled since would answer for that
-        if OWNERS.get(self.nearest_neighbors) is not self._stored:
-            self.nearest_neighbors.setup(self._stored)
-            OWNERS[self.nearest_neighbors] = self._stored
-        return self._stored
+        if OWNERS.get(self.nearest_neighbors) is not stored:
+            self.nearest_neighbors.setup(stored)
+            OWNERS[self.nearest_neighbors] = stored
+        return stored
 
     def _finite(self, vectors: Tensor, kind: str) -> Tensor:
         bad = torch.nonzero(~torch.isfinite(vectors).all(1))[:, 0].tolist()

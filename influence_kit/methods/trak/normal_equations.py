@@ -3,19 +3,24 @@
 Letters: n training examples, k entries of their features.
 """
 
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from influence_kit.core.distributed import sum_over_ranks
+from influence_kit.curvature.damping import TRACE, DampingArgument
+from influence_kit.curvature.fit_data import FitData
+from influence_kit.curvature.inverse_curvature import InverseCurvature, State
 from influence_kit.curvature.passes import DataSet
 from influence_kit.data.batches import Batch
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
-from influence_kit.gradients.per_example import Gradients
+from influence_kit.gradients.per_example import Gradients, Transform
 from influence_kit.methods.trak.output_features import FEATURES, SLOPE
+from influence_kit.operators.solvers import Cholesky
 from influence_kit.operators.wording import Wording
 
 # what is inverted is no curvature, and what is added to it no damping
@@ -27,6 +32,40 @@ OF_FEATURES = Wording(
     remedy="a model in float64: Phi^T Phi has negative eigenvalues by rounding alone",
 )
 GRAM = "gram"
+# of ridge="auto" with one checkpoint: of their mean eigenvalue
+SHARE_OF_ONE = 1.5
+
+
+class NormalEquations(InverseCurvature):
+    """(Phi^T Phi + ridge I)^-1 of the features of the training set; see ``TRAK``.
+
+    Args:
+        ridge: a positive number, or a rule by name.
+        seed: has no effect; that of the features is theirs.
+    """
+
+    auto_rule = TRACE
+    wording = OF_FEATURES
+    takes_own_labels = True
+
+    def __init__(self, ridge: DampingArgument = "auto", seed: int = 0) -> None:
+        super().__init__(ridge, seed)
+
+    def blocks_of(self, model: nn.Module, names: Sequence[str]) -> Mapping[str, list[str]]:
+        return {FEATURES: list(names)}
+
+    def fit(self, data: FitData) -> State:
+        return normal_equations(data.cached, data.examples, *data.partition.sizes)
+
+    def share(self, data: FitData) -> float:
+        # the mean over checkpoints takes away noise, too
+        return SHARE_OF_ONE / math.sqrt(len(data.checkpoints))
+
+    def traces(self, state: State, data: FitData) -> Tensor:
+        return trace_of_features(state[GRAM], data.count, data.argument)
+
+    def inverse(self, state: State, damping: Tensor, data: FitData) -> Transform:
+        return data.through(Cholesky([state[GRAM]], damping, [FEATURES], OF_FEATURES))
 
 
 def normal_equations(

@@ -3,21 +3,22 @@
 Letters: n examples, k entries of their features.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from influence_kit.core.arguments import check_count
+from influence_kit.core.draws import check_seed
 from influence_kit.core.dtypes import exact_dtype
 from influence_kit.data.batches import Batch, call_model, example_count, targets_of
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.gradients.feature_map import FeatureMap
 from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.gradients.source import GradientSource
-from influence_kit.losses.loss import Loss
+from influence_kit.losses.loss import Loss, declared_reduction
 from influence_kit.losses.margins import (
     OutputFunction,
     classification_margin,
@@ -30,47 +31,64 @@ FEATURES, SLOPE = "features", "1 - p"
 KINDS = ("sjlt", "rademacher", "gaussian", "identity")
 
 
-def check_features(projection: object, projection_dim: object, shift: object) -> None:
-    """Refuse arguments of ``TRAK`` that make no features."""
-    if projection not in KINDS:
-        raise InvalidArgumentError(
-            f"`projection` must be one of {', '.join(KINDS)}; got {projection!r}"
-        )
-    check_count(projection_dim, "projection_dim")
-    if shift is not None and (isinstance(shift, bool) or shift not in (0, 1)):
-        raise InvalidArgumentError(f"`shift` must be None, 0 or 1; got {shift!r}")
-
-
-@dataclass
-class OutputFeatures:
+class OutputFeatures(FeatureMap):
     """phi = P^T grad f, with one projection P of all parameters for each checkpoint.
 
+    With the features of a training example its slope is cached, 1 - p.
+
     Args:
-        source: of the model's gradients.
-        output_fn: the function f; None for the margin of a classifier.
-        loss: whose slope along f is asked for, where f is not the margin.
-        kind: of the projection.
-        dim: the letter k; all parameters' entries where nothing is projected.
+        projection: the kind of the projection: "sjlt", "rademacher", "gaussian" or "identity".
+        projection_dim: entries of the features; all parameters' where nothing is projected.
         seed: of the projections.
         shift: by how many positions labels are behind logits, for the margin.
-        test_output: what is differentiated of test examples; None for f.
+        output_fn: the function f; None for the margin of a classifier.
+        test_output_fn: what is differentiated of test examples; None for f.
     """
 
-    source: GradientSource
-    output_fn: OutputFunction | None
-    loss: Loss
-    kind: str
-    dim: int
-    seed: int
-    shift: int | None = None
-    test_output: Loss | None = None
-    _projections: dict[int, JointProjection] = field(default_factory=dict)
+    is_short = True
+    is_linear = False
 
-    @cached_property
-    def output(self) -> Loss:
-        """The output function, as what is differentiated."""
-        margin = partial(classification_margin, shift=self.shift)
-        return Loss(self.output_fn or margin, "none", "output_fn")
+    def __init__(
+        self,
+        projection: str = "sjlt",
+        projection_dim: int = 512,
+        seed: int = 0,
+        shift: int | None = None,
+        output_fn: OutputFunction | None = None,
+        test_output_fn: OutputFunction | None = None,
+    ) -> None:
+        if projection not in KINDS:
+            raise InvalidArgumentError(
+                f"`projection` must be one of {', '.join(KINDS)}; got {projection!r}"
+            )
+        if shift is not None and (isinstance(shift, bool) or shift not in (0, 1)):
+            raise InvalidArgumentError(f"`shift` must be None, 0 or 1; got {shift!r}")
+        self.projection, self.shift = projection, shift
+        self.projection_dim = check_count(projection_dim, "projection_dim")
+        self.seed = check_seed(seed)
+        self.output_fn = output_fn
+        margin = partial(classification_margin, shift=shift)
+        self._output = Loss(output_fn or margin, "none", "output_fn")
+        self._test_output = self._output
+        if test_output_fn is not None:  # as it is: features are of what should rise
+            reduction = declared_reduction(test_output_fn, None, "test_output_fn")
+            self._test_output = Loss(test_output_fn, reduction, "test_output_fn")
+
+    def bind(self) -> None:
+        self._projections: dict[int, JointProjection] = {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {
+            "features": "projected gradients of the output function",
+            "projection": self.projection,
+            "projection_dim": self._at(0).k,
+            "seed": self.seed,
+        }
+
+    def identifying_losses(self, loss: Loss) -> list[Loss]:
+        # the slopes are those of another function
+        return [self._output] if self.output_fn is None else [self._output, loss]
 
     @property
     def shapes(self) -> Mapping[str, torch.Size]:
@@ -78,62 +96,61 @@ class OutputFeatures:
         return {FEATURES: torch.Size([self._at(0).k])}
 
     @property
-    def all_shapes(self) -> Mapping[str, torch.Size]:
-        """Of the features with their slopes."""
+    def cached_shapes(self) -> Mapping[str, torch.Size]:
         return {**self.shapes, SLOPE: torch.Size([1])}
 
     def _at(self, checkpoint: int) -> JointProjection:
         if checkpoint not in self._projections:
             parameters = self.source.capture.parameters
             key = (self.seed, checkpoint)
-            made = joint_projection(parameters, self.kind, self.dim, FEATURES, *key)
+            made = joint_projection(
+                parameters, self.projection, self.projection_dim, FEATURES, *key
+            )
             self._projections[checkpoint] = made
         return self._projections[checkpoint]
 
-    def __call__(self, checkpoint: int, batch: Batch) -> Gradients:
-        """The features of a batch, at the checkpoint that is in the model."""
-        return self._at(checkpoint)(self.source(batch, self.output))
+    def features(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
+        """Of test examples; ``loss`` is not looked at."""
+        return self._at(checkpoint)(self.source(batch, self._test_output))
 
-    def of_tests(self, checkpoint: int, batch: Batch) -> Gradients:
-        """The same of test examples."""
-        return self._at(checkpoint)(self.source(batch, self.test_output or self.output))
-
-    def by_parameter(self, checkpoint: int, batch: Batch) -> Gradients:
-        """What each parameter adds to them, under its name."""
-        return self._at(checkpoint).of_parameters(self.source(batch, self.output))
-
-    def with_slopes(self, checkpoint: int, batch: Batch) -> Gradients:
-        """The features, and beside them the slopes."""
-        features, slopes = self(checkpoint, batch), self.slopes_alone(batch)
+    def cached(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
+        features = self._at(checkpoint)(self.source(batch, self._output))
+        slopes = self.slopes_alone(batch, loss)
         forms = {**features.forms, **slopes.forms}
-        return Gradients(features.n, forms, self.all_shapes, features.sample)
+        return Gradients(features.n, forms, self.cached_shapes, features.sample)
 
-    def slopes_alone(self, batch: Batch) -> Gradients:
+    def of_cached(self, cached: Gradients) -> Gradients:
+        return _alone(cached)
+
+    has_parts = True
+
+    def by_parameter(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
+        return self._at(checkpoint).of_parameters(self.source(batch, self._output))
+
+    def repeated(self, features: Gradients, names: Sequence[str]) -> Gradients:
+        form = features.forms[FEATURES]
+        shapes = dict.fromkeys(names, form.shape)
+        return Gradients(features.n, dict.fromkeys(names, form), shapes, features.sample)
+
+    def slopes_alone(self, batch: Batch, loss: Loss) -> Gradients:
         """The slopes of a batch, at the checkpoint that is in the model."""
         first = next(iter(self.source.capture.parameters.values())).detach()
         sample = first.new_empty(0, dtype=exact_dtype(first.dtype))
-        slopes, one = self._slopes(batch).to(sample), torch.Size([1])
+        slopes, one = self._slopes(batch, loss).to(sample), torch.Size([1])
         return Gradients(len(slopes), {SLOPE: Dense(slopes[:, None], one)}, {SLOPE: one}, sample)
 
-    def _slopes(self, batch: Batch) -> Tensor:
+    def _slopes(self, batch: Batch, loss: Loss) -> Tensor:
         """1 - p of each example, or the slope -dL/df of the loss that stands for it, ``[n]``."""
         with torch.no_grad():
             outputs = call_model(self.source.capture.model, batch)
             if self.output_fn is None:
                 return one_minus_probability(outputs, targets_of(batch), self.shift)
         # a loss that does not say what it reduces over is asked
-        self.source.prepare(batch, self.loss)
-        return slope_along(self.loss, self.output_fn, outputs, batch, example_count(batch))
+        self.source.prepare(batch, loss)
+        return slope_along(loss, self.output_fn, outputs, batch, example_count(batch))
 
 
-def alone(gradients: Gradients) -> Gradients:
+def _alone(gradients: Gradients) -> Gradients:
     """The features without the slopes."""
     form = gradients.forms[FEATURES]
     return Gradients(gradients.n, {FEATURES: form}, {FEATURES: form.shape}, gradients.sample)
-
-
-def repeated(features: Gradients, names: list[str]) -> Gradients:
-    """The same features under each of the names: to meet what is split by parameter."""
-    form = features.forms[FEATURES]
-    shapes = dict.fromkeys(names, form.shape)
-    return Gradients(features.n, dict.fromkeys(names, form), shapes, features.sample)

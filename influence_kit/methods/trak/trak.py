@@ -1,9 +1,6 @@
 """TRAK: Park et al. 2023, arXiv 2303.14186."""
 
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,49 +8,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from influence_kit.checkpoints.found import LoadFunction, load_checkpoint
-from influence_kit.checkpoints.loader import CheckpointLoader
-from influence_kit.curvature.passes import DataSet
-from influence_kit.data.batches import Batch
+from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
+from influence_kit.curvature.damping import DampingArgument
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.gradients.per_example import Gradients
-from influence_kit.gradients.source import Verify
-from influence_kit.losses.loss import Loss, LossFunction
+from influence_kit.gradients.gradient_source import Verify
+from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
-from influence_kit.methods.base import BatchSize
+from influence_kit.methods.arguments import documented
+from influence_kit.methods.example_batches import BatchSize
 from influence_kit.methods.function_fingerprint import function_fingerprint
-from influence_kit.methods.identity import first_losses
-from influence_kit.methods.influence_functions.damping import TRACE, DampingArgument
-from influence_kit.methods.influence_functions.fitted import Facts
-from influence_kit.methods.influence_functions.solved import SolvedInfluence
+from influence_kit.methods.influence_functions.influence_function import InfluenceFunction
 from influence_kit.methods.layer_names import Layers
-from influence_kit.methods.origin import Source
-from influence_kit.methods.starting_again import starts_again
-from influence_kit.methods.trak.normal_equations import (
-    GRAM,
-    OF_FEATURES,
-    normal_equations,
-    trace_of_features,
-)
-from influence_kit.methods.trak.output_features import (
-    FEATURES,
-    SLOPE,
-    OutputFeatures,
-    alone,
-    check_features,
-    repeated,
-)
-from influence_kit.operators.solvers import Cholesky
+from influence_kit.methods.questions import starts_again
+from influence_kit.methods.trak.normal_equations import NormalEquations
+from influence_kit.methods.trak.output_features import FEATURES, SLOPE, OutputFeatures
 from influence_kit.scoring.reducers import Reducer, Weighted
 from influence_kit.scoring.stream import Stream
-from influence_kit.scoring.term import Side, Term, Transform
-from influence_kit.storage.folders import LOSSES
-
-# of ridge="auto" with one checkpoint: of their mean eigenvalue
-SHARE_OF_ONE = 1.5
+from influence_kit.scoring.term import Side
 
 
-class TRAK(SolvedInfluence):
+@documented
+class TRAK(InfluenceFunction):
     r"""score = mean of phi_test^T (Phi^T Phi + ridge I)^-1 phi_train, times mean of 1 - p_train.
 
     .. math::
@@ -115,10 +90,6 @@ class TRAK(SolvedInfluence):
         torch.Size([4, 3])
     """
 
-    _auto_rule = TRACE
-    _wording = OF_FEATURES
-    _keeps_rows = True
-
     def __init__(
         self,
         model: nn.Module,
@@ -142,14 +113,11 @@ class TRAK(SolvedInfluence):
         store: str | Path | None = None,
         store_dtype: torch.dtype | None = None,
     ) -> None:
-        check_features(projection, projection_dim, shift)
         if output_fn is not None and loss_fn is None:
             raise InvalidArgumentError(
                 "`output_fn` needs a `loss_fn` beside it, whose slope along it says how much each "
                 "training example still has to say"
             )
-        self.projection, self.output_fn, self.shift = projection, output_fn, shift
-        self.projection_dim = projection_dim
         super().__init__(
             model,
             train_dataset,
@@ -158,15 +126,19 @@ class TRAK(SolvedInfluence):
             layers,
             loss_fn,
             batch_size,
+            inverse=NormalEquations(ridge, seed),
             test_output_fn=test_output_fn,
-            damping=ridge,
-            seed=seed,
             eval_mode=eval_mode,
             batch_axes=batch_axes,
             verify=verify,
+            features=OutputFeatures(
+                projection, projection_dim, seed, shift, output_fn, test_output_fn
+            ),
             store=store,
             store_dtype=store_dtype,
         )
+        self._caches.sources["output_fn"] = partial(function_fingerprint, output_fn, model)
+        self._always_fits = True  # for the slopes
 
     # What a user reads and sets.
 
@@ -201,119 +173,21 @@ class TRAK(SolvedInfluence):
         slopes = self._mean_slopes() if inputs is None else self._slopes_of(inputs)
         return scores * slopes.to(scores)
 
-    # What is kept of an example: its features, and its slope.
-
-    @cached_property
-    def _made(self) -> OutputFeatures:
-        kind, dim, seed = self.projection, self.projection_dim, self.seed
-        differentiated = self._source, self.output_fn, self._train_loss
-        measured: Loss | None = None
-        if self.test_output_fn is not None:  # as it is: features are of what should rise
-            measured = Loss(self.test_output_fn, self.test_reduction_type, "test_output_fn")
-        return OutputFeatures(*differentiated, kind, dim, seed, self.shift, measured)
-
-    @property
-    def _shapes(self) -> Mapping[str, torch.Size]:
-        return self._made.shapes
-
-    @property
-    def _kept_shapes(self) -> Mapping[str, torch.Size]:
-        return self._made.all_shapes
-
-    def _blocks_of(self, names: list[str]) -> Mapping[str, list[str]]:
-        return {FEATURES: [FEATURES]}
-
-    def _features(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
-        return self._made.of_tests(checkpoint, batch)
-
-    def _train_features(self, checkpoint: int, batch: Batch) -> Gradients:
-        return self._made.with_slopes(checkpoint, batch)
-
-    # What is measured of them: Phi^T Phi, and the slopes of all training examples.
-
-    def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), **self._feature_settings()}
-
-    def _feature_settings(self) -> dict[str, Any]:
-        return {
-            "features": "projected gradients of the output function",
-            "projection": self.projection,
-            "projection_dim": self._partition.sizes[0],
-            "seed": self.seed,
-        }
-
-    def _identity(self, loader: CheckpointLoader, batches: Iterable[Batch]) -> dict[str, Any]:
-        found = super()._identity(loader, batches)
-        if self.output_fn is not None:  # the slopes are those of another function
-            data = DataSet(batches, self._device)
-            found[LOSSES] += first_losses(self._source, self._train_loss, data)
-        return found
-
-    @property
-    def _differentiated(self) -> Loss:
-        return self._made.output
-
-    @property
-    def _sources(self) -> dict[str, Source]:
-        output = partial(function_fingerprint, self.output_fn, self.model)
-        return {**super()._sources, "output_fn": output}
-
-    @property
-    def _fit_batches(self) -> Iterable[Batch]:
-        return self._train_batches
-
-    def _measure(self, data: DataSet) -> Facts:
-        features = self.train_at(data.checkpoint).features
-        return normal_equations(features, data, *self._partition.sizes)
-
-    @property
-    def _share(self) -> float:
-        # the mean over checkpoints takes away noise, too
-        return SHARE_OF_ONE / math.sqrt(len(self.checkpoints))
-
-    def _traces(self, facts: Facts, data: DataSet) -> Tensor:
-        return trace_of_features(facts[GRAM], data.count, f'ridge="{self._damping}"')
-
-    def _make_inverse(self, facts: Facts, damping: Tensor, data: DataSet) -> Transform:
-        return self._through(Cholesky([facts[GRAM]], damping, [FEATURES], OF_FEATURES))
-
-    @property
-    def _needs_fit_for_quantities(self) -> bool:
-        return True  # for the slopes
-
     # Where they meet.
 
-    def _reducer(self, k: int | None, proponents: bool) -> Reducer:
-        return Weighted(super()._reducer(k, proponents), self._mean_slopes)
+    def make_reducer(self, k: int | None, proponents: bool) -> Reducer:
+        return Weighted(super().make_reducer(k, proponents), self._mean_slopes)
 
     def _mean_slopes(self) -> Tensor:
         """The mean over checkpoints of the training examples' slopes, ``[n]``."""
-        return torch.stack([facts[SLOPE] for facts in self._facts.values()]).mean(0)
+        return torch.stack([state[SLOPE] for state in self._fit.states.values()]).mean(0)
 
     def _slopes_of(self, inputs: Any) -> Tensor:
         """The mean over checkpoints of the slopes of any examples, ``[n]``."""
-        sides = [Side(place, self._made.slopes_alone) for place in range(len(self.checkpoints))]
-        with self._session() as loader:
-            stream = Stream([], loader, self._sample)
-            slopes = [stream.vectors(side, self._batches(inputs)) for side in sides]
+        assert isinstance(self._map, OutputFeatures)
+        slopes_of = partial(self._map.slopes_alone, loss=self._train_loss)
+        with self.session() as loader:
+            stream, batches = Stream([], loader, self._sample), self.batches(inputs)
+            sides = [Side(index, slopes_of) for index in range(len(self.checkpoints))]
+            slopes = [stream.vectors(side, batches) for side in sides]
         return torch.cat(slopes, dim=1).mean(1)
-
-    def _train_side(self, place: int) -> Side:
-        return self.train_at(place, alone)
-
-    def _by_parameter(self, terms: list[Term]) -> tuple[list[Term], Iterable[Batch]]:
-        """Each parameter's part of the training features meets the whole test side.
-
-        The parts are made anew: what is kept is their sum.
-        """
-        names = list(self._parameters)
-
-        def split(term: Term) -> Term:
-            place, solved = term.train.checkpoint, term.test.solved
-            return replace(
-                term,
-                test=replace(term.test, solve=lambda features: repeated(solved(features), names)),
-                train=Side(place, partial(self._made.by_parameter, place)),
-            )
-
-        return [split(term) for term in terms], self.train_dataloader

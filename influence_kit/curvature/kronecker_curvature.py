@@ -1,0 +1,237 @@
+"""The inverse curvature of whole models in Kronecker factors: K-FAC and EK-FAC.
+
+Shapes: B blocks.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from math import isqrt
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from influence_kit.core.arguments import check_number
+from influence_kit.core.distributed import is_first_rank
+from influence_kit.curvature.alignment import misfit
+from influence_kit.curvature.damping import EVIDENCE, LEARNING_RATES, MEAN, TRACE, DampingArgument
+from influence_kit.curvature.evidence import evidence_damping
+from influence_kit.curvature.fit_data import FitData
+from influence_kit.curvature.fitted_pieces import (
+    FittedPiece,
+    fitted_pieces,
+    form_of_block,
+    is_idle,
+    mean_of,
+)
+from influence_kit.curvature.inverse_curvature import (
+    InverseCurvature,
+    State,
+    refuse_all_but_gradients,
+)
+from influence_kit.curvature.kronecker_fit import OBSERVATIONS, KroneckerFit, is_swapped
+from influence_kit.curvature.kronecker_inverse import KroneckerInverse
+from influence_kit.curvature.layer_forms import named
+from influence_kit.curvature.observations import Observations, curvature_factor
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.gradients.feature_map import FeatureMap
+from influence_kit.gradients.per_example import Gradients, Transform
+from influence_kit.operators.partition import Partition
+from influence_kit.operators.solvers import damping_by_block
+
+FisherName = Literal["fisher", "empirical_fisher"]
+WithoutForm = Literal["diagonal", "leave_out", "error"]
+WITHOUT = ("diagonal", "leave_out", "error")
+# examples whose gradients show how well the factors fit, to twice as many, and multiplications for
+# all their products with one another
+MOST_SAMPLED, LEAST_SAMPLED, SAMPLED_WORK = 256, 8, 2**31
+
+
+class KroneckerCurvature(InverseCurvature):
+    """A Kronecker product for each layer; see ``KFACInfluenceFunction``.
+
+    Args:
+        damping: a positive number, a dict by layer, or a rule by name.
+        curvature: "fisher" (at labels drawn from the model) or "empirical_fisher" (at the labels of
+            the data).
+        seed: of the drawn labels.
+        rtol: relative error that a cheaper form of a layer's products may have, for layers whose
+            examples have one position; it is measured, and 0 makes all products exact.
+        layers_without_kronecker: what becomes of parameters without a Kronecker form: "diagonal",
+            "leave_out" or "error".
+    """
+
+    rules = (EVIDENCE, MEAN, TRACE, LEARNING_RATES)
+    auto_rule = EVIDENCE
+    # whether the eigenvalues are those of EK-FAC
+    corrected: bool
+
+    def __init__(
+        self,
+        damping: DampingArgument = "auto",
+        curvature: FisherName = "fisher",
+        seed: int = 0,
+        rtol: float = 1e-5,
+        layers_without_kronecker: WithoutForm = "diagonal",
+    ) -> None:
+        super().__init__(damping, seed)
+        if curvature not in ("fisher", "empirical_fisher"):
+            raise InvalidArgumentError(
+                f'`curvature` must be "fisher" or "empirical_fisher"; got {curvature!r}'
+            )
+        if layers_without_kronecker not in WITHOUT:
+            raise InvalidArgumentError(
+                '`layers_without_kronecker` must be "diagonal", "leave_out" or "error"; got '
+                f"{layers_without_kronecker!r}"
+            )
+        self.curvature = curvature
+        self.rtol = check_number(rtol, "rtol", least=0, below=1)
+        self.layers_without_kronecker = layers_without_kronecker
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        settings = {**super().settings, "curvature": self.curvature}
+        if self.layers_without_kronecker != "diagonal":  # as fits of earlier versions
+            settings["layers_without_kronecker"] = self.layers_without_kronecker
+        return settings
+
+    def check_features(self, features: FeatureMap) -> None:
+        refuse_all_but_gradients(features, type(self).__name__)
+
+    def fit(self, data: FitData) -> State:
+        fit = KroneckerFit(
+            data, self.curvature, self.corrected, self.seed, self.layers_without_kronecker
+        )
+        state = fit()
+        if fit.left_out and is_first_rank():
+            warnings.warn(
+                f"{len(fit.left_out)} of {fit.count} parameters have no Kronecker form and are "
+                f"left out, as if they were frozen: {named(fit.left_out)}",
+                stacklevel=2,
+            )
+        return state
+
+    # The damping.
+
+    def traces(self, state: State, data: FitData) -> Tensor:
+        partition = data.partition
+        values = eigenvalues(state, partition)
+        means = {block: mean_of(own) for block, own in values.items()}
+        # no training example has a gradient there: any damping serves
+        idle = {block for block in partition.blocks if block not in means}
+        if data.is_of_training:
+            idle |= {b for b, own in values.items() if all(is_idle(grid) for grid in own)}
+        others = [mean for block, mean in means.items() if block not in idle]
+        if others:
+            means |= dict.fromkeys(idle, torch.stack(others).mean())
+        of_blocks = torch.stack([means[block] for block in partition.blocks])
+        return of_blocks * of_blocks.new_tensor(partition.sizes)
+
+    def auto_damping(self, rule: str, state: State, data: FitData) -> Tensor:
+        if rule not in (EVIDENCE, LEARNING_RATES):
+            return super().auto_damping(rule, state, data)
+        _refuse_old(state, data)
+        fitted = _fitted(state, data.partition)
+        pieces = [piece for own in fitted.values() for piece in own]
+        if rule == EVIDENCE:
+            found = self._evidence(pieces, state, data)
+        else:
+            # of the mean loss's curvature, which these eigenvalues are not in the units of
+            found = float(super().auto_damping(rule, state, data)[0])
+            found /= curvature_factor(state[OBSERVATIONS], self.curvature != "fisher")
+        every = torch.full((len(fitted),), found, dtype=torch.float64)
+        left_out = misfit(
+            self._sample_of(data),
+            self._inverse(state, every, data, power=0.5),
+            [piece.grid for piece in pieces],
+            found,
+            float(state[OBSERVATIONS][2]),
+        )
+        return every / left_out
+
+    def _evidence(self, pieces: list[FittedPiece], state: State, data: FitData) -> float:
+        # weights of norms lie about 1 and rows of tables are drawn large: a prior about 0 is none
+        # of theirs
+        chosen = [piece for piece in pieces if piece.is_matrix] or pieces
+        return evidence_damping(
+            [piece.grid for piece in chosen],
+            sum(piece.squared_weights for piece in chosen),
+            Observations.of(state[OBSERVATIONS], data.training_count()),
+        )
+
+    def sample_size(self, partition: Partition) -> int:
+        # a few of large gradients have as many products as many of small ones
+        within = isqrt(SAMPLED_WORK // sum(partition.sizes))
+        return min(MOST_SAMPLED, max(LEAST_SAMPLED, within))
+
+    def _sample_of(self, data: FitData) -> list[Gradients]:
+        """Gradients of a few examples from all over the data, at labels of their own."""
+        observed = data.observed(self.seed, draw=2, at_data=self.curvature != "fisher")
+        return list(observed.weighted(data.examples.sample, sum(data.partition.sizes)))
+
+    # The inverse.
+
+    def inverse(self, state: State, damping: Tensor, data: FitData) -> Transform:
+        return self._inverse(state, damping, data)
+
+    def _inverse(
+        self, state: State, damping: Tensor, data: FitData, power: float = 1.0
+    ) -> KroneckerInverse:
+        """Gradients through a power of the damped inverse."""
+        fitted = _fitted(state, data.partition)
+        values = damping_by_block(damping, len(fitted), positive=True).tolist()
+        bases = {}
+        for pieces, value in zip(fitted.values(), values, strict=True):
+            for piece in pieces:
+                bases[piece.names[0]] = piece.basis(value, data.sample, self.rtol, power)
+        return KroneckerInverse(bases)
+
+
+class KFAC(KroneckerCurvature):
+    """Eigenvalues that are products of those of the factors; see ``KFACInfluenceFunction``."""
+
+    corrected = False
+
+
+class EKFAC(KroneckerCurvature):
+    """Eigenvalues measured in the factors' eigenbasis; see ``EKFACInfluenceFunction``."""
+
+    corrected = True
+
+
+def eigenvalues(state: State, partition: Partition) -> dict[str, list[Tensor]]:
+    """All eigenvalues of each block, diagonals included; none of blocks that are left out."""
+    return {
+        block: [piece.grid for piece in pieces]
+        for block, pieces in _fitted(state, partition).items()
+        if pieces
+    }
+
+
+def block_forms(
+    model: nn.Module, states: Mapping[int, State], partition: Partition
+) -> dict[str, str]:
+    """The form of the curvature of each block, of all checkpoints; empty before a fit."""
+    found: dict[str, list[str]] = {}
+    for _, state in sorted(states.items()):
+        fitted = _fitted(state, partition)
+        for block, names in partition.blocks.items():
+            text = form_of_block(names, fitted[block], is_swapped(model, block))
+            found.setdefault(block, []).append(text)
+    return {block: " or ".join(dict.fromkeys(texts)) for block, texts in found.items()}
+
+
+def _fitted(state: State, partition: Partition) -> dict[str, list[FittedPiece]]:
+    """What was measured, by block; a block that is left out has no pieces."""
+    return fitted_pieces(state, partition.blocks, partition.shapes)
+
+
+def _refuse_old(state: State, data: FitData) -> None:
+    if OBSERVATIONS not in state:
+        raise InvalidArgumentError(
+            f"{data.argument} takes the evidence of the fit, and this fit was saved by a version "
+            "that had no part of it: call `fit()` again, give a number, or "
+            'damping="mean", which "auto" was'
+        )

@@ -1,0 +1,96 @@
+"""What a method fits at each checkpoint: kept for later calls, saved to a folder and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from influence_kit.checkpoints.loader import CheckpointLoader
+from influence_kit.gradients.per_example import Transform
+from influence_kit.methods.caches import Cache, Caches
+from influence_kit.storage.folders import read_folder, write_folder
+
+State = dict[str, Tensor]
+
+
+class FitCache(Cache):
+    """The state of a fit at each checkpoint, tensors by name.
+
+    Args:
+        what: is fitted, in words.
+        verb: how errors say that it was.
+        data: the name of the argument that it is fitted to.
+    """
+
+    remedy = "call `fit()` to have it computed again"
+
+    def __init__(self, what: str, verb: str, data: str) -> None:
+        self.what, self.verb, self.data = what, verb, data
+        self.clear()
+
+    @property
+    def since(self) -> str | None:
+        """What was done when it was filled."""
+        return f"{self.what} was {self.verb}" if self.states else None
+
+    def clear(self) -> None:
+        """Drop the states, and what was made of them."""
+        self.states: dict[int, State] = {}
+        self.drop_inverses()
+
+    def drop_inverses(self) -> None:
+        """Drop what was made of the states."""
+        self.inverses: dict[int, Transform] = {}
+        # whether scores by these inverses have been compared with plain products
+        self.is_compared = False
+
+    def why_fixed(self, name: str) -> str | None:
+        """What is fitted to must not change."""
+        if name == self.data:
+            return f"{self.what} is fitted to it and used with other passes"
+        return None
+
+    def save(self, folder: str | Path, description: Mapping[str, Any]) -> None:
+        """Write the states of all checkpoints, with what they belong to."""
+        tensors = {
+            f"{index}/{name}": value
+            for index, state in self.states.items()
+            for name, value in state.items()
+        }
+        write_folder(folder, tensors, description)
+
+    def load(
+        self,
+        folder: str | Path,
+        description: Mapping[str, Any],
+        loader: CheckpointLoader,
+        count: int,
+        device: torch.device,
+        caches: Caches,
+    ) -> None:
+        """Take the states that ``save`` has written, in place of all that is kept.
+
+        Args:
+            folder: where.
+            description: what they must belong to.
+            loader: of the checkpoints; what has been loaded is noted.
+            count: the number of checkpoints.
+            device: where the states are wanted.
+            caches: of the same object; emptied once the states have been read.
+
+        Raises:
+            InvalidArgumentError: where they belong to something else.
+        """
+        tensors = read_folder(folder, description)
+        caches.clear()
+        for index in range(count):
+            loader.load(index)
+            self.states[index] = {
+                name.partition("/")[2]: value.to(device)
+                for name, value in tensors.items()
+                if name.startswith(f"{index}/")
+            }

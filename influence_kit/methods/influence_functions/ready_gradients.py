@@ -1,0 +1,51 @@
+"""Test gradients that were preconditioned before, in place of test examples.
+
+Shapes: m test examples, P entries of a gradient, C checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.gradients.forms import Dense
+from influence_kit.gradients.per_example import Gradients
+
+
+def check_ready(quantities: Tensor, each: int, count: int) -> None:
+    """Refuse a tensor that is not ``[m, C * P]``.
+
+    Args:
+        quantities: the tensor.
+        each: the letter P.
+        count: the letter C.
+    """
+    if quantities.dim() != 2 or quantities.shape[1] != each * count:
+        raise InvalidArgumentError(
+            f"`inputs` is a tensor of shape {list(quantities.shape)}; a test side made by "
+            f"`compute_intermediate_quantities` has shape [m, {each * count}] here ({count} "
+            f"checkpoints x {each} parameters). Examples are a tuple, list or dict"
+        )
+
+
+def ready_features(
+    shapes: Mapping[str, torch.Size], count: int, sample: Tensor
+) -> Callable[[int], Callable[[Any], Gradients]]:
+    """For each checkpoint what takes its part of ``[m, C * P]`` as gradients."""
+    sizes = [math.prod(shape) for shape in shapes.values()]
+
+    def features(index: int) -> Callable[[Any], Gradients]:
+        def take(block: Tensor) -> Gradients:
+            own = block.to(sample).split([sum(sizes)] * count, dim=1)[index]
+            columns = zip(shapes.items(), own.split(sizes, dim=1), strict=True)
+            forms = {name: Dense(values, shape) for (name, shape), values in columns}
+            return Gradients(len(block), forms, shapes, sample)
+
+        return take
+
+    return features

@@ -1,0 +1,27 @@
+"""The inverse curvature of projected gradients, written out."""
+
+from influence_kit.curvature.damping import MEAN, TRACE, DampingArgument
+from influence_kit.curvature.kronecker_curvature import FisherName
+from influence_kit.curvature.operator_inverses import BlockArgument, Explicit
+from influence_kit.errors import InvalidArgumentError
+
+
+class ProjectedInverse(Explicit):
+    """``Explicit`` with the defaults of LoGra and GraSS: the empirical Fisher, by layer."""
+
+    # eigenvalues of projected gradients are not in the units of steps of the model's
+    rules = (MEAN, TRACE)
+
+    def __init__(
+        self,
+        damping: DampingArgument = "auto",
+        curvature: FisherName = "empirical_fisher",
+        blocks: BlockArgument = "layer",
+        seed: int = 0,
+    ) -> None:
+        if curvature not in ("fisher", "empirical_fisher"):
+            raise InvalidArgumentError(
+                '`curvature` must be "fisher" or "empirical_fisher" for projected gradients; got '
+                f"{curvature!r}"
+            )
+        super().__init__(damping, curvature, blocks, seed)
