@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-# one torch thread a test process, and two test processes
+# one torch thread per test process, and two test processes
 TEST_FLAGS ?= -n 2
 # how many random questions `make fuzz` asks, and the seed of the first
 FUZZ ?= 5000
@@ -15,7 +15,7 @@ KILLS ?= 300
 INTERRUPTS ?= 500
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types format docs tutorials bench fuzz kills quality clean
+.PHONY: help demo test quick lint types format docs tutorials bench fuzz kills quality clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,8 +23,8 @@ help:  ## show this list
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# a stamp an extra: installed again when the packaging changes
-$(VENV)/.%: setup.py constraints.txt | $(BIN)/python
+# one stamp per extra: installed again when the packaging changes
+$(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) torch
 	$(PIP) -e ".[$*]"
 	@touch $@
@@ -35,8 +35,13 @@ demo: $(VENV)/.demo  ## train a digit classifier, explain its decisions, find wr
 test: $(VENV)/.test  ## run all tests and the examples in the docstrings
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS)
 
-fuzz: $(VENV)/.test  ## ask FUZZ=5000 random questions whose answers are known
+quick: $(VENV)/.test  ## run in under a minute: the contract on one method per family, all layers
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS) -m quick tests/test_contract.py \
+	  tests/gradients/test_layers.py
+
+fuzz: $(VENV)/.test  ## ask FUZZ=5000 random questions whose answers are known; try bad arguments
 	PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(BIN)/python -m fuzz --count $(FUZZ) --first $(FUZZ_FIRST)
+	PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(BIN)/python -m fuzz.bad_input
 
 kills: $(VENV)/.test  ## kill and interrupt whatever writes files, KILLS=300 and INTERRUPTS=500 times
 	PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(BIN)/python -m kills --kills $(KILLS) --interrupts $(INTERRUPTS)

@@ -17,8 +17,8 @@ import torch
 
 import influence_kit
 from benchmarks.models import CASES, Case
+from benchmarks.peak_memory import added_mebibytes
 from benchmarks.speed import floor, machine, timed, write_section
-from influence_kit.evaluation.cost import measured
 
 MLP, GPT = CASES[0], CASES[2]
 PASSES = 3  # of which the quickest counts
@@ -136,7 +136,7 @@ def cost(name: str, case: Case) -> Cost:
         def twice() -> None:
             seconds.extend(timed(partial(method.influence, asked)) for _ in range(2))
 
-        added = measured(twice)[1].mebibytes
+        added = added_mebibytes(twice)
     size = influence_kit.GradDot(
         case.build(), case.dataset(), case.weights()[:1], loss_fn=case.loss_fn
     ).train_dataloader.batch_size

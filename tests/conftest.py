@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract import METHODS, applies
+from contract import METHODS, QUICK, applies
 from torch import nn
 
 
@@ -59,11 +59,13 @@ def unchanged() -> Callable[[nn.Module], AbstractContextManager[None]]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the pairs of a method and a case that it has no meaning for."""
+    """Leave out pairs of a method and a case without meaning for it; mark the quick ones."""
     foreign = []
     for item in items:
         given = getattr(getattr(item, "callspec", None), "params", {})
         method, case = given.get("method"), given.get("case", given.get("name"))
+        if method in QUICK:
+            item.add_marker("quick")
         if method in METHODS and case is not None and not applies(method, case):
             foreign.append(item)
     config.hook.pytest_deselected(items=foreign)

@@ -298,6 +298,18 @@ METHODS = {
     ),
 }
 
+# one method per family: what `make quick` runs of the contract
+QUICK = {
+    "TracInCP",
+    "GradCos",
+    "DVEmb",
+    "EKFACInfluenceFunction",
+    "LoGra",
+    "TRAK",
+    "KNNShapley",
+    "RepresenterPointSelection",
+}
+
 
 def stores(method: str) -> bool:
     """Whether it can keep the training set's gradients in a folder."""

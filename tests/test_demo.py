@@ -153,9 +153,9 @@ def test_the_page_has_what_was_computed(ran):
 @pytest.mark.parametrize(
     ("values", "verdict"),
     [
-        ((0.99, 0.98, 0.97), "Self-influence won here"),
+        ((0.99, 0.98, 0.97), "Self-influence is best here"),
         ((0.98, 0.98, 0.97), "Self-influence is among the best here"),
-        ((0.97, 0.98, 0.99), "Self-influence did not win here"),
+        ((0.97, 0.98, 0.99), "Self-influence is not the best here"),
     ],
 )
 def test_the_verdict_is_that_of_the_numbers(ran, values, verdict):
@@ -221,10 +221,10 @@ def test_wrong_settings_are_refused():
 
 def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "influence_kit\[demo\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[demo\]'"):
         demo.load_digits_split()
     assert main(["demo", "--output", str(tmp_path / "out")]) == 1
-    assert 'pip install "influence_kit[demo]"' in capsys.readouterr().err
+    assert "pip install '.[demo]'" in capsys.readouterr().err
 
 
 def test_a_file_as_output_is_refused(tmp_path, capsys):
@@ -233,7 +233,7 @@ def test_a_file_as_output_is_refused(tmp_path, capsys):
     with pytest.raises(InvalidArgumentError, match="file' is a file; pass a folder"):
         demo.run(file)
     assert main(["demo", "--output", str(file)]) == 1
-    assert "is a file; pass a folder to write into" in capsys.readouterr().err
+    assert "is a file; pass a folder to write to" in capsys.readouterr().err
 
 
 def test_the_command_line_runs_the_demo(monkeypatch, capsys):

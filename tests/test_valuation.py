@@ -651,7 +651,7 @@ FINE = (lambda places: 0.0, lambda model, inputs: model)
         (DataOOB, 3, {"bag_size": 0}, "`bag_size` must be a positive int; got 0"),
         (DataOOB, 3, {"bags": [[0, 1]], "bag_size": 2}, "`bag_size` is for bags that are drawn"),
         (DataOOB, 3, {"bags": [[0.5, 1]]}, r"got float64 of shape \[1, 2\]"),
-        (DataOOB, 3, {"bags": [[0, 3]]}, "places from 0 to 3; there are 0 ... 2"),
+        (DataOOB, 3, {"bags": [[0, 3]]}, "indices from 0 to 3; expected 0 to 2"),
         (DataOOB, 3, {"bags": [[0, 1], [2, 0]]}, "1 of 3 .*the first: 0.*2 bags of 2.*smaller"),
     ],
 )
@@ -666,8 +666,8 @@ def test_wrong_arguments_are_told(cls, count, arguments, match):
         (lambda n, _: "good", InvalidArgumentError, "the score of the model .*got 'good'"),
         (lambda n, _: np.ones((2, 2)), InvalidArgumentError, r"got shape \[2, 2\]"),
         (lambda n, _: [], InvalidArgumentError, r"got shape \[0\]"),
-        (lambda n, _: [1.0] * n, InvalidArgumentError, "equally many numbers .*1 for one and 3"),
-        (lambda n, _: [0, math.nan], NonFiniteError, r"fitted on places \[.*\] is nan at place 1"),
+        (lambda n, _: [1.0] * n, InvalidArgumentError, "same number of values .*1 for one and 3"),
+        (lambda n, _: [0, math.nan], NonFiniteError, r"fitted on indices \[.*\] is nan at index 1"),
     ],
 )
 @pytest.mark.parametrize("cls", [TMCShapley, DataBanzhaf])
@@ -677,7 +677,7 @@ def test_wrong_scores_are_told(cls, score, error, match):
 
 
 def test_a_long_error_names_few_places():
-    with pytest.raises(NonFiniteError, match=r"fitted on places \[0, 1, 2, 3, 4, \.\.\.\] is inf"):
+    with pytest.raises(NonFiniteError, match=r"fitted on indices \[0, 1, 2, 3, 4, \.\.\.\] is inf"):
         TMCShapley(lambda places: math.inf, lambda model, _: model, 7).influence()
 
 
@@ -689,7 +689,7 @@ def test_wrong_empty_utilities_are_told():
 
 
 def test_a_score_for_each_place_out_of_bag():
-    with pytest.raises(InvalidArgumentError, match="a number for each place; it gave 1 for"):
+    with pytest.raises(InvalidArgumentError, match="one number per index; it gave 1 for"):
         DataOOB(*FINE, 9).values()
 
 

@@ -16,6 +16,4 @@ def optional(module: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         extra = EXTRAS[module.partition(".")[0]]
-        raise ModuleNotFoundError(
-            f'{module} is not installed: pip install "influence_kit[{extra}]"'
-        ) from error
+        raise ModuleNotFoundError(f'{module} is not installed: pip install ".[{extra}]"') from error

@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 
+from influence_kit.core.arguments import check_sequence, check_texts
 from influence_kit.errors import InvalidArgumentError
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns as wide as their longest cell; columns of numbers ("-": none) are right-aligned.
+    """Columns as wide as their longest cell; a column of numbers ("-": none) stands to the right.
 
     Args:
         header: the names of the columns.
-        rows: the cells of each row, as many as the header has; written with ``str``.
+        rows: the cells of each row, as many as the header has; shown by ``str``.
 
     Raises:
         InvalidArgumentError: for a row with more or fewer cells than the header.
@@ -22,10 +23,12 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         loss             0.98
         self-influence  0.997
     """
-    for index, row in enumerate(rows):
+    header = check_texts(header, "header", "names of columns")
+    for place, row in enumerate(check_sequence(rows, "rows", "rows")):
+        check_sequence(row, f"rows[{place}]", "cells")
         if len(row) != len(header):
             raise InvalidArgumentError(
-                f"row {index} of the table has {len(row)} cells where the header has "
+                f"row {place} of the table has {len(row)} cells where the header has "
                 f"{len(header)}: {list(row)}"
             )
     lines = [list(header), *([str(cell) for cell in row] for row in rows)]

@@ -1,6 +1,6 @@
 """The demo: train a digit classifier, explain its decisions, find the wrong labels it learned.
 
-``run`` does it all; its steps are functions that return data, for tutorials and tests.
+``run`` runs the whole demo; its steps are functions that return data, for tutorials and tests.
 """
 
 from influence_kit.demo.digits import (

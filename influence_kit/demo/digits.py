@@ -1,7 +1,7 @@
-"""The digits, some wrong labels, and a small network that learns them.
+"""The digits, some wrong labels, and a small network trained on them.
 
 The data are the 1797 handwritten digits of 8 x 8 pixels that come with scikit-learn (UCI Machine
-Learning Repository, CC BY 4.0). Letter: n training images.
+Learning Repository, CC BY 4.0). Shapes: n training images.
 """
 
 from collections.abc import Iterator
@@ -23,15 +23,15 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Settings:
-    """What the demo does; the seed draws the split, the wrong labels, the weights and the order.
+    """The settings of the demo; the seed fixes the split, the wrong labels, the weights, the order.
 
     Attributes:
         epochs: passes over the training images.
         checkpoints: how many are saved, evenly spaced, the last at the end.
-        learning_rate: that of the first epoch; it falls linearly towards 0.
+        learning_rate: of the first epoch; it decreases linearly towards 0.
         wrong_share: the share of the training labels that is changed.
-        k: proponents and opponents shown of each test image.
-        seed: of everything drawn at random.
+        k: proponents and opponents shown per test image.
+        seed: of all random draws.
     """
 
     epochs: int = 15
@@ -53,7 +53,7 @@ class Digits(NamedTuple):
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One torch thread: several only wait for each other over images this small."""
+    """Use one torch thread: with images this small, more threads are slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -73,7 +73,7 @@ def load_digits_split(test_share: float = 0.2, seed: int = 0) -> Digits:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "the digits come with scikit-learn, which is not installed: pip install "
-            '"influence_kit[demo]"'
+            "'scikit-learn>=1.3', or in a clone of influence_kit pip install '.[demo]'"
         ) from error
     data = load_digits()
     images = torch.tensor(data.data, dtype=torch.float32).view(-1, 1, 8, 8) / 16
@@ -86,7 +86,7 @@ def load_digits_split(test_share: float = 0.2, seed: int = 0) -> Digits:
 def flip_labels(labels: Tensor, share: float = 0.1, seed: int = 0) -> tuple[Tensor, Tensor]:
     """The labels ``[n]`` with a share changed to a random other class, and which: bool ``[n]``."""
     if not 0 <= share <= 1:
-        raise InvalidArgumentError(f"`share` of labels to flip is {share}; it must be in 0 to 1")
+        raise InvalidArgumentError(f"`share` of labels to flip is {share}; it must be from 0 to 1")
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
     is_wrong = torch.zeros(len(labels), dtype=torch.bool)
@@ -96,7 +96,7 @@ def flip_labels(labels: Tensor, share: float = 0.1, seed: int = 0) -> tuple[Tens
 
 
 def make_network(seed: int = 0) -> nn.Sequential:
-    """Two convolutions and a linear layer, with the weights of a seed."""
+    """Two convolutions and a linear layer, with weights drawn by the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(
@@ -125,7 +125,7 @@ def train_network(
         labels: the labels to learn, ``[n]``.
         folder: where to save the checkpoints; None saves none.
         settings: epochs, checkpoints, learning rate and seed.
-        show_progress: a bar over the epochs.
+        show_progress: a progress bar over the epochs.
 
     Raises:
         InvalidArgumentError: for no checkpoint, or more checkpoints than epochs.
@@ -134,7 +134,7 @@ def train_network(
     if not 1 <= settings.checkpoints <= settings.epochs:
         raise InvalidArgumentError(
             f"got {settings.checkpoints} checkpoints in {settings.epochs} epochs; there must be at "
-            "least one checkpoint, and an epoch for each"
+            "least one checkpoint, and at most one per epoch"
         )
     saved = [settings.epochs * (c + 1) // settings.checkpoints for c in range(settings.checkpoints)]
     model = make_network(settings.seed)
@@ -157,5 +157,5 @@ def train_network(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """The share of images classified as labelled."""
+    """The share of images whose predicted class is the label."""
     return float((model(images).argmax(1) == labels).float().mean())

@@ -1,6 +1,6 @@
 """What the demo computes: explained test images, and scores that find wrong labels.
 
-Letters: m test and n training images, k of them a test image, C checkpoints.
+Shapes: m test images, n training images, k of them per test image, C checkpoints.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from influence_kit.evaluation import mislabel_auc, recall_at
 from influence_kit.methods.tracin.tracin import TracInCP
 from influence_kit.scoring.reducers import KMostInfluentialResults
 
-INSPECTED = 0.1  # the share of the training set that somebody looks through
+INSPECTED = 0.1  # the share of the training set that is inspected
 SELF_INFLUENCE = "TracInCP self-influence"
 MEAN_LOSS = "loss averaged over checkpoints"
 LAST_LOSS = "loss at the last checkpoint"
@@ -23,11 +23,11 @@ class Explained(NamedTuple):
     """Some test images, with the training images that helped and hurt them most.
 
     Attributes:
-        places: places in the test set, ``[m]``, by why they were chosen.
+        places: indices in the test set, ``[m]``, by the reason why they were chosen.
         titles: label and prediction of each, ``[m]``.
         proponents: the k highest scores of each.
         opponents: the k lowest scores of each.
-        predictions: the predicted class of each and how sure the network is, ``[m]``.
+        predictions: the predicted class of each, and its probability, ``[m]``.
     """
 
     places: dict[str, int]
@@ -52,9 +52,9 @@ class Detection(NamedTuple):
 
 
 def choose_tests(probabilities: Tensor, labels: Tensor) -> dict[str, int]:
-    """Places of three test images: the surest right one, the surest wrong one, the least sure one.
+    """Indices of three test images: the surest right one, the surest wrong one, the least sure one.
 
-    Where none is classified wrongly, there are two.
+    If all are classified correctly, there are two.
 
     Args:
         probabilities: of each class, ``[m, classes]``.
@@ -89,14 +89,14 @@ def explain(
     """Proponents and opponents of three of the test images ``[m, ...]`` with labels ``[m]``."""
     probabilities = model(images).softmax(dim=1)
     chosen = choose_tests(probabilities, labels)
-    places = list(chosen.values())
-    batch = images[places], labels[places]
-    confidence, predicted = probabilities[places].max(dim=1)
-    said = list(zip(predicted.tolist(), confidence.tolist(), strict=True))
-    predictions = [f"{guess}, {sure:.0%} sure" for guess, sure in said]
+    indices = list(chosen.values())
+    batch = images[indices], labels[indices]
+    confidence, predicted = probabilities[indices].max(dim=1)
+    guesses = list(zip(predicted.tolist(), confidence.tolist(), strict=True))
+    predictions = [f"{guess}, {sure:.0%} sure" for guess, sure in guesses]
     titles = [
         f"true {label}\npredicted {guess}\n{sure:.0%} sure"
-        for label, (guess, sure) in zip(batch[1].tolist(), said, strict=True)
+        for label, (guess, sure) in zip(batch[1].tolist(), guesses, strict=True)
     ]
     proponents, opponents = (
         tracin.influence(batch, k, highest, show_progress) for highest in (True, False)
@@ -118,6 +118,6 @@ def detect(self_influence: Tensor, losses: Tensor, is_wrong: Tensor) -> dict[str
 
 
 def winners(values: Mapping[str, float]) -> Sequence[str]:
-    """The names with the highest value; several where they are equal."""
+    """The names with the highest value; several in case of ties."""
     best = max(values.values())
     return [name for name, value in values.items() if value == best]

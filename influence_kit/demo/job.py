@@ -25,7 +25,7 @@ from influence_kit.methods.tracin.tracin import TracInCP
 
 
 class Result(NamedTuple):
-    """What the demo found, and the files it wrote."""
+    """What the demo found, and the files that it wrote."""
 
     digits: Digits
     given_labels: Tensor
@@ -46,14 +46,14 @@ def run(
     """Train on digits with wrong labels, explain three test images, find the wrong labels.
 
     Args:
-        output: the folder for checkpoints, pictures and the page; made where it does not exist.
-        settings: how much to do; the defaults take some ten seconds.
-        say: takes each part of the report as it is ready.
-        show_progress: bars while training and scoring.
+        output: the folder for checkpoints, figures and the page; created if it does not exist.
+        settings: of the demo; the defaults take about ten seconds.
+        say: called with each part of the report as soon as it is ready.
+        show_progress: progress bars while training and scoring.
 
     Raises:
         InvalidArgumentError: where ``output`` is a file.
-        ModuleNotFoundError: where scikit-learn, which has the digits, is not installed.
+        ModuleNotFoundError: where scikit-learn, which contains the digits, is not installed.
     """
     settings, folder = settings or Settings(), _made(Path(output))
     digits = load_digits_split(seed=settings.seed)
@@ -86,7 +86,7 @@ def run(
     )
     files = [*checkpoints, *report.save(pictures, folder), page.write(folder / "report.html")]
     say(
-        f"All of it on one page: report.html. Pictures: {', '.join(pictures)}.\n"
+        f"Everything on one page: report.html. Figures: {', '.join(pictures)}.\n"
         f"They are, with the checkpoints, in\n{folder.resolve()}"
     )
     return Result(digits, given, is_wrong, test_accuracy, explained, detections, files)
@@ -94,6 +94,6 @@ def run(
 
 def _made(folder: Path) -> Path:
     if folder.exists() and not folder.is_dir():
-        raise InvalidArgumentError(f"the output '{folder}' is a file; pass a folder to write into")
+        raise InvalidArgumentError(f"the output '{folder}' is a file; pass a folder to write to")
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     return folder

@@ -1,4 +1,4 @@
-"""What the demo says and draws of what it found: texts, figures and a page, printed elsewhere."""
+"""The results of the demo as texts, figures and a page; printed by its caller."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,24 +13,24 @@ from influence_kit.demo.digits import BATCH, Digits
 from influence_kit.demo.findings import INSPECTED, SELF_INFLUENCE, Detection, Explained, winners
 from influence_kit.evaluation import detection_curve
 from influence_kit.methods.tracin.tracin import TracInCP
-from influence_kit.viz.tables import score_text
+from influence_kit.viz.captions import score_text
 
 SUSPECTS = 24
 SCORE_MEANING = f"""\
 A score is the sum over the checkpoints of
   learning rate * <gradient of the test image's loss, gradient of the training image's loss>:
-to first order, how much the test image's loss falls by a gradient step on that training image
-alone, taken once at each checkpoint.
+to first order, how much the test image's loss decreases by one gradient step on that training
+image alone at each checkpoint.
   positive: a proponent; training on it lowered the loss of this test image
-  negative: an opponent; training on it raised it
+  negative: an opponent; training on it raised that loss
   near 0:   it hardly mattered
-The unit is that of the test loss (cross-entropy, in nats), and nothing is rescaled. The training
-averaged over batches of {BATCH}, so one visit moved the loss by about 1/{BATCH} of that. No loss is
-straight over such long steps: read a large score as a rank, not as an amount."""
+The unit is that of the test loss (cross-entropy, in nats), without rescaling. Training averaged the
+loss over batches of {BATCH}, so one step changed the loss by about 1/{BATCH} of that. The loss is
+not linear over such long steps: read a large score as a rank, not as an amount."""
 
 
 def data_text(digits: Digits, is_wrong: Tensor) -> str:
-    """What the network is trained on."""
+    """A description of the training data."""
     n, wrong = len(is_wrong), int(is_wrong.sum())
     return (
         f"{n} training and {len(digits.test_labels)} test images of handwritten digits, 8 x 8 "
@@ -40,19 +40,19 @@ def data_text(digits: Digits, is_wrong: Tensor) -> str:
 
 
 def explained_text(explained: Explained, given: Tensor, true: Tensor) -> str:
-    """For each test image a table of its proponents and opponents, and how many were flipped."""
+    """A table of proponents and opponents for each test image, and how many labels are flipped."""
     header = ["", "training image", "given label", "score", "label flipped"]
     parts = []
     chosen = zip(explained.places.items(), explained.titles, strict=True)
-    for row, ((reason, place), title) in enumerate(chosen):
-        heading = f"Test image #{place} ({reason}): {', '.join(title.splitlines())}"
+    for row, ((reason, index), title) in enumerate(chosen):
+        heading = f"Test image #{index} ({reason}): {', '.join(title.splitlines())}"
         table = text_table(header, _listed(explained, row, given, true))
         parts.append(f"{heading}\n\n{table}")
     listed = torch.cat([explained.proponents.indices, explained.opponents.indices], dim=1)
     flipped = int((given != true)[listed].sum())
     parts.append(
-        f"{flipped} of these {listed.numel()} have a flipped label. The network hardly fits such "
-        "images, so that their\ngradients are large, and with them their scores."
+        f"{flipped} of these {listed.numel()} have a flipped label. The network fits such images "
+        "badly, so their\ngradients are large, and so are their scores."
     )
     return "\n\n".join(parts)
 
@@ -72,7 +72,7 @@ def _listed(explained: Explained, row: int, given: Tensor, true: Tensor) -> list
 
 
 def detection_text(detections: Mapping[str, Detection]) -> str:
-    """The table of scores that find wrong labels, and which of them did best."""
+    """A table of the scores that find wrong labels, and which of them did best."""
     rows = [[name, f"{d.auc:.4f}", f"{d.recall:.1%}"] for name, d in detections.items()]
     table = text_table(["score", "AUC", f"found in the first {INSPECTED:.0%}"], rows)
     return f"{table}\n\n{verdict(detections)}"
@@ -83,11 +83,13 @@ def verdict(detections: Mapping[str, Detection]) -> str:
     by_auc = winners({name: d.auc for name, d in detections.items()})
     by_recall = winners({name: d.recall for name, d in detections.items()})
     if by_auc == by_recall == [SELF_INFLUENCE]:
-        judged = "Self-influence won here; the losses are cheaper, and close."
+        judged = "Self-influence is best here; the losses are cheaper, and close."
     elif SELF_INFLUENCE in (*by_auc, *by_recall):
         judged = "Self-influence is among the best here; the losses are cheaper."
     else:
-        judged = "Self-influence did not win here: a loss, which is cheaper to compute, did better."
+        judged = (
+            "Self-influence is not the best here: a loss, which is cheaper to compute, does better."
+        )
     return (
         f"Highest AUC: {' and '.join(by_auc)}.\n"
         f"Most found in the first {INSPECTED:.0%}: {' and '.join(by_recall)}.\n{judged}"
@@ -101,15 +103,15 @@ def figures(
     explained: Explained,
     detections: Mapping[str, Detection],
 ) -> dict[str, Figure]:
-    """The pictures, by file name."""
-    places = list(explained.places.values())
+    """The figures, by file name."""
+    shown = list(explained.places.values())
     suspicion = detections[SELF_INFLUENCE].scores
     top = suspicion.argsort(descending=True, stable=True)[:SUSPECTS]
     titles = [f"{i + 1}. #{n}" for i, n in enumerate(top.tolist())]
     curves = {name: detection_curve(d.scores, is_wrong) for name, d in detections.items()}
     return {
         "proponents_and_opponents.png": viz.proponents_and_opponents(
-            digits.test_images[places],
+            digits.test_images[shown],
             explained.titles,
             explained.proponents,
             explained.opponents,
@@ -133,9 +135,11 @@ def page(
     detections: Mapping[str, Detection],
     curves: Figure,
 ) -> viz.Report:
-    """All of it as a web page, with the images beside their scores."""
-    places = explained.places
-    chosen, wrong = list(places.values()), float((given != digits.train_labels).float().mean())
+    """All results as a web page, with the images beside their scores."""
+    chosen, wrong = (
+        list(explained.places.values()),
+        float((given != digits.train_labels).float().mean()),
+    )
     made = viz.Report(
         f"Handwritten digits, {wrong:.0%} of them with a wrong label",
         digits.train_images,
@@ -148,7 +152,7 @@ def page(
         digits.test_images[chosen],
         explained.proponents,
         explained.opponents,
-        titles=[f"Test image #{place}, the {reason}" for reason, place in places.items()],
+        titles=[f"Test image #{index}, the {reason}" for reason, index in explained.places.items()],
         labels=digits.test_labels[chosen],
         predictions=explained.predictions,
     )
@@ -157,7 +161,7 @@ def page(
 
 
 def save(pictures: Mapping[str, Figure], folder: Path) -> list[Path]:
-    """The pictures as files in the folder."""
+    """Write the figures into the folder, and return their files."""
     for name, figure in pictures.items():
         figure.savefig(folder / name, dpi=130)
     return [folder / name for name in pictures]

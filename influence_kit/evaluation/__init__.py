@@ -1,4 +1,4 @@
-"""How good an attribution is: retraining and functions of plain scores, which know no method."""
+"""How good an attribution is: retraining, and metrics of plain scores, whatever the method."""
 
 from influence_kit.evaluation.at_checkpoints import checkpoint_logits, checkpoint_losses
 from influence_kit.evaluation.baselines import (
@@ -11,7 +11,6 @@ from influence_kit.evaluation.baselines import (
     same_label_cosine,
 )
 from influence_kit.evaluation.batched_sgd import BatchedSGD
-from influence_kit.evaluation.comparison import Comparison, SubsetTruth, compare
 from influence_kit.evaluation.correlation import RowCorrelation
 from influence_kit.evaluation.cost import Cost
 from influence_kit.evaluation.datamodel import half_subsets, linear_datamodeling_score
@@ -20,6 +19,7 @@ from influence_kit.evaluation.leave_one_out import (
     leave_one_out,
     loo_correlation,
 )
+from influence_kit.evaluation.method_comparison import Comparison, SubsetTruth, compare
 from influence_kit.evaluation.mislabel import (
     detection_curve,
     mislabel_auc,

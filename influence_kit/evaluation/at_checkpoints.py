@@ -1,6 +1,6 @@
-"""Losses and logits of a training set at all checkpoints of a run: what baselines are made of.
+"""Losses and logits of a training set at all checkpoints of a run: the inputs of baselines.
 
-Letters: C checkpoints, n examples, c classes.
+Shapes: C checkpoints, n examples, c classes.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +18,7 @@ from influence_kit.checkpoints.discovery import (
     load_checkpoint,
 )
 from influence_kit.checkpoints.loader import CheckpointLoader
+from influence_kit.core.arguments import check_count, check_flag, check_function, shown
 from influence_kit.data.batches import Batch, call_model, example_count, take, to_device
 from influence_kit.data.checked_batches import CheckedBatches
 from influence_kit.data.class_labels import logits_of
@@ -26,7 +27,7 @@ from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.losses.loss import Loss, LossFunction, declared_reduction
 from influence_kit.preservation.restore import borrowed
 
-ROWS = 256  # at once, of a data set
+ROWS = 256  # per batch of a data set
 
 
 def checkpoint_losses(
@@ -39,24 +40,24 @@ def checkpoint_losses(
     batch_size: int = ROWS,
     show_progress: bool = False,
 ) -> Tensor:
-    """The loss of each example at each checkpoint, float64 ``[C, n]``: for ``mean_loss``, say.
+    """The loss of each example at each checkpoint, float64 ``[C, n]``, as ``mean_loss`` takes them.
 
     The losses are those whose gradients the methods take, in evaluation mode. A ``loss_fn`` that
     returns the sum or the mean over a batch is called for each example alone, which takes longer
-    than one with ``reduction="none"``. The model comes back as it was.
+    than one with ``reduction="none"``. The model is left unchanged.
 
     Args:
         model: the model, as for a method.
         dataset: the examples, as a method's ``train_dataset``.
         checkpoints: as a method takes them.
-        loss_fn: as a method takes it: one loss an example, their sum or their mean.
+        loss_fn: as a method takes it: one loss per example, their sum or their mean.
         checkpoints_load_func: ``load(model, checkpoint) -> learning rate``.
-        batch_size: how many examples at once, where ``dataset`` is no loader.
-        show_progress: a bar over the checkpoints.
+        batch_size: examples per batch, where ``dataset`` is not a loader.
+        show_progress: a progress bar over the checkpoints.
 
     Raises:
         InvalidArgumentError: for no checkpoints or examples, a loader that shuffles, or a loss that
-            is none of single examples.
+            is not made of the losses of single examples.
         NonFiniteError: where a loss is NaN or infinite.
 
     Example:
@@ -66,6 +67,9 @@ def checkpoint_losses(
         >>> checkpoint_losses(model, data, run, nn.MSELoss()).tolist()
         [[1.0, 4.0], [0.25, 1.0]]
     """
+    check_count(batch_size, "batch_size")
+    if loss_fn is not None:
+        check_function(loss_fn, "loss_fn", "loss_fn(outputs, targets)")
     loss = Loss(loss_fn, declared_reduction(loss_fn, None), "loss_fn")
     loader = as_loader(dataset, batch_size, "dataset")
     run = _Run(model, checkpoints, checkpoints_load_func, show_progress)
@@ -83,22 +87,23 @@ def checkpoint_logits(
 ) -> Tensor:
     """The logits of each example at each checkpoint, float64 ``[C, n, c]``: for ``low_margin``.
 
-    Of a model that returns more, its ``logits``. In evaluation mode; the model comes back as it
-    was.
+    If the model returns more than logits, its ``logits`` are taken. The model is called in
+    evaluation mode, and left unchanged.
 
     Args:
         model: the model, as for a method.
         dataset: the examples, as a method's ``train_dataset``.
         checkpoints: as a method takes them.
         checkpoints_load_func: ``load(model, checkpoint) -> learning rate``.
-        batch_size: how many examples at once, where ``dataset`` is no loader.
-        show_progress: a bar over the checkpoints.
+        batch_size: examples per batch, where ``dataset`` is not a loader.
+        show_progress: a progress bar over the checkpoints.
 
     Raises:
         InvalidArgumentError: for no checkpoints or examples, a loader that shuffles, or a model
             without logits ``[n, c]``.
         NonFiniteError: where a logit is NaN or infinite.
     """
+    check_count(batch_size, "batch_size")
     loader = as_loader(dataset, batch_size, "dataset")
     run = _Run(model, checkpoints, checkpoints_load_func, show_progress)
     return run.measured(loader, "logits", lambda batch: _logits(model, batch))
@@ -115,7 +120,8 @@ class _Run(NamedTuple):
     def measured(
         self, loader: Iterable[Batch], what: str, measure: Callable[[Batch], Tensor]
     ) -> Tensor:
-        """What is measured of all batches at each checkpoint, float64 ``[C, n, ...]``."""
+        """The measurements of all batches at each checkpoint, float64 ``[C, n, ...]``."""
+        self._check()
         batches = CheckedBatches(loader, "dataset")
         device = next(self.model.parameters()).device
         found = find_checkpoints(self.checkpoints, self.load is not load_checkpoint)
@@ -126,17 +132,25 @@ class _Run(NamedTuple):
 
         with borrowed(self.model, probe=probe), torch.no_grad():
             states = CheckpointLoader(self.model, found, self.load)
-            for place in tqdm(range(len(found)), what, disable=not self.show_progress):
-                states.load(place)
+            for index in tqdm(range(len(found)), what, disable=not self.show_progress):
+                states.load(index)
                 parts = [measure(to_device(batch, device)).cpu().double() for batch in batches]
                 if not parts:
                     raise InvalidArgumentError(
-                        f"`dataset` gave no examples at checkpoint {place}; it must give the same "
-                        "ones whenever it is gone through"
+                        f"`dataset` gave no examples at checkpoint {index}; it must give the same "
+                        "examples in every pass"
                     )
                 rows.append(torch.cat(parts))
-                _refuse_not_finite(rows[-1], what, f"checkpoint {place} ({label_of(found[place])})")
+                _refuse_not_finite(rows[-1], what, f"checkpoint {index} ({label_of(found[index])})")
         return torch.stack(rows)
+
+    def _check(self) -> None:
+        if not isinstance(self.model, nn.Module) or next(self.model.parameters(), None) is None:
+            raise InvalidArgumentError(
+                f"`model` must be a torch.nn.Module with parameters; got {shown(self.model)}"
+            )
+        check_function(self.load, "checkpoints_load_func", "load(model, checkpoint) -> number")
+        check_flag(self.show_progress, "show_progress")
 
 
 def _refuse_not_finite(values: Tensor, what: str, where: str) -> None:
@@ -151,7 +165,7 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
     if logits.dim() != 2:
         raise InvalidArgumentError(
             f"the model returned logits of shape {list(logits.shape)} for {example_count(batch)} "
-            "examples; expected [n, c], a row an example"
+            "examples; expected [n, c], one row per example"
         )
     return logits
 
@@ -161,12 +175,12 @@ def _losses(model: nn.Module, loss: Loss, batch: Batch) -> Tensor:
     n, outputs = example_count(batch), call_model(model, batch)
     if loss.values(outputs, batch).dim() == 0:
         alone = list(_alone(model, loss, outputs, batch))
-        # every batch, as no single one may tell; a model's own loss may give way to a formula
+        # on every batch: one alone may not settle it; a formula may replace a model's own loss
         loss.settle((outputs, batch), alone, closeness=0.0)
         loss.total(outputs, batch, n)
         if loss.reduction != "none":
             return torch.stack([loss.values(*one).sum() for one in alone])
-    loss.total(outputs, batch, n)  # refuses what is not one loss an example
+    loss.total(outputs, batch, n)  # refuses what is not one loss per example
     return loss.values(outputs, batch).reshape(n, -1).sum(dim=1)
 
 
@@ -174,7 +188,7 @@ def _alone(model: nn.Module, loss: Loss, outputs: Any, batch: Batch) -> Iterator
     """Outputs and batch of each example by itself."""
     n = example_count(batch)
     has_rows = loss.is_of_outputs and isinstance(outputs, Tensor) and outputs.shape[:1] == (n,)
-    for place in range(n):
-        row = slice(place, place + 1)
+    for index in range(n):
+        row = slice(index, index + 1)
         one = take(batch, row)
         yield (outputs[row] if has_rows else call_model(model, one)), one

@@ -1,13 +1,13 @@
-"""Simple scores that a method should beat: of plain arrays, with no gradient in them.
+"""Simple scores that a method should beat, computed from plain arrays, without gradients.
 
-Those of training examples alone, ``[n]``, are suspicions: higher means that the label is more
-likely wrong. Letters: n training and m test examples, C checkpoints, c classes, d features.
+Scores ``[n]`` of training examples alone are suspicions: higher means that the label is more likely
+wrong. Shapes: m test examples, n training examples, C checkpoints, c classes, d features.
 """
 
 import torch
 from torch import Tensor
 
-from influence_kit.core.arguments import check_count
+from influence_kit.core.arguments import check_count, shown
 from influence_kit.core.memory import rows_within, workspace_bytes
 from influence_kit.core.scaling import unit_rows
 from influence_kit.errors import InvalidArgumentError
@@ -17,23 +17,39 @@ from influence_kit.evaluation.arrays import Values, class_labels, numbers
 def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
     """The log-odds log p - log(1 - p) of each label under the softmax of the logits, ``[m]``.
 
-    The margin of which linear datamodeling scores are usually taken (arXiv 2303.14186): it does not
-    saturate as probabilities and losses do.
+    The margin that linear datamodeling scores usually measure (arXiv 2303.14186): it does not
+    saturate as probabilities and losses do. Logits that are NaN give NaN.
 
     Args:
         logits: ``[m, c]``, two classes or more.
-        labels: the class of each, ``[m]``.
+        labels: the class of each, int64 ``[m]``.
+
+    Raises:
+        InvalidArgumentError: for other shapes or types, or a label without a logit.
 
     Example:
         >>> log_odds(torch.tensor([[2.0, 0.5]]), torch.tensor([0])).tolist()
         [1.5]
     """
-    own, others = _own_and_others(logits, labels)
+    for name, given in (("logits", logits), ("labels", labels)):
+        if not isinstance(given, Tensor) or given.layout != torch.strided or given.is_complex():
+            raise InvalidArgumentError(
+                f"`{name}` must be a dense tensor of real numbers; got {shown(given)}"
+            )
+    whole = not (
+        labels.is_meta or logits.is_meta or labels.is_floating_point() or labels.dtype == torch.bool
+    )
+    if logits.dim() != 2 or labels.shape != logits.shape[:1] or not len(labels) or not whole:
+        raise InvalidArgumentError(
+            f"`logits` has shape {list(logits.shape)} and `labels` {list(labels.shape)}, of "
+            f"{labels.dtype}; expected [m, c] and the class of each, integers [m]"
+        )
+    own, others = _own_and_others(logits, labels.long())
     return own - others.logsumexp(dim=-1)
 
 
 def mean_loss(losses: Values) -> Tensor:
-    """The loss of each training example, the mean over checkpoints.
+    """The loss of each training example, averaged over checkpoints.
 
     Args:
         losses: ``[C, n]``, of ``checkpoint_losses``.
@@ -65,10 +81,10 @@ def last_loss(losses: Values) -> Tensor:
 
 
 def low_margin(logits: Values, labels: Values) -> Tensor:
-    """The largest other logit less that of the label, the mean over checkpoints.
+    """The largest other logit minus that of the label, averaged over checkpoints.
 
-    The area under the margin with its sign reversed (arXiv 2001.10528), as far as the checkpoints
-    stand for the epochs.
+    The area under the margin with its sign reversed (arXiv 2001.10528), with checkpoints in place
+    of epochs.
 
     Args:
         logits: ``[C, n, c]``, of ``checkpoint_logits``.
@@ -90,7 +106,7 @@ def low_margin(logits: Values, labels: Values) -> Tensor:
 def neighbor_disagreement(features: Values, labels: Values, k: int = 10) -> Tensor:
     """The share of an example's k nearest neighbours that have another label.
 
-    Nearest by Euclidean distance, equal distances by place; an example is no neighbour of itself.
+    Nearest by Euclidean distance, ties by index; an example is not a neighbour of itself.
 
     Args:
         features: of the training examples, ``[n, d]``.
@@ -142,7 +158,7 @@ def same_label_cosine(features: Values, labels: Values) -> Tensor:
             "needs two examples to compare"
         )
     sums = torch.zeros(len(sizes), units.shape[1], dtype=torch.float64).index_add_(0, group, units)
-    # its own cosine, 1, is not counted
+    # without its cosine with itself, 1
     with_others: Tensor = (units * sums[group]).sum(dim=1) - 1
     means: Tensor = with_others / (sizes[group] - 1)
     return -means
@@ -151,9 +167,9 @@ def same_label_cosine(features: Values, labels: Values) -> Tensor:
 def label_cosine(
     test_features: Values, test_labels: Values, features: Values, labels: Values
 ) -> Tensor:
-    """Scores: the cosine of the features, positive for the same label, negative for others.
+    """Scores: the cosine of the features, with a minus sign where the labels differ.
 
-    What an attribution method should beat.
+    A baseline that attribution methods should beat.
 
     Args:
         test_features: ``[m, d]``.
@@ -162,7 +178,7 @@ def label_cosine(
         labels: of the training examples, ``[n]``.
 
     Returns:
-        Scores ``[m, n]``, positive is a proponent where the cosine is.
+        Scores ``[m, n]``; positive marks a proponent.
 
     Example:
         >>> label_cosine([[1.0, 0.0]], [0], [[2.0, 0.0], [3.0, 0.0]], [0, 1]).tolist()
@@ -173,7 +189,7 @@ def label_cosine(
     if tests.shape[1] != points.shape[1]:
         raise InvalidArgumentError(
             f"test examples have {tests.shape[1]} features and training examples "
-            f"{points.shape[1]}; there must be as many of both"
+            f"{points.shape[1]}; both must have the same features"
         )
     of_tests = class_labels(test_labels, "test_labels", len(tests))
     same = of_tests[:, None] == class_labels(labels, "labels", len(points))
@@ -187,11 +203,11 @@ def _own_and_others(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if classes < 2 or labels.min() < 0 or labels.max() >= classes:
         raise InvalidArgumentError(
             f"the logits are of {classes} classes and the labels from {int(labels.min())} to "
-            f"{int(labels.max())}; there must be two classes, and a logit for each label"
+            f"{int(labels.max())}; there must be at least two classes, and a logit for each label"
         )
-    places = labels[..., None]
-    own = logits.gather(-1, places)[..., 0]
-    return own, logits.scatter(-1, places, -torch.inf)
+    columns = labels[..., None]
+    own = logits.gather(-1, columns)[..., 0]
+    return own, logits.scatter(-1, columns, -torch.inf)
 
 
 def _units(rows: Tensor, name: str) -> Tensor:
@@ -204,5 +220,5 @@ def _units(rows: Tensor, name: str) -> Tensor:
 
 
 def _rows_of(n: int) -> int:
-    """How many rows of distances to n examples to hold at once."""
+    """How many rows of distances to n examples fit into memory at once."""
     return rows_within(workspace_bytes(torch.device("cpu")), 3 * 8 * n)

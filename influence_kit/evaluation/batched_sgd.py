@@ -1,9 +1,9 @@
 """Many small models trained at once: plain SGD on stacked parameters, by ``torch.func.vmap``.
 
-A small model leaves most of a processor idle: a step costs what calling its operations costs. With
-B models stacked, a step of all costs little more than a step of one.
+A step of a small model costs mostly the calls of its operations. With B models stacked, one step of
+all costs little more than one step of a single model.
 
-Letters: n training examples, B models trained at once, b examples a batch.
+Shapes: n training examples, B models trained at once, b examples per batch.
 """
 
 import copy
@@ -15,12 +15,23 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from influence_kit.core.arguments import check_count, check_number
+from influence_kit.core.arguments import (
+    check_count,
+    check_seed,
+    check_seeds,
+)
 from influence_kit.core.memory import resident_bytes, rows_within
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.evaluation.batch_order import Part, Step, own_batches, shared_batches
-from influence_kit.evaluation.recipe import as_seed, seeded
+from influence_kit.evaluation.arrays import indices_in
+from influence_kit.evaluation.batch_order import Part, StepParts, own_batches, shared_batches
+from influence_kit.evaluation.recipe import seeded
 from influence_kit.evaluation.settings import describe_function
+from influence_kit.evaluation.sgd_arguments import (
+    check_epochs,
+    check_new_model,
+    check_settings,
+    check_subsets,
+)
 from influence_kit.evaluation.stacked_models import (
     INSTEAD,
     ModelStack,
@@ -31,7 +42,7 @@ from influence_kit.evaluation.stacked_models import (
 from influence_kit.gradients.gradient_source import kept_bytes
 from influence_kit.storage.folders import hash_of
 
-# more gain nothing: by then the arithmetic takes the time
+# more gain nothing: the arithmetic dominates by then
 MOST_MODELS = 128
 
 
@@ -44,16 +55,16 @@ class BatchedSGD:
     generator of that seed, ``batch_size`` at a time (the last batch may be short), with
     ``torch.optim.SGD``. The models are those of that loop, up to rounding.
 
-    With ``same_batches``, the order of a seed is that of all n examples, whatever the subset. An
-    example that the subset lacks counts nothing in its batches, and all others as much as ever: the
-    loss of what is left of a batch is multiplied by its share. So a model without an example
-    differs by that example alone, and leaving one out is far less noisy; on half of the examples,
-    steps are half as long.
+    With ``same_batches``, a seed fixes the batches of all n examples, whatever the subset. Examples
+    outside the subset are left out of their batches, and the loss of the rest of a batch is
+    multiplied by its share of the batch. So leaving out one example changes the contribution of
+    that example alone, which makes leave-one-out far less noisy; on half of the examples, steps are
+    half as long.
 
-    Models that are trained at once take as many steps: subsets of other sizes are trained
-    separately. Learning rate, momentum and weight decay are constant. A model that changes its
-    buffers in training (BatchNorm), draws random numbers (dropout) or has operations without a
-    batching rule is refused: give ``Retraining`` an ordinary training function of it.
+    Models are trained together where their subsets have the same size. Learning rate, momentum and
+    weight decay are constant. A model that changes its buffers in training (BatchNorm), draws
+    random numbers (dropout) or has operations without a batching rule is refused: give
+    ``Retraining`` an ordinary training function instead.
 
     Args:
         make_model: makes a new model, its weights drawn from torch's random state.
@@ -62,15 +73,15 @@ class BatchedSGD:
         loss_fn: ``loss_fn(outputs, targets)``, a scalar: the mean over the batch.
         epochs: passes over the subset.
         learning_rate: of every step.
-        batch_size: the letter b.
+        batch_size: b, examples per batch.
         momentum: of ``torch.optim.SGD``.
         weight_decay: of ``torch.optim.SGD``: added to the gradient, times the weights.
-        at_once: the letter B; "auto" takes as many as fit into memory, 128 at most.
-        same_batches: whether all subsets see the batches of the whole training set.
+        at_once: B, models trained at once; "auto" takes as many as fit into memory, at most 128.
+        same_batches: whether all subsets share the batches of the whole training set.
 
     Raises:
         InvalidArgumentError: for settings outside their range, or a model that cannot be trained
-            so.
+            this way.
 
     Example:
         >>> x, y = torch.randn(20, 4), torch.arange(20) % 3
@@ -96,24 +107,15 @@ class BatchedSGD:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained, before hours of training."""
-        for name in ("epochs", "batch_size"):
-            check_count(getattr(self, name), name)
-        if self.at_once != "auto":
-            check_count(self.at_once, "at_once", instead='"auto"')
-        check_number(self.learning_rate, "learning_rate", above=0)
-        check_number(self.momentum, "momentum", least=0, below=1)
-        check_number(self.weight_decay, "weight_decay", least=0)
-        if len(self.inputs) != len(self.targets):
-            raise InvalidArgumentError(
-                f"got {len(self.inputs)} inputs and {len(self.targets)} targets; there must be one "
-                "target an input"
-            )
+        check_settings(self)
         with seeded(0):
-            check_model(self.make_model().train(), self.inputs[:2])
-            stack = ModelStack.of([self.make_model(), self.make_model()])
+            check_model(self._new_model().train(), self.inputs[:2])
+            stack = ModelStack.of([self._new_model(), self._new_model()])
             try:
                 self._gradients(stack, [Part(None, torch.zeros(2, 2).long())])
-            except RuntimeError as error:
+            except InvalidArgumentError:
+                raise
+            except (RuntimeError, TypeError, IndexError, ValueError) as error:
                 raise InvalidArgumentError(
                     f"torch.func.vmap cannot train this model: {error}. {INSTEAD}"
                 ) from error
@@ -127,18 +129,13 @@ class BatchedSGD:
         """The trained parameters, and the buffers, of the models by name, ``[B, ...]``.
 
         Args:
-            subsets: the places of each model's training examples, all as many.
-            seeds: one a model.
+            subsets: the indices of the training examples of each model, all of one length.
+            seeds: one per model.
 
         Raises:
             InvalidArgumentError: for subsets of different sizes, or another number of seeds.
         """
-        sizes = sorted({len(subset) for subset in subsets})
-        if len(sizes) != 1 or len(subsets) != len(seeds):
-            raise InvalidArgumentError(
-                f"got {len(subsets)} subsets of sizes {sizes} and {len(seeds)} seeds; models that "
-                "are trained at once need subsets of one size, and a seed each"
-            )
+        subsets, seeds = check_subsets(subsets, seeds, len(self.inputs))
         stack = ModelStack.of([self._made(seed) for seed in seeds])
         for _ in self._train(stack, subsets, seeds):
             pass
@@ -146,33 +143,31 @@ class BatchedSGD:
 
     def train_many(self, subsets: Sequence[Tensor], seeds: Sequence[int]) -> Iterator[nn.Module]:
         """The models trained on the subsets, all of one size."""
+        seeds = check_seeds(seeds)
         stacked = self.stacked(subsets, seeds)
-        for place, seed in enumerate(seeds):
-            yield put_into(self._made(seed), stacked, place)
+        for index, seed in enumerate(seeds):
+            yield put_into(self._made(seed), stacked, index)
 
     def checkpoints(
         self, indices: Tensor, seed: int, epochs: Sequence[int]
     ) -> list[dict[str, Any]]:
-        """Checkpoints along the run whose end is the model of ``indices`` and ``seed``.
+        """Checkpoints of the run that trains the model of ``indices`` and ``seed``.
 
         Methods take them as their ``checkpoints``.
 
         Args:
-            indices: the places of the training examples.
+            indices: of the training examples.
             seed: of the run.
-            epochs: after which to keep one, ascending, from 1 to ``epochs`` of the training.
+            epochs: after which to keep a checkpoint, ascending, from 1 to the last.
 
         Returns:
             ``{"state_dict", "learning_rate", "epoch"}`` for each.
 
         Raises:
-            InvalidArgumentError: for no epochs, or others.
+            InvalidArgumentError: for epochs that are not ascending within 1 to the last.
         """
-        if len(epochs) == 0 or list(epochs) != sorted({*epochs} & {*range(1, self.epochs + 1)}):
-            raise InvalidArgumentError(
-                f"`epochs` is {list(epochs)}; it must be one or more of 1 to {self.epochs}, "
-                "ascending"
-            )
+        indices = indices_in(indices, len(self.inputs))
+        epochs = check_epochs(epochs, self.epochs)
         model, kept = self._made(seed), []
         stack = ModelStack.of([self._made(seed)])
         for epoch in self._train(stack, [indices], [seed]):
@@ -186,17 +181,18 @@ class BatchedSGD:
 
     def at_once_of(self, size: int) -> int:
         """How many models on ``size`` examples each to train at once."""
+        check_count(size, "size")
         if self.at_once != "auto":
             return self.at_once
         model = self._made(0)
         kept = kept_bytes(model, (self.inputs[:1], self.targets[:1]))
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        # what is kept for backward, and its gradients; weights, momentum, gradients, a temporary
+        # tensors kept for backward and their gradients; weights, momentum, gradients, a temporary
         each = 2 * kept * min(size, self.batch_size) + 4 * weights
         return min(MOST_MODELS, rows_within(resident_bytes(self.inputs.device), each))
 
     def describe(self) -> dict[str, Any]:
-        """What tells this training from another: code, settings and data."""
+        """What identifies this training: code, settings and data."""
         numbers = ("epochs", "learning_rate", "batch_size", "momentum", "weight_decay")
         return {
             "make_model": describe_function(self.make_model),
@@ -207,13 +203,16 @@ class BatchedSGD:
 
     def _made(self, seed: int) -> nn.Module:
         with seeded(seed):
-            return self.make_model()
+            return self._new_model()
+
+    def _new_model(self) -> nn.Module:
+        return check_new_model(self.make_model())
 
     def _train(
         self, stack: ModelStack, subsets: Sequence[Tensor], seeds: Sequence[int]
     ) -> Iterator[int]:
         """Train the stacked models in place; yields each epoch's number, from 1, at its end."""
-        generators = [torch.Generator().manual_seed(as_seed(seed)) for seed in seeds]
+        generators = [torch.Generator().manual_seed(check_seed(seed)) for seed in seeds]
         velocities = [torch.zeros_like(weight) for weight in stack.weights]
         for epoch in range(1, self.epochs + 1):
             if self.same_batches:
@@ -224,19 +223,19 @@ class BatchedSGD:
                 self._take(step, stack, velocities)
             yield epoch
 
-    def _take(self, step: Step, stack: ModelStack, velocities: list[Tensor]) -> None:
+    def _take(self, step: StepParts, stack: ModelStack, velocities: list[Tensor]) -> None:
         """Take a step of ``torch.optim.SGD``, in place."""
         gradients = self._gradients(stack, step)
         with torch.no_grad():
             for weight, velocity, gradient in zip(
                 stack.weights, velocities, gradients, strict=True
             ):
-                if gradient is not None:  # the optimizer, too, leaves unused parameters alone
+                if gradient is not None:  # SGD leaves unused parameters alone, too
                     velocity.mul_(self.momentum).add_(gradient)
                     velocity.add_(weight, alpha=self.weight_decay)
                     weight.sub_(velocity, alpha=self.learning_rate)
 
-    def _gradients(self, stack: ModelStack, step: Step) -> Sequence[Tensor | None]:
+    def _gradients(self, stack: ModelStack, step: StepParts) -> Sequence[Tensor | None]:
         def loss(parameters: Stacked, buffers: Stacked, x: Tensor, y: Tensor) -> Tensor:
             return self.loss_fn(functional_call(stack.base, (parameters, buffers), (x,)), y)
 
@@ -251,5 +250,5 @@ class BatchedSGD:
                         "return a scalar, the mean over the batch"
                     )
                 totals.append(share * losses.sum())
-            # a model's loss depends on its own parameters alone: the gradient of the sum is each's
+            # each loss depends on its own parameters alone: the gradient of the sum has them all
             return torch.autograd.grad(torch.stack(totals).sum(), stack.weights, allow_unused=True)

@@ -1,6 +1,6 @@
 """Correlations of two matrices row by row: scores against the truth, for each test example.
 
-Letters: m test examples (rows), c columns (subsets, or training examples), R repeats of the truth.
+Shapes: m test examples (rows), c columns (subsets, or training examples), R repeats of the truth.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,11 +21,12 @@ class RowCorrelation:
     """A correlation for each test example, and their mean.
 
     Attributes:
-        per_test: ``[m]``, float64, from -1 to 1; without the test examples that were left out.
-        constant: the number of test examples whose scores (predictions) are all the same: they tell
-            nothing apart, and their correlation counts as 0.
-        ceiling: about what perfect scores would reach against the mean of R repeats; None for one.
-        left_out: the places of the test examples that were left out, as was asked for.
+        per_test: float64 ``[m]``, from -1 to 1, without the test examples that were left out.
+        constant: the number of test examples whose scores (predictions) are all equal; their
+            correlation counts as 0.
+        ceiling: the estimated correlation of perfect scores with the mean of R repeats; None for
+            a single repeat.
+        left_out: the indices of the test examples that were left out on request.
     """
 
     per_test: Tensor
@@ -45,7 +46,7 @@ class RowCorrelation:
         return None if error is None else float(error)
 
     def cells(self) -> list[str]:
-        """The mean and its standard error, as a table shows them."""
+        """The mean and its standard error, as text."""
         error = self.standard_error
         return [f"{self.mean:.3f}", "-" if error is None else f"{error:.3f}"]
 
@@ -72,19 +73,20 @@ def row_correlations(
         predicted: ``[m, c]``.
         repeats: the truth, ``[R, m, c]``.
         name: of the truth, for errors.
-        leave_out_constant: leave out the test examples whose predictions or truths are all the
-            same.
+        leave_out_constant: leave out the test examples whose predictions or truths are all
+            equal.
         measures: ``pearson``, ``spearman``.
-        noise: differences of the predictions that rounding explains, relative to the largest.
+        noise: rounding errors of the predictions, relative to the largest.
 
     Raises:
-        InvalidArgumentError: for a single column, or where the truth of a test example is the same
-            everywhere; where constant ones are left out, if that is all of them.
+        InvalidArgumentError: for a single column, or where all values of a test example's truth are
+            equal; with ``leave_out_constant``, where no test example is left.
     """
     truth = repeats.mean(dim=0)
     if truth.shape[1] < 2:
         raise InvalidArgumentError(
-            f"`{name}` has {truth.shape[1]} value a test example; a correlation needs at least two"
+            f"`{name}` has {truth.shape[1]} value per test example; a correlation needs at least "
+            "two"
         )
     same = is_constant(predicted, noise)
     out = torch.zeros_like(same)
@@ -92,8 +94,8 @@ def row_correlations(
         out = same | is_constant(truth)
         if bool(out.all()):
             raise InvalidArgumentError(
-                f"the scores or the `{name}` of each of the {len(out)} test examples are the same "
-                "everywhere; with leave_out_constant=True none is left"
+                f"the scores or the `{name}` of each of the {len(out)} test examples are all "
+                "equal; with leave_out_constant=True none is left"
             )
     else:
         _refuse_constant(truth, name)
@@ -113,21 +115,21 @@ def row_correlations(
 def _refuse_constant(truth: Tensor, name: str) -> None:
     constant = torch.nonzero(is_constant(truth)).flatten()
     if len(constant):
-        place = int(constant[0])
+        first = int(constant[0])
         raise InvalidArgumentError(
             f"in `{name}`, {len(constant)} of {len(truth)} test examples have the same value "
-            f"everywhere (the first is test example {place}: {truth[place, 0].item():.6g}), with "
-            "which nothing correlates; leave them out of all arguments, or pass "
+            f"everywhere (the first is test example {first}: {truth[first, 0].item():.6g}), so "
+            "that no correlation is defined; leave them out of all arguments, or pass "
             "leave_out_constant=True"
         )
 
 
 def noise_ceiling(repeats: Tensor, measure: Correlation) -> float | None:
-    """About the correlation of the noiseless truth with the mean of its repeats ``[R, m, c]``.
+    """The estimated correlation of the noiseless truth with the mean of its repeats ``[R, m, c]``.
 
-    From the correlation between the means of two halves of the repeats (averaged over random
-    splits), extended to all of them by Spearman and Brown's formula: the root is the correlation
-    with the mean of infinitely many. 0 where the halves do not agree at all; None for one repeat.
+    The correlation between the means of two halves of the repeats, averaged over random splits, is
+    extended to all repeats by the Spearman-Brown formula; its square root is the correlation with
+    the mean of infinitely many. 0 where the halves do not agree at all; None for one repeat.
     """
     r = len(repeats)
     if r < 2:
@@ -145,34 +147,34 @@ def noise_ceiling(repeats: Tensor, measure: Correlation) -> float | None:
 
 
 def ranks(rows: Tensor) -> Tensor:
-    """The ranks 1..c of the values in each row; equal ones share the mean of theirs, ``[m, c]``."""
+    """The ranks 1..c of the values in each row, ``[m, c]``; ties share their mean rank."""
     ordered, order = rows.sort(dim=1)
     is_first = torch.ones_like(ordered, dtype=torch.bool)
     is_first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     group = is_first.cumsum(dim=1) - 1
-    place = torch.arange(1.0, rows.shape[1] + 1, dtype=torch.float64).expand(rows.shape)
-    total = torch.zeros_like(place).scatter_add(1, group, place)
-    size = torch.zeros_like(place).scatter_add(1, group, torch.ones_like(place))
+    rank = torch.arange(1.0, rows.shape[1] + 1, dtype=torch.float64).expand(rows.shape)
+    total = torch.zeros_like(rank).scatter_add(1, group, rank)
+    size = torch.zeros_like(rank).scatter_add(1, group, torch.ones_like(rank))
     shared = (total / size.clamp(min=1)).gather(1, group)
     return torch.empty_like(shared).scatter_(1, order, shared)
 
 
 def is_constant(rows: Tensor, noise: float = 0.0) -> Tensor:
-    """Whether all values of a row are the same, up to ``noise`` times the largest; bool ``[m]``."""
+    """Whether all values of a row are equal, up to ``noise`` times the largest; bool ``[m]``."""
     low, high = rows.aminmax(dim=1)
-    # of finite values their difference may be infinite
+    # not high - low: the difference of finite values may be infinite
     return high <= low + noise * torch.maximum(low.abs(), high.abs())
 
 
 def pearson(left: Tensor, right: Tensor) -> Tensor:
-    """The correlation of each row of one matrix with that of the other, 0 of constant rows."""
+    """The correlation of each row with the same row of the other matrix; 0 for constant rows."""
     products: Tensor = (_unit(left) * _unit(right)).sum(dim=1)
     return products.masked_fill(is_constant(left) | is_constant(right), 0.0).clamp(-1, 1)
 
 
 def _unit(rows: Tensor) -> Tensor:
-    """The rows less their means, of norm 1."""
-    # so that sums and squares of very small or large values stay numbers
+    """The rows minus their means, of norm 1."""
+    # so that squares of very small or large values neither vanish nor overflow
     scaled = rows / rows.abs().amax(dim=1, keepdim=True)
     centred = scaled - scaled.mean(dim=1, keepdim=True)
     norms: Tensor = centred.norm(dim=1, keepdim=True)
@@ -180,5 +182,5 @@ def _unit(rows: Tensor) -> Tensor:
 
 
 def spearman(left: Tensor, right: Tensor) -> Tensor:
-    """The rank correlation of each row of one matrix with that of the other, 0 of constant rows."""
+    """The rank correlation of each row with the same row of the other; 0 for constant rows."""
     return pearson(ranks(left), ranks(right))

@@ -1,6 +1,6 @@
 """Leave-one-out: what training without one example changes, and how well scores predict it.
 
-Letters: m test and n training examples, k of them left out in turn, R repeats (seeds).
+Shapes: m test examples, n training examples, k of them left out in turn, R repeats (seeds).
 """
 
 from collections.abc import Sequence
@@ -9,16 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from influence_kit.core.arguments import check_count
+from influence_kit.core.arguments import check_count, check_flag
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.evaluation.arrays import Values, numbers, places, repeated_numbers
+from influence_kit.evaluation.arrays import Values, indices_in, numbers, repeated_numbers
 from influence_kit.evaluation.correlation import (
     RowCorrelation,
     pearson,
     row_correlations,
     spearman,
 )
-from influence_kit.evaluation.datamodel import Kind, sign_of
+from influence_kit.evaluation.datamodel import MOST, Kind, sign_of
 from influence_kit.evaluation.recipe import Measure, TrainFunction
 from influence_kit.evaluation.retraining import Retraining, as_retraining
 
@@ -44,27 +44,27 @@ def leave_one_out(
     seeds: Sequence[int] = (0,),
     by_seed: bool = False,
 ) -> Tensor:
-    """How much worse each output is without each example, by real retraining: ``[m, k]``.
+    """How much worse each output is without each example, by actual retraining: ``[m, k]``.
 
     Positive: the example is a proponent (without it the loss is higher, or the margin lower). The
-    mean over seeds, each of which trains k + 1 models. A single example changes little: unless
-    training finds the one optimum of a convex loss, what the seed changes is more than what is
-    measured. Two things help: that a seed decides the same with and without an example
-    (``BatchedSGD(..., same_batches=True)``), and several seeds. ``loo_correlation`` tells from the
-    differences of each seed how much noise is left; ``differences.std(0) / R ** 0.5`` is the
+    result is the mean over seeds; each seed trains k + 1 models. A single example changes little:
+    unless training reaches the unique optimum of a convex loss, the seed changes more than the
+    example does. Two things help: the same randomness with and without an example
+    (``BatchedSGD(..., same_batches=True)``), and several seeds. ``loo_correlation`` estimates from
+    the differences of each seed how much noise is left; ``differences.std(0) / R ** 0.5`` is the
     standard error of each mean.
 
     Args:
         train: ``train_fn(indices, seed) -> model``, or a ``Retraining``.
         n: the number of training examples.
         measure: ``measure(model) -> [m]``: losses or margins of the test examples.
-        outputs_are: "loss" or "margin" (higher is better): what is measured.
+        outputs_are: what is measured: "loss" (lower is better) or "margin" (higher is better).
         indices: which examples to leave out in turn, ``[k]``; None for all.
         seeds: of the trainings.
         by_seed: return the differences of each seed, ``[R, m, k]``, not their mean.
 
     Raises:
-        InvalidArgumentError: for places outside the training set, or fewer than two examples;
+        InvalidArgumentError: for indices outside the training set, or fewer than two examples;
             otherwise as ``Retraining.outputs``.
 
     Example:
@@ -79,12 +79,14 @@ def leave_one_out(
         [[3.0, 1.25, -0.75]]
     """
     sign = sign_of(outputs_are)
-    if check_count(n, "n", least=0) < 2:
+    check_flag(by_seed, "by_seed")
+    retraining = as_retraining(train)
+    if check_count(n, "n", least=0, most=MOST) < 2:
         raise InvalidArgumentError(f"`n` is {n}; leaving one out needs at least two examples")
-    left_out = places(indices, n)
+    left_out = torch.arange(n) if indices is None else indices_in(indices, n)
     masks = torch.ones(1 + len(left_out), n, dtype=torch.bool)
     masks[torch.arange(1, len(masks)), left_out] = False
-    outputs = as_retraining(train).outputs(masks, measure, seeds)
+    outputs = retraining.outputs(masks, measure, seeds)
     differences = sign * (outputs[:1] - outputs[1:]).permute(1, 2, 0)
     return differences if by_seed else differences.mean(dim=0)
 
@@ -94,26 +96,26 @@ def loo_correlation(
 ) -> LeaveOneOutCorrelation:
     """How well scores predict leave-one-out differences: correlations over training examples.
 
-    Differences by seed tell the noise ceiling: what perfect scores would reach against their mean,
-    estimated as for ``linear_datamodeling_score``.
+    With differences by seed, the noise ceiling, which is the correlation of perfect scores with the
+    mean over seeds, is estimated as for ``linear_datamodeling_score``.
 
     Args:
-        scores: ``[m, k]``, positive is a proponent; of the examples left out:
-            ``scores[:, indices]``.
+        scores: ``[m, k]`` of the examples left out, ``scores[:, indices]``; positive marks a
+            proponent.
         differences: what ``leave_one_out`` returned, ``[m, k]``, or ``[R, m, k]`` by seed; positive
-            is a proponent.
+            marks a proponent.
         leave_out_constant: leave out the test examples whose differences, or whose scores, are all
-            the same. Where it is not set, such differences are an error, and such scores count
-            as 0: a method that says nothing has predicted nothing.
+            equal. By default, constant differences are an error, and constant scores count as 0.
 
     Raises:
         InvalidArgumentError: for shapes that differ, values that are not finite, or a test example
-            whose differences are all the same.
+            whose differences are all equal.
 
     Example:
         >>> loo_correlation([[3.0, 1.0, 2.0]], [[0.3, 0.1, 0.9]]).spearman.per_test
         tensor([0.5000], dtype=torch.float64)
     """
+    check_flag(leave_out_constant, "leave_out_constant")
     predicted = numbers(scores, "scores", "[m, k]")
     real = repeated_numbers(differences, "differences", "[R, m, k]")
     if predicted.shape != real.shape[1:]:

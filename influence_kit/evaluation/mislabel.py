@@ -1,11 +1,12 @@
-"""How well scores find wrong labels: somebody inspects the examples with the highest scores first.
+"""How well scores find wrong labels, if examples are inspected by descending score.
 
-Letters: n examples, of which w have a wrong label.
+Shapes: n examples, of which w have a wrong label.
 """
 
 import torch
 from torch import Tensor
 
+from influence_kit.core.arguments import check_number
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, count_of, marks, numbers
 
@@ -13,11 +14,11 @@ from influence_kit.evaluation.arrays import Values, count_of, marks, numbers
 def mislabel_auc(scores: Values, is_wrong: Values) -> float:
     """P(a wrong label's score > a right label's score) + P(they are equal) / 2, between 0 and 1.
 
-    The area under the ROC curve, as ``sklearn.metrics.roc_auc_score`` gives it: 0.5 is what random
-    scores reach, 1 is every wrong label before every right one.
+    The area under the ROC curve, as ``sklearn.metrics.roc_auc_score`` gives it: random scores reach
+    0.5; 1 means that every wrong label comes before every right one.
 
     Args:
-        scores: how suspicious each example is, ``[n]``, in any unit: only their order counts.
+        scores: how suspicious each example is, ``[n]``, in any unit: only the order matters.
         is_wrong: whether its label is wrong, ``[n]`` of booleans, or of 0 and 1.
 
     Raises:
@@ -30,7 +31,7 @@ def mislabel_auc(scores: Values, is_wrong: Values) -> float:
     """
     values, wrong = _checked(scores, is_wrong)
     _, group, sizes = torch.unique(values, return_inverse=True, return_counts=True)
-    # tied examples share the mean of the ranks 1..n that they take up together
+    # tied examples share the mean of their ranks
     last_rank = sizes.cumsum(0).double()
     rank = (last_rank - (sizes - 1) / 2)[group]
     w = int(wrong.sum())
@@ -41,8 +42,8 @@ def mislabel_auc(scores: Values, is_wrong: Values) -> float:
 def recall_at(scores: Values, is_wrong: Values, fraction: float) -> float:
     """The share of the w wrong labels among the first ``fraction`` of the examples inspected.
 
-    Examples are inspected by descending score, equal scores by place. Their number is
-    ``fraction * n``, to the nearest whole number (halves up).
+    Examples are inspected by descending score, ties by index. Their number is ``fraction * n``,
+    rounded to a whole number (halves up).
 
     Args:
         scores: how suspicious each example is, ``[n]``.
@@ -89,7 +90,7 @@ def precision_at(scores: Values, is_wrong: Values, fraction: float) -> float:
 def detection_curve(scores: Values, is_wrong: Values) -> tuple[Tensor, Tensor]:
     """The share of wrong labels found (second) against the share of examples inspected (first).
 
-    Examples are inspected by descending score, equal scores by place.
+    Examples are inspected by descending score, ties by index.
 
     Args:
         scores: how suspicious each example is, ``[n]``.
@@ -113,17 +114,13 @@ def detection_curve(scores: Values, is_wrong: Values) -> tuple[Tensor, Tensor]:
 
 
 def _order(values: Tensor) -> Tensor:
-    """The order of inspection: by descending score, equal scores by place."""
+    """The order of inspection: by descending score, ties by index."""
     return torch.argsort(values, descending=True, stable=True)
 
 
 def _counts(scores: Values, is_wrong: Values, fraction: float) -> tuple[int, int, int]:
-    """How many examples are inspected, how many wrong labels are among them, and the letter w."""
-    if not 0 < fraction <= 1:
-        raise InvalidArgumentError(
-            f"`fraction` is the share of the examples inspected; got {fraction}, expected a number "
-            "above 0 and at most 1"
-        )
+    """How many examples are inspected, how many wrong labels are found, and how many there are."""
+    check_number(fraction, "fraction", above=0, most=1)
     values, wrong = _checked(scores, is_wrong)
     inspected = count_of(fraction, len(values))
     return inspected, int(wrong[_order(values)[:inspected]].sum()), int(wrong.sum())
@@ -136,7 +133,7 @@ def _checked(scores: Values, is_wrong: Values) -> tuple[Tensor, Tensor]:
     if len(wrong) != len(values):
         raise InvalidArgumentError(
             f"got {len(values)} `scores` and {len(wrong)} of `is_wrong`; there must be one of each "
-            "an example"
+            "per example"
         )
     if not 0 < int(wrong.sum()) < len(wrong):
         raise InvalidArgumentError(

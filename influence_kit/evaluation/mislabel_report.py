@@ -1,11 +1,11 @@
-"""Several scores that look for wrong labels, side by side."""
+"""Several scores that look for wrong labels, compared in a table."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from influence_kit.core.arguments import check_mapping, check_sequence
 from influence_kit.core.tables import text_table
-from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values
 from influence_kit.evaluation.mislabel import mislabel_auc, precision_at, recall_at
 
@@ -28,11 +28,11 @@ class MislabelRow(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class MislabelReport:
-    """A row a score, the highest area under the curve first; printed as a table.
+    """One row per score, the highest area under the curve first; printed as a table.
 
     Attributes:
         fractions: the shares of the examples that are inspected.
-        rows: by falling AUC; equal ones as they were given.
+        rows: by descending AUC; ties in the given order.
     """
 
     fractions: tuple[float, ...]
@@ -57,7 +57,7 @@ def mislabel_report(
 ) -> MislabelReport:
     """How well each score finds the wrong labels.
 
-    Give the baselines beside a method's ``self_influence``: ``mean_loss``, ``last_loss``,
+    Compare a method's ``self_influence`` with baselines: ``mean_loss``, ``last_loss``,
     ``low_margin``, ``neighbor_disagreement``, ``same_label_cosine``.
 
     Args:
@@ -77,8 +77,8 @@ def mislabel_report(
         margin  1.0000         100.0%            100.0%
         loss    0.7500          50.0%             50.0%
     """
-    if not scores:
-        raise InvalidArgumentError("got no scores to report on; pass {name: scores}")
+    named = check_mapping(scores, "scores", "{name: how suspicious each example is}")
+    fractions = check_sequence(fractions, "fractions", "shares of the examples inspected")
     rows = [
         MislabelRow(
             name,
@@ -86,6 +86,6 @@ def mislabel_report(
             tuple(recall_at(values, is_wrong, fraction) for fraction in fractions),
             tuple(precision_at(values, is_wrong, fraction) for fraction in fractions),
         )
-        for name, values in scores.items()
+        for name, values in named.items()
     ]
     return MislabelReport(tuple(fractions), tuple(sorted(rows, key=lambda row: -row.auc)))

@@ -1,6 +1,5 @@
-"""How a user trains a model, and what tells one way of training from another."""
+"""How a user trains a model, and what identifies one way of training."""
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
@@ -8,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from influence_kit.errors import InvalidArgumentError
+from influence_kit.core.arguments import check_seed
 from influence_kit.evaluation.settings import describe_function
 
 TrainFunction = Callable[[Tensor, int], nn.Module]
@@ -24,7 +23,7 @@ class TrainsMany(Protocol):
         ...
 
     def make_model(self) -> nn.Module:
-        """A new model, not trained."""
+        """A new, untrained model."""
         ...
 
     def at_once_of(self, size: int) -> int:
@@ -36,50 +35,36 @@ class TrainsMany(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What tells this training from another, as JSON has it."""
+        """What identifies this training, in values that JSON can hold."""
         ...
-
-
-def as_seed(seed: Any) -> int:
-    """The seed as an int.
-
-    Raises:
-        InvalidArgumentError: for anything else: torch would take 1.5 for 1.
-    """
-    try:
-        if not isinstance(seed, bool):
-            return operator.index(seed)
-    except TypeError:
-        pass
-    raise InvalidArgumentError(f"a seed must be an int; got {seed!r}")
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Torch's random state set by ``seed`` inside, and as it was afterwards."""
-    seed = as_seed(seed)
+    """Set torch's random state by ``seed`` inside, and restore it afterwards."""
+    seed = check_seed(seed)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
 
 
-class Settings:
-    """What tells a training function from another, as it was before training changed any of it.
+class TrainingSettings:
+    """What identifies a training function, as it was before training changed any of it.
 
     Args:
         train_fn: the function.
-        label: what the user calls it; None to look at it.
+        label: the user's name for it; None to describe the function itself.
     """
 
     def __init__(self, train_fn: TrainFunction, label: str | None) -> None:
         self._train_fn, self._label = train_fn, label
         self._before: dict[str, Any] = {}
-        # what training wrote, with what it was before
+        # the values that training wrote over
         self._written: dict[str, Any] = {}
 
     def description(self) -> dict[str, Any]:
-        """The settings now, less what training has written into them."""
+        """The settings now, without what training has written into them."""
         self._before = describe(self._train_fn, self._label)
         return {**self._before, **({"train_fn": self._own(self._written)} if self._written else {})}
 
@@ -88,7 +73,7 @@ class Settings:
         return {**known, "uses": {**known["uses"], **values}}
 
     def after_training(self) -> None:
-        """Note which settings are others than before: logs and counters, which are none."""
+        """Note which values training has changed: logs and counters, which are not settings."""
         if "train_fn" not in self._before:
             return
         before = self._before["train_fn"].get("uses", {})
@@ -98,7 +83,7 @@ class Settings:
 
 
 def describe(train_fn: TrainFunction, label: str | None) -> dict[str, Any]:
-    """What tells a training function from another: its label, or what is known of it."""
+    """What identifies a training function: its label, or its code and settings."""
     if label is not None:
         return {"label": label}
     if isinstance(train_fn, TrainsMany):

@@ -1,57 +1,67 @@
 """Models trained again on subsets of the training set: the ground truth of attribution.
 
-Letters: n training examples, m measured outputs (of test examples), S subsets, R seeds.
+Shapes: n training examples, m measured outputs (of test examples), S subsets, R seeds.
 """
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import groupby
+from os import PathLike
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from influence_kit.core.arguments import (
+    check_flag,
+    check_function,
+    check_seeds,
+    check_text,
+    shown,
+)
 from influence_kit.core.processes import process_count, results
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, subset_masks
 from influence_kit.evaluation.model_folder import Job, ModelFolder
 from influence_kit.evaluation.recipe import (
     Measure,
-    Settings,
     TrainFunction,
+    TrainingSettings,
     TrainsMany,
-    as_seed,
     seeded,
 )
-from influence_kit.evaluation.training import Rows, measured, train_group, trained
+from influence_kit.evaluation.train_jobs import Measurements, measured, train_group, trained
+
+CALL = "train_fn(indices, seed) -> model"
 
 
 class Retraining:
-    """Trains models on subsets of the training set, and keeps what is measured of each.
+    """Trains models on subsets of the training set, and returns the outputs measured of each.
 
     Models are dropped once they are measured; with a ``folder`` they are also kept on disk, so that
-    other outputs can be measured later, and a run that was killed goes on where it was.
+    other outputs can be measured later, and an interrupted run continues where it stopped.
 
     Args:
         train_fn: ``train_fn(indices, seed) -> model``, trained on the examples at ``indices``
-            (int64, ascending). Torch's random state is set by the seed before each call, and as it
-            was afterwards. Or a ``BatchedSGD``, which trains many small models at once.
-        folder: where every finished model is kept, one safetensors file each, which are checkpoints
-            for any method; None keeps none. It is refused for another training function, or another
-            number of examples. A second run on the same folder waits, and then reads.
-        model: one like those that ``train_fn`` returns, to load finished ones into. Where it is
-            None and finished models are found, one is trained for that.
-        label: says in the folder which training its models are of. None takes the name and code of
-            ``train_fn`` and the settings that it uses, whatever holds them: arguments of partials,
-            variables around it, attributes of objects, dataclasses, containers, small tensors, and
-            likewise of your own functions that it calls. Data (more than 1,000 numbers or items)
-            and weights are not looked at. What training itself changes (a log, a counter) is no
-            setting.
-        n_jobs: processes (of joblib) to train in; -1: as many as there are cores. ``train_fn`` and
-            the measure go to them by pickle.
-        show_progress: a bar over the models.
+            (int64, ascending). Torch's random state is set by the seed before each call, and
+            restored afterwards. Or a ``BatchedSGD``, which trains many small models at once.
+        folder: where every finished model is kept, in one safetensors file each, which any method
+            takes as a checkpoint; None keeps none. A folder of another training function, or
+            of another number of examples, is refused. A second run on the same folder waits, and
+            then reads.
+        model: a model like those that ``train_fn`` returns, into which finished ones are loaded.
+            If it is None and finished models are found, one model is trained for that.
+        label: identifies the training in the folder. None takes the name and source of
+            ``train_fn`` and the settings that it uses, wherever they are: arguments of partials,
+            variables of enclosing scopes, attributes of objects, dataclasses, containers, small
+            tensors, and the same of your own functions that it calls. Data (more than 1,000
+            numbers or items) and weights are not compared. What training itself changes (a log, a
+            counter) is not a setting.
+        n_jobs: processes (of joblib) to train in; -1: one per core. ``train_fn`` and the measure
+            are pickled.
+        show_progress: a progress bar over the models.
 
     Raises:
         InvalidArgumentError: for no processes, or where joblib is not installed; with a folder
@@ -79,37 +89,48 @@ class Retraining:
         n_jobs: int = 1,
         show_progress: bool = False,
     ) -> None:
-        self.train_fn = train_fn
-        self.show_progress = show_progress
+        if folder is not None and (not isinstance(folder, str | PathLike) or not str(folder)):
+            raise InvalidArgumentError(
+                f"`folder` must be the path of a folder, or None; got {shown(folder)}"
+            )
+        if model is not None and not isinstance(model, nn.Module):
+            raise InvalidArgumentError(
+                "`model` must be a torch.nn.Module like those that `train_fn` returns, or None; "
+                f"got {shown(model)}"
+            )
+        self.train_fn = check_function(train_fn, "train_fn", CALL)
+        self.show_progress = check_flag(show_progress, "show_progress")
+        if label is not None:
+            check_text(label, "label", instead="None")
         self._model = copy.deepcopy(model)
         self._path, self._label = folder, label
         self._processes = process_count(n_jobs)
-        self._settings = Settings(train_fn, label)
+        self._settings = TrainingSettings(train_fn, label)
 
     def outputs(self, subsets: Values, measure: Measure, seeds: Sequence[int] = (0,)) -> Tensor:
-        """What is measured of a model for each subset and seed, float64 ``[S, R, m]``.
+        """The measured outputs of a model for each subset and seed, float64 ``[S, R, m]``.
 
         Args:
             subsets: which training examples each subset has, bool ``[S, n]``.
             measure: ``measure(model) -> [m]``: margins of the test examples, say. The model is in
                 evaluation mode, and gradients are off.
-            seeds: one model is trained with each. Take others than that of the model whose
-                attribution is judged.
+            seeds: one model is trained with each. Use other seeds than that of the model whose
+                attribution is evaluated.
 
         Raises:
-            InvalidArgumentError: for what is no subset, model or measured output, or a folder of
+            InvalidArgumentError: for invalid subsets, seeds, models or outputs, or a folder of
                 something else.
             NonFiniteError: where an output is NaN or infinite.
         """
         masks, each_seed = _pairs(subsets, seeds)
         rows = self.paired_outputs(masks, measure, each_seed)
-        return rows.view(-1, len(seeds), rows.shape[1])
+        return rows.view(-1, len(set(each_seed)), rows.shape[1])
 
     def paired_outputs(self, subsets: Values, measure: Measure, seeds: Sequence[int]) -> Tensor:
-        """What is measured of a model for each subset with its own seed, float64 ``[S, m]``.
+        """The measured outputs of a model for each subset with its own seed, float64 ``[S, m]``.
 
         Args:
-            subsets: bool ``[S, n]``; of equal pairs of a subset and a seed one model is trained.
+            subsets: bool ``[S, n]``; equal pairs of a subset and a seed share one model.
             measure: as in ``outputs``.
             seeds: ``[S]``.
 
@@ -117,19 +138,21 @@ class Retraining:
             InvalidArgumentError: as in ``outputs``.
             NonFiniteError: as in ``outputs``.
         """
-        jobs = _jobs(subset_masks(subsets), seeds)
-        rows = self._run(jobs, self._folder(subsets), measure)
+        check_function(measure, "measure", "measure(model) -> tensor [m]")
+        masks = subset_masks(subsets)
+        jobs = _jobs(masks, seeds)
+        rows = self._run(jobs, self._folder(masks), measure)
         found = [torch.as_tensor(rows[job.name]) for job in jobs]
         lengths = sorted({len(row) for row in found})
         if len(lengths) > 1:
             raise InvalidArgumentError(
-                f"`measure` returned {lengths[0]} values of one model and {lengths[1]} of another; "
-                "there must be as many of each"
+                f"`measure` returned {lengths[0]} values for one model and {lengths[1]} for "
+                "another; it must return the same number for each"
             )
         return torch.stack(found)
 
     def checkpoints(self, subsets: Values, seeds: Sequence[int] = (0,)) -> list[Path]:
-        """The files of the models for each subset and seed, trained where they are not there yet.
+        """The files of the models for each subset and seed, trained if they do not exist yet.
 
         Methods take them as their ``checkpoints``.
 
@@ -140,22 +163,24 @@ class Retraining:
         folder = self._folder(masks)
         if folder is None:
             raise InvalidArgumentError(
-                "checkpoints are files; give `Retraining` a `folder` to keep them in"
+                "checkpoints are files; give `Retraining` a `folder` for them"
             )
         jobs = _jobs(masks, each_seed)
         self._run(jobs, folder, measure=None)
         return [folder.file(job) for job in jobs]
 
-    def _folder(self, subsets: Values) -> ModelFolder | None:
+    def _folder(self, masks: Tensor) -> ModelFolder | None:
         if self._path is None:
             return None
-        n = torch.as_tensor(subsets).shape[1]
-        return ModelFolder(self._path, {"examples": n, **self._settings.description()})
+        examples = masks.shape[1]
+        return ModelFolder(self._path, {"examples": examples, **self._settings.description()})
 
-    def _run(self, jobs: list[Job], folder: ModelFolder | None, measure: Measure | None) -> Rows:
-        """What is measured of each job, by its name."""
+    def _run(
+        self, jobs: list[Job], folder: ModelFolder | None, measure: Measure | None
+    ) -> Measurements:
+        """The measured outputs of each job, by its name."""
         jobs = list({job.name: job for job in jobs}.values())
-        rows: Rows = {}
+        rows: Measurements = {}
         is_done = folder is None or all(map(folder.has, jobs))
         alone = nullcontext() if folder is None or is_done else folder.writing()
         bar = tqdm(desc="Retraining", total=len(jobs), disable=not self.show_progress)
@@ -173,8 +198,8 @@ class Retraining:
 
     def _finished(
         self, jobs: list[Job], folder: ModelFolder | None, measure: Measure | None
-    ) -> Iterator[Rows]:
-        """What is measured of the models that are on disk."""
+    ) -> Iterator[Measurements]:
+        """The measured outputs of the models that are on disk."""
         if folder is None or not any(map(folder.has, jobs)):
             return
         model = None if measure is None else self._skeleton(jobs, folder)
@@ -185,7 +210,7 @@ class Retraining:
                 yield {job.name: measured(folder.read(job, model), measure, job)}
 
     def _skeleton(self, jobs: list[Job], folder: ModelFolder) -> nn.Module:
-        """A model that weights go into; only training makes one, where none was given."""
+        """A model into which weights are loaded; without a given one, one is trained."""
         if self._model is None and isinstance(self.train_fn, TrainsMany):
             with seeded(0):
                 self._model = self.train_fn.make_model()
@@ -200,7 +225,7 @@ class Retraining:
 
     def _train(
         self, jobs: list[Job], folder: ModelFolder | None, measure: Measure | None
-    ) -> Iterable[Rows]:
+    ) -> Iterable[Measurements]:
         tasks = ((self.train_fn, group, folder, measure) for group in self._groups(jobs))
         return results(train_group, tasks, self._processes, ordered=False)
 
@@ -212,7 +237,7 @@ class Retraining:
         ordered = sorted(jobs, key=lambda job: len(job.indices))
         for size, same in groupby(ordered, key=lambda job: len(job.indices)):
             group = list(same)
-            # no process without work
+            # every process gets work
             share = -(-len(group) // self._processes)
             step = min(self.train_fn.at_once_of(size), share)
             yield from (group[start : start + step] for start in range(0, len(group), step))
@@ -220,25 +245,26 @@ class Retraining:
 
 def as_retraining(train: TrainFunction | Retraining) -> Retraining:
     """A training function as a ``Retraining`` that keeps nothing on disk."""
-    return train if isinstance(train, Retraining) else Retraining(train)
+    if isinstance(train, Retraining):
+        return train
+    return Retraining(check_function(train, "train", CALL))
 
 
 def _pairs(subsets: Values, seeds: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """Each subset with each seed, a subset's side by side."""
-    if len(seeds) == 0:
-        raise InvalidArgumentError("got no seeds; at least one model is trained a subset")
-    seeds = [as_seed(seed) for seed in seeds]
+    """Each subset with each seed, those of a subset in a row."""
+    seeds = check_seeds(seeds)
     if len({*seeds}) < len(seeds):
         raise InvalidArgumentError(
-            f"got the seeds {list(seeds)}; of equal ones there is one model, which is no repeat"
+            f"got the seeds {seeds}, which must be distinct: equal seeds train the same model"
         )
     masks = subset_masks(subsets)
     return masks.repeat_interleave(len(seeds), dim=0), [*seeds] * len(masks)
 
 
 def _jobs(masks: Tensor, seeds: Sequence[int]) -> list[Job]:
+    seeds = check_seeds(seeds)
     if len(seeds) != len(masks):
         raise InvalidArgumentError(
             f"got {len(seeds)} seeds for {len(masks)} models; there must be one for each"
         )
-    return [Job.of(mask, as_seed(seed)) for mask, seed in zip(masks, seeds, strict=True)]
+    return [Job.of(mask, seed) for mask, seed in zip(masks, seeds, strict=True)]

@@ -1,6 +1,6 @@
 """Leave-one-out of ridge regression in closed form.
 
-Letters: m test and n training examples, d features.
+Shapes: m test examples, n training examples, d features.
 """
 
 from typing import NamedTuple
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from influence_kit.core.arguments import check_number
+from influence_kit.core.arguments import check_flag, check_number
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, numbers
 
@@ -48,8 +48,8 @@ def ridge_leave_one_out(
         f_{-i}(x) = f(x) - \frac{x^T A^{-1} x_i \, (y_i - f(x_i))}{1 - x_i^T A^{-1} x_i},
         \qquad A = \sum_j x_j x_j^T + \text{ridge} \cdot I
 
-    What minimising sum_j (f(x_j) - y_j)^2 + ridge norm(w)^2 without example i gives, by the formula
-    of Sherman and Morrison; the ridge stays the same. In float64.
+    The minimizer of sum_j (f(x_j) - y_j)^2 + ridge norm(w)^2 without example i, by the
+    Sherman-Morrison formula, with the same ridge. In float64.
 
     Args:
         inputs: the training inputs ``[n, d]``.
@@ -68,6 +68,7 @@ def ridge_leave_one_out(
         tensor([[13.0000, 10.0000,  4.0000]], dtype=torch.float64)
     """
     x, y, tests = _examples(inputs, targets, test_inputs)
+    check_flag(bias, "bias")
     check_number(ridge, "ridge", least=0)
     penalty = torch.full((x.shape[1],), float(ridge), dtype=torch.float64)
     if bias:

@@ -1,10 +1,12 @@
-"""Settings as JSON has them: the numbers and words in whatever holds them.
+"""The settings of a training function, in values that JSON can hold.
 
 Numbers, strings, containers, small tensors, dataclasses, objects with attributes, partials and
-functions with their closures are described by what is in them. Large tensors and data sets are
-data: they are described by their kind and length, and the weights of a model not at all.
+functions with their closures are described by their contents. Large tensors and data sets are data,
+described by type and length; the weights of a model are not described at all.
 """
 
+import contextlib
+import dis
 import enum
 import functools
 import hashlib
@@ -25,24 +27,25 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.evaluation.source_hash import nested, source_hash
 
 PLAIN = (bool, int, str, types.NoneType)
-# said in full by what they print
+# described in full by their repr
 PRINTED = (complex, bytes, range, slice, os.PathLike, torch.dtype, torch.device, torch.Size)
-# what training may hold that sets nothing
+# objects that a training function may hold, and that are not settings
 LOCK = type(threading.Lock())
 NO_SETTINGS = (logging.Logger, io.IOBase, torch.Generator, np.random.Generator, nn.Module, LOCK)
-# larger tensors and containers are data
+# tensors and containers with more items are data
 LARGE = 1000
-# objects that are looked into before all of it is given up
+# at most so many objects are described
 MOST_OBJECTS = 5000
 
 
 def describe_function(function: Callable[..., Any]) -> dict[str, Any]:
-    """Name, code, and the settings that a function uses.
+    """Name, source hash, and the settings that a function uses.
 
-    Of functions with settings: a partial's arguments, default arguments, variables around it, the
-    attributes of an object that is called, or whose method is.
+    Settings are the arguments of a partial, default arguments, variables of enclosing scopes, and
+    the attributes of the object that is called or whose method is called.
 
     Raises:
         InvalidArgumentError: for a setting that cannot be described.
@@ -54,7 +57,7 @@ class _Description:
     """Describes values, each object once."""
 
     def __init__(self) -> None:
-        # the objects themselves: an id may be given again
+        # the objects themselves, since ids are reused
         self._seen: dict[int, Any] = {}
 
     def of_function(self, function: Any) -> dict[str, Any]:
@@ -62,42 +65,42 @@ class _Description:
             return self._of_module(function)
         uses: dict[str, Any] = {}
         while isinstance(function, functools.partial):
-            given = {f"argument {place}": value for place, value in enumerate(function.args)}
+            given = {f"argument {index}": value for index, value in enumerate(function.args)}
             uses = {**given, **function.keywords, **uses}
             function = function.func
         name = getattr(function, "__qualname__", type(function).__qualname__)
         owner = getattr(function, "__self__", None)
         if isinstance(function, types.MethodType) and not inspect.isclass(owner):
             uses = {**_attributes(owner), **uses}
-        if inspect.isclass(function):
-            uses = {**_of_class(function), **uses}
-            function = function.__init__
+        kind = function if inspect.isclass(function) else None
+        if kind is not None:
+            uses = {**_of_class(kind), **uses}
+            function = kind.__init__
         elif not inspect.isroutine(function):
             uses = {**_attributes(function), **uses}
             function = type(function).__call__
         function = inspect.unwrap(function)
-        code = getattr(function, "__code__", None)
-        if code is None:  # written in another language
+        if not isinstance(function, types.FunctionType):  # written in C
             return {"name": name, "uses": self._all(uses)} if uses else {"name": name}
         return {
             "name": name,
-            "code": code_hash(code),
+            "code": source_hash(function, kind),
             "uses": self._all({**_around(function), **uses}),
         }
 
     def _of_module(self, module: nn.Module) -> dict[str, Any]:
-        """A module without its weights: a loss, say, with its settings and class weights."""
+        """A module without its weights, such as a loss with its settings and class weights."""
         own: dict[str, Any] = {
             name: value
             for name, value in vars(module).items()
             if isinstance(value, (*PLAIN, float)) and name != "training" and name[0] != "_"
         }
-        if next(module.parameters(), None) is None:  # else buffers are state, as weights are
+        if next(module.parameters(), None) is None:  # otherwise buffers are state, like weights
             own.update(module.named_buffers())
         return {"name": repr(module), "uses": self._all(own)}
 
     def _all(self, values: Mapping[Any, Any]) -> dict[str, Any]:
-        """The values by name, without what is no setting."""
+        """The values by name, without those that are not settings."""
         named = {key if isinstance(key, str) else repr(key): value for key, value in values.items()}
         return {
             name: self.of_value(named[name], name)
@@ -106,7 +109,7 @@ class _Description:
         }
 
     def of_value(self, value: Any, name: str) -> Any:
-        """What JSON can hold of a value that is called so."""
+        """A value of that name, described in values that JSON can hold."""
         if isinstance(value, enum.Enum):
             return str(value)
         if isinstance(value, float):
@@ -146,29 +149,39 @@ class _Description:
             return {"kind": kind, **self._all(attributes)}
         if " at 0x" not in repr(value):
             return repr(value)
-        raise _refusal(name, value, "it shows neither attributes nor a value")
+        raise _refusal(name, value, "it has neither attributes nor a readable repr")
 
 
 def _refusal(name: str, value: Any, why: str) -> InvalidArgumentError:
     return InvalidArgumentError(
-        f"the training function uses '{name}', a {type(value).__qualname__}, of which it cannot be "
-        f"told whether it is the same another time ({why}): pass a `label` that names the training"
+        f"the training function uses '{name}', a {type(value).__qualname__}, which cannot be "
+        f"compared with that of another run ({why}): pass a `label` that names the training"
     )
 
 
-def _around(function: Any) -> dict[str, Any]:
-    """The variables around a function, and its default arguments."""
-    outside = inspect.getclosurevars(function)
+def _around(function: types.FunctionType) -> dict[str, Any]:
+    """The globals and enclosing variables that a function uses, and its default arguments."""
+    # also of nested code: comprehensions are nested code in some versions of Python
+    names = {
+        instruction.argval
+        for code in nested(function.__code__)
+        for instruction in dis.get_instructions(code)
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    }
+    outside = {name: value for name, value in function.__globals__.items() if name in names}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # a name without a value yet
+            outside[name] = cell.cell_contents
     defaults = {
         parameter.name: parameter.default
         for parameter in inspect.signature(function).parameters.values()
         if parameter.default is not parameter.empty
     }
-    return {**outside.globals, **outside.nonlocals, **defaults}
+    return {**outside, **defaults}
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    """The attributes of an object: of its class, in its slots, and its own."""
+    """The attributes of an object: those of its class, in its slots, and its own."""
     found = _of_class(type(value))
     for kind in type(value).__mro__:
         slots = getattr(kind, "__slots__", ())
@@ -179,7 +192,7 @@ def _attributes(value: Any) -> dict[str, Any]:
 
 
 def _of_class(kind: type) -> dict[str, Any]:
-    """The attributes of a user's class that are values, not methods."""
+    """The attributes of a user's class that are values rather than methods."""
     return {
         name: value
         for base in reversed(kind.__mro__)
@@ -190,10 +203,10 @@ def _of_class(kind: type) -> dict[str, Any]:
 
 
 def _is_foreign(value: Any) -> bool:
-    """Whether a function or class is of a package, whose code is not a user's setting."""
+    """Whether a function or class belongs to an installed package, not to the user."""
     if not (inspect.isroutine(value) or inspect.isclass(value)):
         return False
-    if isinstance(value, types.MethodType):  # an object of a user's may be behind it
+    if isinstance(value, types.MethodType):  # it may be bound to a user's object
         value = type(value.__self__) if not inspect.isclass(value.__self__) else value.__func__
     top = (getattr(value, "__module__", None) or "builtins").partition(".")[0]
     if top in sys.stdlib_module_names and top != "__main__":
@@ -203,11 +216,11 @@ def _is_foreign(value: Any) -> bool:
 
 
 def _of_numbers(values: Any) -> Any:
-    """A small tensor or array by a hash of its numbers, a large one by its shape."""
+    """A small tensor or array by a hash of its values, a large one by its shape."""
     kind = f"{values.dtype} {list(values.shape)}"
     if math.prod(values.shape) > LARGE:
         return kind
-    # of float32, say, the shortest text that is read back as the same number
+    # repr gives the shortest text that is read back as the same number
     text = repr(values.detach().cpu().tolist() if isinstance(values, Tensor) else values.tolist())
     return f"{kind} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
@@ -217,16 +230,3 @@ def _length(value: Any) -> int | None:
         return len(value)
     except (TypeError, NotImplementedError):
         return None
-
-
-def code_hash(code: types.CodeType) -> str:
-    """A hash of what a function does, not of where it stands or how it is laid out."""
-    digest = hashlib.sha256(code.co_code)
-    for item in (*code.co_consts, code.co_names, code.co_varnames):
-        if isinstance(item, types.CodeType):
-            text = code_hash(item)
-        else:
-            # the order of a set is another in each process
-            text = str(sorted(map(repr, item))) if isinstance(item, frozenset) else repr(item)
-        digest.update(text.encode())
-    return digest.hexdigest()[:16]

@@ -1,6 +1,6 @@
-"""Models of one kind with their parameters stacked, and which models that can be done with.
+"""Models of one kind with stacked parameters, and checks of which models can be stacked.
 
-Letter: B models.
+Shapes: B models.
 """
 
 from collections.abc import Sequence
@@ -31,11 +31,11 @@ class ModelStack(NamedTuple):
 
     @property
     def weights(self) -> list[Tensor]:
-        """What is trained."""
+        """The parameters that are trained."""
         return [tensor for tensor in self.parameters.values() if tensor.requires_grad]
 
     def some(self, models: Tensor | None) -> tuple[Stacked, Stacked]:
-        """The parameters and the buffers of the models at these places; None for all."""
+        """The parameters and the buffers of the models at these indices; None for all."""
         if models is None:
             return self.parameters, self.buffers
         sides = (self.parameters, self.buffers)
@@ -47,11 +47,11 @@ class ModelStack(NamedTuple):
         return {name: t.detach() for name, t in {**self.parameters, **self.buffers}.items()}
 
 
-def put_into(model: nn.Module, stacked: Stacked, place: int) -> nn.Module:
-    """The model, with the tensors of the one at that place."""
+def put_into(model: nn.Module, stacked: Stacked, index: int) -> nn.Module:
+    """The model, with the tensors of the stacked one at that index."""
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            tensor.copy_(stacked[name][place])
+            tensor.copy_(stacked[name][index])
     return model
 
 
@@ -60,15 +60,21 @@ def check_model(model: nn.Module, few: Tensor) -> None:
     for name, module in model.named_modules():
         if isinstance(module, _DropoutNd) and module.p > 0:
             raise InvalidArgumentError(
-                f"layer '{name}' is {module}, which draws other numbers for models trained "
+                f"layer '{name}' is {module}, which draws other random numbers for models trained "
                 f"together than for each alone. {INSTEAD}"
             )
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.no_grad():
-        model(few)
+    try:
+        with torch.no_grad():
+            model(few)
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise InvalidArgumentError(
+            f"the model fails on the first of `inputs`, {few.dtype} of shape {list(few.shape)}: "
+            f"{error}"
+        ) from error
     changed = [n for n, buffer in model.named_buffers() if not torch.equal(buffer, before[n])]
     if changed:
         raise InvalidArgumentError(
-            f"training changes the buffer '{changed[0]}', as the statistics of a BatchNorm layer, "
-            f"which stacked models do not share. {INSTEAD}"
+            f"training changes the buffer '{changed[0]}' (as BatchNorm layers do), which stacked "
+            f"models do not support. {INSTEAD}"
         )

@@ -1,16 +1,20 @@
-"""Damping chosen by the linear datamodeling score, on data that nothing is reported of."""
+"""Damping chosen by the linear datamodeling score, on data held out for tuning."""
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
+from influence_kit.core.arguments import check_sequence, check_text, shown
 from influence_kit.core.tables import text_table
 from influence_kit.errors import DampingWarning, InvalidArgumentError
-from influence_kit.evaluation.arrays import Values
-from influence_kit.evaluation.comparison import Influence
+from influence_kit.evaluation.arrays import Values, as_tensor
 from influence_kit.evaluation.correlation import RowCorrelation
 from influence_kit.evaluation.datamodel import Kind, linear_datamodeling_score
+from influence_kit.evaluation.method_comparison import Influence
 
 ATTRIBUTES = ("damping", "ridge")
 
@@ -20,10 +24,10 @@ class Tuned:
     """The values that were tried; printed as a table.
 
     Attributes:
-        attribute: what was tuned: "damping" or "ridge".
-        value: the one with the highest score, which the method has now; the first of equal ones.
+        attribute: the attribute that was tuned: "damping" or "ridge".
+        value: the one with the highest score (the first of equal ones), now set on the method.
         values: all that were tried.
-        scores: what each reached on the tuning data.
+        scores: the linear datamodeling score of each on the tuning data.
     """
 
     attribute: str
@@ -33,7 +37,7 @@ class Tuned:
 
     @property
     def is_at_edge(self) -> bool:
-        """Whether the best value is the smallest or largest number tried: try more beyond it."""
+        """Whether the best value is the smallest or largest one tried: then try more beyond it."""
         numeric = [value for value in self.values if isinstance(value, int | float)]
         return len(numeric) > 1 and self.value in (min(numeric), max(numeric))
 
@@ -43,7 +47,7 @@ class Tuned:
             for value, score in zip(self.values, self.scores, strict=True)
         ]
         table = text_table([self.attribute, "LDS", "std. error", ""], rows)
-        edge = "the best value is the last on its side: try more beyond it"
+        edge = "the best value is the smallest or largest one tried: try more beyond it"
         return f"{table}\n{edge}" if self.is_at_edge else table
 
 
@@ -56,18 +60,18 @@ def tune_damping(
     outputs_are: Kind,
     attribute: str | None = None,
 ) -> Tuned:
-    """The damping (or ridge) of the highest linear datamodeling score on tuning data.
+    """The damping (or ridge) with the highest linear datamodeling score on tuning data.
 
-    The method has the chosen value afterwards; after an error, the one it had. A value that is
-    chosen on some test examples looks better on them than it is: give test examples, and better
-    also subsets, that are for tuning alone, and report on others.
+    The chosen value is set on the method; after an error, the old value is restored. A value looks
+    better than it is on the test examples that it was chosen on: use test examples, and preferably
+    also subsets, for tuning alone, and report results on others.
 
-    Setting the value must not fit the method again, which holds for those of this package: the cost
-    is one fit, and one ``influence`` a value.
+    Setting the value does not fit a method of this package again: the cost is one fit, and one call
+    of ``influence`` per value.
 
     Args:
         method: with ``influence`` and an attribute ``damping`` or ``ridge``.
-        values: what to try: numbers, "auto", or whatever the attribute takes.
+        values: the values to try: numbers, "auto", or whatever the attribute takes.
         subsets: the tuning subsets, bool ``[S, n]``.
         outputs: what was measured of the tuning test examples in the models trained on these
             subsets, ``[S, m]`` or ``[S, R, m]``.
@@ -79,8 +83,16 @@ def tune_damping(
         InvalidArgumentError: for no values, or a method without the attribute (or with both);
             otherwise as ``linear_datamodeling_score``.
     """
+    values = [_one_value(value) for value in check_sequence(values, "values", "dampings to try")]
     if len(values) == 0:
-        raise InvalidArgumentError("got no values to try")
+        raise InvalidArgumentError("`values` is empty; pass one or more dampings to try")
+    if not callable(getattr(method, "influence", None)):
+        raise InvalidArgumentError(
+            "`method` must have `influence(inputs)`, as methods of this package; got "
+            f"{shown(method)}"
+        )
+    if attribute is not None:
+        check_text(attribute, "attribute", instead="None")
     attribute = _attribute(method, attribute)
     before = getattr(method, attribute)
     scores = []
@@ -88,16 +100,28 @@ def tune_damping(
         for value in values:
             setattr(method, attribute, value)
             with warnings.catch_warnings():
-                # values that are far off are tried on purpose
+                # extreme values are tried on purpose
                 warnings.simplefilter("ignore", DampingWarning)
                 found = method.influence(inputs)
             scores.append(linear_datamodeling_score(found, subsets, outputs, outputs_are))
     except BaseException:
         setattr(method, attribute, before)
         raise
-    best = max(range(len(values)), key=lambda place: scores[place].mean)
+    best = max(range(len(values)), key=lambda index: scores[index].mean)
     setattr(method, attribute, values[best])
     return Tuned(attribute, values[best], tuple(values), tuple(scores))
+
+
+def _one_value(value: Any) -> Any:
+    """A value to try; of a tensor or array its one number."""
+    if not isinstance(value, Tensor | np.ndarray):
+        return value
+    numbers = as_tensor(value, "an item of `values`", "one number")
+    if numbers.numel() != 1:
+        raise InvalidArgumentError(
+            f"an item of `values` has shape {list(numbers.shape)}; each must be one value to try"
+        )
+    return numbers.item()
 
 
 def _attribute(method: Any, asked: str | None) -> str:
@@ -106,6 +130,6 @@ def _attribute(method: Any, asked: str | None) -> str:
     if len(there) != 1:
         raise InvalidArgumentError(
             f"a {type(method).__name__} has {there or 'none'} of the attributes {list(wanted)}; "
-            "name the one to tune by `attribute`"
+            "pass the name of the one to tune as `attribute`"
         )
     return there[0]

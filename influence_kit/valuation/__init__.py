@@ -1,4 +1,4 @@
-"""Values of training examples, from models fitted again on parts of the training set."""
+"""Values of training examples, from models fitted on parts of the training set."""
 
 from influence_kit.valuation.banzhaf import DataBanzhaf
 from influence_kit.valuation.out_of_bag import DataOOB

@@ -1,6 +1,6 @@
 """Data Banzhaf: Wang and Jia 2022, arXiv 2205.15466.
 
-Letters: m test and n training examples, s subsets.
+Shapes: m test examples, n training examples, s subsets.
 """
 
 from dataclasses import dataclass
@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from influence_kit.core.arguments import check_count
+from influence_kit.core.arguments import check_count, check_flag
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.valuation.refits import Marks, Values, standard_errors
+from influence_kit.evaluation.arrays import as_tensor
+from influence_kit.valuation.refits import MOST, Marks, Values, standard_errors
 from influence_kit.valuation.semivalue import Semivalue
 
 
@@ -22,20 +23,19 @@ class DataBanzhaf(Semivalue):
     .. math::
         v(i) = \frac{1}{2^{n-1}} \sum_{S \not\ni i} \bigl(u(S + i) - u(S)\bigr)
 
-    The Banzhaf value by maximum sample reuse (arXiv 2205.15466): each subset holds each example
-    with probability 1/2, and every model counts for every value, so that it takes few models. It is
-    also the value whose order suffers least from a noisy utility. The values do not sum to
-    u(all) - u(none). Rows are test examples; positive is a proponent. ``counts`` are the subsets
-    that hold the example.
+    The Banzhaf value by maximum sample reuse (arXiv 2205.15466): each subset contains each example
+    with probability 1/2, and every model contributes to every value, so that few models are needed.
+    Of all semivalues, its ranking is the most robust to a noisy utility. The values do not sum to
+    u(all) - u(none). Rows are test examples; positive marks a proponent. ``counts`` are the numbers
+    of subsets that contain each example.
 
     Args:
-        subsets: how many to draw, or the ones to use, bool ``[s, n]``. Each fits a model. The first
-            of many drawn are the same as those of few.
+        subsets: how many to draw, or the subsets themselves, bool ``[s, n]``. One model is fitted
+            per subset. Drawing more only appends to those drawn before.
 
     The other arguments are those of ``Valuation`` and ``Semivalue``.
 
     Example:
-        >>> places = np.arange(4)
         >>> subsets = np.array(list(np.ndindex(2, 2, 2, 2)), dtype=bool)  # all there are
         >>> DataBanzhaf(lambda s: float(s.sum()), lambda model, _: model, 4, subsets).influence()
         tensor([[0., 1., 2., 3.]], dtype=torch.float64)
@@ -45,20 +45,21 @@ class DataBanzhaf(Semivalue):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        held = self._held()  # wrong ones are told at once
+        held = self._held()  # refuses wrong ones at once
         counts = held.sum(axis=0)
         missing = np.flatnonzero((counts == 0) | (counts == len(held)))
         if len(missing):
             raise InvalidArgumentError(
                 f"{len(missing)} of {self.train_count} training examples (the first: "
-                f"{missing[0]}) are in none or in all of the {len(held)} subsets; both kinds are "
-                "needed: use more `subsets`"
+                f"{missing[0]}) are in none or in all of the {len(held)} subsets; subsets with and "
+                "without each example are needed: use more `subsets`"
             )
 
     def values(
         self, inputs: Any = None, aggregate: bool = False, show_progress: bool = False
     ) -> Values:
         """The values with their standard errors."""
+        check_flag(aggregate, "aggregate")
         subsets = self._held()
         with self._bar(len(subsets), show_progress) as bar:
             utilities = self._utilities(subsets, inputs, bar)
@@ -69,7 +70,7 @@ class DataBanzhaf(Semivalue):
         for held in (subsets, ~subsets):
             marks = torch.from_numpy(held).double()
             counts = marks.sum(dim=0)
-            # distances from the common mean, so that no large numbers cancel
+            # relative to the common mean, so that no large numbers cancel
             means = (utilities - centre).T @ marks / counts
             squares = (utilities - centre).square().T @ marks - counts * means.square()
             sides.append((means, standard_errors(squares.clamp(min=0), counts), counts))
@@ -80,12 +81,12 @@ class DataBanzhaf(Semivalue):
         """The subsets ``[s, n]``."""
         n = self.train_count
         if isinstance(self.subsets, int):
-            check_count(self.subsets, "subsets")
+            check_count(self.subsets, "subsets", most=MOST)
             return np.random.default_rng(self.seed).random((self.subsets, n)) < 0.5
-        given = np.asarray(self.subsets)
+        expected = f"an int or a bool array [s, {n}]"
+        given: Marks = as_tensor(self.subsets, "subsets", expected).numpy()
         if given.ndim != 2 or given.dtype != bool or not len(given) or given.shape[1] != n:
             raise InvalidArgumentError(
-                f"`subsets` must be an int or a bool array [s, {n}]; got {given.dtype} of shape "
-                f"{list(given.shape)}"
+                f"`subsets` must be {expected}; got {given.dtype} of shape {list(given.shape)}"
             )
         return given

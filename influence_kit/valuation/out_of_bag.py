@@ -9,7 +9,8 @@ from torch import Tensor
 
 from influence_kit.core.arguments import check_count
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.valuation.refits import Marks, Moments, Places, Valuation, Values
+from influence_kit.evaluation.arrays import as_tensor
+from influence_kit.valuation.refits import MOST, Indices, Marks, Moments, Valuation, Values
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -17,15 +18,16 @@ class DataOOB(Valuation):
     """v(i) = mean, over the models whose bag lacks example i, of their score on i.
 
     A bag is ``bag_size`` training examples drawn with replacement (arXiv 2304.07718). A few hundred
-    models serve all n values, and there is no test set: the value says how well the others predict
-    an example. So an example with a wrong label has a *low* value. The unit is that of the score.
+    models give all n values, and there is no test set: the value measures how well the other
+    examples predict an example. So an example with a wrong label has a *low* value. The unit is
+    that of the score.
 
     Args:
-        score: how good a model is on training examples: ``score(model, places)`` gives one number
-            for each of the places, the higher the better: 1 where it is right, or minus its loss.
-        bags: how many to draw, or the ones to use, int ``[bags, bag_size]``. Each fits a model, on
-            places that repeat. The first of many drawn are the same as those of few.
-        bag_size: examples a bag; n where None, which leaves out 37% of them.
+        score: how good a model is on training examples: ``score(model, indices)`` gives
+            one number per index, higher is better: 1 where the model is right, or minus its loss.
+        bags: how many to draw, or the bags, int ``[bags, bag_size]``. One model is fitted per bag,
+            whose indices may repeat. Drawing more only appends to those drawn before.
+        bag_size: examples per bag; n where None, which leaves out 37% of the examples.
 
     The other arguments are those of ``Valuation``.
 
@@ -34,8 +36,8 @@ class DataOOB(Valuation):
 
     Example:
         >>> labels = np.array([0.0, 0.0, 0.0, 1.0])
-        >>> fit = lambda places: labels[places].mean().round()
-        >>> right = lambda model, places: labels[places] == model
+        >>> fit = lambda indices: labels[indices].mean().round()
+        >>> right = lambda model, indices: labels[indices] == model
         >>> DataOOB(fit, right, 4, bags=50).self_influence().argmin()
         tensor(3)
     """
@@ -45,13 +47,13 @@ class DataOOB(Valuation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        bags = self._drawn()  # wrong ones are told at once
+        bags = self._drawn()  # refuses wrong ones at once
         missing = np.flatnonzero(~self._outside(bags).any(axis=0))
         if len(missing):
             raise InvalidArgumentError(
                 f"{len(missing)} of {self.train_count} training examples (the first: "
                 f"{missing[0]}) are in each of the {len(bags)} bags of {bags.shape[1]}, so that no "
-                "model can judge them; use more `bags` or a smaller `bag_size`"
+                "model was fitted without them; use more `bags` or a smaller `bag_size`"
             )
 
     def values(self, show_progress: bool = False) -> Values:
@@ -68,14 +70,14 @@ class DataOOB(Valuation):
             for (_, out), scores in zip(jobs, self._scores(jobs, bar), strict=True):
                 if len(scores) != len(out):
                     raise InvalidArgumentError(
-                        "`score(model, places)` must give a number for each place; it gave "
-                        f"{len(scores)} for {len(out)} places"
+                        "`score(model, indices)` must give one number per index; it gave "
+                        f"{len(scores)} for {len(out)} indices"
                     )
                 moments.add(torch.from_numpy(out), scores[:, None])
         return moments.result()
 
     def self_influence(self, show_progress: bool = False) -> Tensor:
-        """The values ``[n]``; low for examples that the others predict badly."""
+        """The values ``[n]``; low for examples that the other examples predict badly."""
         return self.values(show_progress).values[0]
 
     def influence(self, inputs: Any = None, **kwargs: Any) -> NoReturn:
@@ -85,30 +87,31 @@ class DataOOB(Valuation):
             NotImplementedError: always.
         """
         raise NotImplementedError(
-            "Data-OOB values training examples by themselves, not for test examples: call "
-            "`self_influence()`; `DataBanzhaf` and `TMCShapley` answer for test examples"
+            "Data-OOB gives one value per training example, not one per test example: call "
+            "`self_influence()`; `DataBanzhaf` and `TMCShapley` give values for test examples"
         )
 
-    def _outside(self, bags: Places) -> Marks:
-        """Marks of the training examples that each bag lacks, ``[bags, n]``."""
+    def _outside(self, bags: Indices) -> Marks:
+        """Which training examples are not in each bag, bool ``[bags, n]``."""
         outside = np.ones((len(bags), self.train_count), dtype=bool)
         np.put_along_axis(outside, bags, False, axis=1)
         return outside
 
-    def _drawn(self) -> Places:
+    def _drawn(self) -> Indices:
         """The bags ``[bags, bag_size]``, each ascending."""
         n = self.train_count
         if isinstance(self.bags, int):
-            check_count(self.bags, "bags")
+            check_count(self.bags, "bags", most=MOST)
             size = n if self.bag_size is None else self.bag_size
-            check_count(size, "bag_size")
+            check_count(size, "bag_size", most=MOST)
             random = np.random.default_rng(self.seed)
             return np.sort(random.integers(n, size=(self.bags, size)), axis=1)
         if self.bag_size is not None:
             raise InvalidArgumentError(
-                "`bag_size` is for bags that are drawn; `bags` holds them: leave one of them out"
+                "`bag_size` is for bags that are drawn, and `bags` holds given ones: leave one of "
+                "them out"
             )
-        given = np.asarray(self.bags)
+        given = as_tensor(self.bags, "bags", "an int or an int array [bags, bag_size]").numpy()
         if given.ndim != 2 or not given.size or not np.issubdtype(given.dtype, np.integer):
             raise InvalidArgumentError(
                 "`bags` must be an int or an int array [bags, bag_size]; got "
@@ -116,6 +119,6 @@ class DataOOB(Valuation):
             )
         if given.min() < 0 or given.max() >= n:
             raise InvalidArgumentError(
-                f"`bags` holds places from {given.min()} to {given.max()}; there are 0 ... {n - 1}"
+                f"`bags` holds indices from {given.min()} to {given.max()}; expected 0 to {n - 1}"
             )
         return np.sort(given.astype(np.int64), axis=1)

@@ -1,6 +1,6 @@
 """Values from permutations of the training set: Shapley and Beta-Shapley values.
 
-Letters: m test and n training examples, P permutations, k examples before another in one of them.
+Shapes: m test examples, n training examples, P permutations; k examples precede another in one.
 """
 
 from abc import abstractmethod
@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_kit.core.arguments import check_count, check_number
+from influence_kit.core.arguments import check_count, check_flag, check_number
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.valuation.refits import Moments, Places, Values
+from influence_kit.evaluation.arrays import as_tensor
+from influence_kit.valuation.refits import MOST, Indices, Moments, Values
 from influence_kit.valuation.semivalue import Semivalue
 
 
@@ -22,12 +23,12 @@ class PermutationValue(Semivalue):
     """v(i) = mean over permutations of n q(k) (u(S + i) - u(S)), S the k examples before i.
 
     Args:
-        permutations: how many to draw, or the ones to use, int ``[P, n]``. Each fits up to n
-            models. The first of many drawn are the same as those of few.
-        tolerance: a permutation is left as soon as u(S) is nearer than this to u of the whole
-            training set for every test example; the examples that are left count as adding nothing.
-            The sum of a test example's Shapley values then lacks less than the tolerance. 0 leaves
-            none.
+        permutations: how many to draw, or the permutations themselves, int ``[P, n]``. Up to n
+            models are fitted per permutation. Drawing more only appends to those drawn before.
+        tolerance: a permutation is truncated as soon as u(S) is closer than this to u of the whole
+            training set for every test example; the remaining examples count as adding nothing. The
+            sum of the Shapley values of a test example is then off by less than the tolerance. 0
+            truncates none.
     """
 
     permutations: int | np.ndarray = 100
@@ -36,7 +37,7 @@ class PermutationValue(Semivalue):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number(self.tolerance, "tolerance", least=0)
-        self._orders()  # a wrong one is told at once
+        self._orders()  # refuses a wrong one at once
 
     @abstractmethod
     def _size_weights(self) -> Tensor:
@@ -46,6 +47,7 @@ class PermutationValue(Semivalue):
         self, inputs: Any = None, aggregate: bool = False, show_progress: bool = False
     ) -> Values:
         """The values with their standard errors; all permutations grow by one example at a time."""
+        check_flag(aggregate, "aggregate")
         orders = self._orders()
         count, n = orders.shape
         scale = n * self._size_weights()
@@ -70,14 +72,14 @@ class PermutationValue(Semivalue):
                 before = after
         return moments.result()
 
-    def _orders(self) -> Places:
+    def _orders(self) -> Indices:
         """The permutations ``[P, n]``."""
         n = self.train_count
         if isinstance(self.permutations, int):
-            check_count(self.permutations, "permutations")
+            check_count(self.permutations, "permutations", most=MOST)
             random = np.random.default_rng(self.seed)
             return np.stack([random.permutation(n) for _ in range(self.permutations)])
-        given = np.asarray(self.permutations)
+        given = as_tensor(self.permutations, "permutations", f"an int or an array [P, {n}]").numpy()
         if given.ndim != 2 or not len(given) or given.shape[1] != n:
             raise InvalidArgumentError(
                 f"`permutations` must be an int or an array [P, {n}]; got shape {list(given.shape)}"
@@ -85,7 +87,7 @@ class PermutationValue(Semivalue):
         wrong = np.flatnonzero((np.sort(given, axis=1) != np.arange(n)).any(axis=1))
         if len(wrong):
             raise InvalidArgumentError(
-                f"row {wrong[0]} of `permutations` does not hold each of 0 ... {n - 1} once"
+                f"row {wrong[0]} of `permutations` does not contain each of 0 to {n - 1} once"
             )
         return given.astype(np.int64)
 
@@ -97,15 +99,15 @@ class TMCShapley(PermutationValue):
     .. math::
         v(i) = \frac{1}{n} \sum_{S \not\ni i} \binom{n-1}{|S|}^{-1} \bigl(u(S + i) - u(S)\bigr)
 
-    The Shapley value by truncated Monte Carlo (arXiv 1904.02868). For each permutation, and so for
-    their mean, the values of a test example sum to u(all) - u(none), exactly with ``tolerance`` 0.
-    Rows are test examples; positive is a proponent.
+    The Shapley value by truncated Monte Carlo (arXiv 1904.02868). In each permutation, and so in
+    the mean, the values of a test example sum to u(all) - u(none), exactly if ``tolerance`` is 0.
+    Rows are test examples; positive marks a proponent.
 
     The other arguments are those of ``Valuation``, ``Semivalue`` and ``PermutationValue``.
 
     Example:
         >>> worth = np.array([3.0, -1.0, 2.0])
-        >>> shapley = TMCShapley(lambda places: worth[places].sum(), lambda model, _: model, 3)
+        >>> shapley = TMCShapley(lambda indices: worth[indices].sum(), lambda model, _: model, 3)
         >>> shapley.influence()
         tensor([[ 3., -1.,  2.]], dtype=torch.float64)
         >>> shapley.influence(k=1, proponents=False).indices
@@ -123,19 +125,19 @@ class BetaShapley(PermutationValue):
     .. math::
         q(k) = \binom{n-1}{k} \frac{B(k + \beta, \; n - 1 - k + \alpha)}{B(\alpha, \beta)}
 
-    Beta(alpha, beta)-Shapley (arXiv 2110.14049), B the beta function. Alpha above beta gives weight
-    to small subsets, where one example adds most and noise hides least; (1, 1) is the Shapley
-    value. The weights do not change which models are fitted, only what each counts for: the more
-    uneven they are, the larger the standard errors. The values do not sum to u(all) - u(none). Rows
-    are test examples; positive is a proponent.
+    Beta(alpha, beta)-Shapley (arXiv 2110.14049), where B is the beta function. Alpha above beta
+    weights small subsets more, in which one example adds most relative to the noise; (1, 1) is the
+    Shapley value. The weights do not change which models are fitted, only how much each counts: the
+    more uneven they are, the larger the standard errors. The values do not sum to u(all) - u(none).
+    Rows are test examples; positive marks a proponent.
 
     Args:
-        alpha, beta: positive numbers; (16, 1) and (4, 1) are the paper's for finding wrong labels.
+        alpha, beta: positive numbers; the paper finds wrong labels with (16, 1) and (4, 1).
 
     The other arguments are those of ``Valuation``, ``Semivalue`` and ``PermutationValue``.
 
     Example:
-        >>> fit, score = lambda places: len(places) ** 0.5, lambda model, inputs: model
+        >>> fit, score = lambda indices: len(indices) ** 0.5, lambda model, inputs: model
         >>> small_sets_count = BetaShapley(fit, score, 4, alpha=16, beta=1)
         >>> bool(small_sets_count.influence().mean() > TMCShapley(fit, score, 4).influence().mean())
         True
@@ -152,6 +154,6 @@ class BetaShapley(PermutationValue):
     def _size_weights(self) -> Tensor:
         k = torch.arange(self.train_count - 1, dtype=torch.float64)
         rest = self.train_count - 1 - k
-        # q(k + 1) / q(k), in which the large factorials have cancelled
+        # q(k + 1) / q(k), in which the large factorials cancel
         ratios = rest / (k + 1) * (k + self.beta) / (rest - 1 + self.alpha)
         return torch.cat([k.new_zeros(1), ratios.log().cumsum(0)]).softmax(0)

@@ -1,10 +1,10 @@
-"""Pictures, tables and a web page of results.
+"""Figures, tables and a web page of results.
 
-Each picture is a ``matplotlib.figure.Figure``, never shown.
+Each figure is a ``matplotlib.figure.Figure``, which is returned and not shown.
 """
 
 from influence_kit.core.tables import text_table
-from influence_kit.viz.comparison import comparison
+from influence_kit.viz.comparison_figure import comparison
 from influence_kit.viz.curves import detection_curves
 from influence_kit.viz.images import proponents_and_opponents, suspects
 from influence_kit.viz.layers import layer_bars

@@ -1,6 +1,6 @@
-"""Colours of the figures; where one has a meaning, a word or a sign always says the same."""
+"""Colours of the figures; wherever a colour has a meaning, a word or a sign has the same."""
 
-# two colours that stay apart for colour-blind eyes
+# two colours that colour-blind readers can distinguish
 BLUE, ORANGE = "#1b6ca8", "#c8501e"
 POSITIVE, NEGATIVE = BLUE, ORANGE
 RIGHT, WRONG = BLUE, ORANGE

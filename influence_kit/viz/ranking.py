@@ -1,4 +1,4 @@
-"""Self-influence, the highest first. Letters: n training examples."""
+"""Self-influence, the highest first. Shapes: n training examples."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from influence_kit.core.arguments import check_count, check_texts
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.evaluation.arrays import Values, numbers
+from influence_kit.evaluation.arrays import Values, marks, numbers
 from influence_kit.viz.colours import GREY, NEUTRAL, RIGHT, WRONG
 
 BAR_INCHES, MARGIN = 0.21, 1.0
@@ -21,21 +22,26 @@ def self_influence_ranking(
     is_wrong: Sequence[bool] | Tensor | None = None,
     first: int = 20,
 ) -> Figure:
-    """The examples of highest scores by name, and beside them all scores in falling order.
+    """The examples with the highest scores by name, and beside them all scores in descending order.
 
     Args:
-        scores: of the training examples, ``[n]``: what ``self_influence()`` returned, or any other
+        scores: of the training examples, ``[n]``: the result of ``self_influence()``, or any other
             suspicion.
-        names: what to call each example, ``[n]``; "#12", by its place, where None.
-        is_wrong: where known, whether each label is wrong, ``[n]``: those are told apart.
-        first: how many to name, at least 1.
+        names: of the examples, ``[n]``; None for their indices, such as "#12".
+        is_wrong: where known, whether each label is wrong, ``[n]``; wrong ones are coloured.
+        first: how many examples to name, at least 1.
 
     Raises:
-        InvalidArgumentError: for scores that are not finite, other numbers of names or marks, or
-            none to name.
+        InvalidArgumentError: for scores that are not finite, another number of names or marks, or a
+            ``first`` below 1.
     """
     values = numbers(scores, "scores", "[n]")
     n = len(values)
+    check_count(first, "first", least=0)
+    if names is not None:
+        names = check_texts(names, "names", "one name per example")
+    if is_wrong is not None:
+        is_wrong = marks(is_wrong, "is_wrong", "[n]", "True where the label is wrong")
     counts = {
         name: len(given)
         for name, given in (("names", names), ("is_wrong", is_wrong))
@@ -43,7 +49,7 @@ def self_influence_ranking(
     }
     if any(count != n for count in counts.values()) or first < 1:
         raise InvalidArgumentError(
-            f"got {n} scores, {counts} and first={first}; there must be one of each an example, "
+            f"got {n} scores, {counts} and first={first}; there must be one of each per example, "
             "and at least one to name"
         )
     order = torch.argsort(values, descending=True, stable=True).tolist()
@@ -61,9 +67,9 @@ def self_influence_ranking(
 
 
 def _draw_bars(axes: Axes, values: np.ndarray, names: Sequence[str], wrong: list[bool]) -> None:
-    places = range(len(values))
-    axes.barh(places, values, 0.7, color=[WRONG if mark else RIGHT for mark in wrong])
-    axes.set_yticks(places, names, fontsize=8, parse_math=False)
+    rows = range(len(values))
+    axes.barh(rows, values, 0.7, color=[WRONG if mark else RIGHT for mark in wrong])
+    axes.set_yticks(rows, names, fontsize=8, parse_math=False)
     for tick, mark in zip(axes.get_yticklabels(), wrong, strict=True):
         tick.set_color(WRONG if mark else NEUTRAL)
     axes.set_ylim(len(values) - 0.5, -0.5)
@@ -73,16 +79,16 @@ def _draw_bars(axes: Axes, values: np.ndarray, names: Sequence[str], wrong: list
 
 
 def _draw_all(axes: Axes, values: np.ndarray, wrong: np.ndarray, first: int) -> None:
-    places = np.arange(1, len(values) + 1)
-    axes.plot(places, values, color=GREY, linewidth=1)
+    rank = np.arange(1, len(values) + 1)
+    axes.plot(rank, values, color=GREY, linewidth=1)
     for mark, colour, name in ((False, RIGHT, "label right"), (True, WRONG, "label wrong")):
         chosen = wrong == mark
-        # wrong ones are fewer, and on top
-        axes.plot(places[chosen], values[chosen], ".", color=colour, markersize=4, label=name)
+        # wrong ones are fewer, and drawn on top
+        axes.plot(rank[chosen], values[chosen], ".", color=colour, markersize=4, label=name)
     axes.axvspan(0, first + 0.5, color=GREY, alpha=0.15, linewidth=0)
     if values.min() > 0:
         axes.set_yscale("log")
     axes.set_xlim(0, len(values) + 1)
-    axes.set_title(f"all {len(values)} (shaded: those at the left)", fontsize=10)
+    axes.set_title(f"all {len(values)} (shaded: those on the left)", fontsize=10)
     axes.set_xlabel("rank")
     axes.grid(alpha=0.3)

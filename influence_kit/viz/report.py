@@ -1,69 +1,70 @@
 """Results as a web page: what helped and hurt predictions, which labels look wrong, and figures.
 
-Letters: m test and n training examples, k of them a test example.
+Shapes: m test examples, n training examples, k of them per test example.
 """
 
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from influence_kit.core.arguments import (
+    check_count,
+    check_sequence,
+    check_text,
+    check_texts,
+    shown,
+)
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, numbers
 from influence_kit.scoring.reducers import KMostInfluentialResults
+from influence_kit.viz.captions import Heads, explains_output, heads_of, label_text
 from influence_kit.viz.colours import NEGATIVE, POSITIVE
-from influence_kit.viz.sections import Labels, Question, Section, TrainingSet, check_counts
-from influence_kit.viz.shown import QUERY_SIDE, Display, figure_address
-from influence_kit.viz.tables import Heads, explains_output, heads_of, label_text
+from influence_kit.viz.display import QUERY_SIDE, Display, figure_address
+from influence_kit.viz.images import check_cmap
+from influence_kit.viz.report_texts import (
+    READING,
+    READING_OF_OUTPUT,
+    SUSPICION,
+    name_and_formula,
+)
+from influence_kit.viz.sections import ExplainedTest, Labels, Section, TrainingSet, check_counts
+from influence_kit.viz.top_results import checked_heads
 
-CSS_PIXELS_AN_INCH = 96
-READING = (
-    "A positive score marks a proponent: training on that example lowered the loss of the test "
-    "example. A negative score marks an opponent: training on it raised that loss. Near 0 it "
-    "hardly mattered. The bars compare the scores of one test example."
-)
-READING_OF_OUTPUT = (
-    "A positive score marks a proponent: training on that example raised the output of the test "
-    "example that was asked about. A negative score marks an opponent: training on it lowered that "
-    "output. Near 0 it hardly mattered. The bars compare the scores of one test example."
-)
-SUSPICION = (
-    "The examples that the model had to bend most to fit, the highest score first. Many of them "
-    "have a wrong label; others are only rare, or hard."
-)
+CSS_PIXELS_PER_INCH = 96
 
 
 class Report:
-    """A page of results in one file that needs nothing else: for a browser, a phone, or paper.
+    """A web page of results in a single file without dependencies, for screens and for print.
 
-    Its sections stand in the order in which they are asked for, and the same inputs give the same
-    bytes. Examples are shown by what they are: a ``str`` as text, ``[features]`` as numbers with
-    their names, ``[height, width]`` and ``[channels, height, width]`` as an image of 1 or 3
-    channels, as in ``proponents_and_opponents``. So that many of them fit on a page, an image is
-    embedded with at most 96 pixels a side (240 of a test example) and a row with its first 40
-    numbers; what is left out of a row or a text is said.
+    Sections appear in the order of the calls, and the same inputs give the same bytes. The type of
+    an example decides how it is shown: a ``str`` as text, ``[features]`` as numbers with their
+    names, ``[height, width]`` and ``[channels, height, width]`` as an image of 1 or 3 channels, as
+    in ``proponents_and_opponents``. So that many examples fit on a page, images are embedded with
+    at most 96 pixels per side (240 for test examples) and rows with their first 40 numbers; the
+    page notes what is left out of a row or a text.
 
     Args:
-        title: what to write on top.
+        title: of the page.
         train_examples: the training examples ``[n, ...]``, or any sequence of them.
-        train_labels: their labels ``[n]``, shown by ``str``, where there are any.
-        true_labels: what they should be, ``[n]``, where known: a label that differs is marked.
-        method: what gave the scores, for its name, its formula and what a positive score says (it
-            lowered the loss, or raised the output that ``test_output_fn`` measures); a ``str`` is a
-            name alone.
-        feature_names: what to call the numbers of an example.
-        cmap: matplotlib's colours for images of one channel; "gray_r" draws 0 as white.
-        letters: how many letters of a text to show at most.
-        reading: how to read a score; by ``method`` where None.
-        date: what to write of the date; None writes none.
+        train_labels: their labels ``[n]``, shown by ``str``, if there are any.
+        true_labels: the correct labels, ``[n]``, where known; a label that differs is marked.
+        method: the method that gave the scores, for its name, its formula and the meaning of a
+            positive score (it lowered the loss, or raised the output that ``test_output_fn``
+            measures); a ``str`` is a name alone.
+        feature_names: names of the numbers of an example.
+        cmap: the matplotlib colormap of images with one channel; "gray_r" draws 0 as white.
+        letters: how many characters of a text to show at most.
+        reading: how to read a score; None for a text that fits ``method``.
+        date: the date to show; None for none.
 
     Raises:
-        InvalidArgumentError: for no training example, other numbers of labels, true labels alone,
-            an unknown cmap, or less than one letter.
+        InvalidArgumentError: for no training example, another number of labels, true labels without
+            labels, an unknown cmap, or ``letters`` below 1.
 
     Example:
         >>> import torch
@@ -89,17 +90,20 @@ class Report:
         reading: str | None = None,
         date: str | None = None,
     ) -> None:
-        if cmap not in colormaps or letters < 1:
-            raise InvalidArgumentError(
-                f"got cmap='{cmap}' and letters={letters}; expected a name in "
-                "matplotlib.colormaps, and at least one letter"
-            )
+        check_text(title, "title")
+        for argument, given in (("reading", reading), ("date", date)):
+            if given is not None:
+                check_text(given, argument, instead="None")
+        check_cmap(cmap)
+        check_count(letters, "letters")
+        if feature_names is not None:
+            feature_names = check_texts(feature_names, "feature_names", "one name per number")
         self._display = Display(feature_names, cmap, letters)
         self._train = TrainingSet(train_examples, train_labels, true_labels, self._display)
         self._method = method
         if reading is None:
             reading = READING_OF_OUTPUT if explains_output(method) else READING
-        name, formula = _name_and_formula(method)
+        name, formula = name_and_formula(method)
         facts = {
             "Method": name,
             "Formula": formula,
@@ -125,30 +129,31 @@ class Report:
         Args:
             queries: the test examples ``[m, ...]``, or any sequence of them.
             proponents: what ``influence(..., k=k)`` returned for them.
-            opponents: what ``influence(..., k=k, proponents=False)`` returned, if asked.
-            titles: what to call each, ``[m]``; by its place among them where None.
+            opponents: what ``influence(..., k=k, proponents=False)`` returned, optional.
+            titles: of the test examples, ``[m]``; None for their indices.
             labels: their labels ``[m]``, shown by ``str``, where known.
-            predictions: what the model says of each, ``[m]``, shown by ``str``.
-            heading: what to write above all of them.
-            heads: what to write above proponents and opponents; by the method where None.
+            predictions: of the model, ``[m]``, shown by ``str``.
+            heading: of the section.
+            heads: what to write above proponents and opponents; None for what the method explains.
 
         Returns:
             The report itself.
 
         Raises:
-            InvalidArgumentError: for no test example, other numbers of results, titles or labels,
-                places that the training set does not have, or an example that cannot be shown.
+            InvalidArgumentError: for no test example, another number of results, titles or labels,
+                indices outside the training set, or an example that cannot be shown.
         """
-        m, train = len(queries), self._train
+        m, train = len(check_sequence(queries, "queries", "test examples")), self._train
+        check_text(heading, "heading")
+        if titles is not None:
+            titles = check_texts(titles, "titles", "one title per test example")
         known = {"Label": labels, "Prediction": predictions}
         check_counts(m, "test", titles=titles, labels=labels, predictions=predictions)
-        written = heads_of(heads, self._method)
-        results = [
-            (head, *train.results(*result, m))
-            for head, result in zip(written, (proponents, opponents), strict=True)
-            if result is not None
-        ]
-        questions = []
+        written = heads_of(checked_heads(heads), self._method)
+        results = [(written[0], *train.results(proponents, "proponents", m))]
+        if opponents is not None:
+            results.append((written[1], *train.results(opponents, "opponents", m)))
+        explained = []
         for row, query in enumerate(queries):
             title = f"Test example #{row}" if titles is None else titles[row]
             facts = {name: label_text(v[row]) for name, v in known.items() if v is not None}
@@ -158,8 +163,8 @@ class Report:
                 for head, indices, scores in results
             ]
             shown = self._display.shown(query, QUERY_SIDE)
-            questions.append(Question(title, shown, facts, tables))
-        return self._with(Section(heading, "", questions))
+            explained.append(ExplainedTest(title, shown, facts, tables))
+        return self._with(Section(heading, "", explained))
 
     def ranking(
         self,
@@ -168,27 +173,30 @@ class Report:
         heading: str = "Which labels look wrong",
         text: str = SUSPICION,
     ) -> "Report":
-        """Add the training examples of highest scores; of equal ones the lower place comes first.
+        """Add the training examples with the highest scores; ties by index.
 
         Args:
-            scores: of the training examples, ``[n]``: what ``self_influence()`` returned, or any
+            scores: of the training examples, ``[n]``: the result of ``self_influence()``, or any
                 other suspicion.
             first: how many to show, at least 1.
-            heading: what to write above them.
-            text: what the scores say.
+            heading: of the section.
+            text: what the scores mean.
 
         Returns:
             The report itself.
 
         Raises:
-            InvalidArgumentError: for scores that are not finite or of another number, none to
-                show, or an example that cannot be shown.
+            InvalidArgumentError: for scores that are not finite or not one per example, a ``first``
+                below 1, or an example that cannot be shown.
         """
         values, n = numbers(scores, "scores", "[n]"), len(self._train)
+        check_count(first, "first", least=0)
+        check_text(heading, "heading")
+        check_text(text, "text")
         if len(values) != n or first < 1:
             raise InvalidArgumentError(
                 f"got {len(values)} scores and first={first}; there are {n} training examples, and "
-                "there must be a score for each and at least one to show"
+                "there must be a score for each, and at least one to show"
             )
         order = values.argsort(descending=True, stable=True)[:first]
         highest = values[order]
@@ -200,17 +208,26 @@ class Report:
         return self._with(Section(heading, text, ranking=table))
 
     def figure(self, heading: str, figure: Figure, text: str = "") -> "Report":
-        """Add a figure as it is now, one of this package or any other of matplotlib.
+        """Add a figure in its current state: one of this package, or any matplotlib figure.
 
         Args:
-            heading: what to write above it, and what a screen reader calls it.
+            heading: of the section, also for screen readers.
             figure: the figure.
-            text: what to see in it.
+            text: the caption.
 
         Returns:
             The report itself.
+
+        Raises:
+            InvalidArgumentError: for what is not a figure, or not a text.
         """
-        width = round(CSS_PIXELS_AN_INCH * float(figure.get_figwidth()))
+        check_text(heading, "heading")
+        check_text(text, "text")
+        if not isinstance(figure, Figure):
+            raise InvalidArgumentError(
+                f"`figure` must be a matplotlib.figure.Figure; got {shown(figure)}"
+            )
+        width = round(CSS_PIXELS_PER_INCH * float(figure.get_figwidth()))
         return self._with(Section(heading, text, picture=figure_address(figure), width=width))
 
     def html(self) -> str:
@@ -235,20 +252,20 @@ class Report:
         return page.render(**self._head, sections=self._sections, colours=colours)
 
     def write(self, path: str | Path) -> Path:
-        """Write the page into a file, in UTF-8, and return the file's path."""
+        """Write the page into a file, in UTF-8, and return the file's path.
+
+        Raises:
+            InvalidArgumentError: for no path, or a report without any section.
+        """
+        if not isinstance(path, str | PathLike) or not str(path):
+            raise InvalidArgumentError(f"`path` must be the path of a file; got {shown(path)}")
         path = Path(path)
-        # half a surrogate pair, which a text decoded from bytes may hold, has no UTF-8
+        if path.is_dir():
+            raise InvalidArgumentError(f"'{path}' is a folder; pass the path of a file")
+        # lone surrogates, which texts decoded from bytes may contain, are not valid UTF-8
         path.write_bytes(self.html().encode("utf-8", "xmlcharrefreplace"))
         return path
 
     def _with(self, section: Section) -> "Report":
         self._sections.append(section)
         return self
-
-
-def _name_and_formula(method: object) -> tuple[str | None, str | None]:
-    """What a method is called, and the first line of its own documentation."""
-    if method is None or isinstance(method, str):
-        return method, None
-    kind = method if isinstance(method, type) else type(method)
-    return kind.__name__, (kind.__doc__ or "").strip().partition("\n")[0] or None

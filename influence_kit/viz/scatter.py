@@ -1,7 +1,8 @@
-"""Predictions against what happened. Letters: m test and k training examples."""
+"""Predicted against actual changes. Shapes: m test examples, k training examples."""
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from influence_kit.core.arguments import check_mapping, check_text, shown
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.evaluation.arrays import Values, numbers
+from influence_kit.evaluation.arrays import Values, as_tensor, numbers
 from influence_kit.evaluation.correlation import spearman
 from influence_kit.viz.colours import BLUE, GREY, ORANGE
 
@@ -22,26 +24,27 @@ def predicted_and_actual(
     predicted_is: str = "predicted change",
     actual_is: str = "actual change",
 ) -> Figure:
-    """A panel for each name: what was predicted to the right, what happened upwards.
+    """One panel per title: predicted changes on the x axis, actual changes on the y axis.
 
-    Influences go over many powers of ten, of both signs: the axes, which have one scale, are
-    logarithmic but for the smaller half of the values around zero. On the dashed line predicted and
-    actual are equal. On the orange line they have the ratio that fits a test example best by least
-    squares, the median over test examples: above 1, predictions are too small. The rank correlation
-    is the mean over test examples, as ``loo_correlation`` has it.
+    Influences span many powers of ten and both signs: the two axes share a scale, which is linear
+    for the smaller half of the values, around zero, and logarithmic beyond. On the dashed line,
+    predicted and actual changes are equal. The slope of the orange line is the median over test
+    examples of the least-squares slope: above 1, predictions are too small. The rank correlation is
+    the mean over test examples, as in ``loo_correlation``.
 
     Args:
-        pairs: ``{title: (predicted, actual)}``, ``[k]``, or ``[m, k]`` with a row a test example.
-        predicted_is: what the predictions are, and their unit.
-        actual_is: the same of what happened.
+        pairs: ``{title: (predicted, actual)}``, ``[k]``, or ``[m, k]``, one row per test example.
+        predicted_is: the label of the x axis: what is predicted, and its unit.
+        actual_is: the label of the y axis.
 
     Raises:
-        InvalidArgumentError: for nothing to draw, shapes that differ, values that are not finite,
-            or a test example whose predictions are all zero.
+        InvalidArgumentError: for no pairs, shapes that differ, values that are not finite, or a
+            test example whose predictions are all zero.
     """
-    if not pairs:
-        raise InvalidArgumentError("got nothing to draw; pass {title: (predicted, actual)}")
-    checked = {title: _checked(title, *pair) for title, pair in pairs.items()}
+    check_text(predicted_is, "predicted_is")
+    check_text(actual_is, "actual_is")
+    named = check_mapping(pairs, "pairs", "{title: (predicted, actual)}")
+    checked = {title: _checked(title, pair) for title, pair in named.items()}
     figure = Figure(figsize=(INCHES * len(pairs) + 0.3, INCHES + 0.5), layout="constrained")
     panels = figure.subplots(ncols=len(pairs), squeeze=False)[0]
     for axes, (title, (predicted, actual)) in zip(panels, checked.items(), strict=True):
@@ -52,21 +55,27 @@ def predicted_and_actual(
     return figure
 
 
-def _checked(title: str, predicted: Values, actual: Values) -> tuple[Tensor, Tensor]:
-    shape = "[m, k]" if torch.as_tensor(predicted).dim() == 2 else "[k]"
-    left = numbers(predicted, f"the predictions of '{title}'", shape)
-    right = numbers(actual, f"what happened in '{title}'", shape)
+def _checked(title: str, pair: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise InvalidArgumentError(
+            f"'{title}' must be a pair (predicted, actual); got {shown(pair)}"
+        )
+    predicted, actual = pair
+    name = f"the predictions of '{title}'"
+    shape = "[m, k]" if as_tensor(predicted, name, "numbers").dim() == 2 else "[k]"
+    left = numbers(predicted, name, shape)
+    right = numbers(actual, f"the actual changes of '{title}'", shape)
     if left.shape != right.shape:
         raise InvalidArgumentError(
-            f"'{title}' has predictions of shape {list(left.shape)}, and what happened of "
+            f"'{title}' has predicted changes of shape {list(left.shape)} and actual changes of "
             f"{list(right.shape)}; both must be [k] or [m, k]"
         )
     left, right = (side.view(-1, side.shape[-1]) for side in (left, right))
     zero = torch.nonzero(~left.any(dim=1)).flatten()
     if len(zero):
         raise InvalidArgumentError(
-            f"the predictions of '{title}' for test example {int(zero[0])} are all zero: they have "
-            "no ratio to what happened. Leave it out"
+            f"the predictions of '{title}' for test example {int(zero[0])} are all zero, so that "
+            "no slope is defined: leave it out"
         )
     return left, right
 
@@ -75,11 +84,11 @@ def _draw(axes: Axes, predicted: Tensor, actual: Tensor) -> None:
     slope = float(((predicted * actual).sum(1) / predicted.square().sum(1)).median())
     correlation = float(spearman(predicted, actual).mean())
     _set_scales(axes, torch.cat([predicted.flatten(), actual.flatten()]).abs())
-    # many points are drawn small and see-through
+    # many points are drawn small and transparent
     size, opacity = (12, 0.7) if predicted.numel() <= 1000 else (4, 0.2)
     dots = predicted.flatten().numpy(), actual.flatten().numpy()
     axes.scatter(*dots, size, color=BLUE, alpha=opacity, linewidth=0)
-    # through many points, since straight lines are none on these axes
+    # through many points, since lines are curved on these axes
     low, high = axes.get_xlim()
     half = np.geomspace(high / 1e8, high, 200)
     along = np.concatenate([-half[::-1], [0.0], half])
@@ -99,7 +108,7 @@ def _draw(axes: Axes, predicted: Tensor, actual: Tensor) -> None:
 
 
 def _set_scales(axes: Axes, sizes: Tensor) -> None:
-    """The same two axes for absolute values, with as many ticks as have room."""
+    """Give both axes the same scale and ticks, for values of these absolute sizes."""
     limit, linear = float(sizes.max()), float(sizes[sizes > 0].median())
     highest, lowest = (math.floor(math.log10(size)) for size in (limit, linear))
     step = max(2, math.ceil((highest - lowest) / 2))

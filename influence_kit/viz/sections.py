@@ -1,6 +1,6 @@
-"""What the report's template takes: questions, rankings and pictures, as words and addresses.
+"""The contents of the report's template: explained test examples, rankings and figures.
 
-Letters: m test and n training examples, k of them a test example.
+Shapes: m test examples, n training examples, k of them per test example.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from influence_kit.core.arguments import check_sequence
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.evaluation.arrays import Values, numbers, places
-from influence_kit.viz.shown import Display, Shown
-from influence_kit.viz.tables import label_text, score_text
+from influence_kit.viz.captions import label_text, score_text
+from influence_kit.viz.display import Display, Shown
+from influence_kit.viz.top_results import checked_results
 
 Labels = Sequence[Any] | Tensor
 
@@ -21,16 +22,16 @@ class Entry(NamedTuple):
     """A training example in a table.
 
     Attributes:
-        place: its place in the training set.
+        number: its index in the training set.
         shown: the example itself.
         label: its label, where known.
-        truth: what the label should be, where that is known and differs.
-        score: its score as it is written.
-        sign: "positive", "negative" or "zero".
+        truth: the correct label, where it is known and differs.
+        score: its score, as text.
+        sign: of the score: "positive", "negative" or "zero".
         share: the length of its bar, in percent of the longest.
     """
 
-    place: int
+    number: int
     shown: Shown
     label: str | None
     truth: str | None
@@ -39,33 +40,33 @@ class Entry(NamedTuple):
     share: str
 
 
-class Table(NamedTuple):
-    """Proponents of a test example, or its opponents, or a ranking, best first."""
+class ExampleTable(NamedTuple):
+    """The proponents or the opponents of a test example, or a ranking, best first."""
 
     caption: str
     entries: Sequence[Entry]
 
 
-class Question(NamedTuple):
-    """A test example with what is known of it, and its tables side by side."""
+class ExplainedTest(NamedTuple):
+    """A test example with its label and prediction, and its tables side by side."""
 
     title: str
     shown: Shown
     facts: Mapping[str, str]
-    tables: Sequence[Table]
+    tables: Sequence[ExampleTable]
 
 
 class Section(NamedTuple):
-    """A heading and a text, with questions, a ranking or a picture under them.
+    """A heading and a text, followed by explained test examples, a ranking or a figure.
 
     Attributes:
-        width: of the picture on a page with room, in pixels of the page.
+        width: of the figure on a wide page, in CSS pixels.
     """
 
     heading: str
     text: str
-    questions: Sequence[Question] = ()
-    ranking: Table | None = None
+    explained: Sequence[ExplainedTest] = ()
+    ranking: ExampleTable | None = None
     picture: str | None = None
     width: int = 0
 
@@ -76,8 +77,8 @@ class TrainingSet:
 
     Attributes:
         examples: the examples.
-        labels: their labels, where there are any.
-        truth: what the labels should be, where known.
+        labels: their labels, if there are any.
+        truth: the correct labels, where known.
         display: how an example is shown.
     """
 
@@ -87,38 +88,38 @@ class TrainingSet:
     display: Display
 
     def __post_init__(self) -> None:
+        check_sequence(self.examples, "train_examples", "training examples")
         check_counts(len(self), "training", train_labels=self.labels, true_labels=self.truth)
         if self.labels is None and self.truth is not None:
             raise InvalidArgumentError(
-                "got true_labels without train_labels, with which to compare them; pass both"
+                "got true_labels without the train_labels to compare them with; pass both"
             )
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def results(self, indices: Tensor, influence_scores: Values, m: int) -> tuple[Tensor, Tensor]:
-        """Places and scores ``[m, k]`` on the CPU; refused where they are not of m tests."""
-        scores = numbers(influence_scores, "influence_scores", "[m, k]")
-        if indices.shape != scores.shape or len(scores) != m:
+    def results(self, results: Any, name: str, m: int) -> tuple[Tensor, Tensor]:
+        """Indices and scores ``[m, k]`` on the CPU, checked to be of m test examples."""
+        indices, scores = checked_results(results, name, len(self))
+        if len(scores) != m or scores.numel() == 0:
             raise InvalidArgumentError(
-                f"a result has indices of shape {list(indices.shape)} and influence_scores of "
-                f"{list(scores.shape)}; both must be [m, k], with a row for each of the {m} test "
-                "examples"
+                f"`{name}` has shape {list(scores.shape)}; it must be [m, k], with one row for "
+                f"each of the {m} test examples"
             )
-        return places(indices.flatten(), len(self)).view(scores.shape), scores
+        return indices, scores
 
-    def table(self, caption: str, indices: Tensor, scores: Tensor, largest: Tensor) -> Table:
-        """The training examples at places ``[k]``; a bar of full length is the largest score."""
+    def table(self, caption: str, indices: Tensor, scores: Tensor, largest: Tensor) -> ExampleTable:
+        """The training examples at indices ``[k]``; the largest score has a bar of full length."""
         shares = (100 * scores.abs() / largest).nan_to_num()
         rows = zip(indices.tolist(), scores.tolist(), shares.tolist(), strict=True)
-        return Table(caption, [self._entry(*row) for row in rows])
+        return ExampleTable(caption, [self._entry(*row) for row in rows])
 
-    def _entry(self, place: int, score: float, share: float) -> Entry:
-        label = None if self.labels is None else label_text(self.labels[place])
-        truth = None if self.truth is None else label_text(self.truth[place])
+    def _entry(self, index: int, score: float, share: float) -> Entry:
+        label = None if self.labels is None else label_text(self.labels[index])
+        truth = None if self.truth is None else label_text(self.truth[index])
         return Entry(
-            place,
-            self.display.shown(self.examples[place]),
+            index,
+            self.display.shown(self.examples[index]),
             label,
             None if truth == label else truth,
             score_text(score),
@@ -128,10 +129,14 @@ class TrainingSet:
 
 
 def check_counts(count: int, kind: str, **given: Any) -> None:
-    """Refuse no examples, and anything given that has not one item an example."""
-    counts = {name: len(items) for name, items in given.items() if items is not None}
+    """Refuse zero examples, and anything without one item per example."""
+    counts = {
+        name: len(check_sequence(items, name, f"one item per {kind} example"))
+        for name, items in given.items()
+        if items is not None
+    }
     if count == 0 or any(other != count for other in counts.values()):
         raise InvalidArgumentError(
             f"got {count} {kind} examples, and {counts}; there must be at least one, and one of "
-            "each an example"
+            "each per example"
         )

@@ -26,6 +26,7 @@ from benchmarks.settings.kept_scores import Variant
 from benchmarks.settings.plan import Plan, Result
 from influence_kit.errors import CurvatureError
 from influence_kit.evaluation import half_subsets
+from influence_kit.methods.influence_functions.fitted_inverse import FittedInverse
 
 WINE, EKFAC, CG = "wine-lr", "EKFACInfluenceFunction", "CGInfluenceFunction"
 SPARSE = Scores(
@@ -173,11 +174,11 @@ def test_the_page_has_every_setting_with_its_ceiling():
 def test_sentences_of_the_choosing_page_count_for_themselves():
     text = choosing(FIGURES)
     assert f"is `{CG}`: 0.85 of the ceiling, for up to 450 passes" in text
-    assert f"At most 50 passes buy 0.80, with `{EKFAC}`" in text
-    assert "better than the last alone in 4 of 4 cases" in text
+    assert f"With at most 50 passes, `{EKFAC}` is best and reaches 0.80." in text
+    assert "better than the last checkpoint alone in 4 of 4 cases" in text
     assert f"`{CG}` by 0.14, `{EKFAC}` by 0.1" in text
     assert f"`DataInf` in 2 of 2, `{EKFAC}` in 1 of 2, `{CG}` in 1 of 2 settings" in text
-    assert "above `GradDot` by 0.04 at most, and by 0.03 on average" in text
+    assert "better than `GradDot` by 0.04 at most, and by 0.03 on average" in text
     assert "an LDS of 0.90 to 0.90, EK-FAC 0.80 to 0.80" in text
     assert "| `GradDot` | 0.990 | 0.500 | 0.250 |" in text
 
@@ -246,12 +247,12 @@ def test_scores_are_put_together_right(wine, tmp_path):
 @pytest.mark.filterwarnings("ignore::influence_kit.errors.DampingWarning")
 def test_a_damping_that_is_refused_has_no_figure(wine, tmp_path, monkeypatch):
     def refused(self, *args):
-        if self._damping == DAMPINGS[0] or (self._damping == "auto" and is_strict):
+        if self.damping == DAMPINGS[0] or (self.is_auto and is_strict):
             raise CurvatureError("singular")
         return made(self, *args)
 
-    made = influence_kit.LoGra._make_inverse
-    monkeypatch.setattr(influence_kit.LoGra, "_make_inverse", refused)
+    made = FittedInverse.fit
+    monkeypatch.setattr(FittedInverse, "fit", refused)
     kept, is_strict = [], False
     scores_of(small(["LoGra"], subsets=3), wine, tmp_path, kept.append)
     assert [damping for damping, one in kept[0].rows["LoGra"].sweep.items() if one is None] == [

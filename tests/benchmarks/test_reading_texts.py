@@ -98,7 +98,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, module, extra):
     from benchmarks.settings.optional import optional
 
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ModuleNotFoundError, match=rf'{module} is not.*"influence_kit\[{extra}\]"'):
+    with pytest.raises(ModuleNotFoundError, match=rf'{module} is not.*"\.\[{extra}\]"'):
         optional(module)
 
 

@@ -132,5 +132,5 @@ def test_what_is_allowed_is_said() -> None:
         check_count(1, "n", least=2, instead='"auto"')
     with pytest.raises(InvalidArgumentError, match="`x` must be a positive number and below 1; go"):
         check_number(1, "x", above=0, below=1)
-    with pytest.raises(InvalidArgumentError, match="a finite number and above 1 and of at most 2;"):
+    with pytest.raises(InvalidArgumentError, match="a finite number and above 1 and at most 2;"):
         check_number(3, "x", above=1, most=2)

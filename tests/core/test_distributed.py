@@ -10,10 +10,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from cases import SHORT, Examples, token_cross_entropy
 from contract import METHODS, build
-from influence_kit.methods.influence_functions.kronecker_fit import OBSERVATIONS
 from whole_models import ROUTED, WHOLE
 
 import influence_kit
+from influence_kit.curvature.kronecker_fit import OBSERVATIONS
 
 # of batches, by the number of ranks: an uneven share, none for the last rank, and one each
 SIZES = {2: (2, 20), 3: (4,)}

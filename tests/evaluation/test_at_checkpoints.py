@@ -222,7 +222,7 @@ class Once:
         (
             lambda: checkpoint_logits(IMAGES, DATA, [IMAGES.state_dict()]),
             InvalidArgumentError,
-            r"logits of shape \[11, 2, 2\] for 11 examples; expected \[n, c\], a row an example",
+            r"logits of shape \[11, 2, 2\] for 11 examples; expected \[n, c\], one row per example",
         ),
         (
             lambda: checkpoint_losses(MODEL, Once(), RUN, nn.CrossEntropyLoss()),
@@ -232,7 +232,7 @@ class Once:
         (
             lambda: checkpoint_losses(MODEL, EMPTY, RUN, nn.CrossEntropyLoss()),
             InvalidArgumentError,
-            "`dataset` gave no examples at checkpoint 0; it must give the same ones whenever",
+            "`dataset` gave no examples at checkpoint 0; it must give the same examples in",
         ),
         (
             lambda: checkpoint_losses(MODEL, DATA, [], nn.CrossEntropyLoss()),

@@ -88,7 +88,7 @@ def test_cosines_are_those_of_sklearn():
     [
         (
             lambda: log_odds(torch.ones(2, 3), torch.tensor([0, 3])),
-            "the logits are of 3 classes and the labels from 0 to 3; there must be two classes",
+            "the logits are of 3 classes and the labels from 0 to 3; there must be at least two",
         ),
         (lambda: log_odds(torch.ones(1, 1), torch.tensor([0])), "the logits are of 1 classes"),
         (lambda: mean_loss([1.0]), r"`losses` has shape \[1\]; expected \[C, n\]"),
@@ -113,7 +113,7 @@ def test_cosines_are_those_of_sklearn():
         ),
         (
             lambda: label_cosine([[1.0]], [0], [[1.0, 2.0]], [0]),
-            "test examples have 1 features and training examples 2; there must be as many",
+            "test examples have 1 features and training examples 2; both must have",
         ),
     ],
 )

@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from influence_kit import GradCos, GradDot
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation import (
+    Comparison,
     SubsetTruth,
     compare,
-    cost,
     half_subsets,
     linear_datamodeling_score,
 )
@@ -74,10 +74,10 @@ def test_it_is_printed_as_two_tables():
     constant = {**SCORES, "flat": torch.ones(M, N)}
     found = compare(constant, None, SubsetTruth(SUBSETS, OUTPUTS, "margin"))
     lines = repr(found).splitlines()
-    assert lines[0].split() == ["method", "LDS", "std.", "error", "seconds", "added", "MiB"]
+    assert lines[0].split() == ["method", "LDS", "std.", "error", "seconds"]
     score = linear_datamodeling_score(SCORES["a"], SUBSETS, OUTPUTS, "margin")
     assert lines[2].split() == [
-        "1", "a", f"{score.mean:.3f}", f"{score.standard_error:.3f}", "-", "-",
+        "1", "a", f"{score.mean:.3f}", f"{score.standard_error:.3f}", "-",
     ]  # fmt: skip
     assert lines[6:10] == [
         f"noise ceiling of the LDS: {score.ceiling:.2f}",
@@ -99,40 +99,60 @@ def test_many_methods_fit_into_eighty_characters():
     assert max(map(len, lines)) <= 80
     first = [line for line in lines if line.split()[:1] == ["1"]]
     # the methods, and columns 1 to 10, 11 to 20 and 21 to 23
-    assert [len(line.split()) for line in first] == [5, 10, 11, 11, 4]
+    assert [len(line.split()) for line in first] == [4, 10, 11, 11, 4]
     cells = [cell for line in first[2:] for cell in line.split()[1:]]
     assert cells == [f"{value:.2f}" for value in found.agreement[0].tolist()]
 
 
 def test_costs_are_printed():
     known = compare({"a": Known(SCORES["a"])}, None)
-    seconds, memory = repr(known).splitlines()[2].split()[2:4]
-    assert float(seconds) >= 0
-    assert memory == "-" or float(memory) >= 0
+    assert repr(known).splitlines()[0].split() == ["method", "seconds"]
+    assert float(repr(known).splitlines()[2].split()[2]) >= 0
+    costs = (Cost(1.25, 30.4), None)
+    on_gpu = Comparison(("a", "b"), torch.eye(2), (0, 0), costs, None)
+    lines = repr(on_gpu).splitlines()
+    assert lines[0].split() == ["method", "seconds", "added", "MiB"]
+    assert [line.split()[2:] for line in lines[2:4]] == [["1.25", "30"], ["-", "-"]]
 
 
-def test_memory_that_a_call_adds_is_seen():
-    for _ in range(2):  # malloc keeps a block of this size when it is freed the second time
-        torch.ones(31 * 2**18)
-    result, found = measured(lambda: torch.ones(30 * 2**18).sum().item())  # 30 MiB
-    assert result == 30 * 2**18
-    assert found.mebibytes is None or 25 < found.mebibytes < 60  # None: not Linux
+def test_a_call_costs_seconds_and_what_a_gpu_allocates(monkeypatch):
+    assert measured(lambda: 7)[0] == 7
+    assert measured(lambda: 7)[1].mebibytes is None
+    peaks = {0: 3 * 2**20, 1: 2**20}
+    asked = []
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(
+            torch.cuda, name, lambda device, name=name: asked.append((name, device))
+        )
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", peaks.__getitem__)
+    found = measured(lambda: peaks.update({1: 6 * 2**20}))[1]
+    assert found.mebibytes == 5
+    assert found.seconds >= 0
+    assert asked[:4] == [
+        ("synchronize", 0),
+        ("reset_peak_memory_stats", 0),
+        ("synchronize", 1),
+        ("reset_peak_memory_stats", 1),
+    ]
+    assert asked[4:] == [("synchronize", 0), ("synchronize", 1)]
 
 
-@pytest.mark.parametrize("missing", ["FORGET_PEAK", "STATUS"])
-def test_where_nothing_tells_memory_is_unknown(monkeypatch, tmp_path, missing):
-    monkeypatch.setattr(cost, "FORGET_PEAK", tmp_path / "clear_refs")
-    monkeypatch.setattr(cost, missing, tmp_path / "none" / "none")
-    _, found = measured(lambda: None)
-    assert found.mebibytes is None
-    assert repr(compare({"a": Known(SCORES["a"])}, None)).splitlines()[2].split()[3] == "-"
-    assert isinstance(found, Cost)
+def test_a_comparison_leaves_the_settings_of_the_process_alone(monkeypatch):
+    def refuse(*arguments, **keywords):
+        raise AssertionError("a comparison must not write files")
+
+    monkeypatch.setattr("pathlib.Path.write_text", refuse)
+    monkeypatch.setattr("ctypes.CDLL", refuse)
+    compare({"a": Known(SCORES["a"])}, None)
 
 
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
-        ({}, r"got the methods \[\]; there must be at least one"),
+        ({}, r"`methods` is empty; pass a dict \{name: method\}"),
+        ([], r"got the methods \[\]; there must be at least one"),
         ([Known(1), Known(2)], r"got the methods \['Known', 'Known'\]; .*: pass \{name: method\}"),
         (
             {"a": SCORES["a"], "b": SCORES["b"][:, :5]},

@@ -8,9 +8,9 @@ from scipy.stats import pearsonr, rankdata, spearmanr
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import (
     class_labels,
+    indices_in,
     marks,
     numbers,
-    places,
     repeated_numbers,
     subset_masks,
 )
@@ -93,7 +93,7 @@ def test_a_truth_without_differences_is_refused():
     ):
         judged([0, 1, 2, 3], leave_out_constant=False)
     one = torch.ones(2, 1)
-    with pytest.raises(InvalidArgumentError, match=r"has 1 value a test example; .* at least two"):
+    with pytest.raises(InvalidArgumentError, match=r"has 1 value per test example; .* least two"):
         row_correlations(one, one[None], "outputs", False, [pearson])
 
 
@@ -140,23 +140,32 @@ def test_the_ceiling_is_what_the_noiseless_truth_reaches(measure, repeats):
         (lambda: numbers([[]], "scores", "[m, n]"), r"`scores` has shape \[1, 0\]; expected"),
         (
             lambda: numbers([[1.0, float("inf")]], "scores", "[m, n]"),
-            r"1 of the 2 values in `scores` are not finite; the first is inf at \[0, 1\]",
+            r"1 of the 2 values in `scores` are not finite; the first is inf at index \[0, 1\]",
         ),
         (
             lambda: repeated_numbers([1.0], "outputs", "[S, R, m]"),
             r"`outputs` has shape \[1\]; expected \[S, R, m\]",
         ),
         (lambda: marks([], "is_wrong", "[n]", "wrong"), r"shape \[0\]; expected \[n\]: wrong"),
-        (lambda: class_labels([0.5], "labels", 1), r"`labels` has shape \[1\] and torch.float32"),
+        (lambda: class_labels([0.5], "labels", 1), r"`labels` has shape \[1\] and torch.float64"),
         (lambda: subset_masks([True]), r"`subsets` has shape \[1\]; expected \[S, n\]"),
         (lambda: subset_masks([[True]], 2), r"`subsets` has shape \[1, 1\]; expected \[S, 2\]"),
-        (lambda: subset_masks([[0, 3]]), r"`subsets` holds 3; .*\(masks, not places\)"),
+        (lambda: subset_masks([[0, 3]]), r"`subsets` holds 3; .*\(masks, not indices\)"),
         (lambda: subset_masks([[1, 0], [0, 0]]), "subset 1 has no examples to train on"),
-        (lambda: places([0.5], 3), r"`indices` has shape \[1\] and torch.float32; expected int"),
-        (lambda: places([True], 3), r"and torch.bool; expected integers \[k\]"),
-        (lambda: places(torch.arange(0), 3), r"shape \[0\] and torch.int64; .* one or more"),
-        (lambda: places([0, 3], 3), "`indices` holds 3; the training set has 3 examples, 0 to 2"),
-        (lambda: places([-1], 3), "`indices` holds -1"),
+        (
+            lambda: indices_in([0.5], 3),
+            r"`indices` has shape \[1\] and torch.float64; expected int",
+        ),
+        (lambda: indices_in([True], 3), r"and torch.bool; expected integers \[k\]"),
+        (
+            lambda: indices_in(torch.arange(0), 3),
+            r"shape \[0\] and torch.int64; .* one or more",
+        ),
+        (
+            lambda: indices_in([0, 3], 3),
+            "`indices` holds 3; the training set has 3 examples, 0 to 2",
+        ),
+        (lambda: indices_in([-1], 3), "`indices` holds -1"),
     ],
 )
 def test_what_is_no_such_array_is_refused(call, message):
@@ -164,9 +173,8 @@ def test_what_is_no_such_array_is_refused(call, message):
         call()
 
 
-def test_places_may_be_all():
-    assert places(None, 3).tolist() == [0, 1, 2]
-    assert places(np.array([2, 0]), 3).tolist() == [2, 0]
+def test_indices_of_an_array():
+    assert indices_in(np.array([2, 0]), 3).tolist() == [2, 0]
 
 
 def test_lists_of_numbers_keep_their_precision():

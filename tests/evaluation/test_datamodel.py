@@ -124,8 +124,8 @@ def test_no_subsets_are_refused(arguments):
     ("changes", "message"),
     [
         ({"outputs_are": "accuracy"}, r"`outputs_are` is 'accuracy'; it must be \"margin\" \(hig"),
-        ({"outputs": torch.ones(S, R)}, r"of 30 subsets and 4 test examples; there are 30 subsets"),
-        ({"outputs": torch.ones(5, M)}, r"of 5 subsets and 6 test examples; .* 6 test examples"),
+        ({"outputs": torch.ones(S, R)}, r"has 30 subsets and 4 test examples; there are 30"),
+        ({"outputs": torch.ones(5, M)}, r"has 5 subsets and 6 test examples; .* 6 test examples"),
         ({"outputs": torch.ones(S)}, r"`outputs` has shape \[30\]; expected \[S, R, m\]"),
         ({"outputs": torch.ones(S, M)}, r"in `outputs`, 6 of 6 test examples have the same value"),
         ({"subsets": torch.ones(S, 3)}, r"`subsets` has shape \[30, 3\]; expected \[S, 20\]"),

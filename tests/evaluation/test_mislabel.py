@@ -104,7 +104,7 @@ def test_tensors_arrays_and_lists_are_the_same():
         (
             [1.0, float("nan"), float("inf")],
             [True, False, False],
-            r"2 of the 3 values in `scores` are not finite; the first is nan at \[1\]",
+            r"2 of the 3 values in `scores` are not finite; the first is nan at index \[1\]",
         ),
         ([1.0, 2.0], [True, True], r"marks 2 of 2 labels as wrong; there must be at least one"),
         ([1.0, 2.0], [0, 0], r"marks 0 of 2 labels as wrong"),
@@ -131,7 +131,7 @@ def test_bad_input_is_refused(function, scores, is_wrong, message):
 def test_a_fraction_outside_the_unit_interval_is_refused(fraction):
     for function in (recall_at, precision_at):
         with pytest.raises(
-            InvalidArgumentError, match=f"got {fraction}, expected a number above 0"
+            InvalidArgumentError, match=f"a positive number and at most 1; got {fraction}"
         ):
             function([1.0, 2.0], [True, False], fraction)
 

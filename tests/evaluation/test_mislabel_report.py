@@ -39,5 +39,7 @@ def test_it_is_printed_as_a_table():
 
 
 def test_no_scores_are_refused():
-    with pytest.raises(InvalidArgumentError, match=r"got no scores to report on; pass \{name: sco"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"`scores` is empty; pass a dict \{name: how sus"
+    ):
         mislabel_report({}, IS_WRONG)

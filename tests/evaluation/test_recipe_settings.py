@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from influence_kit.core.arguments import check_seed
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation import Retraining
-from influence_kit.evaluation.recipe import as_seed, seeded
+from influence_kit.evaluation.recipe import seeded
 from influence_kit.evaluation.settings import describe_function
 
 SUBSETS = torch.tensor([[True, True, False, False], [False, True, True, True]])
@@ -218,8 +219,10 @@ def test_seeds_that_are_no_ints(seeds: Any) -> None:
 
 def test_equal_seeds_and_seeds_of_other_packages() -> None:
     retraining = Retraining(lambda indices, seed: nn.Linear(1, 1))
-    with pytest.raises(InvalidArgumentError, match="of equal ones there is one model"):
+    with pytest.raises(
+        InvalidArgumentError, match="must be distinct: equal seeds train the same model"
+    ):
         retraining.outputs(SUBSETS, lambda m: m.weight[0], (1, np.int64(1)))
     found = retraining.outputs(SUBSETS, lambda m: m.weight[0], np.arange(2))
     assert torch.equal(found, retraining.outputs(SUBSETS, lambda m: m.weight[0], range(2)))
-    assert as_seed(torch.tensor(3)) == 3
+    assert check_seed(torch.tensor(3)) == 3

@@ -103,17 +103,17 @@ def test_nothing_and_everything_are_ends_of_the_curves():
     [
         (
             lambda: brittleness(VOTES, train, classes, [0]),
-            r"`counts` is \[0\]; each must be from 1",
+            r"`counts` is \[0\]; .* each must be an int from 1",
         ),
-        (lambda: brittleness(VOTES, train, classes, [1, 5]), "each must be from 1 to 4"),
+        (lambda: brittleness(VOTES, train, classes, [1, 5]), "each must be an int from 1 to 4"),
         (lambda: brittleness(VOTES, train, classes, []), r"`counts` is \[\]; .* at least one"),
         (
             lambda: brittleness(VOTES[:1], train, classes, [1]),
-            "`predict` returned 2 classes; the scores are of 1 test examples",
+            "`predict` returned 2 classes; there are scores of 1 test examples",
         ),
         (
             lambda: brittleness(VOTES, train, lambda model: margins(model) / 4, [1]),
-            "`predict` returned 0.5; it must return predicted classes, whole numbers: `argmax`",
+            "`predict` returned 0.5; it must return predicted classes, whole numbers",
         ),
         (
             lambda: removal_curve(VOTES[0], train, margins, [1.0]),

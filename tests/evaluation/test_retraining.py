@@ -331,7 +331,7 @@ def test_checkpoints_need_a_folder():
         (lambda model: torch.ones(0), r"returned a Tensor of shape \[0\]; it must return a tensor"),
         (
             lambda model: torch.ones(1 + int(model[0].bias > 0)),
-            "`measure` returned 1 values of one model and 2 of another",
+            "`measure` returned 1 values for one model and 2 for another",
         ),
     ],
 )
@@ -358,9 +358,11 @@ def test_what_is_no_model_is_refused():
 def test_seeds_must_be_there():
     with pytest.raises(InvalidArgumentError, match="got 1 seeds for 4 models; there must be one"):
         Retraining(Trainer()).paired_outputs(SUBSETS, measure, [0])
-    with pytest.raises(InvalidArgumentError, match="got no seeds; at least one model"):
+    with pytest.raises(InvalidArgumentError, match="`seeds` is empty; at least one seed"):
         Retraining(Trainer()).outputs(SUBSETS, measure, [])
-    with pytest.raises(InvalidArgumentError, match=r"got the seeds \[3, 3\]; of equal ones"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"got the seeds \[3, 3\], which must be distinct"
+    ):
         Retraining(Trainer()).outputs(SUBSETS, measure, [3, 3])
 
 

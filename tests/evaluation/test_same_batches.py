@@ -99,7 +99,7 @@ def test_the_same_batches_are_another_training(tmp_path):
 
 def test_an_example_is_in_a_subset_or_not():
     recipe = replace(RECIPES["mlp"], same_batches=True)
-    with pytest.raises(InvalidArgumentError, match="a subset of 3 places has 2 different ones; "):
+    with pytest.raises(InvalidArgumentError, match="a subset of 3 indices has 2 different ones; "):
         recipe(torch.tensor([1, 4, 1]), 0)
 
 

@@ -58,7 +58,7 @@ def test_a_value_at_the_edge_is_said():
     lines = repr(found).splitlines()
     assert lines[0].split() == ["damping", "LDS", "std.", "error"]
     assert lines[2].split() == ["0.05", "1.000", "0.000", "chosen"]
-    assert lines[-1] == "the best value is the last on its side: try more beyond it"
+    assert lines[-1] == "the best value is the smallest or largest one tried: try more beyond it"
     single = tune_damping(method(), [0.05], SUBSETS, truth[:, :1], TESTS_OF_ONE, "loss")
     assert not single.is_at_edge
     assert repr(single).splitlines()[-1].split() == ["0.05", "1.000", "-", "chosen"]
@@ -100,9 +100,9 @@ def test_an_error_leaves_the_value_as_it_was():
 
 def test_what_cannot_be_tuned_is_refused():
     ridged = Ridged()
-    with pytest.raises(InvalidArgumentError, match="got no values to try"):
+    with pytest.raises(InvalidArgumentError, match="`values` is empty; pass one or more dampings"):
         tune_damping(ridged, [], SUBSETS, TRUTH, None, "margin")
-    message = r"a Ridged has none of the attributes \['strength'\]; name the one to tune"
+    message = r"a Ridged has none of the attributes \['strength'\]; pass the name of the one"
     with pytest.raises(InvalidArgumentError, match=message):
         tune_damping(ridged, [1.0], SUBSETS, TRUTH, None, "margin", attribute="strength")
     ridged.damping = 1.0

@@ -83,7 +83,7 @@ def trak_question(draw: Draw, setup: Setup) -> Question:
         found = method.influence(setup.test)
         products = []
         for c in places(setup):
-            maps = method._made._at(c).maps
+            maps = method._map._at(c).maps
             p = torch.cat([maps[name].matrix(projected.LIKE) for name in oracle.names])
             phi, psi = trains[c][0] @ p, tests[c][0] @ p
             normal = phi.T @ phi + ridge * torch.eye(phi.shape[1], dtype=phi.dtype)

@@ -14,6 +14,8 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.gradient_source import GradientSource
 from influence_kit.losses.loss import Loss
 
+pytestmark = pytest.mark.quick
+
 N = 5
 
 

@@ -77,7 +77,7 @@ def test_a_training_example_that_is_not_finite_in_relative_influence(
     bad = X.clone()
     bad[5, 0] = torch.inf
     method = built(name, relative=relative, hessian_dataset=TensorDataset(X, Y), damping=0.1)
-    method._train_data = TensorDataset(bad, Y)
+    method._examples.train_dataset = TensorDataset(bad, Y)
     with pytest.raises(NonFiniteError, match="training example 5"):
         method.influence((X[:2], Y[:2]))
 

@@ -95,7 +95,7 @@ def test_trak_multiplies_the_means_of_its_two_parts():
 
 
 def test_without_a_layer_the_neighbours_are_the_same_at_all_checkpoints():
-    assert "without one no checkpoint counts" in SAYS["KNNShapley"]
+    assert "without one, checkpoints are not used" in SAYS["KNNShapley"]
     alone, together = alone_and_together("KNNShapley")
     assert torch.equal(together, alone[0])
     assert torch.equal(together, alone[2])

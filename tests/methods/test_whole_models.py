@@ -424,7 +424,7 @@ def test_all_eigenvalues_of_all_blocks_can_be_read() -> None:
     torch.manual_seed(0)
     case, model, train, _ = setting("bare")
     explainer = make("EKFACInfluenceFunction", case, model, train, **EMPIRICAL).fit()
-    values = eigenvalues(explainer.fit_state[0], explainer._partition)
+    values = eigenvalues(explainer.fit_state[0], explainer._fitted.partition)
     assert list(values) == explainer.block_names
     assert sum(v.numel() for own in values.values() for v in own) == sum(
         p.numel() for p in Bare().parameters()

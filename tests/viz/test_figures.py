@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from influence_kit import KMostInfluentialResults, TracInCP
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.viz import detection_curves, proponents_and_opponents, suspects, text_table
+from influence_kit.viz.captions import score_text
 from influence_kit.viz.colours import NEUTRAL, RIGHT, WRONG
-from influence_kit.viz.tables import score_text
 
 TRAIN = torch.arange(6 * 4 * 5.0).view(6, 1, 4, 5)
 LABELS = torch.tensor([7, 8, 9, 7, 8, 9])
@@ -214,11 +214,13 @@ def test_suspects_of_other_numbers_are_refused(arguments, message):
 
 
 def test_curves_that_cannot_be_drawn_are_refused():
-    with pytest.raises(InvalidArgumentError, match=r"got no curve to draw; pass \{name:"):
+    with pytest.raises(InvalidArgumentError, match=r"`curves` is empty; pass a dict \{name:"):
         detection_curves({})
     with pytest.raises(InvalidArgumentError, match=r"the curve 'a' has 2 shares inspected and 1"):
         detection_curves({"a": ([0, 1], [0])})
-    with pytest.raises(InvalidArgumentError, match=r"`until` is 0; it must be a share above 0"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"`until` must be a positive number and at most 1; got 0"
+    ):
         detection_curves({"a": ([0, 1], [0, 1])}, until=0)
 
 

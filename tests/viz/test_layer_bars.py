@@ -44,8 +44,8 @@ def test_numbers_stand_within_their_panels():
 @pytest.mark.parametrize(
     ("by_layer", "message"),
     [
-        ({}, r"got no layer to draw; pass \{layer:"),
-        ({"a": [1.0]}, r"got 2 titles and scores of \{'a': 1\} pairs"),
+        ({}, r"`by_layer` is empty; pass a dict \{layer:"),
+        ({"a": [1.0]}, r"got 2 titles, and scores of \{'a': 1\} pairs"),
         ({"a": [[1.0], [2.0]]}, r"`the scores of 'a'` has shape \[2, 1\]; expected \[p\]"),
     ],
 )

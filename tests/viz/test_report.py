@@ -38,7 +38,7 @@ def a_figure():
 
 def test_tables_hold_place_label_score_and_example():
     page = Page(explained(labels=[1, 2], predictions=torch.tensor([1, 3])).html())
-    head = ["place", "label", "score"]
+    head = ["index", "label", "score"]
     assert page.tables == [
         [head, ["#0", "7", "+2.00"], ["short"], ["#3", "7", "+0.00"], ["w" * 30]],
         [head, ["#2", "9", "-4.00"], ["it costs $5"]],
@@ -86,7 +86,7 @@ def test_the_header_says_what_was_asked_and_how_to_read_it():
             "Date1 May",
         ]
         assert page.texts("p")[0] == READING
-        assert page.tables[0][0] == ["place", "score"]
+        assert page.tables[0][0] == ["index", "score"]
 
 
 def test_the_words_are_those_of_what_is_measured():
@@ -155,7 +155,7 @@ def test_everything_given_is_escaped():
     assert page.texts("h3") == [evil] * 2
     assert page.attributes("img")[-1]["alt"] == evil
     assert page.texts("dl", **{"class": "numbers"})[0].split("\n")[1] == f"{evil}0"
-    assert f"{evil} wrong: it is a" in page.tables[0][1]
+    assert f"{evil} wrong: it should be a" in page.tables[0][1]
 
 
 def test_the_page_needs_nothing_else():
@@ -204,9 +204,10 @@ def test_wrong_labels_are_marked():
     truth = torch.tensor([7, 8, 1, 2, 8, 9])
     page = Page(explained(Report("Title", TEXTS, LABELS, true_labels=truth)).html())
     assert page.tables[0][1] == ["#0", "7", "+2.00"]
-    assert page.tables[0][3] == ["#3", "7 wrong: it is 2", "+0.00"]
-    assert page.tables[1][1] == ["#2", "9 wrong: it is 1", "-4.00"]
-    assert page.texts("strong", **{"class": "wrong"}) == ["wrong: it is 2", "wrong: it is 1"]
+    assert page.tables[0][3] == ["#3", "7 wrong: it should be 2", "+0.00"]
+    assert page.tables[1][1] == ["#2", "9 wrong: it should be 1", "-4.00"]
+    marked = page.texts("strong", **{"class": "wrong"})
+    assert marked == ["wrong: it should be 2", "wrong: it should be 1"]
 
 
 def test_labels_are_written_in_their_own_precision():
@@ -221,7 +222,7 @@ def test_a_ranking_has_the_highest_scores_first_equal_ones_by_place():
     page = Page(Report("Title", TEXTS, LABELS).ranking(scores, first=3).html())
     assert page.tables == [
         [
-            ["rank", "place", "label", "score"],
+            ["rank", "index", "label", "score"],
             ["1.", "#1", "8", "+8.00"],
             ["two lines"],
             ["2.", "#3", "7", "+8.00"],
@@ -243,7 +244,7 @@ def test_a_ranking_counts_the_wrong_labels_among_its_own():
     assert page.texts("p")[1] == "Suspects. Of these 2, 1 have a wrong label."
     page = Page(Report("Title", torch.rand(6, 2, 2)).ranking(range(6), first=99).html())
     assert page.texts("caption") == ["the 6 highest of 6 scores"]
-    assert page.tables[0][0] == ["rank", "image", "place", "score"]
+    assert page.tables[0][0] == ["rank", "image", "index", "score"]
     assert page.tables[0][1] == ["1.", "", "#5", "+5.00"]
 
 
@@ -279,9 +280,9 @@ def test_opponents_may_be_left_out_and_heads_be_others():
             {"train_labels": LABELS, "true_labels": [1]},
             r"got 6 training examples, and \{'train_labels': 6, 'true_labels': 1\}; .* one of each",
         ),
-        ({"true_labels": LABELS}, r"got true_labels without train_labels, .* pass both"),
-        ({"cmap": "grey?"}, r"got cmap='grey\?' and letters=600; expected a name in matplotlib\."),
-        ({"letters": 0}, r"got cmap='gray' and letters=0; .* at least one letter"),
+        ({"true_labels": LABELS}, r"got true_labels without the train_labels .* pass both"),
+        ({"cmap": "grey?"}, r"`cmap` must be a name in matplotlib\.colormaps, .*; got 'grey\?'"),
+        ({"letters": 0}, r"`letters` must be a positive int; got 0"),
     ],
 )
 def test_what_is_no_training_set_is_refused(arguments, message):
@@ -297,7 +298,7 @@ def test_what_is_no_training_set_is_refused(arguments, message):
         ({"titles": ["a"], "predictions": [1, 2, 3]}, r"\{'titles': 1, 'predictions': 3\}"),
         (
             {"queries": ["one"]},
-            r"indices of shape \[2, 2\] and influence_scores of \[2, 2\]; .* each of the 1 test",
+            r"`proponents` has shape \[2, 2\]; .* one row for each of the 1 test",
         ),
         (
             {"opponents": KMostInfluentialResults(ROW, torch.zeros(2, 1))},
@@ -305,19 +306,19 @@ def test_what_is_no_training_set_is_refused(arguments, message):
         ),
         (
             {"opponents": KMostInfluentialResults(ROW, torch.zeros(1, 0))},
-            r"`influence_scores` has shape \[1, 0\]; expected \[m, k\]",
+            r"of shape \[1, 1\] and influence_scores of \[1, 0\]; both must be \[m, k\]",
         ),
         (
             {"opponents": (torch.tensor([[6], [0]]), torch.zeros(2, 1))},
-            r"`indices` holds 6; the training set has 6 examples, 0 to 5",
+            r"`opponents.indices` holds 6; the training set has 6 examples, 0 to 5",
         ),
         (
             {"opponents": (torch.zeros(2, 1, dtype=int), [[1.0], [float("nan")]])},
-            r"1 of the 2 values in `influence_scores` are not finite; the first is nan at \[1, 0\]",
+            r"1 of the 2 values in `opponents.influence_scores` are not finite; .* index \[1, 0\]",
         ),
         (
             {"queries": [("a text", 3), "b"]},
-            r"an example is a tuple that is no tensor \(.*\); expected a text, numbers \[",
+            r"an example is \('a text', 3\), which is not a tensor; expected a text, num",
         ),
         ({"queries": torch.zeros(2, 2, 4, 5)}, r"an image has shape \[2, 4, 5\]; expected"),
     ],

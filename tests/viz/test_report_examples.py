@@ -23,7 +23,7 @@ def test_images_of_one_channel_go_from_their_lowest_to_their_highest_value():
     for example in (image, image[None], image.numpy().astype(np.float64), image.tolist()):
         page = shown(example)
         np.testing.assert_array_equal(page.pixels()[0], expected)
-    assert page.tables[0][0] == ["image", "place", "score"]
+    assert page.tables[0][0] == ["image", "index", "score"]
     assert page.attributes("img") == [
         {
             "src": page.attributes("img")[0]["src"],
@@ -73,7 +73,7 @@ def test_rows_have_the_names_of_their_features():
 
 def test_long_texts_are_cut_where_it_is_said():
     page = shown("a word " * 10, letters=6)
-    assert page.tables[0][2] == ["a word ... and 64 more letters"]
+    assert page.tables[0][2] == ["a word ... and 64 more characters"]
     assert shown("a word", letters=6).tables[0][2] == ["a word"]
 
 

@@ -61,8 +61,8 @@ def test_tick_labels_do_not_overlap(size, power):
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
-        ({}, r"got nothing to draw; pass \{title:"),
-        ({"a": ([1.0, 2.0], [1.0])}, r"'a' has predictions of shape \[2\], and what happened"),
+        ({}, r"`pairs` is empty; pass a dict \{title:"),
+        ({"a": ([1.0, 2.0], [1.0])}, r"'a' has predicted changes of shape \[2\] and actual"),
         ({"a": ([[0.0, 0.0]], [[1.0, 2.0]])}, r"'a' for test example 0 are all zero"),
         ({"a": ([1.0, float("inf")], [1.0, 2.0])}, r"the predictions of 'a'` are not finite"),
     ],

@@ -89,7 +89,7 @@ class EmbeddingInfluence(InfluenceFunction):
     def R(self) -> Tensor:  # noqa: N802 - Captum's name
         """The matrix ``[P, d]`` that gradients are multiplied with."""
         self._check_kept()
-        if 0 not in self._fit.states:
+        if 0 not in self.fit_state:
             self.fit()
         return self._projection()
 
@@ -142,10 +142,10 @@ class EmbeddingInfluence(InfluenceFunction):
         return [*ExampleInfluence.notes(self), f"hessian_reg={self.hessian_reg:g}"]
 
     def _projection(self) -> Tensor:
-        return self.inverse.projection(self._fit.states[0], self.hessian_reg, self._sample)
+        return self.inverse.projection(self.fit_state[0], self.hessian_reg, self._sample)
 
     def _embed(self, gradients: Gradients) -> Gradients:
-        values = self._partition.flat(gradients) @ self._projection()
+        values = self._fitted.partition.flat(gradients) @ self._projection()
         shape = torch.Size([values.shape[1]])
         return Gradients(
             gradients.n, {"embedding": Dense(values, shape)}, {"embedding": shape}, gradients.sample

@@ -4,7 +4,7 @@ Letters: m test and n training examples, P chosen parameters, C checkpoints (in 
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,7 @@ from typing_extensions import Self
 from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.core.distributed import is_first_rank
-from influence_kit.curvature.damping import AUTO, DampingArgument, as_text, check_damping
+from influence_kit.curvature.damping import DampingArgument
 from influence_kit.curvature.fit_data import FitData
 from influence_kit.curvature.inverse_curvature import InverseCurvature, State
 from influence_kit.curvature.passes import DataSet, Memory
@@ -34,6 +34,7 @@ from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.data_fingerprint import data_fingerprint
 from influence_kit.methods.example_batches import TRAIN, BatchSize
 from influence_kit.methods.fit_cache import FitCache
+from influence_kit.methods.influence_functions.fitted_inverse import FittedInverse
 from influence_kit.methods.influence_functions.perturbation import Perturbation, Perturbed
 from influence_kit.methods.influence_functions.plain_check import (
     LEAST_OF_LAYERS,
@@ -49,7 +50,6 @@ from influence_kit.methods.influence_functions.ready_gradients import (
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.layer_names import Layers, check_layer
 from influence_kit.methods.questions import check_k, given, starts_again
-from influence_kit.operators.partition import Partition
 from influence_kit.scoring.features import (
     MostInfluentialFeatures,
     check_places,
@@ -163,17 +163,15 @@ class InfluenceFunction(InnerProductInfluence):
         self.inverse = _checked(inverse, self.features)
         self._take_hessian_data(hessian_dataset)
         fitted_on = TRAIN if hessian_dataset is None else HESSIAN_DATA
-        self._fit = self._caches.add(
-            FitCache(inverse.wording.matrix, "measured", fitted_on), first=True
-        )
-        self._cache.remedy = self._learnt.remedy = self._fit.remedy
+        cache = FitCache(inverse.wording.matrix, "measured", fitted_on)
+        self._fitted = FittedInverse(inverse, self._caches.add(cache, first=True))
+        self._cache.remedy = self._learnt.remedy = cache.remedy
         self._memory = Memory()
         # whether test gradients that are preconditioned already still need a fit
         self._always_fits = relative is not None
         # whether a damping that is far too small is warned of
         self._warns_of_damping = True
-        self._damping: DampingArgument = inverse.damping
-        self._bind(self._bind_blocks)
+        self._bind(lambda: self._fitted.bind(self.model, self._map.shapes))
         self._show_settings()
 
     def _take_hessian_data(self, data: Any) -> None:
@@ -181,11 +179,6 @@ class InfluenceFunction(InnerProductInfluence):
         if data is not None:
             self._examples.add_given(data, HESSIAN_DATA)
             self._caches.sources[HESSIAN_DATA] = partial(data_fingerprint, data)
-
-    def _bind_blocks(self) -> None:
-        shapes = self._map.shapes
-        self._partition = Partition(self.inverse.blocks_of(self.model, list(shapes)), shapes)
-        self.damping = self._damping  # which may name blocks that there are no more
 
     def _show_settings(self) -> None:
         """The settings of the parts are attributes of the method, too."""
@@ -200,7 +193,7 @@ class InfluenceFunction(InnerProductInfluence):
         """One term per checkpoint, the test gradients through the inverse."""
         return [
             Term(
-                replace(self.test_at(c), solve=self._inverse_at(c)),
+                replace(self.test_at(c), solve=self._fitted.at(c)),
                 self._train_side(c),
                 weight=1 / len(self.checkpoints),
             )
@@ -210,11 +203,7 @@ class InfluenceFunction(InnerProductInfluence):
     def _train_side(self, index: int) -> Side:
         if self.relative is None:
             return self.train_at(index)
-        return self.train_at(index, partial(unit_influence, self._inverse_at(index), self.relative))
-
-    def _inverse_at(self, index: int) -> Any:
-        """Gradients through the inverse at a checkpoint, to be called when the model has it."""
-        return lambda gradients: self._fit.inverses[index](gradients)
+        return self.train_at(index, partial(unit_influence, self._fitted.at(index), self.relative))
 
     # What a user reads, sets and calls.
 
@@ -222,33 +211,28 @@ class InfluenceFunction(InnerProductInfluence):
     def block_names(self) -> list[str]:
         """The blocks of the curvature, each with a damping of its own."""
         self._see_model()
-        return list(self._partition.blocks)
+        return self._fitted.blocks
 
     @property
     def damping(self) -> DampingArgument:
         """As given; setting it again fits nothing again."""
-        return self._damping
+        return self._fitted.damping
 
     @damping.setter
     def damping(self, damping: DampingArgument) -> None:
-        inverse, blocks = self.inverse, list(self._partition.blocks)
-        self._damping = check_damping(damping, blocks, inverse.wording.damping, inverse.rules)
-        self._fit.drop_inverses()
+        self._see_model()
+        self._fitted.damping = damping
 
     @property
     def damping_used(self) -> list[dict[str, float]]:
         """The damping of each block, at each checkpoint that is fitted."""
-        states = self._fit.states
-        return [
-            dict(zip(self.block_names, self._damping_at(c).tolist(), strict=True))
-            for c in sorted(states)
-            if self._rule is None or f"{self._rule}_damping" in states[c]
-        ]
+        self._see_model()
+        return self._fitted.damping_used
 
     @property
     def fit_state(self) -> dict[int, State]:
         """What was fitted at each checkpoint, by its index: tensors by name."""
-        return self._fit.states
+        return self._fitted.cache.states
 
     @starts_again
     def fit(self, show_progress: bool = False) -> Self:
@@ -270,7 +254,7 @@ class InfluenceFunction(InnerProductInfluence):
         """
         with self.session() as loader:
             self._fit_everywhere(loader)
-            self._fit.save(folder, self._description(loader))
+            self._fitted.cache.save(folder, self._description(loader))
 
     @starts_again
     def load(self, folder: str | Path) -> Self:
@@ -280,7 +264,7 @@ class InfluenceFunction(InnerProductInfluence):
             InvalidArgumentError: where it was saved for another model, data set, loss or setting.
         """
         with self._caches.beside(), self.session() as loader:
-            self._fit.load(
+            self._fitted.cache.load(
                 folder,
                 self._description(loader),
                 loader,
@@ -288,7 +272,7 @@ class InfluenceFunction(InnerProductInfluence):
                 self.device,
                 self._caches,
             )
-            self._map.take_state(self._fit.states[0])
+            self._map.take_state(self.fit_state[0])
         return self
 
     @starts_again
@@ -402,15 +386,7 @@ class InfluenceFunction(InnerProductInfluence):
     # How it is done.
 
     def notes(self) -> list[str]:
-        return [*super().notes(), self._damping_text]
-
-    @property
-    def _damping_text(self) -> str:
-        """The damping as it was given, and what was used."""
-        states, key = self._fit.states, f"{self._rule}_damping"
-        known = [c for c in sorted(states) if self._rule is None or key in states[c]]
-        used = [value for index in known for value in self._damping_at(index).tolist()]
-        return as_text(self.inverse.wording.damping, self._damping, self._rule, used)
+        return [*super().notes(), self._fitted.damping_text]
 
     def prepare(self, loader: CheckpointLoader, show_progress: bool = False) -> None:
         # before the data is shared out: every rank takes part in measuring
@@ -436,32 +412,20 @@ class InfluenceFunction(InnerProductInfluence):
 
     def _checked_quantities(self, quantities: Tensor) -> Tensor:
         """Preconditioned test gradients ``[m, C * P]``."""
-        check_ready(quantities, sum(self._partition.sizes), len(self.checkpoints))
+        check_ready(quantities, self._fitted.size, len(self.checkpoints))
         return quantities
 
     def _fit_everywhere(self, loader: CheckpointLoader, show_progress: bool = False) -> None:
         """Have the inverses at all checkpoints, with a bar over them where one is not fitted."""
         super().prepare(loader, show_progress)
         indices = range(len(self.checkpoints))
-        show = show_progress and not all(index in self._fit.states for index in indices)
-        doing = f"fit {self._fit.what}. Processing checkpoint"
+        show = show_progress and not all(index in self.fit_state for index in indices)
+        doing = f"fit {self._fitted.cache.what}. Processing checkpoint"
         with self.progress(doing, len(indices), show) as bar:
             for index in indices:
-                self._fit_at(index, loader)
+                loader.load(index)
+                self._fitted.fit(self._fit_data(index))
                 bar.update()
-
-    def _fit_at(self, index: int, loader: CheckpointLoader) -> None:
-        """Have the inverse at a checkpoint, fitting what is not fitted yet."""
-        loader.load(index)
-        data, states = self._fit_data(index), self._fit.states
-        if index not in states:
-            states[index] = {**self.inverse.fit(data), **self._map.state}
-        if index not in self._fit.inverses:
-            key = f"{self._rule}_damping"
-            if self._rule is not None and key not in states[index]:
-                states[index][key] = self.inverse.auto_damping(self._rule, states[index], data)
-            inverse = self.inverse.inverse(states[index], self._damping_at(index), data)
-            self._fit.inverses[index] = inverse
 
     def _fit_data(self, index: int) -> FitData:
         """What is fitted to at a checkpoint."""
@@ -472,13 +436,13 @@ class InfluenceFunction(InnerProductInfluence):
             self.device,
             index,
             inverse.wording.data,
-            inverse.sample_size(self._partition),
+            inverse.sample_size(self._fitted.partition),
         )
         return FitData(
             examples,
             self._train_loss,
             self._map,
-            self._partition,
+            self._fitted.partition,
             self._sample,
             self._memory,
             partial(self._cached, index),
@@ -486,7 +450,7 @@ class InfluenceFunction(InnerProductInfluence):
             self.checkpoints,
             self._hessian_loader,
             of_training,
-            f'{inverse.wording.damping}="{self._damping}"',
+            f'{inverse.wording.damping}="{self.damping}"',
         )
 
     @property
@@ -499,30 +463,10 @@ class InfluenceFunction(InnerProductInfluence):
         """What a saved fit belongs to."""
         return {
             "method": self.get_name(),
-            **self.inverse.settings,
-            # a list: the order counts
-            "blocks": [list(block) for block in self._partition.blocks.items()],
+            **self._fitted.description(),
             **({} if type(self.features) is FeatureMap else self._map.settings),
             **self._identity(loader, self._hessian_loader),
         }
-
-    @property
-    def _rule(self) -> str | None:
-        """The rule of the damping; None of numbers."""
-        if not isinstance(self._damping, str):
-            return None
-        return self.inverse.auto_rule if self._damping == AUTO else self._damping
-
-    def _damping_at(self, index: int) -> Tensor:
-        """The damping of each block ``[B]``, float64."""
-        names = list(self._partition.blocks)
-        if self._rule is not None:
-            values = self._fit.states[index][f"{self._rule}_damping"].tolist()
-        elif isinstance(self._damping, Mapping):
-            values = [self._damping[name] for name in names]
-        else:
-            values = [self._damping] * len(names)
-        return torch.tensor(values, dtype=torch.float64, device=self.device)
 
     @contextmanager
     def session(self) -> Iterator[CheckpointLoader]:
@@ -535,7 +479,11 @@ class InfluenceFunction(InnerProductInfluence):
     def watch(self, terms: Sequence[Term]) -> Watch | None:
         # preconditioned test gradients that were given cannot be compared
         is_given = terms[0].test.solve is None
-        if self._fit.is_compared or is_given or not (self._warns_of_damping and is_first_rank()):
+        if (
+            self._fitted.cache.is_compared
+            or is_given
+            or not (self._warns_of_damping and is_first_rank())
+        ):
             return None
         return PlainCheck(self._examples.train_count, self._tell)
 
@@ -543,11 +491,11 @@ class InfluenceFunction(InnerProductInfluence):
         """Warn of the damping where its scores look poor."""
         if figures is None:
             return
-        self._fit.is_compared = True
+        self._fitted.cache.is_compared = True
         least = LEAST_OF_WHOLE if self.inverse.couples_layers else LEAST_OF_LAYERS
         if figures.are_below(least):
-            is_auto = self._damping == AUTO
-            text = advice(figures, self.get_name(), self._damping_text, is_auto)
+            fitted = self._fitted
+            text = advice(figures, self.get_name(), fitted.damping_text, fitted.is_auto)
             warnings.warn(text, DampingWarning, stacklevel=2)
 
 

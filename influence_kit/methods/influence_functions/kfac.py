@@ -158,7 +158,7 @@ class KFACInfluenceFunction(InfluenceFunction):
         by parameter where those of a block differ: "weight: Kronecker; bias: diagonal". Where
         checkpoints differ, their forms with "or" between.
         """
-        return block_forms(self.model, self._fit.states, self._partition)
+        return block_forms(self.model, self.fit_state, self._fitted.partition)
 
     @property
     def damping_used(self) -> list[dict[str, float]]:
@@ -277,7 +277,7 @@ class EKFACInfluenceFunction(InfluenceFunction):
         by parameter where those of a block differ: "weight: Kronecker; bias: diagonal". Where
         checkpoints differ, their forms with "or" between.
         """
-        return block_forms(self.model, self._fit.states, self._partition)
+        return block_forms(self.model, self.fit_state, self._fitted.partition)
 
     @property
     def damping_used(self) -> list[dict[str, float]]:

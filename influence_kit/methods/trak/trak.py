@@ -180,7 +180,7 @@ class TRAK(InfluenceFunction):
 
     def _mean_slopes(self) -> Tensor:
         """The mean over checkpoints of the training examples' slopes, ``[n]``."""
-        return torch.stack([state[SLOPE] for state in self._fit.states.values()]).mean(0)
+        return torch.stack([state[SLOPE] for state in self.fit_state.values()]).mean(0)
 
     def _slopes_of(self, inputs: Any) -> Tensor:
         """The mean over checkpoints of the slopes of any examples, ``[n]``."""

@@ -1,4 +1,4 @@
-"""How scores and labels are written."""
+"""Scores, labels and column heads as text."""
 
 from typing import Any
 
@@ -6,18 +6,18 @@ from torch import Tensor
 
 Heads = tuple[str, str]
 
-# what proponents and opponents did, where nothing else is said
+# the defaults: what proponents and opponents did
 HEADS = ("proponents: lowered its loss", "opponents: raised its loss")
 HEADS_OF_OUTPUT = ("proponents: raised its output", "opponents: lowered its output")
 
 
 def explains_output(method: object) -> bool:
-    """Whether scores of a method say what raised an output, and not what lowered a loss."""
+    """Whether the scores of a method explain an output rather than a loss."""
     return getattr(method, "explains_output", False) is True
 
 
 def heads_of(heads: Heads | None, method: object) -> Heads:
-    """What to write above proponents and opponents: as given, else by what the method scores."""
+    """The heads of proponents and opponents: as given, else by what the method explains."""
     if heads is not None:
         return heads
     return HEADS_OF_OUTPUT if explains_output(method) else HEADS
@@ -29,5 +29,5 @@ def score_text(score: float) -> str:
 
 
 def label_text(label: Any) -> str:
-    """A label as ``str`` writes its value, in its own precision."""
+    """A label as ``str`` shows its value, in its own precision."""
     return str(label.numpy(force=True) if isinstance(label, Tensor) else label)

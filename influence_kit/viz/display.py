@@ -1,7 +1,7 @@
 """How the report shows an example: as an image, a text, or numbers with their names.
 
-All of it stands in the page itself and is bounded: an image by its pixels, a text by its letters, a
-row by its numbers. What is left out is said.
+Everything is embedded in the page and limited in size: the pixels of an image, the characters of a
+text, the numbers of a row. The page notes what is left out.
 """
 
 import base64
@@ -19,13 +19,15 @@ from matplotlib.image import imsave
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from influence_kit.core.arguments import shown as shown_value
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.evaluation.arrays import as_tensor
 from influence_kit.viz.images import pixels_of
 
-# the longest side of an embedded image; the page shows it at two thirds of that, or larger
+# the longest side of an embedded image, in pixels; the page shows it at two thirds or larger
 SIDE, QUERY_SIDE = 96, 240
 MOST_NUMBERS, DPI = 40, 130
-# without matplotlib's version, so that the same pixels are the same bytes
+# without matplotlib's version, so that equal pixels give equal bytes
 METADATA = {"Software": "influence_kit"}
 
 
@@ -33,11 +35,11 @@ class Shown(NamedTuple):
     """One of an image, a text and numbers.
 
     Attributes:
-        image: the address of an image that holds its own bytes.
-        enlarged: whether the image is so small that the page enlarges it.
+        image: an image as a data URL.
+        enlarged: whether the page enlarges the image, because it is small.
         text: the text, or its beginning.
         numbers: names and values.
-        rest: what is left out, in words; empty where nothing is.
+        rest: a note of what is left out; empty where nothing is.
     """
 
     image: str | None = None
@@ -49,12 +51,12 @@ class Shown(NamedTuple):
 
 @dataclass(frozen=True)
 class Display:
-    """How examples are shown.
+    """The settings by which examples are shown.
 
     Attributes:
-        feature_names: what to call the numbers of a row; their places where None.
-        cmap: matplotlib's colours for images of one channel.
-        letters: how many letters of a text to show at most.
+        feature_names: names of the numbers of a row; None for their indices.
+        cmap: the matplotlib colormap of images with one channel.
+        letters: how many characters of a text to show at most.
     """
 
     feature_names: Sequence[str] | None
@@ -62,23 +64,24 @@ class Display:
     letters: int
 
     def shown(self, example: Any, side: int = SIDE) -> Shown:
-        """A ``str`` as text, ``[features]`` as numbers, all else as an image.
+        """Show a ``str`` as text, ``[features]`` as numbers, anything else as an image.
 
         Args:
             example: what to show.
-            side: the most pixels that an image has in a row or column.
+            side: the longest side of an image, in pixels.
 
         Raises:
-            InvalidArgumentError: for what is none of the three, or other numbers than names.
+            InvalidArgumentError: for what is none of the three, or where the numbers of features
+                and names differ.
         """
         if isinstance(example, str):
             return self._text(example)
         try:
-            values = torch.as_tensor(example).detach().cpu()
-        except (TypeError, ValueError, RuntimeError) as error:
+            values = as_tensor(example, "an example", "numbers")
+        except InvalidArgumentError as error:
             raise InvalidArgumentError(
-                f"an example is a {type(example).__name__} that is no tensor ({error}); expected a "
-                "text, numbers [features], or an image (the input alone, without its label)"
+                f"an example is {shown_value(example)}, which is not a tensor; expected a text, "
+                "numbers [features], or an image (the input alone, without its label)"
             ) from error
         if values.dim() <= 1:
             return self._numbers(values.flatten())
@@ -89,14 +92,14 @@ class Display:
         left_out = len(text) - self.letters
         if left_out <= 0:
             return Shown(text=text if text.strip() else "(empty)")
-        return Shown(text=text[: self.letters], rest=f"... and {left_out} more letters")
+        return Shown(text=text[: self.letters], rest=f"... and {left_out} more characters")
 
     def _numbers(self, values: Tensor) -> Shown:
         names = self.feature_names
         if names is not None and len(names) != len(values):
             raise InvalidArgumentError(
                 f"an example has {len(values)} numbers, and there are {len(names)} feature_names; "
-                "there must be as many of both"
+                "there must be one name per number"
             )
         form = ".4g" if values.is_floating_point() else ""
         written = [
@@ -108,7 +111,7 @@ class Display:
 
 
 def _eight_bits(image: np.ndarray, cmap: str) -> np.ndarray:
-    """Colours ``[height, width, 3]`` of 8 bits, as ``imshow`` has them."""
+    """8-bit colours ``[height, width, 3]``, as ``imshow`` draws them."""
     if image.ndim == 2 or image.shape[-1] == 1:
         plane = image.reshape(image.shape[:2])
         image = np.asarray(colormaps[cmap](Normalize()(plane)))[..., :3]
@@ -117,7 +120,7 @@ def _eight_bits(image: np.ndarray, cmap: str) -> np.ndarray:
 
 
 def shrunk(rgb: np.ndarray, side: int) -> np.ndarray:
-    """The image with at most ``side`` pixels a row and column, each the mean of what it covers."""
+    """The image with at most ``side`` pixels per side, each the mean of the area that it covers."""
     longest = max(rgb.shape[:2])
     if longest <= side:
         return rgb
@@ -129,14 +132,14 @@ def shrunk(rgb: np.ndarray, side: int) -> np.ndarray:
 
 
 def png_address(rgb: np.ndarray) -> str:
-    """An image ``[height, width, 3]`` as an address that holds its own bytes."""
+    """An image ``[height, width, 3]`` as a data URL."""
     file = io.BytesIO()
     imsave(file, np.ascontiguousarray(rgb), format="png", metadata=METADATA)
     return _address(file)
 
 
 def figure_address(figure: Figure) -> str:
-    """A figure as an address that holds its own bytes."""
+    """A figure as a data URL."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=DPI, metadata=METADATA)
     return _address(file)

@@ -1,6 +1,6 @@
-"""Training, keeping and measuring models: what happens in a process of its own.
+"""Training, keeping and measuring some models: the work of one process.
 
-Letters: m measured outputs.
+Shapes: m measured outputs.
 """
 
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.evaluation.model_folder import Job, ModelFolder
 from influence_kit.evaluation.recipe import Measure, TrainFunction, TrainsMany, seeded
 
-# what is measured of each job, by its name; None where nothing was to be measured
-Rows = dict[str, np.ndarray | None]
+# the measured outputs of each job, by its name; None without a measure
+Measurements = dict[str, np.ndarray | None]
 
 
 def train_group(
@@ -22,9 +22,9 @@ def train_group(
     jobs: list[Job],
     folder: ModelFolder | None,
     measure: Measure | None,
-) -> Rows:
-    """Train, keep and measure some models; runs in a process of its own where there are several."""
-    rows: Rows = {}
+) -> Measurements:
+    """Train, keep and measure some models; where there are several processes, in one of them."""
+    rows: Measurements = {}
     for job, model in zip(jobs, trained(train_fn, jobs), strict=True):
         if folder is not None:
             folder.write(job, model)
@@ -33,7 +33,7 @@ def train_group(
 
 
 def trained(train_fn: TrainFunction, jobs: list[Job]) -> Iterator[nn.Module]:
-    """The models of some jobs, which are of one size where many are trained at once."""
+    """The models of some jobs; those trained at once have subsets of one size."""
     if isinstance(train_fn, TrainsMany):
         yield from train_fn.train_many([job.indices for job in jobs], [job.seed for job in jobs])
         return
@@ -49,16 +49,16 @@ def trained(train_fn: TrainFunction, jobs: list[Job]) -> Iterator[nn.Module]:
 
 
 def measured(model: nn.Module, measure: Measure, job: Job) -> np.ndarray:
-    """What is measured of a model, float64 ``[m]``."""
+    """The measured outputs of a model, float64 ``[m]``."""
     with seeded(job.seed), torch.no_grad():
         found = measure(model.eval())
     if not isinstance(found, Tensor) or found.dim() != 1 or len(found) == 0:
         shape = f" of shape {list(found.shape)}" if isinstance(found, Tensor) else ""
         raise InvalidArgumentError(
             f"`measure` returned a {type(found).__name__}{shape}; it must return a tensor [m], one "
-            "value a test example"
+            "value per test example"
         )
-    # a copy: it may be a view of weights that the next model overwrites
+    # a copy, since it may be a view of weights that the next model overwrites
     values: np.ndarray = found.detach().to("cpu", torch.float64).numpy().copy()
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):

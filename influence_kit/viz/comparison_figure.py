@@ -1,25 +1,34 @@
-"""Methods side by side: how far they agree, and how right they are."""
+"""A figure of methods side by side: how far they agree, and their LDS."""
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from influence_kit.core.arguments import shown
+from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation import Comparison, RowCorrelation
 from influence_kit.viz.colours import BLUE, GREY
 from influence_kit.viz.matrix import draw_matrix
 
-# inches a method, and of what is beside its row
+# inches per method, and beside its row
 CELL, MARGIN = 0.62, 2.2
 
 
 def comparison(result: Comparison) -> Figure:
-    """The agreement of the methods as a matrix, and their LDS as bars where it is known.
+    """The agreement of the methods as a matrix, and their LDS, where known, as bars.
 
-    A cell is the mean rank correlation between two methods' scores; a bar ends at the linear
+    A cell is the mean rank correlation between the scores of two methods. A bar is the linear
     datamodeling score, with its standard error; the dashed line is the noise ceiling.
 
     Args:
         result: what ``evaluation.compare`` returned.
+
+    Raises:
+        InvalidArgumentError: for anything else.
     """
+    if not isinstance(result, Comparison):
+        raise InvalidArgumentError(
+            f"`result` must be what `evaluation.compare` returned; got {shown(result)}"
+        )
     count, scores = len(result.names), result.scores
     wide = CELL * count + MARGIN
     figure = Figure(
@@ -42,10 +51,10 @@ def _draw_matrix(axes: Axes, result: Comparison) -> None:
 
 
 def _draw_scores(axes: Axes, scores: tuple[RowCorrelation, ...]) -> None:
-    places = range(len(scores))
+    rows = range(len(scores))
     errors = [score.standard_error or 0.0 for score in scores]
-    axes.barh(places, [score.mean for score in scores], 0.6, xerr=errors, color=BLUE)
-    # in the order of the matrix's rows, which has the first at the top
+    axes.barh(rows, [score.mean for score in scores], 0.6, xerr=errors, color=BLUE)
+    # in the order of the matrix, which has the first row at the top
     axes.set_ylim(len(scores) - 0.5, -0.5)
     axes.set_yticks([])
     axes.axvline(0, color="black", linewidth=0.8)
