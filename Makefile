@@ -10,9 +10,12 @@ FUZZ ?= 5000
 FUZZ_FIRST ?= 0
 # a folder with the files of more data sets, for `make quality`
 DATA ?=
+# how many SIGKILLs and SIGINTs `make kills` sends
+KILLS ?= 300
+INTERRUPTS ?= 500
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick lint types format docs tutorials bench fuzz quality clean
+.PHONY: help demo test quick lint types format docs tutorials bench fuzz kills quality clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +42,9 @@ quick: $(VENV)/.test  ## run in under a minute: the contract on one method per f
 fuzz: $(VENV)/.test  ## ask FUZZ=5000 random questions whose answers are known; try bad arguments
 	PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(BIN)/python -m fuzz --count $(FUZZ) --first $(FUZZ_FIRST)
 	PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(BIN)/python -m fuzz.bad_input
+
+kills: $(VENV)/.test  ## kill and interrupt whatever writes files, KILLS=300 and INTERRUPTS=500 times
+	PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(BIN)/python -m kills --kills $(KILLS) --interrupts $(INTERRUPTS)
 
 lint: $(VENV)/.lint  ## check format and style
 	$(BIN)/ruff format --check .

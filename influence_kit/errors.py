@@ -42,3 +42,7 @@ class PassAgain(Exception):  # noqa: N818 - a signal, not an error
 
     It never reaches a user: methods catch it, drop the results, and start the pass again.
     """
+
+
+class StorageError(OSError):
+    """A file that the system did not let be written or removed: a full disk, a permission."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import influence_kit
-from influence_kit.storage.folders import replace_file
+from influence_kit.storage.atomic import write_file
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class ScoreFolder:
         written = io.BytesIO()
         np.savez(written, **arrays, seconds=found.seconds, passes=found.passes)
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace_file(path, written.getvalue())
+        write_file(path, written.getvalue())
         return found
 
 

@@ -22,6 +22,7 @@ from influence_kit.learning_rates.combined_file import wrapped_rate
 from influence_kit.learning_rates.rate import NO_RATE, RATE_KEYS, Rate, stored_rate
 from influence_kit.learning_rates.trainer_folder import trainer_rate, trainer_state
 from influence_kit.preservation.dropout_masks import MASKS
+from influence_kit.storage.tensor_files import UnreadableFileError, check_if_own
 from influence_kit.storage.torch_files import damaged, load_file
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
@@ -98,7 +99,8 @@ def _read_safetensors(path: Path) -> Contents:
         with safe_open(path, framework="pt", device="cpu") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
             metadata = file.metadata() or {}
-    except SafetensorError as error:
+        check_if_own(path, weights)
+    except (SafetensorError, UnreadableFileError) as error:
         raise damaged(path, error) from error
     rate = stored_rate({k: _number(metadata[k]) for k in RATE_KEYS if k in metadata})
     steps = [int(float(metadata[key])) for key in STEP_KEYS if key in metadata]

@@ -5,22 +5,29 @@ A file has its final name only when it is whole, so that a run may be killed at 
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.storage.atomic import make_folder, remove_temporaries
+from influence_kit.storage.folders import MANIFEST, claim, write_own
+from influence_kit.storage.locks import alone_in
+from influence_kit.storage.manifest import Manifest
+from influence_kit.storage.tensor_files import (
+    SUFFIX,
+    PackedTensors,
+    TensorFile,
+    UnreadableFileError,
+)
 
-MANIFEST = "manifest.json"
-FORMAT = 1
+KIND, REMEDY = "models", "use another folder"
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,21 +74,28 @@ class ModelFolder:
         self._path = Path(path)
         if self._path.exists() and not self._path.is_dir():
             raise InvalidArgumentError(f"'{path}' is a file; pass a folder to keep models in")
-        self._path.mkdir(parents=True, exist_ok=True)
-        wanted = json.loads(json.dumps({"format": FORMAT, **description}))
-        manifest = self._path / MANIFEST
-        if manifest.is_file():
-            self._check(manifest, wanted)
+        wanted = json.loads(json.dumps(description))
+        claim(self._path, KIND)
+        if (self._path / MANIFEST).is_file():
+            self._check(Manifest.read(self._path, KIND, REMEDY).description, wanted)
         else:
-            _replace(manifest, lambda part: part.write_text(json.dumps(wanted, indent=2)))
+            make_folder(self._path)
+            Manifest(KIND, wanted).write(self._path)
 
     def file(self, job: Job) -> Path:
         """Where the model of a job is, or would be."""
-        return self._path / f"{job.name}.safetensors"
+        return self._path / f"{job.name}{SUFFIX}"
 
     def has(self, job: Job) -> bool:
         """Whether a job is finished."""
         return self.file(job).is_file()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Inside, no other run trains models into the folder: a second one waits, and reads."""
+        with alone_in(self._path):
+            remove_temporaries(self._path)
+            yield
 
     def write(self, job: Job, model: nn.Module) -> None:
         """Keep a finished model."""
@@ -92,19 +106,20 @@ class ModelFolder:
                 f"the state dict of a {type(model).__name__} holds '{other[0]}', which is no "
                 "tensor; only tensors are kept on disk: train without a folder"
             )
-        # tied weights share memory, which the format refuses
-        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
-        header = {"subset": job.subset, "seed": str(job.seed), "examples": str(len(job.indices))}
-        _replace(self.file(job), lambda part: save_file(tensors, part, header))
+        facts = {"subset": job.subset, "seed": str(job.seed), "examples": str(len(job.indices))}
+        write_own(self.file(job), PackedTensors.of(state), KIND, facts)
 
     def read(self, job: Job, model: nn.Module) -> nn.Module:
         """Put the weights of a finished model into ``model``."""
-        file = self.file(job)
+        path = self.file(job)
         try:
-            state = load_file(file)
-        except (OSError, SafetensorError) as error:
+            file = TensorFile.open(path)
+            if not file.is_named(KIND):
+                raise UnreadableFileError("it is another file")
+            state = file.tensors()
+        except UnreadableFileError as error:
             raise InvalidArgumentError(
-                f"{job} cannot be read from {file} ({error}); remove the file to train it again"
+                f"{job} cannot be read from {path} ({error}); remove the file to train it again"
             ) from error
         try:
             model.load_state_dict(state)
@@ -115,13 +130,7 @@ class ModelFolder:
             ) from error
         return model
 
-    def _check(self, manifest: Path, wanted: dict[str, Any]) -> None:
-        try:
-            found = json.loads(manifest.read_text())
-        except (OSError, ValueError) as error:
-            raise InvalidArgumentError(
-                f"{manifest} cannot be read ({error}); use another folder"
-            ) from error
+    def _check(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         keys = sorted(found.keys() | wanted.keys())
         differences = [
             f"{key}: {json.dumps(found.get(key))} there, {json.dumps(wanted.get(key))} here"
@@ -133,12 +142,3 @@ class ModelFolder:
                 f"the models in {self._path} were trained otherwise: {'; '.join(differences)}. Use "
                 "another folder; or, where the training is the same, give it the same `label`"
             )
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under another name, and give it its own once it is on disk."""
-    part = path.with_name(f"{path.name}.part")
-    write(part)
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
-    part.replace(path)

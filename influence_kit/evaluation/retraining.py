@@ -5,6 +5,7 @@ Shapes: n training examples, m measured outputs (of test examples), S subsets, R
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from os import PathLike
 from pathlib import Path
@@ -48,7 +49,8 @@ class Retraining:
             restored afterwards. Or a ``BatchedSGD``, which trains many small models at once.
         folder: where every finished model is kept, in one safetensors file each, which any method
             takes as a checkpoint; None keeps none. A folder of another training function, or
-            of another number of examples, is refused. Only one run at a time may use it.
+            of another number of examples, is refused. A second run on the same folder waits, and
+            then reads.
         model: a model like those that ``train_fn`` returns, into which finished ones are loaded.
             If it is None and finished models are found, one model is trained for that.
         label: identifies the training in the folder. None takes the name and source of
@@ -179,7 +181,10 @@ class Retraining:
         """The measured outputs of each job, by its name."""
         jobs = list({job.name: job for job in jobs}.values())
         rows: Measurements = {}
-        with tqdm(desc="Retraining", total=len(jobs), disable=not self.show_progress) as bar:
+        is_done = folder is None or all(map(folder.has, jobs))
+        alone = nullcontext() if folder is None or is_done else folder.writing()
+        bar = tqdm(desc="Retraining", total=len(jobs), disable=not self.show_progress)
+        with bar, alone:
             for found in self._finished(jobs, folder, measure):
                 rows.update(found)
                 bar.update()

@@ -9,28 +9,26 @@ else: not on the run, the rank or the number of interruptions.
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
-import zlib
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from influence_kit.core.dtypes import as_bytes
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
-from influence_kit.gradients.store_manifest import DTYPES, Layout
-from influence_kit.storage.folders import replace_file
+from influence_kit.gradients.store_manifest import DTYPES, KIND, Layout
+from influence_kit.storage.checksums import CRC32
+from influence_kit.storage.folders import write_own
+from influence_kit.storage.locks import is_locked
+from influence_kit.storage.tensor_files import PackedTensors, TensorFile, UnreadableFileError
 
-TENSOR, CHECKSUM = "gradients", "crc32"
+TENSOR = "gradients"
 # the relative loss that causes a warning: three times that of rounding in float16's normal range
 LOST = 1e-3
-# the numbers start at a multiple of a cache line
-ALIGNMENT = 64
 
 
 def whole_chunks(
@@ -48,13 +46,14 @@ def whole_chunks(
         NonFiniteError: for rows that are NaN or infinite.
     """
     chunk: Tensor | None = None
-    due = 0
+    due, got = 0, "no more"
     for number, first, values in _cut(pieces, layout, skip):
         rows = layout.rows_of(number)
         if chunk is None:
             due = rows.start
             chunk = torch.empty(len(rows), layout.width, dtype=layout.dtype)
         if first != due:
+            got = str(first)
             break
         due = first + len(values)
         chunk[first - rows.start : due - rows.start] = narrowed(values, layout, first)
@@ -63,8 +62,8 @@ def whole_chunks(
             chunk = None
     if chunk is not None:
         raise InvalidArgumentError(
-            f"row out of order: expected row {due}; pass all rows of the missing chunks in "
-            "ascending order"
+            f"rows out of order (expected {due}, got {got}): pass all rows of the chunks that are "
+            "missing, in ascending order"
         )
 
 
@@ -126,61 +125,100 @@ def _warn_of_small(values: Tensor, stored: Tensor) -> None:
 
 
 def write_chunk(path: Path, values: Tensor, store: str) -> None:
-    """Write the rows ``[b, K]`` of a chunk of a store atomically."""
-    data = _bytes(values)
-    entry = {
-        "dtype": DTYPES[values.dtype],
-        "shape": list(values.shape),
-        "data_offsets": [0, len(data)],
-    }
-    metadata = {"store": store, "file": path.name, CHECKSUM: _checksum(data)}
-    header = json.dumps({"__metadata__": metadata, TENSOR: entry}).encode()
-    header += b" " * (-(8 + len(header)) % ALIGNMENT)
-    replace_file(path, len(header).to_bytes(8, "little"), header, data)
+    """Write the rows ``[b, K]`` of a chunk of a store, all or nothing."""
+    write_own(path, PackedTensors.of({TENSOR: values}, CRC32), KIND, {"store": store})
 
 
-def read_chunk(path: Path, store: str) -> tuple[Tensor, str]:
-    """The rows ``[b, K]`` of a chunk, memory-mapped, and the checksum in its header.
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk of a store on disk.
 
-    Raises:
-        InvalidArgumentError: if the file is cut off, or its header is that of another chunk.
+    Args:
+        path: its file.
+        store: the identity of the store.
+        layout: of the store.
+        rows: those that the chunk has.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            found, values = file.metadata() or {}, file.get_tensor(TENSOR)
-    except FileNotFoundError as error:
-        raise InvalidArgumentError(
-            f"{path} is missing; build the store again, which writes the missing chunks"
-        ) from error
-    except (OSError, SafetensorError) as error:
-        raise _unusable(path, f"cannot be read ({error})") from error
-    checksum = found.get(CHECKSUM, "")
-    if found != {"store": store, "file": path.name, CHECKSUM: checksum}:
-        raise _unusable(path, f"is of another store: its header is {found}, its store is {store}")
-    return values, checksum
+
+    path: Path
+    store: str
+    layout: Layout
+    rows: range
+
+    @property
+    def file(self) -> TensorFile:
+        """The file, whose header is in order.
+
+        Raises:
+            InvalidArgumentError: where it is not there, damaged, or another chunk.
+        """
+        if not self.path.exists():
+            raise InvalidArgumentError(
+                f"{self.path} is missing; build the store again, which writes the missing chunks"
+            )
+        try:
+            found = TensorFile.open(self.path)
+        except UnreadableFileError as error:
+            raise self._unusable(f"cannot be read ({error})") from error
+        if not found.is_named(KIND) or found.facts.get("store") != self.store:
+            raise self._unusable(
+                f"is of another store: its header is {dict(found.facts)}, its store is {self.store}"
+            )
+        shape, code = [len(self.rows), self.layout.width], DTYPES[self.layout.dtype]
+        entry = found.entries.get(TENSOR, {})
+        if (entry.get("shape"), entry.get("dtype")) != (shape, code):
+            raise self._unusable(f"does not hold {TENSOR} {shape} of type {code}")
+        return found
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What the manifest says of the chunk."""
+        file = self.file
+        rows = [self.rows.start, self.rows.stop]
+        return {"rows": rows, "size": file.size, "checksum": file.checksum}
+
+    def require_size(self) -> None:
+        """Refuse a file that is too small for its rows."""
+        least = len(self.rows) * self.layout.width * self.layout.dtype.itemsize
+        if self.path.exists() and self.path.stat().st_size < least:
+            raise self._unusable(f"cannot be read (it is cut off: {least} bytes or more expected)")
+
+    def mapped(self) -> Tensor:
+        """The rows ``[b, K]``, a map of the file, before they are compared with the checksum."""
+        try:
+            return self.file.mapped()[TENSOR]
+        except UnreadableFileError as error:
+            raise self._unusable(f"cannot be read ({error})") from error
+
+    def check(self, values: Tensor) -> None:
+        """Compare rows with the checksum.
+
+        Raises:
+            InvalidArgumentError: where they are not what was written.
+        """
+        try:
+            self.file.check({TENSOR: values})
+        except UnreadableFileError as error:
+            raise self._unusable(f"is damaged ({error})") from error
+
+    def _unusable(self, what: str) -> InvalidArgumentError:
+        return InvalidArgumentError(
+            f"{self.path} {what}; delete that file and build the store again, which writes missing "
+            "chunks"
+        )
 
 
-def check_bytes(path: Path, values: Tensor, checksum: str) -> None:
-    """Compare the rows of a chunk with its checksum.
-
-    Raises:
-        InvalidArgumentError: if they differ from what was written.
-    """
-    found = _checksum(_bytes(values))
-    if found != checksum:
-        raise _unusable(path, f"is damaged (its checksum is {found}, but {checksum} was written)")
-
-
-def _bytes(values: Tensor) -> memoryview:
-    array: Any = as_bytes(values).numpy()
-    return memoryview(array).cast("B")
-
-
-def _checksum(data: memoryview) -> str:
-    return f"{zlib.crc32(data):08x}"
-
-
-def _unusable(path: Path, what: str) -> InvalidArgumentError:
+def incomplete(folder: Path, layout: Layout) -> InvalidArgumentError:
+    """The error about a store that lacks chunks, or was not finished."""
+    total = layout.checkpoints * layout.chunks
+    there = layout.count_of(path.name for path in folder.iterdir())
+    missing = f"{total - there} of {total} chunks are missing"
+    if is_locked(folder):
+        return InvalidArgumentError(
+            f"{folder} is not complete yet: another process is building it ({missing}); open it "
+            "when that is done"
+        )
     return InvalidArgumentError(
-        f"{path} {what}; delete that file and build the store again, which writes missing chunks"
+        f"{folder} is not complete: {missing}, or `finish` was not called; build it again, which "
+        "writes the missing chunks"
     )

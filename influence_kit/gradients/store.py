@@ -6,7 +6,8 @@ of a batch or chunk.
 A store is a folder of chunks (``influence_kit.gradients.chunks``) and a ``manifest.json`` that
 describes what they belong to. A chunk that exists is complete; one that does not must still be
 computed. There is no other state: a build that was killed continues where it stopped, on any number
-of ranks, without locks, and ends with the same bytes.
+of ranks, and ends with the same bytes. Two builds at once do the work twice, and end with the same
+bytes as well; ``storage.locks.alone_in`` keeps the second one waiting.
 """
 
 from __future__ import annotations
@@ -22,15 +23,11 @@ from torch import Tensor
 from influence_kit.core.distributed import is_mine
 from influence_kit.core.memory import rows_within, workspace_bytes
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.gradients.chunks import (
-    CHECKSUM,
-    check_bytes,
-    read_chunk,
-    whole_chunks,
-    write_chunk,
-)
+from influence_kit.gradients.chunks import Chunk, incomplete, whole_chunks, write_chunk
 from influence_kit.gradients.per_example import Gradients, from_flat
-from influence_kit.gradients.store_manifest import Layout, Manifest, default_chunk_rows
+from influence_kit.gradients.store_manifest import KIND, Layout, Manifest, default_chunk_rows
+from influence_kit.storage.atomic import remove_file, remove_temporaries
+from influence_kit.storage.tensor_files import is_own_file
 
 
 class GradientStore:
@@ -66,6 +63,8 @@ class GradientStore:
         self._manifest = manifest
         self._checked: set[str] = set()
         self._mapped: tuple[str, Tensor] | None = None
+        # the chunks that are not to be written, of checkpoints that are being filled
+        self._skipped: dict[int, set[int]] = {}
 
     @classmethod
     def create_or_open(
@@ -116,11 +115,7 @@ class GradientStore:
             manifest.check(description)
         store = cls(manifest)
         if not store.is_complete:
-            count = store.layout.checkpoints * store.layout.chunks
-            raise InvalidArgumentError(
-                f"{folder} is not complete: {len(store.missing())} of {count} chunks are missing, "
-                "or `finish` was not called; build it again, which writes the missing chunks"
-            )
+            raise incomplete(store.folder, store.layout)
         return store
 
     # Building it.
@@ -137,10 +132,11 @@ class GradientStore:
 
     def wanted(self, checkpoint: int, start: int, stop: int) -> bool:
         """Whether this rank must still write any of the rows ``start`` to ``stop``."""
-        return any(
-            is_mine(chunk) and not self._path(checkpoint, chunk).exists()
-            for chunk, _ in self.layout.cut(start, stop)
-        )
+        skipped = self._skipped.get(checkpoint)
+        chunks = (chunk for chunk, _ in self.layout.cut(start, stop))
+        if skipped is not None:
+            return any(chunk not in skipped for chunk in chunks)
+        return any(is_mine(c) and not self._path(checkpoint, c).exists() for c in chunks)
 
     def fill(self, checkpoint: int, pieces: Iterable[tuple[int, Tensor]]) -> None:
         """Write this rank's missing chunks from a stream of rows.
@@ -154,19 +150,25 @@ class GradientStore:
             InvalidArgumentError: if rows of a chunk are missing, or do not fit.
             NonFiniteError: for rows that are NaN or infinite.
         """
-        theirs = {
+        skipped = {
             chunk
             for chunk in range(self.layout.chunks)
             if not is_mine(chunk) or self._path(checkpoint, chunk).exists()
         }
-        for chunk, values in whole_chunks(pieces, self.layout, theirs):
-            write_chunk(self._path(checkpoint, chunk), values, self._manifest.identity)
+        # as it is now, also where another process writes chunks meanwhile
+        self._skipped[checkpoint] = skipped
+        try:
+            for chunk, values in whole_chunks(pieces, self.layout, skipped):
+                write_chunk(self._path(checkpoint, chunk), values, self._manifest.identity)
+        finally:
+            del self._skipped[checkpoint]
 
     def empty(self) -> None:
         """Delete the chunks of an unfinished store."""
         if not self._manifest.is_finished:
             for key in self._keys():
-                self._path(*key).unlink(missing_ok=True)
+                if is_own_file(self._path(*key), KIND):
+                    remove_file(self._path(*key))
 
     def finish(self) -> None:
         """Record in the manifest that all chunks exist, with their checksums.
@@ -182,15 +184,12 @@ class GradientStore:
                 f"{self.folder} lacks {len(missing)} chunks; the first is (checkpoint, chunk) "
                 f"{missing[0]}; `fill` them first"
             )
-        chunks = []
-        for checkpoint, chunk in self._keys():
-            path, rows = self._path(checkpoint, chunk), self.layout.rows_of(chunk)
-            _, checksum = read_chunk(path, self._manifest.identity)
-            position = {"checkpoint": checkpoint, "rows": [rows.start, rows.stop]}
-            chunks.append({"file": path.name, **position, CHECKSUM: checksum})
-        self._manifest.finish(chunks)
-        for part in self.folder.glob("*.part"):  # left by killed writers
-            part.unlink(missing_ok=True)
+        chunks = {
+            self._path(*key).name: {"checkpoint": key[0], **self._file(*key).entry}
+            for key in self._keys()
+        }
+        self._manifest.write(chunks)
+        remove_temporaries(self.folder)
 
     # Reading it.
 
@@ -227,6 +226,8 @@ class GradientStore:
         parts = self.layout.cut(start, stop)
         if len(parts) == 1:
             return self._inside(checkpoint, *parts[0])
+        for chunk, _ in parts:  # before memory is taken for what a manifest says
+            self._file(checkpoint, chunk).require_size()
         values = torch.empty(stop - start, self.layout.width, dtype=self.layout.dtype)
         for chunk, rows in parts:
             values[rows.start - start : rows.stop - start] = self._inside(checkpoint, chunk, rows)
@@ -240,6 +241,10 @@ class GradientStore:
     def _path(self, checkpoint: int, chunk: int) -> Path:
         return self.folder / self.layout.file(checkpoint, chunk)
 
+    def _file(self, checkpoint: int, chunk: int) -> Chunk:
+        path, rows = self._path(checkpoint, chunk), self.layout.rows_of(chunk)
+        return Chunk(path, self._manifest.identity, self.layout, rows)
+
     def _sample(self, sample: Tensor | None) -> Tensor:
         half = self.layout.dtype.itemsize < 4
         dtype = torch.float32 if half else self.layout.dtype
@@ -252,12 +257,13 @@ class GradientStore:
 
     def _chunk(self, checkpoint: int, chunk: int) -> Tensor:
         """The rows of a chunk; the last one that was read stays mapped."""
-        path = self._path(checkpoint, chunk)
-        if self._mapped is None or self._mapped[0] != path.name:
-            self._mapped = None  # so that never two are mapped
-            values, checksum = read_chunk(path, self._manifest.identity)
-            if path.name not in self._checked:
-                check_bytes(path, values, checksum)
-                self._checked.add(path.name)
-            self._mapped = path.name, values
+        name = self._path(checkpoint, chunk).name
+        if self._mapped is None or self._mapped[0] != name:
+            self._mapped = None  # so that there are never two of them
+            file = self._file(checkpoint, chunk)
+            values = file.mapped()
+            if name not in self._checked:
+                file.check(values)
+                self._checked.add(name)
+            self._mapped = name, values
         return self._mapped[1]

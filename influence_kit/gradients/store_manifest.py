@@ -2,8 +2,8 @@
 
 Shapes: n rows, K columns.
 
-It is written when the store is created, and again, with the checksums of all chunks, when it is
-complete.
+It is written when the store is created, and again, with the sizes and checksums of all chunks,
+when it is complete.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -22,7 +23,9 @@ import torch
 
 from influence_kit.core.memory import MIB, rows_within
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.storage.folders import MANIFEST, differences, read_manifest, replace_file
+from influence_kit.storage.atomic import make_folder
+from influence_kit.storage.folders import MANIFEST, claim, differences
+from influence_kit.storage.manifest import Manifest as FolderManifest
 
 DTYPES = {
     torch.float16: "F16",
@@ -34,8 +37,10 @@ DTYPES = {
 CHUNK_BYTES, SMALL_CHUNK_BYTES = 64 * MIB, 4 * MIB
 # small stores are cut into this many: a killed build loses little, and ranks can share them
 FEWEST_CHUNKS = 32
-FORMAT = {"format": 1, "holds": "gradients"}
-CHUNKS, DESCRIPTION = "chunks", "description"
+# how many times as large chunks may be as are wanted now: nobody else's file decides on memory
+LARGER = 16
+KIND = "gradients"
+CHUNK_NAME = re.compile(r"(\d{4,})-(\d{6,})\.safetensors")
 REMEDY = "build the store again, in a new or empty folder"
 
 
@@ -106,6 +111,12 @@ class Layout:
         ends = accumulate(math.prod(shape) for shape in self.columns.values())
         return next(name for name, end in zip(self.columns, ends, strict=True) if column < end)
 
+    def count_of(self, names: Iterable[str]) -> int:
+        """How many of some files' names are those of chunks."""
+        found = (CHUNK_NAME.fullmatch(name) for name in names)
+        keys = [(int(match[1]), int(match[2])) for match in found if match]
+        return sum(key[0] < self.checkpoints and key[1] < self.chunks for key in keys)
+
     def file(self, checkpoint: int, chunk: int) -> str:
         """The name of a chunk's file."""
         if not (0 <= checkpoint < self.checkpoints and 0 <= chunk < self.chunks):
@@ -114,6 +125,13 @@ class Layout:
                 f"{self.chunks} chunks of each of {self.checkpoints} checkpoints"
             )
         return f"{checkpoint:04d}-{chunk:06d}.safetensors"
+
+    def too_large(self, wanted: Layout) -> list[str]:
+        """What is wrong with the size of chunks, which memory must hold one of, in words."""
+        row = self.width * self.dtype.itemsize
+        most = max(min(wanted.chunk_rows, wanted.rows) * row, CHUNK_BYTES) * LARGER
+        size = min(self.chunk_rows, self.rows) * row
+        return [f"chunks of {size >> 20} MiB there, at most {most >> 20} MiB"] * (size > most)
 
     def described(self) -> dict[str, Any]:
         """The entries that must match, key by key: all but ``chunk_rows``."""
@@ -144,26 +162,29 @@ class Layout:
             columns = {
                 name: torch.Size(shape) for name, (_, _, shape) in manifest["columns"].items()
             }
-            numbers = (int(manifest[key]) for key in ("rows", "checkpoints", "chunk_rows"))
-            rows, checkpoints, chunk_rows = numbers
+            numbers = [manifest[key] for key in ("rows", "checkpoints", "chunk_rows")]
+            sizes = [size for shape in columns.values() for size in shape]
+            if not all(type(size) is int and 0 <= size < 2**63 for size in (*numbers, *sizes)):
+                raise ValueError(f"sizes must be positive; it has {numbers} and {sizes[:9]}")
             dtype = getattr(torch, manifest["dtype"])
+            rows, checkpoints, chunk_rows = numbers
             return cls(rows, checkpoints, columns, dtype, chunk_rows)
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The manifest of a folder, without the checksums.
+    """The manifest of a store, without its list of chunks.
 
     Args:
         folder: the folder of the store.
-        contents: the contents of the manifest.
-        layout: the layout of rows, columns and chunks in it.
+        description: what the gradients belong to.
+        layout: the layout of rows, columns and chunks.
     """
 
     folder: Path
-    contents: Mapping[str, Any]
+    description: Mapping[str, Any]
     layout: Layout
 
     @classmethod
@@ -173,19 +194,14 @@ class Manifest:
         Raises:
             InvalidArgumentError: if there is none that this version can read.
         """
-        contents = read_manifest(folder, REMEDY)
-        contents.pop(CHUNKS, None)
-        other = differences({key: contents.get(key) for key in FORMAT}, FORMAT)
-        if other:
-            raise InvalidArgumentError(
-                f"{folder} holds no gradients that this version reads: {'; '.join(other)}; {REMEDY}"
-            )
+        found = FolderManifest.read(folder, KIND, REMEDY)
         try:
-            return cls(folder, contents, Layout.of_manifest(contents))
+            layout = Layout.of_manifest(found.layout)
         except ValueError as error:
             raise InvalidArgumentError(
                 f"{folder / MANIFEST} cannot be read ({error}); {REMEDY}"
             ) from error
+        return cls(folder, found.description, layout)
 
     @classmethod
     def made(cls, folder: Path, layout: Layout, description: Mapping[str, Any]) -> Manifest:
@@ -194,17 +210,11 @@ class Manifest:
         Raises:
             InvalidArgumentError: if the folder holds something else.
         """
-        others = [path.name for path in folder.glob("*") if path.suffix != ".part"]
-        # checked after listing the other files: another rank may be creating it
+        # another rank may be creating the same one at this moment
+        claim(folder, KIND)
         if not (folder / MANIFEST).is_file():
-            if others:
-                raise InvalidArgumentError(
-                    f"{folder} holds files ('{others[0]}') but no {MANIFEST}: it is not a gradient "
-                    "store; give a new or empty folder"
-                )
-            folder.mkdir(parents=True, exist_ok=True)
-            contents = {**FORMAT, **layout.manifest(), DESCRIPTION: dict(description)}
-            replace_file(folder / MANIFEST, _text(contents))
+            make_folder(folder)
+            cls(folder, description, layout).write(None)
         found = cls.read(folder)
         found.check(description, layout)
         return found
@@ -215,9 +225,10 @@ class Manifest:
         Raises:
             InvalidArgumentError: lists every difference.
         """
-        found = differences(self.contents.get(DESCRIPTION, {}), description)
+        found = differences(self.description, description)
         if layout is not None:
             found += differences(self.layout.described(), layout.described())
+            found += self.layout.too_large(layout)
         if found:
             raise InvalidArgumentError(
                 f"{self.folder} was built for something else: {'; '.join(found)}. Give another "
@@ -227,19 +238,16 @@ class Manifest:
     @cached_property
     def identity(self) -> str:
         """The hash that identifies the store in its chunks."""
-        return hashlib.sha256(json.dumps(self.contents).encode()).hexdigest()[:32]
+        text = json.dumps([self.description, self.layout.manifest()])
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     @property
     def is_finished(self) -> bool:
-        """Whether the folder's manifest now has the checksums."""
-        return CHUNKS in read_manifest(self.folder, REMEDY)
+        """Whether the manifest lists all chunks by now."""
+        files = FolderManifest.read(self.folder, KIND, REMEDY).files
+        return files is not None and len(files) == self.layout.checkpoints * self.layout.chunks
 
-    def finish(self, chunks: Sequence[Mapping[str, Any]]) -> None:
-        """Add the entries of all chunks."""
-        text, path = _text({**self.contents, CHUNKS: list(chunks)}), self.folder / MANIFEST
-        if path.read_bytes() != text:
-            replace_file(path, text)
-
-
-def _text(contents: Mapping[str, Any]) -> bytes:
-    return json.dumps(contents, indent=2).encode()
+    def write(self, chunks: Mapping[str, Mapping[str, Any]] | None) -> None:
+        """Write the manifest, with its list of chunks if all exist."""
+        layout = self.layout.manifest()
+        FolderManifest(KIND, self.description, layout, chunks).write(self.folder)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from influence_kit.checkpoints.loader import CheckpointLoader
-from influence_kit.core.distributed import is_first_rank, wait_for_all
+from influence_kit.core.distributed import from_first_rank, is_first_rank, wait_for_all
 from influence_kit.data.batches import Batch, example_count, to_device
 from influence_kit.errors import PassAgain
 from influence_kit.gradients.feature_map import FeatureMap
@@ -21,6 +21,7 @@ from influence_kit.gradients.store_manifest import default_chunk_rows
 from influence_kit.methods.caches import Cache
 from influence_kit.methods.example_batches import TRAIN
 from influence_kit.scoring.term import Side
+from influence_kit.storage.locks import ranks_alone_in
 
 
 class Places(tuple[Any, ...]):
@@ -159,26 +160,33 @@ class Build:
         columns: Mapping[str, torch.Size],
         dtype: torch.dtype | None,
     ) -> RowsOnDisk:
-        """Write what a folder lacks of them; of several ranks each writes its share."""
+        """Write what a folder lacks of them; of several ranks each writes its share.
+
+        A second run that builds the same store waits for the first, and then reads it.
+        """
         rows, dtype = description["examples"], dtype or self.sample.dtype
         width = sum(shape.numel() for shape in columns.values())
         # whole batches, so that none is computed for two chunks
         batch_size = getattr(self.batches, "batch_size", None) or 1
-        store = GradientStore.create_or_open(
-            folder,
-            description,
-            columns,
-            rows,
-            len(self.sides),
-            dtype,
-            default_chunk_rows(rows, width * dtype.itemsize, batch_size),
-        )
-        if not store.is_complete:
-            self._fill(store, rows)
-            wait_for_all()
-            if is_first_rank():
-                store.finish()
-            wait_for_all()
+        chunk_rows = default_chunk_rows(rows, width * dtype.itemsize, batch_size)
+
+        def opened() -> GradientStore:
+            return GradientStore.create_or_open(
+                folder, description, columns, rows, len(self.sides), dtype, chunk_rows
+            )
+
+        store = opened()
+        # as the first rank sees it: another run may finish it between two ranks' looks
+        done = torch.tensor(float(store.is_complete), device=self.sample.device)
+        if not from_first_rank(done):
+            with ranks_alone_in(store.folder, self.sample.device):
+                store = opened()  # by now another run may have built it
+                if not store.is_complete:
+                    self._fill(store, rows)
+                    wait_for_all()
+                    if is_first_rank():
+                        store.finish()
+                    wait_for_all()
         return RowsOnDisk(store, self.sample)
 
     def _fill(self, store: GradientStore, rows: int) -> None:

@@ -1,177 +1,247 @@
-"""Tensors in a folder beside a manifest that says what they belong to.
+"""A folder of files: which are its own, and tensors in it beside a manifest.
 
-A folder holds ``tensors.safetensors`` and ``manifest.json``; the manifest is written last, so that
-a folder that has one is whole. Reading refuses a folder whose manifest describes something else.
+Every folder that the library writes (stores of gradients, saved fits, traces of training, retrained
+models, activations) keeps these rules:
+
+- A file is the folder's own if the manifest lists it, or if its header says so (the kind of folder
+  and its name there, under a checksum). No other file is ever replaced or removed.
+- A folder with other files and without a manifest is refused.
+- New contents are written under new names, the manifest is replaced last, and files of the old
+  contents are removed after that: at every moment one of the two is whole.
 """
 
-import hashlib
-import json
-import math
-import os
-from collections.abc import Iterable, Mapping
-from itertools import takewhile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from influence_kit.core.dtypes import as_bytes
-from influence_kit.data.batches import Batch, map_tensors
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.storage.atomic import is_temporary, remove_file, remove_temporaries
+from influence_kit.storage.data_hash import hash_of
+from influence_kit.storage.differences import LOSSES, differences
+from influence_kit.storage.locks import LOCK, alone_in
+from influence_kit.storage.manifest import KINDS, MANIFEST, Manifest
+from influence_kit.storage.tensor_files import (
+    SUFFIX,
+    PackedTensors,
+    TensorFile,
+    UnreadableFileError,
+    is_own_file,
+)
 
-TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"
-FORMAT = 1
-LOSSES = "losses of the first examples"
-# relative differences of recorded numbers that another machine's order of summation explains: of
-# sums in float64, and of losses in the model's precision
-CLOSE, CLOSE_LOSSES = 1e-9, 1e-4
-# characters of a value that an error shows whole
-SHORT = 48
+__all__ = [
+    "LOSSES",
+    "MANIFEST",
+    "claim",
+    "differences",
+    "foreign_file",
+    "hash_of",
+    "read_folder",
+    "read_listed",
+    "removed_if_broken_off",
+    "replace_contents",
+    "write_folder",
+    "write_listed",
+    "write_own",
+]
+FIT, TENSORS = "fit", "tensors"
+# how often reading begins again where another process replaces the contents meanwhile
+TRIES = 5
+SAVE_AGAIN = "save it again, in a new or empty folder"
 
 
 def write_folder(
-    folder: str | Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
+    folder: str | Path,
+    tensors: Mapping[str, Tensor],
+    description: Mapping[str, Any],
+    kind: str = FIT,
 ) -> None:
-    """Write tensors and what they belong to; a folder written before is replaced."""
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / MANIFEST).unlink(missing_ok=True)
-    part = path / f"{TENSORS}.part"
-    save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, part)
-    part.replace(path / TENSORS)
-    text = json.dumps({"format": FORMAT, **description}, indent=2)
-    replace_file(path / MANIFEST, text.encode())
+    """Write tensors and what they belong to; contents of this kind from before are replaced.
 
+    Args:
+        folder: a new or empty one, or one that holds the same kind.
+        tensors: by name.
+        description: what they belong to, as JSON can say it.
+        kind: what the folder holds, a key of ``manifest.KINDS``.
 
-def replace_file(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file so that there is all of it, on the disk, or what was there before.
-
-    Several processes may write the same file: each has a ``.part`` file of its own.
+    Raises:
+        InvalidArgumentError: where the folder holds something else.
+        StorageError: where the system does not let it be written; what was there is unchanged.
     """
-    part = path.with_name(f"{path.name}.{uuid4().hex}.part")
-    try:
-        with part.open("xb") as file:
-            for data in parts:
-                file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            part.replace(path)
-        except FileNotFoundError:
-            # another builder was done, and swept away what it took for the rest of a killed one
-            if not path.exists():
-                raise
-    finally:
-        part.unlink(missing_ok=True)
-    if os.name == "posix":  # the name as well; elsewhere folders cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    path = Path(folder)
+    with alone_in(path):
+        listed = claim(path, kind)
+        with removed_if_broken_off(path, kind):
+            files = dict([write_listed(path, kind, TENSORS, tensors, listed)])
+            replace_contents(path, Manifest(kind, description, files=files), listed)
 
 
-def read_folder(folder: str | Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
+def read_folder(
+    folder: str | Path, description: Mapping[str, Any], kind: str = FIT
+) -> dict[str, Tensor]:
     """The tensors of a folder, which must belong to what is described.
 
     Raises:
-        InvalidArgumentError: where there is no such folder, or it belongs to something else; with
-            every difference.
+        InvalidArgumentError: where there is no such folder, it belongs to something else (with
+            every difference), or it is damaged.
     """
-    manifest = read_manifest(Path(folder), "save it again")
-    found = differences(manifest, {"format": FORMAT, **description})
+    path, tries = Path(folder), TRIES
+    while True:
+        try:
+            return _tensors(path, description, kind)
+        except FileNotFoundError as error:
+            # another process may have saved again, and removed what the manifest listed
+            tries -= 1
+            if not tries:
+                raise InvalidArgumentError(f"{error}; {SAVE_AGAIN}") from error
+
+
+def _tensors(folder: Path, description: Mapping[str, Any], kind: str) -> dict[str, Tensor]:
+    """The same, or a ``FileNotFoundError`` where a file is not there."""
+    manifest = Manifest.read(folder, kind, SAVE_AGAIN)
+    found = differences(manifest.description, description)
     if found:
         raise InvalidArgumentError(
             f"{folder} was saved for something else: {'; '.join(found)}. Fit again, or use the "
             "model, data, loss and settings it was saved with"
         )
-    try:
-        return load_file(Path(folder) / TENSORS)
-    except (OSError, SafetensorError) as error:
-        raise InvalidArgumentError(
-            f"{folder}/{TENSORS} cannot be read ({error}); save it again"
-        ) from error
+    tensors: dict[str, Tensor] = {}
+    for name in manifest.files or ():
+        tensors.update(read_listed(folder, manifest, name, SAVE_AGAIN))
+    return tensors
 
 
-def read_manifest(folder: Path, remedy: str) -> dict[str, Any]:
-    """What a folder's manifest says.
+# Contents that a manifest lists.
+
+
+def write_listed(
+    folder: Path, kind: str, stem: str, tensors: Mapping[str, Tensor], listed: Collection[str]
+) -> tuple[str, dict[str, Any]]:
+    """Write tensors under a name that their checksum is part of; the entry of the manifest.
+
+    Args:
+        folder: where.
+        kind: of the folder.
+        stem: how the name begins.
+        tensors: what is written.
+        listed: the files of the contents that are there, which are not in doubt.
+    """
+    packed = PackedTensors.of(tensors)
+    name = f"{stem}-{packed.checksum.partition(':')[2][:16]}{SUFFIX}"
+    write_own(folder / name, packed, kind, {}, listed)
+    size = (folder / name).stat().st_size
+    return name, {"size": size, "checksum": packed.checksum}
+
+
+def read_listed(folder: Path, manifest: Manifest, name: str, remedy: str) -> dict[str, Tensor]:
+    """The tensors of a file that a manifest lists, compared with their checksum.
 
     Raises:
-        InvalidArgumentError: where there is none, or it cannot be read; with the remedy.
+        FileNotFoundError: where it is not there.
+        InvalidArgumentError: where it is damaged, or another file.
+    """
+    path, entry = folder / name, (manifest.files or {})[name]
+    try:
+        file = TensorFile.open(path)
+        expected = (True, entry["size"], entry["checksum"])
+        if (file.is_named(manifest.kind), file.size, file.checksum) != expected:
+            raise UnreadableFileError(f"it is not the file that {MANIFEST} lists")
+        return file.tensors()
+    except UnreadableFileError as error:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is not there, and {MANIFEST} lists it") from error
+        raise InvalidArgumentError(f"{path} cannot be read ({error}); {remedy}") from error
+
+
+def replace_contents(folder: Path, manifest: Manifest, listed: Collection[str]) -> None:
+    """Write a manifest whose files are there, and remove what belonged to the one before.
+
+    Args:
+        folder: where; no other process writes there.
+        manifest: the new one.
+        listed: the files of the one before.
+    """
+    manifest.write(folder)
+    _remove_all_but(folder, manifest, listed)
+
+
+@contextmanager
+def removed_if_broken_off(folder: Path, kind: str) -> Iterator[None]:
+    """Inside, new contents are written; what an error or an interrupt leaves of them is removed."""
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):  # the error that is told is the first one
+            there = (folder / MANIFEST).exists()
+            manifest = Manifest.read(folder, kind, "") if there else Manifest(kind, {})
+            _remove_all_but(folder, manifest)
+        raise
+
+
+def _remove_all_but(folder: Path, manifest: Manifest, listed: Collection[str] = ()) -> None:
+    """Remove files of the library's, and those listed, that the manifest does not list."""
+    kept = {*(manifest.files or ())}
+    for path in folder.iterdir():
+        if path.name in kept or not path.name.endswith(SUFFIX):
+            continue
+        if path.name in listed or is_own_file(path, manifest.kind):
+            remove_file(path)
+    remove_temporaries(folder)
+
+
+# Which files are whose.
+
+
+def write_own(
+    path: Path,
+    packed: PackedTensors,
+    kind: str,
+    facts: Mapping[str, str],
+    listed: Collection[str] = (),
+) -> None:
+    """Write a file of a folder, unless that would replace one that is not the folder's own.
+
+    Raises:
+        InvalidArgumentError: where there is a file of that name that the library did not write.
+    """
+    there = path.exists() or path.is_symlink()
+    if there and path.name not in listed and not is_own_file(path, kind):
+        raise InvalidArgumentError(
+            f"'{path}' is damaged, or influence_kit did not write it, and is not replaced: move or "
+            "delete it"
+        )
+    packed.write(path, kind, facts)
+
+
+def claim(folder: Path, kind: str) -> list[str]:
+    """The files that the folder's manifest lists; none where it is new.
+
+    Raises:
+        InvalidArgumentError: where the folder holds something else.
     """
     path = folder / MANIFEST
-    if not path.is_file():
+    is_new = not (path.exists() or path.is_symlink())
+    other = foreign_file(folder, kind) if is_new else None
+    if other is not None and not path.exists():  # another process may have made it by now
         raise InvalidArgumentError(
-            f"{folder} holds no {MANIFEST}, without which what is there is not whole; {remedy}"
+            f"{folder} holds files ('{other}') and no {MANIFEST}: it is not {KINDS[kind]} of this "
+            "version of influence_kit; name a new or empty folder"
         )
-    try:
-        manifest = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InvalidArgumentError(f"{path} cannot be read ({error}); {remedy}") from error
-    if not isinstance(manifest, dict):
-        raise InvalidArgumentError(f"{path} holds no description of what was saved; {remedy}")
-    return manifest
+    if is_new and other is None:
+        return []
+    remedy = "delete the folder if nothing in it is needed, or name a new or empty one"
+    return list(Manifest.read(folder, kind, remedy).files or ())
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """The keys in which a manifest differs from what is described here, each with both values."""
-    expected = json.loads(json.dumps(here))
-    found = []
-    for key in sorted(there.keys() | expected.keys()):
-        pair, close = (there.get(key), expected.get(key)), CLOSE_LOSSES if key == LOSSES else CLOSE
-        if not _same(*pair, close):
-            found.append(f"{key}: {_difference(*pair, close)}")
-    return found
-
-
-def _difference(there: Any, here: Any, close: float) -> str:
-    """Both values; of long lists how many entries differ, and the first that does."""
-    texts = [json.dumps(value) for value in (there, here)]
-    lists = isinstance(there, list) and isinstance(here, list)
-    if not lists or max(map(len, texts)) <= SHORT:
-        return f"{_excerpt(*texts)} there, {_excerpt(*reversed(texts))} here"
-    pairs = list(zip(there, here, strict=False))
-    wrong = [place for place, pair in enumerate(pairs) if not _same(*pair, close)]
-    told = f"{len(wrong)} of {len(pairs)} entries differ"
-    if len(there) != len(here):
-        told = f"{len(there)} entries there, {len(here)} here"
-    if not wrong:
-        return told
-    return f"{told} (number {wrong[0]}: {_difference(*pairs[wrong[0]], close)})"
-
-
-def _excerpt(text: str, other: str) -> str:
-    """A text, or a part of it from a little before it leaves the other."""
-    if len(text) <= SHORT:
-        return text
-    alike = (a == b for a, b in zip(text, other, strict=False))
-    start = max(0, sum(1 for _ in takewhile(bool, alike)) - SHORT // 4)
-    stop = start + SHORT // 2
-    return f"{'...' * (start > 0)}{text[start:stop]}{'...' * (stop < len(text))}"
-
-
-def _same(left: Any, right: Any, close: float) -> bool:
-    if isinstance(left, float) or isinstance(right, float):
-        numbers = isinstance(left, float | int) and isinstance(right, float | int)
-        if not numbers or math.isnan(left) or math.isnan(right):
-            return numbers and math.isnan(left) and math.isnan(right)
-        return math.isclose(left, right, rel_tol=close, abs_tol=close)
-    if isinstance(left, list) and isinstance(right, list):
-        pairs = zip(left, right, strict=False)
-        return len(left) == len(right) and all(_same(a, b, close) for a, b in pairs)
-    return bool(left == right)
-
-
-def hash_of(batches: Iterable[Batch]) -> str:
-    """A hash of all tensors of a data set, whatever the batches they come in."""
-    hashes: dict[int, Any] = {}
-    for batch in batches:
-        tensors: list[Tensor] = []
-        map_tensors(batch, tensors.append)
-        for place, tensor in enumerate(tensors):
-            own = hashes.setdefault(place, hashlib.sha256(str(tensor.dtype).encode()))
-            own.update(as_bytes(tensor.cpu()).numpy())
-    return hashlib.sha256(b"".join(h.digest() for h in hashes.values())).hexdigest()
+def foreign_file(folder: Path, kind: str) -> str | None:
+    """A name in a folder that neither this kind of folder nor its writers have made, if any."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    own = (
+        name == LOCK
+        or is_temporary(name)
+        or (name.endswith(SUFFIX) and is_own_file(folder / name, kind))
+        for name in names
+    )
+    return next((name for name, is_own in zip(names, own, strict=True) if not is_own), None)

@@ -53,7 +53,8 @@ class TrainingTrace(Sequence[Mapping[str, Any]]):
         resume_at: continue the trace in ``folder`` after that many steps; later ones are deleted.
 
     Raises:
-        InvalidArgumentError: if the folder already holds a trace and ``resume_at`` is not given.
+        InvalidArgumentError: if the folder already holds a trace and ``resume_at`` is not given, or
+            if it holds other files.
 
     Example:
         >>> import torch

@@ -1,17 +1,26 @@
-"""The steps of a training run in a folder: one safetensors file each, metadata in its header."""
+"""The steps of a training run: in memory, or in a folder with a file for each."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.storage.atomic import remove_file, remove_temporaries
+from influence_kit.storage.folders import claim, write_own
+from influence_kit.storage.locks import alone_in
+from influence_kit.storage.manifest import Manifest
+from influence_kit.storage.tensor_files import (
+    SUFFIX,
+    PackedTensors,
+    TensorFile,
+    UnreadableFileError,
+    is_own_file,
+)
 
 State = dict[str, Tensor]
-SUFFIX, FINAL, METADATA = ".safetensors", "final", "facts"
+KIND, FINAL, METADATA, COUNT = "trace", "final", "facts", "steps"
 
 
 class TraceInMemory:
@@ -47,10 +56,15 @@ class TraceInMemory:
 
 
 class TraceInFolder:
-    """Steps in files ``step-0.safetensors``, ...; a file that exists is complete."""
+    """The same in files ``step-0.safetensors``, ...; a file that exists is complete.
+
+    Beside them stands a ``manifest.json``, by which a folder is known for that of a trace.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._checked: set[str] = set()
+        claim(folder, KIND)
         names = (path.stem.removeprefix("step-") for path in folder.glob(f"step-*{SUFFIX}"))
         numbers = sorted(int(name) for name in names if name.isdecimal())
         missing = sorted(set(range(len(numbers))) - set(numbers))
@@ -65,25 +79,35 @@ class TraceInFolder:
         return self._count
 
     def shorten(self, count: int) -> None:
-        """Delete the steps from number ``count`` on."""
-        self._path(FINAL).unlink(missing_ok=True)
-        while self._count > count:
-            self._count -= 1
-            self._path(f"step-{self._count}").unlink()
+        """Remove the steps from number ``count`` on."""
+        with alone_in(self._folder):
+            self._remove(FINAL)
+            while self._count > count:
+                self._remove(f"step-{self._count - 1}")
+                self._count -= 1
 
     def append(self, metadata: dict[str, Any], state: State) -> None:
         """Add a step, and forget the weights after the last one."""
-        self._path(FINAL).unlink(missing_ok=True)
-        self._write(f"step-{self._count}", state, metadata)
+        name = f"step-{self._count}"
+        with alone_in(self._folder):
+            claim(self._folder, KIND)
+            if self._path(name).exists():
+                raise InvalidArgumentError(
+                    f"'{self._path(name)}' is there already: another run records in that folder, "
+                    "too; give each a folder of its own, or go on with `resume_at`"
+                )
+            Manifest(KIND, {}).write(self._folder)
+            self._write(name, state, {METADATA: json.dumps(metadata)})
+            self._remove(FINAL)
         self._count += 1
 
     def metadata(self, number: int) -> dict[str, Any]:
         """The settings of a step, without its tensors."""
         path = self._path(f"step-{number}")
+        file = self._file(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                found: dict[str, Any] = json.loads(file.metadata()[METADATA])
-        except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+            found: dict[str, Any] = json.loads(file.facts[METADATA])
+        except (KeyError, ValueError) as error:
             raise _unreadable(path, error) from error
         return found
 
@@ -93,28 +117,72 @@ class TraceInFolder:
 
     def finish(self, state: State) -> None:
         """Store the tensors after the last step."""
-        self._write(FINAL, state, {})
+        with alone_in(self._folder):
+            claim(self._folder, KIND)
+            Manifest(KIND, {}).write(self._folder)
+            self._write(FINAL, state, {COUNT: str(self._count)})
+            remove_temporaries(self._folder)
 
     def final(self) -> State | None:
         """The tensors after the last step, if they were stored."""
-        return self._read(FINAL) if self._path(FINAL).is_file() else None
+        path = self._path(FINAL)
+        if not path.exists():
+            return None
+        count = self._number(path)
+        if count > self._count:
+            raise InvalidArgumentError(
+                f"the trace in {self._folder} lacks step {self._count}: it was finished after "
+                f"{count} steps; record it again in a new folder, or go on with `resume_at`"
+            )
+        # a run that went on, and was killed before it had removed what was final
+        return self._read(FINAL) if count == self._count else None
+
+    def _number(self, path: Path) -> int:
+        """After how many steps the trace was finished, by what its last file says."""
+        try:
+            return int(self._file(path).facts[COUNT])
+        except (KeyError, ValueError) as error:
+            raise _unreadable(path, error) from error
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}{SUFFIX}"
 
-    def _read(self, name: str) -> State:
+    def _file(self, path: Path) -> TensorFile:
         try:
-            return load_file(self._path(name))
-        except (OSError, SafetensorError) as error:
-            raise _unreadable(self._path(name), error) from error
+            file = TensorFile.open(path)
+            if not file.is_named(KIND):
+                raise UnreadableFileError("it is another file")
+        except UnreadableFileError as error:
+            raise _unreadable(path, error) from error
+        return file
 
-    def _write(self, name: str, state: State, metadata: dict[str, Any]) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        part = self._folder / f"{name}.part"
-        # safetensors refuses tensors that share memory
-        tensors = {key: value.contiguous().clone() for key, value in state.items()}
-        save_file(tensors, part, metadata={METADATA: json.dumps(metadata)})
-        part.replace(self._path(name))
+    def _read(self, name: str) -> State:
+        """The tensors of a file, compared with their checksum the first time."""
+        path = self._path(name)
+        file = self._file(path)
+        try:
+            state = file.mapped()
+            if name not in self._checked:
+                file.check(state)
+                self._checked.add(name)
+        except UnreadableFileError as error:
+            raise _unreadable(path, error) from error
+        return state
+
+    def _write(self, name: str, state: State, facts: dict[str, str]) -> None:
+        self._checked.discard(name)
+        write_own(self._path(name), PackedTensors.of(state), KIND, facts)
+
+    def _remove(self, name: str) -> None:
+        """Remove a file, if the trace has written it."""
+        self._checked.discard(name)
+        path = self._path(name)
+        if path.exists() and not is_own_file(path, KIND):
+            raise InvalidArgumentError(
+                f"'{path}' is damaged, or influence_kit did not write it, and is not removed: move "
+                "or delete it, then go on"
+            )
+        remove_file(path)
 
 
 def _unreadable(path: Path, error: Exception) -> InvalidArgumentError:

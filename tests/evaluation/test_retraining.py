@@ -136,12 +136,12 @@ def test_a_run_that_was_killed_goes_on(tmp_path):
 
 def test_half_written_files_are_not_models(tmp_path):
     (file,) = kept(train_fn=Trainer(), folder=tmp_path).checkpoints(SUBSETS[:1], [3])
-    file.rename(f"{file}.part")
+    file.rename(tmp_path / f".influence_kit-{'01' * 16}.part")
     trainer = Trainer()
     found = kept(train_fn=trainer, folder=tmp_path).outputs(SUBSETS[:1], measure, [3])
     assert len(trainer.calls) == 1
     torch.testing.assert_close(found, expected()[:1, :1], rtol=0, atol=1e-14)
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".*.part"))
 
 
 def test_a_model_to_load_into_saves_a_training(tmp_path):
@@ -212,7 +212,8 @@ def test_files_are_checkpoints_of_methods(tmp_path):
 def test_a_folder_says_what_it_holds(tmp_path):
     (file,) = kept(train_fn=Trainer(), folder=tmp_path).checkpoints(SUBSETS[:1], [3])
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest == {"format": 1, "examples": 12, "label": "mean"}
+    assert (manifest["holds"], manifest["format"]) == ("models", 2)
+    assert manifest["description"] == {"examples": 12, "label": "mean"}
     assert sorted(load_file(file)) == ["0.bias", "0.weight"]
     assert file.name.endswith("-seed3.safetensors")
 
@@ -274,7 +275,7 @@ def damage(folder: Path, kind: str) -> None:
             "file",
             r"the model of 6 examples and seed 0 \('\w+-seed0'\) cannot be read from .*remove",
         ),
-        ("manifest", r"manifest.json cannot be read .*; use another folder"),
+        ("manifest", r"manifest.json cannot be read .*; delete the folder if nothing in"),
     ],
 )
 def test_a_damaged_folder_is_an_error(tmp_path, kind, message):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import signal
@@ -10,22 +9,27 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from server_processes import context
 from torch import Size, Tensor
 
 from influence_kit.core.memory import MIB, workspace_bytes
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.gradients import store as store_module
+from influence_kit.gradients.chunks import Chunk
 from influence_kit.gradients.store import GradientStore
 from influence_kit.gradients.store_manifest import default_chunk_rows
 from influence_kit.scoring.reducers import TopK
-from influence_kit.storage import folders as saved
-from influence_kit.storage.folders import MANIFEST
+from influence_kit.storage import atomic
+from influence_kit.storage.folders import MANIFEST, write_folder
+from influence_kit.storage.manifest import Manifest as FolderManifest
+from influence_kit.storage.tensor_files import PackedTensors
 
 COLUMNS = {"a.weight": Size([2, 3]), "a.bias": Size([2]), "b": Size([3])}
 ROWS, CHECKPOINTS, WIDTH, CHUNK = 23, 2, 11, 5
@@ -108,17 +112,19 @@ def test_a_chunk_can_be_read_without_this_library(tmp_path: Path) -> None:
     build(tmp_path)
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     assert manifest["description"] == DESCRIPTION
-    assert (manifest["rows"], manifest["checkpoints"], manifest["dtype"]) == (23, 2, "float64")
-    assert manifest["columns"] == {
+    layout = manifest["layout"]
+    assert (layout["rows"], layout["checkpoints"], layout["dtype"]) == (23, 2, "float64")
+    assert layout["columns"] == {
         "a.weight": [0, 6, [2, 3]],
         "a.bias": [6, 8, [2]],
         "b": [8, 11, [3]],
     }
-    assert len(manifest["chunks"]) == CHECKPOINTS * math.ceil(ROWS / CHUNK)
-    for entry in manifest["chunks"]:
-        values = load_file(tmp_path / entry["file"])["gradients"]
+    assert len(manifest["files"]) == CHECKPOINTS * math.ceil(ROWS / CHUNK)
+    for name, entry in manifest["files"].items():
+        assert (tmp_path / name).stat().st_size == entry["size"]
+        values = load_file(tmp_path / name)["gradients"]
         assert torch.equal(values, all_rows(entry["checkpoint"])[slice(*entry["rows"])])
-        assert f"{zlib.crc32(values.numpy().tobytes()):08x}" == entry["crc32"]
+        assert f"crc32:{zlib.crc32(values.numpy().tobytes()):08x}" == entry["checksum"]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -131,10 +137,10 @@ def test_rows_are_maps_of_one_file_at_a_time(
         lines = Path("/proc/self/maps").read_text().splitlines()
         return {line.split("/")[-1] for line in lines if str(tmp_path) in line}
 
-    def check(path: Path, *_: Any) -> None:  # which reads all of it
-        assert mapped() == {path.name}
+    def check(chunk: Chunk, values: Tensor) -> None:  # which reads all of it
+        assert mapped() == {chunk.path.name}
 
-    monkeypatch.setattr(store_module, "check_bytes", check)
+    monkeypatch.setattr(Chunk, "check", check)
     first, again = store.read(0, 5, 10), store.read(0, 6, 7)
     assert again.data_ptr() == first[1:].data_ptr()
     assert mapped() == {chunk(tmp_path).name}
@@ -279,7 +285,7 @@ def test_a_write_that_fails_leaves_no_chunk(
 
     owner, _, name = step.partition(".")
     with monkeypatch.context() as patch:
-        patch.setattr(getattr(saved, owner), name, fail)
+        patch.setattr(getattr(atomic, owner), name, fail)
         with pytest.raises(OSError, match="no space left"):
             store.fill(0, pieces(all_rows(), 3))
     assert contents(tmp_path) == before
@@ -288,7 +294,7 @@ def test_a_write_that_fails_leaves_no_chunk(
 def test_what_killed_writers_left_is_cleared_away(tmp_path: Path) -> None:
     build(tmp_path / "clean")
     store = new(tmp_path / "killed")
-    (tmp_path / "killed" / f"{chunk(tmp_path).name}.0123.part").write_bytes(b"half of a chunk")
+    (tmp_path / "killed" / f".influence_kit-{'01' * 16}.part").write_bytes(b"half of a chunk")
     assert len(store.missing()) == 10
     build(tmp_path / "killed")
     assert contents(tmp_path / "killed") == contents(tmp_path / "clean")
@@ -333,10 +339,8 @@ def _build_slowly(folder: str, started: Any, pause: float) -> None:
 
 
 def _start(folder: Path, pause: float) -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["influence_kit.gradients.store"])
-    started = context.Event()
-    process = context.Process(target=_build_slowly, args=(str(folder), started, pause))
+    started = context().Event()
+    process = context().Process(target=_build_slowly, args=(str(folder), started, pause))
     process.start()
     assert started.wait(60)
     return process
@@ -443,20 +447,29 @@ def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_a_method_saved_is_no_store(tmp_path: Path) -> None:
-    saved.write_folder(tmp_path, {"a": torch.ones(2)}, {"method": "EKFAC"})
-    match = 'holds no gradients .*holds: null there, "gradients" here'
+    write_folder(tmp_path, {"a": torch.ones(2)}, {"method": "EKFAC"})
+    match = "holds a saved fit; expected a store of gradients: name another folder"
     with pytest.raises(InvalidArgumentError, match=match):
         new(tmp_path)
 
 
 @pytest.mark.parametrize(
     "changed",
-    [{"rows": None}, {"rows": 0}, {"dtype": "float12"}, {"columns": [1]}, {"columns": {"a": 1}}],
+    [
+        {"rows": None},
+        {"rows": 0},
+        {"rows": 2.5},
+        {"dtype": "float12"},
+        {"columns": [1]},
+        {"columns": {"a": 1}},
+        {"columns": {"a": [0, 1, [-1]]}},
+        {"columns": {"a": [0, 1, [10**30]]}},
+    ],
 )
 def test_a_manifest_that_makes_no_sense_is_refused(tmp_path: Path, changed: dict[str, Any]) -> None:
     build(tmp_path)
-    manifest = json.loads((tmp_path / MANIFEST).read_text())
-    (tmp_path / MANIFEST).write_text(json.dumps(manifest | changed))
+    found = FolderManifest.read(tmp_path, "gradients", "")
+    replace(found, layout={**found.layout, **changed}).write(tmp_path)
     with pytest.raises(InvalidArgumentError, match=f"{MANIFEST} cannot be read"):
         GradientStore.open(tmp_path)
 
@@ -522,11 +535,15 @@ def test_a_chunk_of_another_place_or_store_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     build(tmp_path)
-    saved.save_file({"other": torch.ones(2)}, chunk(tmp_path))
-    with pytest.raises(InvalidArgumentError, match=r"cannot be read .*does not contain"):
+    save_file({"gradients": torch.ones(2)}, chunk(tmp_path))
+    with pytest.raises(InvalidArgumentError, match=r"cannot be read .*influence_kit has not writ"):
         GradientStore.open(tmp_path).read(0, 5, 6)
-    saved.save_file({"gradients": torch.ones(2)}, chunk(tmp_path))
-    with pytest.raises(InvalidArgumentError, match=r"is of another store: its header is {}"):
+    PackedTensors.of({"other": torch.ones(2)}).write(chunk(tmp_path), "gradients", {})
+    with pytest.raises(InvalidArgumentError, match=r"is of another store: its header is {"):
+        GradientStore.open(tmp_path).read(0, 5, 6)
+    identity = {"store": GradientStore.open(tmp_path)._manifest.identity}
+    PackedTensors.of({"gradients": torch.ones(2)}).write(chunk(tmp_path), "gradients", identity)
+    with pytest.raises(InvalidArgumentError, match=r"does not hold gradients \[5, 11\] of"):
         GradientStore.open(tmp_path).read(0, 5, 6)
 
 
@@ -534,21 +551,21 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "due"),
+    ("given", "due", "got"),
     [
-        ([(1, 5)], 0),
-        ([(0, 3)], 3),
-        ([(0, 3), (4, 10)], 3),
-        ([(0, 4), (3, 10)], 4),
-        ([(0, 3), (5, 10)], 3),
-        ([(0, 7), (10, 15)], 7),
+        ([(1, 5)], 0, "1"),
+        ([(0, 3)], 3, "no more"),
+        ([(0, 3), (4, 10)], 3, "4"),
+        ([(0, 4), (3, 10)], 4, "3"),
+        ([(0, 3), (5, 10)], 3, "5"),
+        ([(0, 7), (10, 15)], 7, "10"),
     ],
 )
 def test_rows_out_of_turn_are_refused(
-    tmp_path: Path, given: list[tuple[int, int]], due: int
+    tmp_path: Path, given: list[tuple[int, int]], due: int, got: str
 ) -> None:
     store = new(tmp_path)
-    with pytest.raises(InvalidArgumentError, match=f"expected row {due}"):
+    with pytest.raises(InvalidArgumentError, match=f"expected {due}, got {got}"):
         store.fill(0, ((start, all_rows()[start:stop]) for start, stop in given))
 
 

@@ -446,7 +446,7 @@ def test_activations_are_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert list(more.influence(TEST)) == [*LAYERS, "drop"]
         assert sum(seen) == M + 1 + N
     folder = tmp_path / "a" / "src" / "conv"
-    assert json.loads((folder / "manifest.json").read_text())["layer"] == "conv"
+    assert json.loads((folder / "manifest.json").read_text())["description"]["layer"] == "conv"
 
 
 def other_weights() -> dict[str, Any]:
@@ -488,7 +488,7 @@ def test_activations_of_something_else_are_computed_anew(
 ) -> None:
     built(tmp_path).influence(TEST)
     expected = built(tmp_path / "other", **change()).influence(TEST, 3)
-    with pytest.warns(UserWarning, match=f"are computed anew, because .*{message}"):
+    with pytest.warns(UserWarning, match=f"are computed again, because .*{message}"):
         found = built(tmp_path, **change()).influence(TEST, 3)
     assert_equal(found, expected)
     with warnings.catch_warnings():
@@ -500,7 +500,7 @@ def test_activations_of_something_else_are_computed_anew(
 def test_files_that_cannot_be_read(tmp_path: Path, broken: str) -> None:
     expected = built(tmp_path).influence(TEST)
     folder = tmp_path / "src" / "conv"
-    file = (folder if broken == "index" else folder / "0") / "tensors.safetensors"
+    (file,) = folder.glob("first-*" if broken == "index" else "outputs-*")
     file.write_bytes(b"no tensors")
     if broken == "index":
         with pytest.warns(UserWarning, match="cannot be read"):
@@ -536,7 +536,7 @@ def test_chunks_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
         "influence_kit.methods.similarity.similarity.workspace_bytes", lambda device: 1
     )
     found = built(tmp_path / "many", batch_size=size).influence(TEST, 4)
-    assert len(list((tmp_path / "many" / "src" / "conv").glob("*/manifest.json"))) > 2
+    assert len(list((tmp_path / "many" / "src" / "conv").glob("outputs-*.safetensors"))) > 2
     assert_equal(found, expected)
     again = built(tmp_path / "many", batch_size=N).influence(TEST, 4)
     assert_equal(again, expected)
@@ -612,7 +612,7 @@ def test_a_metric_that_returns_something_else_is_refused(tmp_path: Path) -> None
     source[4] = torch.nan
     similarity = built(tmp_path, influence_src_dataset=source, batch_size=3)
     with (
-        pytest.warns(UserWarning, match="are computed anew"),
+        pytest.warns(UserWarning, match="are computed again"),
         pytest.raises(NonFiniteError, match="test example 0 and source example 4 at layer 'conv'"),
     ):
         similarity.influence(TEST)

@@ -20,7 +20,7 @@ from influence_kit import (
 from influence_kit.curvature import InverseCurvature
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.methods.representer.refit import Refit
-from influence_kit.storage import folders as saved_module
+from influence_kit.storage import manifest as manifest_module
 from influence_kit.storage.folders import MANIFEST, TENSORS, hash_of, read_folder, write_folder
 
 CASE = SHORT["mlp"]
@@ -104,7 +104,7 @@ def test_batch_sizes_do_not_matter(method: str, tmp_path: Path) -> None:
 def test_a_second_save_replaces_the_first(method: str, tmp_path: Path) -> None:
     build(method, CASE, data=Examples(SHORT["mlp"].test)).save(tmp_path)
     build(method, CASE).save(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([MANIFEST, TENSORS])
+    assert [path.name.split("-")[0] for path in sorted(tmp_path.iterdir())] == [MANIFEST, TENSORS]
     build(method, CASE).load(tmp_path)
 
 
@@ -334,17 +334,19 @@ def test_differences_are_short(there: Any, here: Any, told: str, tmp_path: Path)
         read_folder(tmp_path, {"key": here})
 
 
-def test_another_format_is_refused(folder: Path) -> None:
-    manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"format": 0}))
-    with pytest.raises(InvalidArgumentError, match="format: 0 there, 1 here"):
-        read_folder(folder, DESCRIPTION)
+def test_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest_module, "FORMAT", 3)
+    write_folder(tmp_path, {}, DESCRIPTION)
+    monkeypatch.undo()
+    with pytest.raises(InvalidArgumentError, match=r"has format 3; .* reads format 2: save it"):
+        read_folder(tmp_path, DESCRIPTION)
 
 
 def test_a_folder_without_a_manifest_is_refused(folder: Path, tmp_path: Path) -> None:
     (folder / MANIFEST).unlink()
     for place in (folder, tmp_path / "nothing"):
-        with pytest.raises(InvalidArgumentError, match=f"{place} holds no {MANIFEST}"):
+        match = f"incomplete folder: {place} holds no {MANIFEST}"
+        with pytest.raises(InvalidArgumentError, match=match):
             read_folder(place, DESCRIPTION)
 
 
@@ -357,40 +359,41 @@ def test_a_manifest_that_is_cut_off_is_refused(folder: Path, text: str) -> None:
 
 @pytest.mark.parametrize("size", [None, 0, 5, -8])
 def test_tensors_that_are_cut_off_are_refused(folder: Path, size: int | None) -> None:
-    data = (folder / TENSORS).read_bytes()
-    (folder / TENSORS).unlink()
+    (path,) = folder.glob(f"{TENSORS}-*")
+    data = path.read_bytes()
+    path.unlink()
     if size is not None:
-        (folder / TENSORS).write_bytes(data[:size])
-    with pytest.raises(InvalidArgumentError, match=TENSORS):
+        path.write_bytes(data[:size])
+    with pytest.raises(InvalidArgumentError, match=f"{path.name} .*; save it again"):
         read_folder(folder, DESCRIPTION)
 
 
-STEPS = ["save_file", "os.fsync", "json.dumps"]
+STEPS = ["tensor_files.write_file", "atomic.os.fsync", "manifest.write_file"]
 
 
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("step", STEPS)
-def test_a_save_that_is_killed_leaves_no_readable_folder(
+def test_a_save_that_is_killed_loses_nothing_that_was_saved(
     step: str, again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even one of the save before, whose tensors may be gone."""
     if again:
         write_folder(tmp_path, {"a": torch.zeros(2)}, DESCRIPTION)
 
     def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt("killed")
 
-    owner, _, name = step.rpartition(".")
-    target = getattr(saved_module, owner) if owner else saved_module
     with monkeypatch.context() as patch:
-        patch.setattr(target, name, killed)
+        patch.setattr(f"influence_kit.storage.{step}", killed)
         with pytest.raises(KeyboardInterrupt, match="killed"):
             write_folder(tmp_path, {"a": torch.ones(2)}, DESCRIPTION)
-    with pytest.raises(InvalidArgumentError, match=f"holds no {MANIFEST}"):
-        read_folder(tmp_path, DESCRIPTION)
+    if again:
+        assert torch.equal(read_folder(tmp_path, DESCRIPTION)["a"], torch.zeros(2))
+    else:
+        with pytest.raises(InvalidArgumentError, match=f"holds no {MANIFEST}"):
+            read_folder(tmp_path, DESCRIPTION)
     write_folder(tmp_path, {"a": torch.ones(2)}, DESCRIPTION)
     assert torch.equal(read_folder(tmp_path, DESCRIPTION)["a"], torch.ones(2))
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([MANIFEST, TENSORS])
+    assert [path.name.split("-")[0] for path in sorted(tmp_path.iterdir())] == [MANIFEST, TENSORS]
 
 
 # The hash of a data set.
@@ -425,14 +428,19 @@ def test_tensors_of_every_type_have_a_hash(dtype: torch.dtype) -> None:
     assert hash_of([(one,)]) != hash_of([(other,)])
 
 
+def description(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / MANIFEST).read_text())["description"]
+    return found
+
+
 def test_loading_reads_no_gradients(tmp_path: Path) -> None:
     """Iterative methods save no matrix: nothing but traces and the damping by rule."""
     model = CASE.model()
     arguments: dict[str, Any] = {"loss_fn": CASE.loss, "damping": 0.5}
     cg = CGInfluenceFunction(model, Examples(CASE.train), [model.state_dict()], **arguments)
     cg.save(tmp_path)
-    assert read_folder(tmp_path, json.loads((tmp_path / MANIFEST).read_text())) == {}
+    assert read_folder(tmp_path, description(tmp_path)) == {}
     cg.damping = "auto"
     cg.save(tmp_path)
-    found = read_folder(tmp_path, json.loads((tmp_path / MANIFEST).read_text()))
+    found = read_folder(tmp_path, description(tmp_path))
     assert sorted(found) == ["0/trace_damping", "0/traces"]

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,22 @@ from influence_kit.data.batches import (
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.methods.activations import examples_first, layer_outputs
 from influence_kit.methods.row_check import RowCheck
-from influence_kit.storage.folders import MANIFEST, hash_of, read_folder, write_folder
+from influence_kit.storage.atomic import make_folder
+from influence_kit.storage.folders import (
+    MANIFEST,
+    claim,
+    differences,
+    hash_of,
+    read_listed,
+    removed_if_broken_off,
+    replace_contents,
+    write_listed,
+)
+from influence_kit.storage.locks import alone_in
+from influence_kit.storage.manifest import Manifest
 
+KIND = "activations"
+REMEDY = "`load_src_from_disk=False` computes it again"
 CHUNK_BYTES = 64 * MIB
 # a relative difference of outputs that another number of threads explains
 CLOSE = 1e-4
@@ -31,7 +46,7 @@ CLOSE = 1e-4
 
 @dataclass
 class SavedActivations:
-    """The outputs of one layer: a folder of chunks and an index, which is written last.
+    """The outputs of one layer: a folder of chunks and a manifest, which is written last.
 
     Args:
         folder: where they are.
@@ -44,62 +59,84 @@ class SavedActivations:
     description: Mapping[str, Any]
     first: Tensor
     _waiting: list[Tensor] = field(default_factory=list)
-    _ends: list[int] = field(default_factory=list)
+    # of the new contents, in order, and of those that are there
+    _files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _listed: list[str] = field(default_factory=list)
 
-    def usable(self) -> bool:
-        """Whether there is something that belongs to what is described; warns of something else."""
-        if not (self.folder / MANIFEST).is_file():
-            return False
+    @property
+    def is_there(self) -> bool:
+        """Whether something is saved, of whatever it may be."""
+        return (self.folder / MANIFEST).exists()
+
+    def trouble(self) -> str | None:
+        """Why what is saved here cannot be used, if so."""
         try:
-            saved = read_folder(self.folder, self.description)["first"].to(self.first)
+            manifest, names = self._contents()
+            saved = self._read(manifest, names[0])["first"].to(self.first)
         except InvalidArgumentError as error:
-            reason = str(error)
-        else:
-            size = CLOSE * float(self.first.abs().max())
-            if saved.shape == self.first.shape and torch.allclose(saved, self.first, CLOSE, size):
-                return True
-            reason = f"{self.folder} is of a layer that gave another output for the first example"
-        warnings.warn(f"activations are computed anew, because {reason}", stacklevel=5)
-        return False
+            return str(error)
+        size = CLOSE * float(self.first.abs().max())
+        if saved.shape == self.first.shape and torch.allclose(saved, self.first, CLOSE, size):
+            return None
+        return f"{self.folder} is of a layer that gave another output for the first example"
 
-    def begin(self) -> None:
-        """Give up what has been saved here."""
-        (self.folder / MANIFEST).unlink(missing_ok=True)
+    @contextmanager
+    def being_written(self) -> Iterator[None]:
+        """Inside, new contents are written beside those that are there."""
+        make_folder(self.folder)
+        self._listed = claim(self.folder, KIND)
+        with removed_if_broken_off(self.folder, KIND):
+            self._write("first", {"first": self.first})
+            yield
 
     def add(self, outputs: Tensor) -> None:
         """Take the outputs of the next examples, ``[n, *]``."""
         if self._waiting and self._waiting[0].shape[1:] != outputs.shape[1:]:
-            self._write()  # sequences of another length
+            self._flush()  # sequences of another length
         self._waiting.append(outputs.cpu())
         if sum(part.nbytes for part in self._waiting) >= CHUNK_BYTES:
-            self._write()
+            self._flush()
 
     def end(self) -> None:
-        """Write what waits, and the index."""
-        self._write()
-        tensors = {"ends": torch.tensor(self._ends), "first": self.first}
-        write_folder(self.folder, tensors, self.description)
+        """Write what waits, and the manifest; what was there before is removed."""
+        self._flush()
+        manifest = Manifest(KIND, self.description, files=self._files)
+        replace_contents(self.folder, manifest, self._listed)
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """The place of the first example of each chunk, and the outputs of its examples."""
-        start = 0
-        ends = read_folder(self.folder, self.description)["ends"].tolist()
-        for number, end in enumerate(ends):
-            chunk = read_folder(self.folder / str(number), self._describe(start))["outputs"]
+        """The index of the first example of each chunk, and the outputs of its examples."""
+        start, (manifest, names) = 0, self._contents()
+        for name in names[1:]:
+            chunk = self._read(manifest, name)["outputs"]
             yield start, chunk.to(self.first.device)
-            start = end
+            start += len(chunk)
 
-    def _write(self) -> None:
+    def _contents(self) -> tuple[Manifest, list[str]]:
+        """The manifest, and the files: of the first example's output, and of all in chunks."""
+        found = Manifest.read(self.folder, KIND, REMEDY)
+        other = differences(found.description, self.description)
+        if other:
+            raise InvalidArgumentError(f"{self.folder} is of something else: {'; '.join(other)}")
+        names = list(found.files or ())
+        if [name.partition("-")[0] for name in names[:2]] != ["first", "outputs"]:
+            raise InvalidArgumentError(f"{self.folder} lists no outputs; {REMEDY}")
+        return found, names
+
+    def _read(self, manifest: Manifest, name: str) -> dict[str, Tensor]:
+        try:
+            return read_listed(self.folder, manifest, name, REMEDY)
+        except FileNotFoundError as error:
+            raise InvalidArgumentError(f"{error}; {REMEDY}") from error
+
+    def _flush(self) -> None:
         if self._waiting:
             chunk = torch.cat(self._waiting)
             self._waiting.clear()
-            number, start = len(self._ends), self._ends[-1] if self._ends else 0
-            folder = self.folder / str(number)
-            write_folder(folder, {"outputs": chunk}, self._describe(start))
-            self._ends.append(start + len(chunk))
+            self._write(f"outputs-{len(self._files):06d}", {"outputs": chunk})
 
-    def _describe(self, start: int) -> dict[str, Any]:
-        return {**self.description, "first example of the chunk": start}
+    def _write(self, stem: str, tensors: Mapping[str, Tensor]) -> None:
+        name, entry = write_listed(self.folder, KIND, stem, tensors, self._listed)
+        self._files[name] = entry
 
 
 @dataclass(frozen=True)
@@ -169,8 +206,9 @@ class Sources:
             SavedActivations(folder / layer, {"layer": layer, **description}, first[layer])
             for layer in layers
         ]
-        if is_mine(0):
-            self._save([one for one in saved if not (reuse and one.usable())])
+        if is_mine(0) and not (reuse and all(one.trouble() is None for one in saved)):
+            with alone_in(folder):  # another process may have saved some meanwhile
+                self._save(_missing(saved, reuse))
         sum_over_ranks(torch.zeros(1, device=self.device))  # the others wait for the first rank
         return saved
 
@@ -181,15 +219,28 @@ class Sources:
     def _save(self, missing: Sequence[SavedActivations]) -> None:
         """Compute activations at some layers, in one pass."""
         layers = {saved.description["layer"]: saved for saved in missing}
-        for saved in missing:
-            saved.begin()
         ones = {layer: saved.first.shape for layer, saved in layers.items()}
         check = RowCheck(self.module, "the outputs of layers")
-        for inputs in self._batches() if missing else ():
-            for layer, output in self.rows(ones, inputs, check).items():
-                layers[layer].add(output)
-        for saved in missing:
-            saved.end()
+        with ExitStack() as stack:
+            for saved in missing:
+                stack.enter_context(saved.being_written())
+            for inputs in self._batches() if missing else ():
+                for layer, output in self.rows(ones, inputs, check).items():
+                    layers[layer].add(output)
+            for saved in missing:
+                saved.end()
+
+
+def _missing(saved: Sequence[SavedActivations], reuse: bool) -> list[SavedActivations]:
+    """Those that are not saved yet; with a warning for each that is saved and of no use."""
+    missing = []
+    for one in saved:
+        trouble = one.trouble() if reuse and one.is_there else ""
+        if trouble:
+            warnings.warn(f"activations are computed again, because {trouble}", stacklevel=6)
+        if trouble is not None:
+            missing.append(one)
+    return missing
 
 
 def inputs_of(batch: Any) -> Batch:

@@ -1,0 +1,182 @@
+"""One writer at a time in a folder, among processes and threads.
+
+The system takes the lock away when its process ends, however that happens, so that a killed build
+never keeps the next one out. A lock file that a killed process left is of no importance.
+"""
+
+import errno
+import os
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from influence_kit.core.distributed import from_first_rank, is_first_rank
+from influence_kit.errors import StorageError
+from influence_kit.storage.atomic import make_folder
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+LOCK = ".influence_kit.lock"
+# seconds between two tries, and of waiting in silence
+PAUSE, SILENCE = 0.02, 1.0
+_BUSY = {errno.EAGAIN, errno.EACCES, errno.EDEADLK}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+class FolderLock:
+    """The lock of a folder, which is made where it is not there.
+
+    Args:
+        folder: which.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._path = folder, folder / LOCK
+        self._descriptor: int | None = None
+        self._is_taken = False
+
+    def acquire(self) -> bool:
+        """Take the lock, if nobody has it; whether it was taken.
+
+        Raises:
+            StorageError: where the lock file cannot be made.
+        """
+        make_folder(self._folder)
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+        try:
+            self._descriptor = os.open(self._path, flags, 0o666)
+        except OSError as error:
+            raise self._refused("made", error) from error
+        try:
+            self._is_taken = self._lock(self._descriptor) and self._is_named(self._descriptor)
+            if self._is_taken:
+                holder = f"process {os.getpid()} on {socket.gethostname()}"
+                os.ftruncate(self._descriptor, 0)
+                with suppress(OSError):  # a full disk is told where it matters
+                    os.write(self._descriptor, holder.encode())
+        finally:
+            if not self._is_taken:
+                self.release()
+        return self._is_taken
+
+    def release(self) -> None:
+        """Give the lock back, and take its file away."""
+        descriptor, taken = self._descriptor, self._is_taken
+        self._descriptor, self._is_taken = None, False
+        if descriptor is None:
+            return
+        # the name first: who waits for this file then finds that it has none, and takes the next
+        if taken and sys.platform != "win32":
+            self._path.unlink(missing_ok=True)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+    @property
+    def holder(self) -> str:
+        """Who has it, as far as is known."""
+        try:
+            return self._path.read_text(errors="replace")[:200] or "another process"
+        except OSError:
+            return "another process"
+
+    def _lock(self, descriptor: int) -> bool:
+        try:
+            if sys.platform == "win32":
+                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _BUSY:
+                return False
+            if error.errno not in _NO_LOCKS:
+                raise self._refused("locked", error) from error
+            warnings.warn(
+                f"the file system of {self._folder} has no locks ({error.strerror}): see to it "
+                "that one process at a time writes there",
+                stacklevel=6,
+            )
+        return True
+
+    def _refused(self, done: str, error: OSError) -> StorageError:
+        return StorageError(
+            error.errno or errno.EIO,
+            f"'{self._path}' could not be {done} ({error.strerror}): check the folder and its "
+            "permissions, or name another one",
+        )
+
+    def _is_named(self, descriptor: int) -> bool:
+        """Whether the file is still that of the name: the one before may have taken it away."""
+        try:
+            there = os.stat(self._path)
+        except FileNotFoundError:
+            return False
+        own = os.fstat(descriptor)
+        return (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Inside, no other process or thread that asks for this writes in the folder.
+
+    Waits for the one that does, with a warning after a second.
+    """
+    with _held(folder, lambda taken: taken):
+        yield
+
+
+@contextmanager
+def ranks_alone_in(folder: Path, device: torch.device) -> Iterator[None]:
+    """The same for all ranks of a run together: the first one takes the lock for them.
+
+    Every rank must call it; those that wait hear from the first one in between, so that no
+    collective operation waits longer than a moment.
+
+    Args:
+        folder: which.
+        device: where collective operations take their tensors.
+    """
+
+    def agreed(taken: bool) -> bool:
+        return bool(from_first_rank(torch.tensor(float(taken), device=device)))
+
+    with _held(folder, agreed, is_first_rank()):
+        yield
+
+
+@contextmanager
+def _held(folder: Path, agreed: Callable[[bool], bool], takes: bool = True) -> Iterator[None]:
+    """Inside, the lock is held; ``agreed`` hears of each try, and says whether it was taken."""
+    lock, since, told = FolderLock(folder), time.monotonic(), False
+    try:
+        while not agreed(takes and lock.acquire()):
+            if takes and not told and time.monotonic() - since > SILENCE:
+                told = True
+                warnings.warn(
+                    f"{lock.holder} is writing in {folder}: waiting until it is done", stacklevel=4
+                )
+            time.sleep(PAUSE)
+        yield
+    finally:
+        lock.release()
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another process or thread is writing in a folder now; makes no file."""
+    if not (folder / LOCK).is_file():
+        return False
+    lock = FolderLock(folder)
+    try:
+        return not lock.acquire()
+    except StorageError:  # a folder that is only read
+        return False
+    finally:
+        lock.release()

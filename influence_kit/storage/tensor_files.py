@@ -1,0 +1,261 @@
+"""One file of tensors: safetensors, with a header that carries its own checksum.
+
+The bytes depend on the tensors, their names and the facts alone, so that a file that is written
+again is the same. The header says what kind of folder the file belongs to, its name there, the
+checksum of its numbers, and its own, so that a flipped bit anywhere is noticed, and so that a file
+of the user's is never taken for one of the library's. Other programs read it as any safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import operator
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from influence_kit.core.dtypes import as_bytes
+from influence_kit.core.memory import MIB
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.storage.atomic import write_file
+from influence_kit.storage.checksums import (
+    BLANK,
+    SHA256,
+    checksum,
+    is_checksum,
+    is_sealed,
+    sealed,
+)
+
+SUFFIX = ".safetensors"
+_CODES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "complex64": "C64",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+DTYPES = {getattr(torch, name): code for name, code in _CODES.items() if hasattr(torch, name)}
+_BY_CODE = {code: dtype for dtype, code in DTYPES.items()}
+_START = b'{"__metadata__":{"checksum":"'
+# so that numbers begin at a multiple of a cache line
+_ALIGNMENT = 64
+# names and facts take far less; a forged length of the header takes no more memory than this
+_LARGEST_HEADER = 64 * MIB
+
+
+class UnreadableFileError(InvalidArgumentError):
+    """A file that is not what was written; says why, in words that go into a sentence."""
+
+
+@dataclass(frozen=True)
+class PackedTensors:
+    """Tensors as a file has them.
+
+    Attributes:
+        entries: of each its type, shape and range of bytes, as the header has them.
+        parts: the bytes of each.
+        checksum: of all bytes.
+    """
+
+    entries: Mapping[str, Any]
+    parts: list[memoryview]
+    checksum: str
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], algorithm: str = SHA256) -> PackedTensors:
+        """Pack tensors; those that share memory are written once each.
+
+        Raises:
+            InvalidArgumentError: for a dtype that safetensors does not have.
+        """
+        for name, tensor in tensors.items():
+            if tensor.dtype not in DTYPES:
+                known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+                raise InvalidArgumentError(
+                    f"tensor '{name}' has dtype {tensor.dtype}, which a safetensors file does not "
+                    f"hold; it holds {known}: convert it first"
+                )
+        entries, parts, start = {}, [], 0
+        # the widest first, so that each begins at a multiple of its item size
+        for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)):
+            tensor = tensors[name]
+            parts.append(_bytes(tensor.detach().cpu()))
+            stop = start + len(parts[-1])
+            entries[name] = {
+                "dtype": DTYPES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [start, stop],
+            }
+            start = stop
+        return cls(entries, parts, checksum(parts, algorithm))
+
+    def write(self, path: Path, kind: str, facts: Mapping[str, str]) -> None:
+        """Write the file, all at once.
+
+        Args:
+            path: where.
+            kind: of the folder that it belongs to.
+            facts: more that the header says.
+        """
+        metadata = {"data": self.checksum, "kind": kind, "file": path.name, **facts}
+        rest = '",' + _inside(metadata) + ("," if self.entries else "") + _inside(self.entries)
+        size = 8 + len(_START) + len(BLANK) + len(rest.encode())
+        header = sealed(_START, rest.encode() + b" " * (-size % _ALIGNMENT))
+        write_file(path, len(header).to_bytes(8, "little"), header, *self.parts)
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A file that ``PackedTensors`` has written, whose header is as it was written.
+
+    Attributes:
+        path: where it is.
+        facts: what the header says beside the tensors.
+        entries: of each tensor its type, shape and range of bytes.
+        size: of the file, in bytes.
+        data_bytes: how many of them are those of the tensors.
+    """
+
+    path: Path
+    facts: Mapping[str, str]
+    entries: Mapping[str, Any]
+    size: int
+    data_bytes: int
+
+    @classmethod
+    def open(cls, path: Path) -> TensorFile:
+        """Read the header alone, in memory that the size of the file bounds.
+
+        Raises:
+            UnreadableFileError: where it is another file, or damaged.
+        """
+        found = sealed_header(path)
+        if found is None:
+            raise UnreadableFileError("its header is damaged, or influence_kit has not written it")
+        header, size = found
+        try:
+            entries = json.loads(header)
+            facts = {**entries.pop("__metadata__")}
+            stop = int(max((entry["data_offsets"][1] for entry in entries.values()), default=0))
+            expected = 8 + len(header) + stop
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise UnreadableFileError(f"its header makes no sense: {error!r}") from error
+        if size != expected:
+            raise UnreadableFileError(f"it has {size} bytes, {expected} were written")
+        return cls(path, facts, entries, size, stop)
+
+    @property
+    def checksum(self) -> str:
+        """Of the numbers, as they were written."""
+        return str(self.facts.get("data"))
+
+    def is_named(self, kind: str) -> bool:
+        """Whether it was written under this name, for a folder of this kind."""
+        return (self.facts.get("kind"), self.facts.get("file")) == (kind, self.path.name)
+
+    def mapped(self) -> dict[str, Tensor]:
+        """The tensors, private maps of the file, before they are compared with the checksum.
+
+        Raises:
+            UnreadableFileError: where the file is gone, or its header lies about the tensors.
+        """
+        try:
+            with self.path.open("rb") as file:
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            return {name: self._tensor(data, entry) for name, entry in self.entries.items()}
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            raise UnreadableFileError(str(error)) from error
+
+    def _tensor(self, data: mmap.mmap, entry: Mapping[str, Any]) -> Tensor:
+        dtype, shape = _BY_CODE[entry["dtype"]], [operator.index(size) for size in entry["shape"]]
+        start, stop = (operator.index(offset) for offset in entry["data_offsets"])
+        count = math.prod(shape)
+        if min(start, *shape, 0) < 0 or stop - start != count * dtype.itemsize:
+            raise ValueError(f"{stop - start} bytes do not hold {shape} of {dtype}")
+        if not count:
+            return torch.empty(shape, dtype=dtype)
+        start += self.size - self.data_bytes
+        return torch.frombuffer(data, dtype=dtype, count=count, offset=start).view(shape)
+
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        """Compare the bytes of all tensors with the checksum.
+
+        Raises:
+            UnreadableFileError: where they are not those that were written.
+        """
+        names = sorted(self.entries, key=lambda name: self.entries[name]["data_offsets"])
+        if not is_checksum((_bytes(tensors[name]) for name in names), self.checksum):
+            raise UnreadableFileError("it is damaged: its numbers are not those of its checksum")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors, as they were written.
+
+        Raises:
+            UnreadableFileError: where they are damaged.
+        """
+        found = self.mapped()
+        self.check(found)
+        return found
+
+
+def sealed_header(path: Path) -> tuple[bytes, int] | None:
+    """The header of a file of the library, and the file's size; None for any other file."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would never answer
+            return None
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= min(status.st_size - 8, _LARGEST_HEADER):
+                return None
+            header = file.read(length)
+    except OSError as error:
+        raise UnreadableFileError(str(error)) from error
+    return (header, status.st_size) if is_sealed(header, _START) else None
+
+
+def is_own_file(path: Path, kind: str) -> bool:
+    """Whether the library has written this file, under this name, in a folder of this kind."""
+    try:
+        return TensorFile.open(path).is_named(kind)
+    except UnreadableFileError:
+        return False
+
+
+def check_if_own(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Compare tensors of a file with its checksum, where the file has one.
+
+    Raises:
+        UnreadableFileError: where it is damaged.
+    """
+    if sealed_header(path) is not None:
+        TensorFile.open(path).check(tensors)
+
+
+def _inside(values: Mapping[str, Any]) -> str:
+    """A JSON object without the brace that opens it."""
+    return json.dumps(values, separators=(",", ":"))[1:]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    array: Any = as_bytes(tensor).numpy()
+    return memoryview(array).cast("B")
