@@ -97,6 +97,11 @@ class FeatureMap:
         """What training features depend on: ``loss``, the training loss, or other functions."""
         return [loss]
 
+    @property
+    def identifying(self) -> FeatureMap:
+        """The map whose features of some examples identify a fit: one that need not be learnt."""
+        return self
+
     # The parts of layers, where features have other names than parameters.
 
     @property

@@ -1,75 +1,85 @@
 """What kept or saved numbers belong to: weights, data and loss, as a description can say it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 from influence_kit.checkpoints.loader import CheckpointLoader
-from influence_kit.curvature.passes import DataSet
-from influence_kit.data.batches import Batch, call_model, example_count, take
-from influence_kit.gradients.gradient_source import GradientSource
+from influence_kit.curvature.passes import Spread
+from influence_kit.data.batches import Batch, call_model, example_count, take, to_device
+from influence_kit.gradients.feature_map import FeatureMap
 from influence_kit.losses.loss import Loss
-from influence_kit.storage.folders import LOSSES, hash_of
+from influence_kit.storage.folders import LOSSES, NORMS, hash_of
 
-# examples whose losses tell one loss from another
-FEW = 8
+# examples, to twice as many, whose losses and gradients identify a model, a loss and a feature map
+FEW = 16
 
 
 def identity(
     loader: CheckpointLoader,
     checkpoints: int,
-    source: GradientSource,
-    losses: Sequence[Loss],
+    features: FeatureMap,
+    loss: Loss,
     batches: Iterable[Batch],
 ) -> dict[str, Any]:
-    """Weights, precision, examples and losses: a pass over the data, a few examples of the model.
+    """Weights, parameters, examples, losses and gradients: what kept numbers belong to.
 
-    All of the data is hashed, so that no other data is taken for it: a second a gigabyte of
-    tensors, far less than it takes most data sets to make them.
+    Two passes over the data, and the gradients of a few examples from all over it. All of the data
+    is hashed, so that no other data is taken for it: a second per gigabyte of tensors, far less
+    than it takes most data sets to make them.
 
     Args:
         loader: of the checkpoints, in a session.
         checkpoints: how many there are.
-        source: of the model's gradients.
-        losses: the functions that are differentiated, or that decide otherwise.
+        features: of the method, bound to its model.
+        loss: the training loss.
         batches: the data.
     """
     prints = []
-    for place in range(checkpoints):
-        loader.load(place)
-        prints.append(list(loader.fingerprint(place)))
-    parameter = next(iter(source.capture.parameters.values()))
-    data = DataSet(batches, parameter.device, name="the data set")
-    found = [value for loss in losses for value in _first_losses(source, loss, data)]
-    counts: list[int] = []
-    digest = hash_of(_noting(counts, batches))
+    for index in range(checkpoints):
+        loader.load(index)
+        prints.append(list(loader.fingerprint(index)))
+    parameters = features.source.capture.parameters
+    first = next(iter(parameters.values()))
+    sample, counts = Spread(FEW), [0]
+    digest = hash_of(_noting(counts, sample, batches))
+    some = [to_device(batch, first.device) for _, batch in sample.taken]
     return {
-        "dtype": str(parameter.dtype),
+        "dtype": str(first.dtype),
+        "parameters": {name: list(p.shape) for name, p in parameters.items()},
         "weights of the checkpoints": prints,
-        "examples": sum(counts),
+        "examples": counts[0],
         "hash of the examples": digest,
-        LOSSES: found,
+        **_measured(features, loss, some, max(checkpoints - 1, 0)),
     }
 
 
-def _noting(counts: list[int], batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches, whose numbers of examples are noted on their way."""
+def _noting(counts: list[int], sample: Spread, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches; on their way their examples are counted, and some are taken."""
     for batch in batches:
-        counts.append(example_count(batch))
+        n = example_count(batch)
+        sample.add(torch.arange(counts[0], counts[0] + n), batch)
+        counts[0] += n
         yield batch
 
 
-def _first_losses(source: GradientSource, loss: Loss, data: DataSet) -> list[float]:
-    """The losses of a few examples, by which another loss is told."""
-    losses: list[float] = []
-    model = source.capture.model
-    for _, batch in data:
-        source.prepare(batch, loss)
-        for place in range(min(example_count(batch), FEW - len(losses))):
-            one = take(batch, slice(place, place + 1))
-            with torch.no_grad():
-                losses.append(float(loss.total(call_model(model, one), one, 1)))
-        if len(losses) == FEW:
-            break
-    return losses
+def _measured(
+    features: FeatureMap, loss: Loss, batches: Iterable[Batch], checkpoint: int
+) -> dict[str, Any]:
+    """Losses of the examples, and squared norms of their features, by example and parameter."""
+    values: list[float] = []
+    norms: list[list[float]] = []
+    source = features.source
+    for batch in batches:
+        for one in features.identifying_losses(loss):
+            source.prepare(batch, one)
+            for index in range(example_count(batch)):
+                example = take(batch, slice(index, index + 1))
+                with torch.no_grad():
+                    outputs = call_model(source.capture.model, example)
+                    values.append(float(one.total(outputs, example, 1)))
+        found = features.cached(checkpoint, batch, loss)
+        squares = [found.squared_norms_of([name]).tolist() for name in found.parameters]
+        norms += [list(own) for own in zip(*squares, strict=True)]
+    return {LOSSES: values, NORMS: norms}

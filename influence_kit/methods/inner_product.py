@@ -289,8 +289,8 @@ class InnerProductInfluence(ExampleInfluence):
 
     def _identity(self, loader: CheckpointLoader, batches: Iterable[Batch]) -> dict[str, Any]:
         """What kept numbers belong to."""
-        losses = self._map.identifying_losses(self._train_loss)
-        return identity(loader, len(self.checkpoints), self._source, losses, batches)
+        features = self._map.identifying
+        return identity(loader, len(self.checkpoints), features, self._train_loss, batches)
 
     def _plan(
         self,

@@ -220,6 +220,10 @@ class Masked(FactMasked):
         if self.mask == "learnt":
             self._set_masks({name: state[f"{MASKS}{name}"] for name in self._masked()})
 
+    @property
+    def identifying(self) -> FeatureMap:
+        return self if self.mask == "random" else FeatureMap().bound_to(self.source)
+
     def forget(self) -> None:
         self.bind()
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.storage.atomic import is_temporary, remove_file, remove_temporaries
 from influence_kit.storage.data_hash import hash_of
-from influence_kit.storage.differences import LOSSES, differences
+from influence_kit.storage.differences import LOSSES, NORMS, differences
 from influence_kit.storage.locks import LOCK, alone_in
 from influence_kit.storage.manifest import KINDS, MANIFEST, Manifest
 from influence_kit.storage.tensor_files import (
@@ -34,6 +34,7 @@ from influence_kit.storage.tensor_files import (
 __all__ = [
     "LOSSES",
     "MANIFEST",
+    "NORMS",
     "claim",
     "differences",
     "foreign_file",

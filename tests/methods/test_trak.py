@@ -380,7 +380,7 @@ def test_saved_with_outputs_of_any_kind(name: str, tmp_path: Path) -> None:
         ({"seed": 1}, "seed: 0 there, 1 here"),
         (
             {"output_fn": lambda o, t: o[:, 0], "loss_fn": nn.CrossEntropyLoss()},
-            "losses of the first examples",
+            "losses of some examples",
         ),
     ],
 )
@@ -847,5 +847,5 @@ def test_a_store_of_slopes_of_another_loss_is_refused(tmp_path: Path) -> None:
         )
 
     made(nn.MSELoss()).influence((x, y))
-    with pytest.raises(InvalidArgumentError, match="losses of the first examples"):
+    with pytest.raises(InvalidArgumentError, match="losses of some examples"):
         made(nn.L1Loss()).influence((x, y))
