@@ -22,7 +22,7 @@ from influence_kit.methods.arguments import documented
 from influence_kit.methods.caches import Cache
 from influence_kit.methods.data_fingerprint import data_fingerprint
 from influence_kit.methods.dvemb.by_place import ExamplesByPlace, count_by_place
-from influence_kit.methods.dvemb.looked_up import LookedUp, places_in_pieces
+from influence_kit.methods.dvemb.embedding_term import EmbeddingTerm, index_batches
 from influence_kit.methods.dvemb.step_gradients import StepGradients
 from influence_kit.methods.dvemb.walk_back import check_epochs, check_memory, walk_back
 from influence_kit.methods.example_batches import BatchSize
@@ -169,7 +169,7 @@ class DVEmb(InnerProductInfluence):
     def terms(self) -> list[Term]:
         """One term: gradients after training, and embeddings."""
         test, train = Side(0, self._test_gradients), Side(0, self._embeddings_of)
-        return [LookedUp(test, train, weight=1.0, own=self._own_gradients)]
+        return [EmbeddingTerm(test, train, weight=1.0, own=self._own_gradients)]
 
     # What a user calls.
 
@@ -266,7 +266,7 @@ class DVEmb(InnerProductInfluence):
 
     @property
     def _train_batches(self) -> Iterable[Batch]:
-        return places_in_pieces(self._examples.train_count, self._by_index.rows)
+        return index_batches(self._examples.train_count, self._by_index.rows)
 
     def batches(self, inputs: Any, ordered: bool = True) -> Iterable[Batch]:
         if not isinstance(inputs, Tensor):

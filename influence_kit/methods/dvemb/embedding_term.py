@@ -16,7 +16,7 @@ from influence_kit.scoring.term import Term
 
 
 @dataclass(frozen=True)
-class LookedUp(Term):
+class EmbeddingTerm(Term):
     """A term whose training side is looked up.
 
     Args:
@@ -30,6 +30,6 @@ class LookedUp(Term):
         return train, self.own(batch).paired(train)
 
 
-def places_in_pieces(n: int, rows: int) -> Iterable[Batch]:
+def index_batches(n: int, rows: int) -> Iterable[Batch]:
     """What stands for the batches of n training examples, of at most so many each."""
     return [Places((places,)) for places in torch.arange(n).split(rows)]
