@@ -21,8 +21,8 @@ from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.arguments import documented
 from influence_kit.methods.caches import Cache
 from influence_kit.methods.data_fingerprint import data_fingerprint
-from influence_kit.methods.dvemb.by_place import ExamplesByPlace, count_by_place
 from influence_kit.methods.dvemb.embedding_term import EmbeddingTerm, index_batches
+from influence_kit.methods.dvemb.examples_by_index import ExamplesByIndex, count_by_place
 from influence_kit.methods.dvemb.step_gradients import StepGradients
 from influence_kit.methods.dvemb.walk_back import check_epochs, check_memory, walk_back
 from influence_kit.methods.example_batches import BatchSize
@@ -299,9 +299,9 @@ class DVEmb(InnerProductInfluence):
         return self.train_at(0)(to_device(examples, self.device))
 
     @property
-    def _by_index(self) -> ExamplesByPlace:
+    def _by_index(self) -> ExamplesByIndex:
         self.train_dataloader.check_draws()
-        return ExamplesByPlace(self.train_dataloader)
+        return ExamplesByIndex(self.train_dataloader)
 
     @property
     def _size(self) -> int:

@@ -9,7 +9,7 @@ from influence_kit.data.batches import Batch
 from influence_kit.errors import InvalidArgumentError
 
 
-class ExamplesByPlace:
+class ExamplesByIndex:
     """The data set of a loader.
 
     Args:
