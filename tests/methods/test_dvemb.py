@@ -285,10 +285,12 @@ def test_what_does_not_fit_in_memory(monkeypatch):
     model, trace = run()
     dvemb = make(model, trace)
     need = 8 * 26 * (26 + N + 3 * 4)
-    monkeypatch.setattr("influence_kit.methods.dvemb.walk_back.free_bytes", lambda device: need - 1)
+    monkeypatch.setattr(
+        "influence_kit.methods.dvemb.backward_pass.free_bytes", lambda device: need - 1
+    )
     with pytest.raises(InvalidArgumentError, match=r"26 x 26 .* 9 x 26 .* by `layers`"):
         dvemb.influence(TEST)
-    monkeypatch.setattr("influence_kit.methods.dvemb.walk_back.free_bytes", lambda device: need)
+    monkeypatch.setattr("influence_kit.methods.dvemb.backward_pass.free_bytes", lambda device: need)
     dvemb.influence(TEST)
 
 

@@ -21,10 +21,10 @@ from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.arguments import documented
 from influence_kit.methods.caches import Cache
 from influence_kit.methods.data_fingerprint import data_fingerprint
+from influence_kit.methods.dvemb.backward_pass import backward_pass, check_epochs, check_memory
 from influence_kit.methods.dvemb.embedding_term import EmbeddingTerm, index_batches
 from influence_kit.methods.dvemb.examples_by_index import ExamplesByIndex, count_by_place
 from influence_kit.methods.dvemb.step_gradients import StepGradients
-from influence_kit.methods.dvemb.walk_back import check_epochs, check_memory, walk_back
 from influence_kit.methods.example_batches import BatchSize
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.layer_names import Layers
@@ -196,7 +196,7 @@ class DVEmb(InnerProductInfluence):
                     self.model, self.trace, self._steps, of_examples, self._by_index.rows
                 )
                 empty = self._sample.new_zeros(self._examples.train_count, self._size)
-                rows = walk_back(self._steps, read, empty, self.epochs, bar.update)
+                rows = backward_pass(self._steps, read, empty, self.epochs, bar.update)
                 self._embedded.rows = rows
         return self._embedded.rows
 

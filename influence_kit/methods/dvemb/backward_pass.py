@@ -18,7 +18,7 @@ from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.training.step import Step
 
 
-def walk_back(
+def backward_pass(
     steps: Sequence[Step],
     gradients_of: Callable[[int], Tensor],
     embeddings: Tensor,
