@@ -32,9 +32,9 @@ from influence_kit.losses.measures import measure_of_tests, refuse_both
 from influence_kit.methods.caches import Caches
 from influence_kit.methods.data_fingerprint import data_fingerprint
 from influence_kit.methods.example_batches import TRAIN, BatchSize, ExampleBatches
+from influence_kit.methods.fingerprints import Given
 from influence_kit.methods.function_fingerprint import function_fingerprint
 from influence_kit.methods.layer_names import Layers, check_layers
-from influence_kit.methods.origin import Given
 from influence_kit.methods.questions import check_k, starts_again
 from influence_kit.methods.read_only import Made, read_only
 from influence_kit.methods.structure import Structure

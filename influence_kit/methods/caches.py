@@ -16,7 +16,7 @@ from torch import Tensor
 from influence_kit.checkpoints.loader import Fingerprint
 from influence_kit.data.batches import Batch
 from influence_kit.errors import ChangedError
-from influence_kit.methods.origin import Given, Origin, Source
+from influence_kit.methods.fingerprints import Fingerprints, Given, Source
 from influence_kit.preservation.training_flags import close
 
 
@@ -55,7 +55,7 @@ class Caches:
         # give fingerprints of data and losses, by argument
         self.sources: dict[str, Source] = {}
         self._members: list[Cache] = []
-        self._origin = Origin()
+        self._origin = Fingerprints()
         self._used: dict[int, Fingerprint] = {}
 
     def add(self, cache: C, first: bool = False) -> C:
@@ -72,7 +72,7 @@ class Caches:
         """Empty all of them."""
         for cache in self._members:
             cache.clear()
-        self._origin = Origin()
+        self._origin = Fingerprints()
 
     def clear_of_checkpoints(self) -> None:
         """Empty those that depend on the checkpoints."""
@@ -80,7 +80,7 @@ class Caches:
             if cache.of_checkpoints:
                 cache.clear()
         if self.filled is None:
-            self._origin = Origin()
+            self._origin = Fingerprints()
 
     def why_fixed(self, name: str) -> str | None:
         """Why passes over the data of an argument must agree; None where they need not."""
@@ -115,7 +115,7 @@ class Caches:
     @contextmanager
     def beside(self) -> Iterator[None]:
         """Inside, other weights and data are no error; what is kept stays in case of one."""
-        known, self._origin = self._origin, Origin()
+        known, self._origin = self._origin, Fingerprints()
         try:
             yield
         except BaseException:

@@ -23,7 +23,7 @@ class Given(NamedTuple):
 
 
 @dataclass
-class Origin:
+class Fingerprints:
     """Fingerprints: of the weights of checkpoints by number, of data and losses by argument.
 
     And what the model and the loss gave for a few examples, by number of the checkpoint.
