@@ -35,8 +35,8 @@ from influence_kit.methods.example_batches import TRAIN, BatchSize, ExampleBatch
 from influence_kit.methods.fingerprints import Given
 from influence_kit.methods.function_fingerprint import function_fingerprint
 from influence_kit.methods.layer_names import Layers, check_layers
-from influence_kit.methods.questions import check_k, starts_again
 from influence_kit.methods.read_only import Made, read_only
+from influence_kit.methods.restarts import check_k, starts_again
 from influence_kit.methods.structure import Structure
 from influence_kit.preservation.restore import borrowed
 from influence_kit.preservation.training_flags import outputs_of

@@ -39,7 +39,7 @@ from influence_kit.methods.gradient_cache import (
 )
 from influence_kit.methods.identity import identity
 from influence_kit.methods.layer_names import Layers
-from influence_kit.methods.questions import given, starts_again
+from influence_kit.methods.restarts import given, starts_again
 from influence_kit.scoring.features import chosen_rows
 from influence_kit.scoring.reducers import AllScores, Reducer
 from influence_kit.scoring.stream import Stream

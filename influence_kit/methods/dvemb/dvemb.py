@@ -28,7 +28,7 @@ from influence_kit.methods.dvemb.step_gradients import StepGradients
 from influence_kit.methods.example_batches import BatchSize
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.layer_names import Layers
-from influence_kit.methods.questions import given, starts_again
+from influence_kit.methods.restarts import given, starts_again
 from influence_kit.projections.projected import Dim, Projected, check_dim
 from influence_kit.scoring.reducers import Reducer
 from influence_kit.scoring.stream import Stream

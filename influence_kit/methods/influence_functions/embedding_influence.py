@@ -18,7 +18,7 @@ from influence_kit.methods.base import ExampleInfluence
 from influence_kit.methods.example_batches import BatchSize
 from influence_kit.methods.influence_functions.influence_function import InfluenceFunction
 from influence_kit.methods.layer_names import Layers
-from influence_kit.methods.questions import given, starts_again
+from influence_kit.methods.restarts import given, starts_again
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side
 

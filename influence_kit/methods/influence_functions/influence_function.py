@@ -49,7 +49,7 @@ from influence_kit.methods.influence_functions.ready_gradients import (
 )
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.layer_names import Layers, check_layer
-from influence_kit.methods.questions import check_k, given, starts_again
+from influence_kit.methods.restarts import check_k, given, starts_again
 from influence_kit.scoring.features import (
     MostInfluentialFeatures,
     check_places,

@@ -34,7 +34,7 @@ from influence_kit.methods.knn_shapley.knn_values import (
     values_of_targets,
 )
 from influence_kit.methods.layer_names import Layers, check_layer
-from influence_kit.methods.questions import given, starts_again
+from influence_kit.methods.restarts import given, starts_again
 from influence_kit.methods.similarity.distances import euclidean_distance
 from influence_kit.scoring.reducers import AllScores, Reducer, WholeRows
 

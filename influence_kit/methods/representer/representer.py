@@ -32,9 +32,9 @@ from influence_kit.methods.example_batches import TRAIN, BatchSize
 from influence_kit.methods.fit_cache import FitCache
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.layer_names import check_layer
-from influence_kit.methods.questions import given, starts_again
 from influence_kit.methods.representer.last_layer import chosen_outputs
 from influence_kit.methods.representer.refit import Head, Refit, Settings
+from influence_kit.methods.restarts import given, starts_again
 from influence_kit.methods.row_check import RowCheck
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term

@@ -20,7 +20,7 @@ from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.arguments import documented
 from influence_kit.methods.caches import Cache
 from influence_kit.methods.example_batches import BatchSize
-from influence_kit.methods.questions import check_k, given, starts_again
+from influence_kit.methods.restarts import check_k, given, starts_again
 from influence_kit.methods.tracin.nearest_neighbors import ExactNearestNeighbors, NearestNeighbors
 from influence_kit.methods.tracin.tracin_fast import TracInCPFast
 from influence_kit.projections.maps import Identity

@@ -19,7 +19,7 @@ from influence_kit.methods.example_batches import BatchSize
 from influence_kit.methods.function_fingerprint import function_fingerprint
 from influence_kit.methods.influence_functions.influence_function import InfluenceFunction
 from influence_kit.methods.layer_names import Layers
-from influence_kit.methods.questions import starts_again
+from influence_kit.methods.restarts import starts_again
 from influence_kit.methods.trak.normal_equations import NormalEquations
 from influence_kit.methods.trak.output_features import FEATURES, SLOPE, OutputFeatures
 from influence_kit.scoring.reducers import Reducer, Weighted
