@@ -43,9 +43,9 @@ from influence_kit.methods.influence_functions.plain_check import (
     PlainCheck,
     advice,
 )
-from influence_kit.methods.influence_functions.ready_gradients import (
-    check_ready,
-    ready_features,
+from influence_kit.methods.influence_functions.preconditioned_gradients import (
+    check_preconditioned,
+    preconditioned_features,
 )
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.layer_names import Layers, check_layer
@@ -406,13 +406,13 @@ class InfluenceFunction(InnerProductInfluence):
         super().prepare(loader, show_progress)
         quantities: Any = self._checked_quantities(inputs)
         count = len(self.checkpoints)
-        features = ready_features(self._map.shapes, count, self._sample)
+        features = preconditioned_features(self._map.shapes, count, self._sample)
         terms = [Term(Side(c, features(c)), self._train_side(c), weight=1.0) for c in range(count)]
         return terms, [quantities]  # the "batch" that the features of these terms take
 
     def _checked_quantities(self, quantities: Tensor) -> Tensor:
         """Preconditioned test gradients ``[m, C * P]``."""
-        check_ready(quantities, self._fitted.size, len(self.checkpoints))
+        check_preconditioned(quantities, self._fitted.size, len(self.checkpoints))
         return quantities
 
     def _fit_everywhere(self, loader: CheckpointLoader, show_progress: bool = False) -> None:

@@ -17,7 +17,7 @@ from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
 
 
-def check_ready(quantities: Tensor, each: int, count: int) -> None:
+def check_preconditioned(quantities: Tensor, each: int, count: int) -> None:
     """Refuse a tensor that is not ``[m, C * P]``.
 
     Args:
@@ -33,7 +33,7 @@ def check_ready(quantities: Tensor, each: int, count: int) -> None:
         )
 
 
-def ready_features(
+def preconditioned_features(
     shapes: Mapping[str, torch.Size], count: int, sample: Tensor
 ) -> Callable[[int], Callable[[Any], Gradients]]:
     """For each checkpoint what takes its part of ``[m, C * P]`` as gradients."""
