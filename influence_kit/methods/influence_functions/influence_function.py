@@ -34,15 +34,15 @@ from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.data_fingerprint import data_fingerprint
 from influence_kit.methods.example_batches import TRAIN, BatchSize
 from influence_kit.methods.fit_cache import FitCache
-from influence_kit.methods.influence_functions.fitted_inverse import FittedInverse
-from influence_kit.methods.influence_functions.perturbation import Perturbation, Perturbed
-from influence_kit.methods.influence_functions.plain_check import (
+from influence_kit.methods.influence_functions.damping_check import (
     LEAST_OF_LAYERS,
     LEAST_OF_WHOLE,
+    DampingCheck,
     Figures,
-    PlainCheck,
     advice,
 )
+from influence_kit.methods.influence_functions.fitted_inverse import FittedInverse
+from influence_kit.methods.influence_functions.perturbation import Perturbation, Perturbed
 from influence_kit.methods.influence_functions.preconditioned_gradients import (
     check_preconditioned,
     preconditioned_features,
@@ -485,7 +485,7 @@ class InfluenceFunction(InnerProductInfluence):
             or not (self._warns_of_damping and is_first_rank())
         ):
             return None
-        return PlainCheck(self._examples.train_count, self._tell)
+        return DampingCheck(self._examples.train_count, self._tell)
 
     def _tell(self, figures: Figures | None) -> None:
         """Warn of the damping where its scores look poor."""

@@ -105,7 +105,7 @@ def _spread(products: Tensor, few: int) -> Tensor:
     return products[:, :few].mean(1) - products[:, -few:].mean(1)
 
 
-class PlainCheck:
+class DampingCheck:
     """Takes plain products of a sample beside a pass's scores, of gradients that are there.
 
     Args:
