@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from influence_kit.core.arguments import check_number
 from influence_kit.core.distributed import is_first_rank
-from influence_kit.curvature.alignment import misfit
 from influence_kit.curvature.damping import EVIDENCE, LEARNING_RATES, MEAN, TRACE, DampingArgument
 from influence_kit.curvature.evidence import evidence_damping
 from influence_kit.curvature.fit_data import FitData
@@ -34,6 +33,7 @@ from influence_kit.curvature.inverse_curvature import (
 from influence_kit.curvature.kronecker_fit import OBSERVATIONS, KroneckerFit, is_swapped
 from influence_kit.curvature.kronecker_inverse import KroneckerInverse
 from influence_kit.curvature.layer_forms import named
+from influence_kit.curvature.misfit import misfit
 from influence_kit.curvature.observations import Observations, curvature_factor
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.feature_map import FeatureMap
