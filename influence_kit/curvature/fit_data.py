@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from influence_kit.curvature.drawn_labels import ModelLabels
+from influence_kit.curvature.model_labels import ModelLabels
 from influence_kit.curvature.observed_gradients import ObservedGradients
 from influence_kit.curvature.passes import DataSet, Features, Memory, Remembered
 from influence_kit.data.batches import Batch

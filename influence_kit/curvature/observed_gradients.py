@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from influence_kit.core.memory import rows_within, workspace_bytes
-from influence_kit.curvature.drawn_labels import ModelLabels
+from influence_kit.curvature.model_labels import ModelLabels
 from influence_kit.curvature.observations import LabelFacts, Tally
 from influence_kit.curvature.passes import Features
 from influence_kit.data.batches import Batch, take

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from influence_kit.curvature.drawn_labels import ModelLabels
+from influence_kit.curvature.model_labels import ModelLabels
 from influence_kit.curvature.observations import LabelFacts, Tally
 from influence_kit.data.class_labels import with_logits
 from influence_kit.gradients.forms import Dense

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import influence_kit
-from influence_kit.curvature.drawn_labels import uniform
 from influence_kit.curvature.fit_data import OTHER_DRAW
 from influence_kit.curvature.kronecker_fit import OBSERVATIONS, KroneckerFit
+from influence_kit.curvature.model_labels import uniform
 from influence_kit.errors import InvalidArgumentError
 
 METHODS = ["KFACInfluenceFunction", "EKFACInfluenceFunction"]
