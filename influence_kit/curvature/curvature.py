@@ -4,7 +4,7 @@ C = 1/n sum_j C_j, C_j of example j: its loss's Hessian, its Gauss-Newton matrix
 outer product of its gradient. Sums run over examples, so that neither the batch size nor a short
 last batch matters.
 
-Letters: n examples, k vectors, P elements of all blocks, B blocks.
+Shapes: n examples, k vectors, P elements of all blocks, B blocks.
 """
 
 from abc import abstractmethod
@@ -55,13 +55,13 @@ class Curvature(Operator):
         self.partition = partition
 
     @abstractmethod
-    def batch_product(self, places: Tensor, batch: Batch, vectors: Tensor) -> Tensor:
+    def batch_product(self, indices: Tensor, batch: Batch, vectors: Tensor) -> Tensor:
         """The sum over a batch's examples of C_j times each vector, ``[k, P]``."""
 
     def product(self, vectors: Tensor) -> Tensor:
         total = torch.zeros_like(vectors)
-        for places, batch in self.data:
-            total += self.batch_product(places, batch, vectors)
+        for indices, batch in self.data:
+            total += self.batch_product(indices, batch, vectors)
         return refuse_non_finite(total) / self.data.count
 
     @property
@@ -114,8 +114,8 @@ class LossCurvature(Curvature):
     ) -> dict[str, Tensor]:
         """The sum over a batch of C_j restricted to the named parameters, times each vector."""
 
-    def batch_product(self, places: Tensor, batch: Batch, vectors: Tensor) -> Tensor:
-        self.source.prepare(batch, self.loss, int(places[0]))
+    def batch_product(self, indices: Tensor, batch: Batch, vectors: Tensor) -> Tensor:
+        self.source.prepare(batch, self.loss, int(indices[0]))
         # the activations of every example are held once a vector, and each vector's own numbers
         self._kept = self._kept or kept_bytes(self.model, batch)
         budget = 8 * workspace_bytes(self.sample.device)

@@ -7,7 +7,7 @@ pairs share: the singular vectors of W weighted by the typical size of what it m
 is estimated over all pairs of every training batch, and where it is above ``rtol`` the exact
 product is taken.
 
-Letters: m test and n training examples, s and t their positions, g groups, o outputs and i inputs
+Shapes: m test examples, n training examples, s and t their positions, g groups, o outputs and i inputs
 (with the bias) of a layer, r outer products.
 """
 

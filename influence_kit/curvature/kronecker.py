@@ -14,7 +14,7 @@ A side longer than ``LARGEST_SIDE`` of ``factor_sums`` has the diagonal of its f
 eigenvectors are the unit vectors. Parameters without such a form have the mean of their squared
 gradients.
 
-Letters: n examples, t positions, g groups, o outputs and i inputs (with the bias) of a group, v
+Shapes: n examples, t positions, g groups, o outputs and i inputs (with the bias) of a group, v
 rows and e entries of an embedding.
 """
 
@@ -55,7 +55,7 @@ class Measured(ABC):
         """Take a batch into the grid of EK-FAC, or into the diagonal."""
 
     @abstractmethod
-    def facts(self, n: int, corrected: bool) -> dict[str, Tensor]:
+    def state(self, n: int, corrected: bool) -> dict[str, Tensor]:
         """Bases, their eigenvalues, and the grid: of EK-FAC if ``corrected``, else of K-FAC."""
 
 
@@ -156,7 +156,7 @@ class MeasuredMatrix(Measured):
         for part in rotated(self.layer, self.left, self.right, gradients.forms):
             self.squares += part.square().sum(0)
 
-    def facts(self, n: int, corrected: bool) -> dict[str, Tensor]:
+    def state(self, n: int, corrected: bool) -> dict[str, Tensor]:
         if corrected:
             grid = sum_over_ranks(self.squares) / n
         else:
@@ -215,7 +215,7 @@ class MeasuredTable(Measured):
             squares = turned(form.values, self.right).square().double()
             self.squares.index_add_(0, form.ids, squares)
 
-    def facts(self, n: int, corrected: bool) -> dict[str, Tensor]:
+    def state(self, n: int, corrected: bool) -> dict[str, Tensor]:
         if corrected:
             grid = sum_over_ranks(self.squares) / n
         else:

@@ -72,7 +72,7 @@ class KroneckerFit:
         state = {OBSERVATIONS: tally.result(data.sample)}
         for block, names in data.partition.blocks.items():
             for piece in pieces[block]:
-                found = measured[block][piece.key].facts(data.count, self.corrected)
+                found = measured[block][piece.key].state(data.count, self.corrected)
                 found["members"] = torch.tensor([names.index(name) for name in piece.names])
                 found["squared_weights"] = self._squared_weights(piece.names)
                 state.update({f"{piece.key}.{name}": value for name, value in found.items()})

@@ -1,6 +1,6 @@
 """The gradient of a linear layer or convolution, with its bias, as one matrix an example.
 
-Letters: n examples, t positions, g groups, o outputs and i inputs (with the bias) of a group.
+Shapes: n examples, t positions, g groups, o outputs and i inputs (with the bias) of a group.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class MatrixLayer:
     Args:
         weight: name of its weight.
         bias: name of its bias, None where it has none that counts.
-        groups: the letter g.
+        groups: g.
         transposed: whether the weight is stored as (inputs, outputs).
-        outputs: the letter o.
-        inputs: the letter i, with the bias.
+        outputs: o.
+        inputs: i, with the bias.
     """
 
     weight: str
@@ -44,15 +44,15 @@ class MatrixLayer:
     inputs: int
 
     @staticmethod
-    def of(names: Sequence[str], facts: Mapping[str, Tensor]) -> MatrixLayer:
-        """The layer of these parameters, weight first, of which ``facts`` are known."""
+    def of(names: Sequence[str], state: Mapping[str, Tensor]) -> MatrixLayer:
+        """The layer of these parameters, weight first, of which ``state`` are known."""
         return MatrixLayer(
             names[0],
             names[1] if len(names) > 1 else None,
-            int(facts["groups"]),
-            bool(facts["transposed"]),
-            facts["left_values"].shape[-1],
-            facts["right_values"].shape[-1],
+            int(state["groups"]),
+            bool(state["transposed"]),
+            state["left_values"].shape[-1],
+            state["right_values"].shape[-1],
         )
 
     def factors(self, forms: Forms) -> tuple[Tensor, Tensor] | None:

@@ -33,7 +33,7 @@ class MeasuredDiagonal(Measured):
         if form is not None:
             self.squares += square_sums(form)
 
-    def facts(self, n: int, corrected: bool) -> dict[str, Tensor]:
+    def state(self, n: int, corrected: bool) -> dict[str, Tensor]:
         return {"grid": refuse_non_finite(sum_over_ranks(self.squares) / n)}
 
 

@@ -70,9 +70,9 @@ def _products(parts: Sequence[Gradients]) -> Tensor:
         turned = [form.weighted for _, form in forms if isinstance(form, Preconditioned)]
         if len(turned) == len(forms):
             rows = torch.cat(turned).flatten(1)
-            places = torch.cat([torch.arange(own.start, own.stop) for own, _ in forms])
-            places = places.to(total.device)
-            total[places[:, None], places] += rows @ rows.T
+            indices = torch.cat([torch.arange(own.start, own.stop) for own, _ in forms])
+            indices = indices.to(total.device)
+            total[indices[:, None], indices] += rows @ rows.T
             continue
         for test, one in forms:
             for train, other in forms:

@@ -22,7 +22,7 @@ from influence_kit.curvature.likelihoods import (
     factors_of,
     rounding_of,
 )
-from influence_kit.curvature.observations import LabelFacts
+from influence_kit.curvature.observations import LabelStatistics
 from influence_kit.curvature.passes import refuse_non_finite
 from influence_kit.data.batches import Batch, call_model, with_item
 from influence_kit.data.class_labels import label_key, labels_of, logits_of, with_logits
@@ -30,13 +30,13 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.losses.loss import Loss
 
 
-def uniform(seed: int, places: Tensor, each: int) -> Tensor:
-    """Numbers in (0, 1) for the examples at some places, float64 ``[n, each]``.
+def uniform(seed: int, indices: Tensor, each: int) -> Tensor:
+    """Numbers in (0, 1) for the examples at some indices, float64 ``[n, each]``.
 
     A hash (splitmix64) of seed, place and position: the same for any batch size, on any device.
     """
-    state = places[:, None] * (1 << 32) + torch.arange(each, device=places.device)
-    state = state + torch.tensor(seed, device=places.device) * _signed(0xD1B54A32D192ED03)
+    state = indices[:, None] * (1 << 32) + torch.arange(each, device=indices.device)
+    state = state + torch.tensor(seed, device=indices.device) * _signed(0xD1B54A32D192ED03)
     state = (state + 1) * _signed(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
         state = (state ^ ((state >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
@@ -63,30 +63,30 @@ class ModelLabels:
     seed: int
     likelihood: Likelihood | None = None
 
-    def __call__(self, places: Tensor, batch: Batch) -> Batch:
-        """The batch of the examples at some places ``[n]``, with other labels."""
-        _, logits, labels, likelihood = self._known(places, batch)
-        u = self._uniform(labels, places, self.seed)
+    def __call__(self, indices: Tensor, batch: Batch) -> Batch:
+        """The batch of the examples at some indices ``[n]``, with other labels."""
+        _, logits, labels, likelihood = self._known(indices, batch)
+        u = self._uniform(labels, indices, self.seed)
         return self._with_labels(batch, likelihood.draw(logits, labels, u))
 
-    def drawn(self, places: Tensor, batch: Batch) -> tuple[Batch, LabelFacts]:
+    def drawn(self, indices: Tensor, batch: Batch) -> tuple[Batch, LabelStatistics]:
         """The same, and what the labels say of the number of observations."""
-        outputs, logits, labels, likelihood = self._known(places, batch)
-        u = self._uniform(labels, places, self.seed)
+        outputs, logits, labels, likelihood = self._known(indices, batch)
+        u = self._uniform(labels, indices, self.seed)
         drawn = self._with_labels(batch, likelihood.draw(logits, labels, u))
-        return drawn, self._facts(likelihood, outputs, drawn, labels)
+        return drawn, self._statistics(likelihood, outputs, drawn, labels)
 
-    def given(self, places: Tensor, batch: Batch) -> LabelFacts | None:
+    def given(self, indices: Tensor, batch: Batch) -> LabelStatistics | None:
         """What the labels of the data say; None where the loss is no known likelihood."""
         try:
-            outputs, _, labels, likelihood = self._known(places, batch)
+            outputs, _, labels, likelihood = self._known(indices, batch)
         except InvalidArgumentError:
             return None
-        facts = self._facts(likelihood, outputs, batch, labels)
+        statistics = self._statistics(likelihood, outputs, batch, labels)
         # their gradients stand for no others
-        return replace(facts, weights=torch.ones_like(facts.weights))
+        return replace(statistics, weights=torch.ones_like(statistics.weights))
 
-    def _known(self, places: Tensor, batch: Batch) -> tuple[Any, Tensor, Tensor, Likelihood]:
+    def _known(self, indices: Tensor, batch: Batch) -> tuple[Any, Tensor, Tensor, Likelihood]:
         """The model's outputs, the logits in them, the labels of the data, the likelihood."""
         with torch.no_grad():
             outputs = call_model(self.model, batch)
@@ -95,13 +95,13 @@ class ModelLabels:
         refuse_non_finite(logits.nan_to_num(nan=torch.nan, posinf=0.0, neginf=0.0))
         if self.likelihood is None:
             likelihood = self._likelihood(logits, labels)
-            self._check(likelihood, outputs, batch, len(places))
+            self._check(likelihood, outputs, batch, len(indices))
             self.likelihood = likelihood
         return outputs, logits, labels, self.likelihood
 
-    def _facts(
+    def _statistics(
         self, likelihood: Likelihood, outputs: Any, batch: Batch, of_data: Tensor
-    ) -> LabelFacts:
+    ) -> LabelStatistics:
         """Of the labels in the batch; ``of_data`` are those of the data."""
         logits, labels = logits_of(outputs), labels_of(batch)
         n = len(labels)
@@ -114,7 +114,7 @@ class ModelLabels:
         residuals = None
         if isinstance(likelihood, Normal):
             residuals = likelihood.precision * (logits - of_data).double().square().sum()
-        return LabelFacts(
+        return LabelStatistics(
             labels=(factors > 0).sum(),
             squares=squares.sum(),
             residuals=residuals,
@@ -132,8 +132,8 @@ class ModelLabels:
             found = torch.autograd.grad(total, logits, materialize_grads=True)[0]
         return found
 
-    def _uniform(self, labels: Tensor, places: Tensor, seed: int) -> Tensor:
-        return uniform(seed, places, labels.numel() // len(places)).view(labels.shape)
+    def _uniform(self, labels: Tensor, indices: Tensor, seed: int) -> Tensor:
+        return uniform(seed, indices, labels.numel() // len(indices)).view(labels.shape)
 
     def _found(self, look: Callable[[Any], Tensor], where: Any) -> Tensor:
         """What ``look`` finds; its error with what it means for the Fisher matrix."""

@@ -20,7 +20,7 @@ from influence_kit.gradients.per_example import Gradients
 
 
 @dataclass(frozen=True)
-class LabelFacts:
+class LabelStatistics:
     """What the labels of a batch say.
 
     Args:
@@ -54,23 +54,23 @@ class Observations:
     values: float = math.inf
 
     @staticmethod
-    def of(facts: Tensor, n: int) -> Observations:
+    def of(totals: Tensor, n: int) -> Observations:
         """Of ``n`` training examples, given what ``Tally.result`` found."""
-        count, values, excess = facts.tolist()
+        count, values, excess = totals.tolist()
         return Observations(n * count * excess, n * values)
 
 
-def curvature_factor(facts: Tensor, of_data: bool) -> float:
+def curvature_factor(totals: Tensor, of_data: bool) -> float:
     """The curvature of the mean loss, over the mean of the outer products of its gradients.
 
     T times the excess for a mean over T tokens; for outer products at the labels of the data,
     which are taken for as likely as the model has them, without the excess.
 
     Args:
-        facts: what ``Tally.result`` found.
+        totals: what ``Tally.result`` found.
         of_data: whether gradients were taken at the labels of the data.
     """
-    count, values, excess = facts.tolist()
+    count, values, excess = totals.tolist()
     # labels drawn with the variance at which the loss is -log likelihood are in its units
     return float(excess * (math.sqrt(count) if math.isinf(values) or of_data else 1.0))
 
@@ -98,29 +98,29 @@ class Tally:
         self.of_data = of_data
         self._parts: dict[int, Tensor] = {}
 
-    def add(self, place: int, facts: LabelFacts | None, gradients: Gradients) -> None:
-        """Take the batch whose first example stands at ``place``.
+    def add(self, start: int, statistics: LabelStatistics | None, gradients: Gradients) -> None:
+        """Take the batch whose first example stands at ``start``.
 
         A label that the model thinks unlikely is drawn rarely, and its gradient is large: of a
         confident model a few draws have nearly all of the curvature, or none came. Each example's
         squared gradient times its weight is what it would be on average over labels.
 
         Args:
-            place: index of the first example.
-            facts: of the labels; None where the loss is no known likelihood.
+            start: index of the first example.
+            statistics: of the labels; None where the loss is no known likelihood.
             gradients: of the examples.
         """
         squares = gradients.squared_norms().double()
         own: dict[str, Tensor | float] = dict.fromkeys(SUMS, 0.0)
         own["examples"] = gradients.n
-        if facts is None:
+        if statistics is None:
             own["unknown"] = 1.0
         else:
-            own |= {"labels": facts.labels, "squares": facts.squares}
-            own |= {"seen": squares.sum(), "expected": squares @ facts.weights}
-            if facts.residuals is not None:
-                own |= {"residuals": facts.residuals, "with_variance": 1.0}
-        self._parts[place] = torch.stack(
+            own |= {"labels": statistics.labels, "squares": statistics.squares}
+            own |= {"seen": squares.sum(), "expected": squares @ statistics.weights}
+            if statistics.residuals is not None:
+                own |= {"residuals": statistics.residuals, "with_variance": 1.0}
+        self._parts[start] = torch.stack(
             [
                 torch.as_tensor(own[name], dtype=torch.float64, device=squares.device)
                 for name in SUMS
@@ -134,8 +134,8 @@ class Tally:
         Where the loss is no known likelihood, an example is an observation.
         """
         total = sample.new_zeros(len(SUMS), dtype=torch.float64)
-        for place, own in self._parts.items():
-            if place or is_first_rank():  # all ranks look at the first batch
+        for start, own in self._parts.items():
+            if start or is_first_rank():  # all ranks look at the first batch
                 total += own
         of = dict(zip(SUMS, sum_over_ranks(total).tolist(), strict=True))
         if of["unknown"]:

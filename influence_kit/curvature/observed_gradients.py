@@ -13,7 +13,7 @@ from torch import Tensor
 
 from influence_kit.core.memory import rows_within, workspace_bytes
 from influence_kit.curvature.model_labels import ModelLabels
-from influence_kit.curvature.observations import LabelFacts, Tally
+from influence_kit.curvature.observations import LabelStatistics, Tally
 from influence_kit.curvature.passes import Features
 from influence_kit.data.batches import Batch, take
 from influence_kit.gradients.per_example import Gradients
@@ -35,20 +35,20 @@ class ObservedGradients:
     labels: ModelLabels
     at_data: bool
 
-    def __call__(self, places: Tensor, batch: Batch) -> tuple[Gradients, LabelFacts | None]:
-        """Of examples at indices ``[n]``; no facts where the loss is no known likelihood."""
-        self.prepare(places, batch)
+    def __call__(self, indices: Tensor, batch: Batch) -> tuple[Gradients, LabelStatistics | None]:
+        """Of examples at indices ``[n]``; no statistics where the loss is no known likelihood."""
+        self.prepare(indices, batch)
         if self.at_data:
-            return self.features(places, batch), self.labels.given(places, batch)
-        drawn, facts = self.labels.drawn(places, batch)
-        return self.features(places, drawn), facts
+            return self.features(indices, batch), self.labels.given(indices, batch)
+        drawn, statistics = self.labels.drawn(indices, batch)
+        return self.features(indices, drawn), statistics
 
     def tallied(self, tally: Tally) -> Features:
         """The gradients alone; ``tally`` takes note of the labels."""
 
-        def features(places: Tensor, batch: Batch) -> Gradients:
-            gradients, facts = self(places, batch)
-            tally.add(int(places[0]), facts, gradients)
+        def features(indices: Tensor, batch: Batch) -> Gradients:
+            gradients, statistics = self(indices, batch)
+            tally.add(int(indices[0]), statistics, gradients)
             return gradients
 
         return features
@@ -57,13 +57,13 @@ class ObservedGradients:
         """Gradients that stand for what they are on average over labels, a few at a time.
 
         Args:
-            batches: with the places of their examples.
+            batches: with the indices of their examples.
             size: how many entries a gradient has.
         """
-        for places, batch in batches:
-            rows = rows_within(4 * workspace_bytes(places.device), 8 * size)
-            for some in torch.arange(len(places), device=places.device).split(rows):
-                gradients, facts = self(places[some], take(batch, some))
-                if facts is not None:
-                    gradients = gradients.scaled(facts.weights.sqrt().to(gradients.sample))
+        for indices, batch in batches:
+            rows = rows_within(4 * workspace_bytes(indices.device), 8 * size)
+            for some in torch.arange(len(indices), device=indices.device).split(rows):
+                gradients, statistics = self(indices[some], take(batch, some))
+                if statistics is not None:
+                    gradients = gradients.scaled(statistics.weights.sqrt().to(gradients.sample))
                 yield gradients

@@ -1,6 +1,6 @@
 """The mean over a data set of outer products of gradients: the Fisher matrix, empirical or not.
 
-Letters: n examples, k vectors, P elements of all blocks.
+Shapes: n examples, k vectors, P elements of all blocks.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class OuterProducts(Curvature):
     The Fisher for gradients at labels drawn from the model.
 
     Args:
-        features: gradients g of a batch, given the places of its examples.
+        features: gradients g of a batch, given the indices of its examples.
         data, partition, sample: as in ``Curvature``.
     """
 
@@ -33,8 +33,8 @@ class OuterProducts(Curvature):
         super().__init__(data, partition, sample)
         self.features = features
 
-    def batch_product(self, places: Tensor, batch: Batch, vectors: Tensor) -> Tensor:
-        gradients = self.features(places, batch)
+    def batch_product(self, indices: Tensor, batch: Batch, vectors: Tensor) -> Tensor:
+        gradients = self.features(indices, batch)
         tests = self.partition.gradients(vectors, gradients)
         columns: list[Tensor] = []
         for names in self.partition.blocks.values():
@@ -67,10 +67,10 @@ class OuterProducts(Curvature):
 
     def _gathered(self, gathered: "Sequence[_Kept | _Summed]") -> list[Block]:
         """The blocks, in one pass over the data."""
-        for places, batch in self.data.of_this_rank():
-            rows = self.partition.flat(self.features(places, batch)).split(self.sizes, dim=1)
+        for indices, batch in self.data.of_this_rank():
+            rows = self.partition.flat(self.features(indices, batch)).split(self.sizes, dim=1)
             for one, own in zip(gathered, rows, strict=True):
-                one.add(places, own)
+                one.add(indices, own)
         blocks = [one.block(self.data.count) for one in gathered]
         for block in blocks:
             refuse_non_finite(block.core)
@@ -78,8 +78,8 @@ class OuterProducts(Curvature):
 
     def diagonal(self, seed: int = 0) -> Tensor:
         total = self.sample.new_zeros(self.size, dtype=torch.float64)
-        for places, batch in self.data.of_this_rank():
-            total += self.partition.flat(self.features(places, batch)).square().sum(0)
+        for indices, batch in self.data.of_this_rank():
+            total += self.partition.flat(self.features(indices, batch)).square().sum(0)
         return refuse_non_finite(sum_over_ranks(total)) / self.data.count
 
 
@@ -89,7 +89,7 @@ class _Summed:
     def __init__(self, size: int, sample: Tensor) -> None:
         self.total = sample.new_zeros(size, size, dtype=torch.float64)
 
-    def add(self, places: Tensor, rows: Tensor) -> None:
+    def add(self, indices: Tensor, rows: Tensor) -> None:
         exact = rows.double()
         self.total.addmm_(exact.T, exact)
 
@@ -104,13 +104,13 @@ class _Kept:
         self.size, self.sample = size, sample
         self.parts: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, places: Tensor, rows: Tensor) -> None:
+    def add(self, indices: Tensor, rows: Tensor) -> None:
         # not a view of the rows of all blocks
-        self.parts.append((places, rows.clone()))
+        self.parts.append((indices, rows.clone()))
 
     def block(self, n: int) -> Block:
         rows = self.sample.new_zeros(n, self.size)
-        for places, own in self.parts:
-            rows[places] = own
+        for indices, own in self.parts:
+            rows[indices] = own
         self.parts.clear()
         return Block.of_rows(sum_over_ranks(rows))

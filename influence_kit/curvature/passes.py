@@ -1,4 +1,4 @@
-"""Passes over a data set: batches with their places, gradients kept from one to the next."""
+"""Passes over a data set: batches with their indices, gradients kept from one to the next."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -27,16 +27,16 @@ class Spread:
         self.most, self._every = most, 1
         self.taken: list[tuple[Tensor, Batch]] = []
 
-    def add(self, places: Tensor, batch: Batch) -> None:
+    def add(self, indices: Tensor, batch: Batch) -> None:
         """Take those of a batch."""
-        self.taken += self._some(places, batch)
+        self.taken += self._some(indices, batch)
         while sum(len(own) for own, _ in self.taken) > 2 * self.most:
             self._every *= 2
             self.taken = [part for own in self.taken for part in self._some(*own)]
 
-    def _some(self, places: Tensor, batch: Batch) -> list[tuple[Tensor, Batch]]:
-        rows = (places % self._every == 0).nonzero()[:, 0]
-        return [(places[rows], take(batch, rows))] if len(rows) else []
+    def _some(self, indices: Tensor, batch: Batch) -> list[tuple[Tensor, Batch]]:
+        rows = (indices % self._every == 0).nonzero()[:, 0]
+        return [(indices[rows], take(batch, rows))] if len(rows) else []
 
 
 @dataclass
@@ -60,15 +60,15 @@ class DataSet:
     _spread: Spread | None = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Batch]]:
-        """Each batch, with the places of its examples ``[n]``."""
+        """Each batch, with the indices of its examples ``[n]``."""
         start, spread = 0, Spread(self.some) if self._spread is None else None
         for batch in self.batches:
             n = example_count(batch)
-            places = torch.arange(start, start + n, device=self.device)
+            indices = torch.arange(start, start + n, device=self.device)
             moved = to_device(batch, self.device)
             if spread is not None:
-                spread.add(places, moved)
-            yield places, moved
+                spread.add(indices, moved)
+            yield indices, moved
             start += n
         if start == 0:
             raise InvalidArgumentError(f"there are no examples: {self.name} is empty")
@@ -91,7 +91,7 @@ class DataSet:
 
     @property
     def sample(self) -> list[tuple[Tensor, Batch]]:
-        """Batches of examples from all over the data, with their places; likewise."""
+        """Batches of examples from all over the data, with their indices; likewise."""
         self._pass_once()
         assert self._spread is not None
         return self._spread.taken
@@ -139,21 +139,21 @@ class Remembered:
     """Features that are computed once for several passes over the same data.
 
     Args:
-        features: gradients of a batch, given the places of its examples.
+        features: gradients of a batch, given the indices of its examples.
         memory: where they are kept.
     """
 
     features: Features
     memory: Memory
 
-    def __call__(self, places: Tensor, batch: Batch) -> Gradients:
+    def __call__(self, indices: Tensor, batch: Batch) -> Gradients:
         """The features of a batch; kept where its examples stand one after the other."""
-        kept = self.memory.of(self, places.device)
-        ends = int(places[0]), int(places[-1])
-        if not bool((places.diff() == 1).all()):  # a sample, which will not come again
-            return self.features(places, batch)
+        kept = self.memory.of(self, indices.device)
+        ends = int(indices[0]), int(indices[-1])
+        if not bool((indices.diff() == 1).all()):  # a sample, which will not come again
+            return self.features(indices, batch)
         if ends not in kept:
-            gradients = self.features(places, batch)
+            gradients = self.features(indices, batch)
             if gradients.nbytes > self.memory.left:
                 return gradients
             self.memory.left -= gradients.nbytes

@@ -86,7 +86,7 @@ class LiSSA(OperatorInverse):
         if isinstance(examples, IterableDataset) or batches is None:
             raise InvalidArgumentError(
                 f"no examples can be drawn from a {type(loader.batches).__name__} without a data "
-                "set that has places; use `hessian_batch_size=None`, which takes all of them each "
+                "set that has indices; use `hessian_batch_size=None`, which takes all of them each "
                 "time"
             )
         collate = getattr(loader, "collate_fn", default_collate)

@@ -1,6 +1,6 @@
 """What an example is inside a model: the outputs of layers, in one forward pass.
 
-Letters: n examples of a batch, d features of an example.
+Shapes: n examples of a batch, d features of an example.
 """
 
 from collections.abc import Mapping, Sequence

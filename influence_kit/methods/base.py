@@ -1,6 +1,6 @@
 """What every method is given, and the question that every method answers.
 
-Letters: m test and n training examples, k examples asked for.
+Shapes: m test examples, n training examples, k examples asked for.
 """
 
 from abc import abstractmethod

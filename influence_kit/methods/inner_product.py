@@ -1,6 +1,6 @@
 """Methods whose scores are inner products, over a list of terms.
 
-Letters: m test and n training examples, P chosen parameters, C checkpoints.
+Shapes: m test examples, n training examples, P chosen parameters, C checkpoints.
 """
 
 from abc import abstractmethod

@@ -272,7 +272,7 @@ def test_blocks_of_test_examples_do_not_matter(
 
     expected = result()
     for rows in (1, 4):
-        size = rows * 30 * knn_shapley.BYTES_A_PAIR // 4
+        size = rows * 30 * knn_shapley.BYTES_PER_PAIR // 4
         monkeypatch.setattr(knn_shapley, "workspace_bytes", lambda device, size=size: size)
         assert_close(result(), expected, ROUNDING)
 

@@ -5,7 +5,7 @@ lr / B * g_j away. Later steps carry a difference on, each by A = (1 - lr * weig
 with H the empirical Fisher matrix (1 / B) sum g_i g_i^T of the step's own examples. Going
 backwards, the product of all later A is at hand at every step.
 
-Letters: n training examples, P parameters, B examples of a step.
+Shapes: n training examples, P parameters, B examples of a step.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -44,8 +44,8 @@ def backward_pass(
         if not torch.isfinite(visits.sum()):
             _refuse_non_finite(number, step, gradients)
         if counted[number]:
-            places = torch.tensor(step.indices, device=embeddings.device)
-            embeddings.index_add_(0, places, visits)
+            indices = torch.tensor(step.indices, device=embeddings.device)
+            embeddings.index_add_(0, indices, visits)
         onward.addmm_(visits.T, gradients, beta=1 - step.lr * step.weight_decay, alpha=-1)
         tick()
     return embeddings
@@ -65,8 +65,8 @@ def check_memory(n: int, size: int, steps: Sequence[Step], sample: Tensor) -> No
     """Refuse what does not fit: the product of steps, the embeddings, a step's gradients.
 
     Args:
-        n: the letter n.
-        size: the letter P.
+        n: n.
+        size: P.
         steps: the steps.
         sample: a tensor with the dtype and device of the gradients.
     """

@@ -1,6 +1,6 @@
 """Data value embeddings, which follow a training run step by step: arXiv 2412.09538.
 
-Letters: m test and n training examples, P chosen parameters, B examples of a step.
+Shapes: m test examples, n training examples, P chosen parameters, B examples of a step.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ from influence_kit.methods.caches import Cache
 from influence_kit.methods.data_fingerprint import data_fingerprint
 from influence_kit.methods.dvemb.backward_pass import backward_pass, check_epochs, check_memory
 from influence_kit.methods.dvemb.embedding_term import EmbeddingTerm, index_batches
-from influence_kit.methods.dvemb.examples_by_index import ExamplesByIndex, count_by_place
+from influence_kit.methods.dvemb.examples_by_index import ExamplesByIndex, count_by_index
 from influence_kit.methods.dvemb.step_gradients import StepGradients
 from influence_kit.methods.example_batches import BatchSize
 from influence_kit.methods.inner_product import InnerProductInfluence
@@ -85,7 +85,7 @@ class DVEmb(InnerProductInfluence):
         projection_dim: entries of each layer's gradient, or a pair, as in ``LoGra``: Gaussian, the
             same at every step; None projects nothing.
         seed: of the projection.
-        train_dataset: a ``Dataset`` with places, or a ``DataLoader`` of one that goes through it in
+        train_dataset: a ``Dataset`` with indices, or a ``DataLoader`` of one that goes through it in
             order.
 
     The other arguments are those of ``InnerProductInfluence``.
@@ -137,7 +137,7 @@ class DVEmb(InnerProductInfluence):
     ) -> None:
         self.projection_dim = None if projection_dim is None else check_dim(projection_dim)
         self.seed = check_seed(seed)
-        self._steps = steps_of(trace, count_by_place(train_dataset))
+        self._steps = steps_of(trace, count_by_index(train_dataset))
         check_epochs(epochs, self._steps)
         self.trace = trace
         self.epochs = epochs
@@ -287,15 +287,15 @@ class DVEmb(InnerProductInfluence):
         return self.test_at(0)(batch)
 
     def _embeddings_of(self, batch: Any) -> Gradients:
-        """The embeddings of the training examples at the places of a batch ``(places [n],)``."""
+        """The embeddings of the training examples at the indices of a batch ``(indices [n],)``."""
         assert self._embedded.rows is not None
         rows = self._embedded.rows[slice(*batch.ends)]
         return from_flat(rows, self._map.shapes, self._sample)
 
     def _own_gradients(self, batch: Any) -> Gradients:
         """The gradients of the same examples, at the weights that are in the model."""
-        (places,) = batch
-        examples = self._by_index(places.tolist())
+        (indices,) = batch
+        examples = self._by_index(indices.tolist())
         return self.train_at(0)(to_device(examples, self.device))
 
     @property

@@ -1,6 +1,6 @@
-"""A training side that is no function of examples, but looked up by their places.
+"""A training side that is no function of examples, but looked up by their indices.
 
-Letters: n training examples.
+Shapes: n training examples.
 """
 
 from collections.abc import Callable, Iterable
@@ -32,4 +32,4 @@ class EmbeddingTerm(Term):
 
 def index_batches(n: int, rows: int) -> Iterable[Batch]:
     """What stands for the batches of n training examples, of at most so many each."""
-    return [Places((places,)) for places in torch.arange(n).split(rows)]
+    return [Places((indices,)) for indices in torch.arange(n).split(rows)]

@@ -1,4 +1,4 @@
-"""The examples of a training set, looked up by their places."""
+"""The examples of a training set, looked up by their indices."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,22 +20,22 @@ class ExamplesByIndex:
         self._loader, self._data, self._collate = loader, loader.dataset, loader.collate_fn
         self.rows: int = loader.batch_size
 
-    def __call__(self, places: Sequence[int]) -> Batch:
-        """A batch of the examples at those places."""
-        batch: Batch = self._loader.marked(self._collate([self._data[place] for place in places]))
+    def __call__(self, indices: Sequence[int]) -> Batch:
+        """A batch of the examples at those indices."""
+        batch: Batch = self._loader.marked(self._collate([self._data[index] for index in indices]))
         return batch
 
 
-def count_by_place(data: Any) -> int:
-    """The number of examples of the argument ``train_dataset``, whose examples have places."""
+def count_by_index(data: Any) -> int:
+    """The number of examples of the argument ``train_dataset``, whose examples have indices."""
     dataset, in_order = data, True
     if isinstance(data, DataLoader):
         dataset = data.dataset
         in_order = isinstance(data.sampler, SequentialSampler) and data.batch_size is not None
-    by_place = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-    if not by_place or isinstance(dataset, IterableDataset) or not in_order:
+    by_index = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if not by_index or isinstance(dataset, IterableDataset) or not in_order:
         raise InvalidArgumentError(
-            "examples are looked up by their places: `train_dataset` must be a Dataset with "
+            "examples are looked up by their indices: `train_dataset` must be a Dataset with "
             "__getitem__ and __len__ (or a DataLoader of one, in order and in batches); got a "
             f"{type(data).__name__}"
         )

@@ -1,6 +1,6 @@
 """The gradients of a training run's steps, each at the weights before it.
 
-Letters: P parameters, B examples of a step.
+Shapes: P parameters, B examples of a step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ class StepGradients:
         model: takes the weights of each step.
         trace: holds them, as "state_dict".
         steps: the same steps, checked.
-        gradients: of the examples at the places of a batch ``(places [b],)``, at the weights that
+        gradients: of the examples at the indices of a batch ``(indices [b],)``, at the weights that
             are in the model.
         rows: the most examples at a time.
     """
@@ -52,4 +52,4 @@ class StepGradients:
             )
         load_into(self.model, partial(load_checkpoint, self.model, state))
         pieces = torch.tensor(self.steps[number].indices).split(self.rows)
-        return torch.cat([self.gradients((places,)).flat() for places in pieces])
+        return torch.cat([self.gradients((indices,)).flat() for indices in pieces])

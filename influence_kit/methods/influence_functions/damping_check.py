@@ -41,7 +41,7 @@ class Figures:
             the plain product, over the same of the plain product's own highest and lowest, ``[q]``.
         opponents: of how many test examples the highest score is that of a training example whose
             plain product is negative.
-        sampled: the letter s.
+        sampled: s.
     """
 
     correlations: Tensor

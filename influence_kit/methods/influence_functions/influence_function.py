@@ -1,6 +1,6 @@
 """Influence functions: test gradients through (C + damping)^-1.
 
-Letters: m test and n training examples, P chosen parameters, C checkpoints (in shapes), B blocks.
+Shapes: m test examples, n training examples, P chosen parameters, C checkpoints (in shapes), B blocks.
 """
 
 import warnings
@@ -322,7 +322,7 @@ class InfluenceFunction(InnerProductInfluence):
         Args:
             inputs: test examples: one batch, a DataLoader, or what
                 ``compute_intermediate_quantities`` returns.
-            train_indices: places of training examples, in any order; all of them where None.
+            train_indices: indices of training examples, in any order; all of them where None.
             k: how many features to return for each test example; None for the whole tensor.
             layer: the layer whose output x_j is, or its name; None for the model's only
                 floating-point input (the targets stay as they are).
@@ -333,7 +333,7 @@ class InfluenceFunction(InnerProductInfluence):
             ``train_indices``. With ``k`` ``MostInfluentialFeatures``, in memory for m * k.
 
         Raises:
-            InvalidArgumentError: for places outside the training set; where not just one input is
+            InvalidArgumentError: for indices outside the training set; where not just one input is
                 floating-point (tokens: name the embedding as ``layer``); for the whole tensor of
                 inputs of different shapes.
             UnknownLayerError: for a layer that the model does not have.
@@ -366,7 +366,7 @@ class InfluenceFunction(InnerProductInfluence):
                 "(`EKFACInfluenceFunction`, `LoGra`)"
             )
         name = None if layer is None else check_layer(self.model, layer)
-        places = check_places(train_indices, self._examples.train_count)
+        indices = check_places(train_indices, self._examples.train_count)
         perturbed = Perturbed(self.model, name)
         with self.session() as loader:
             # what cannot be perturbed is refused before the curvature is measured
@@ -378,10 +378,10 @@ class InfluenceFunction(InnerProductInfluence):
             found = Perturbation(self._source, self._train_loss, perturbed, loader, vectors)
             doing = "compute perturbation influence for training batches"
             with self.progress(doing, self.train_dataloader_len, show_progress) as bar:
-                rows = chosen_rows(self.train_dataloader, places, bar.update)
+                rows = chosen_rows(self.train_dataloader, indices, bar.update)
                 if k is not None:
                     return most_influential(found.blocks(rows), k)
-                return joined(found.blocks(rows), places).to(self._dtype)
+                return joined(found.blocks(rows), indices).to(self._dtype)
 
     # How it is done.
 

@@ -1,6 +1,6 @@
 """The gradient of scores in the training inputs: which features make a training example matter.
 
-Letters: m test and n training examples, v vectors, k features asked for, P chosen parameters, d
+Shapes: m test examples, n training examples, v vectors, k features asked for, P chosen parameters, d
 dimensions of what is perturbed of one example.
 """
 
@@ -175,11 +175,11 @@ def _refuse_half(dtype: torch.dtype) -> None:
         )
 
 
-def _refuse_non_finite(block: Tensor, places: Tensor) -> None:
+def _refuse_non_finite(block: Tensor, indices: Tensor) -> None:
     bad = (~torch.isfinite(block)).nonzero()
     if len(bad):
         row, column = bad[0, :2].tolist()
         raise NonFiniteError(
-            f"the perturbation influence of training example {places[column]} on test example "
+            f"the perturbation influence of training example {indices[column]} on test example "
             f"{row} is NaN or infinite; the second derivatives of the loss there are not finite"
         )

@@ -22,8 +22,8 @@ def check_preconditioned(quantities: Tensor, each: int, count: int) -> None:
 
     Args:
         quantities: the tensor.
-        each: the letter P.
-        count: the letter C.
+        each: P.
+        count: C.
     """
     if quantities.dim() != 2 or quantities.shape[1] != each * count:
         raise InvalidArgumentError(

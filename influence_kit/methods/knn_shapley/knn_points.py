@@ -1,6 +1,6 @@
 """Examples as a nearest-neighbour model sees them, read by all ranks together.
 
-Letters: n examples, d features of an example.
+Shapes: n examples, d features of an example.
 """
 
 from collections.abc import Callable, Iterable
@@ -66,31 +66,31 @@ class Reader:
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         start = 0
         for number, batch in enumerate(batches):
-            places = torch.arange(start, start + example_count(batch), device=self.device)
-            start += len(places)
+            indices = torch.arange(start, start + example_count(batch), device=self.device)
+            start += len(indices)
             # the first batch tells a rank that has none of its own how many features there are
             if is_mine(number) or number == 0:
                 kept = slice(None) if is_mine(number) else slice(0, 0)
                 batch = to_device(batch, self.device)
                 labels = self._labels(batch, kind)
-                _refuse_non_finite(labels[:, None], places, f"the label of {kind} example")
-                features = self._scaled(self.features(batch), places, kind)
-                found.append((features[kept], labels[kept], places[kept]))
+                _refuse_non_finite(labels[:, None], indices, f"the label of {kind} example")
+                features = self._scaled(self.features(batch), indices, kind)
+                found.append((features[kept], labels[kept], indices[kept]))
             tick()
         if not found:
             raise InvalidArgumentError(f"there are no {kind} examples: the loader is empty")
-        features, labels, places = (torch.cat(parts) for parts in zip(*found, strict=True))
-        order = gather_columns(places).argsort()
+        features, labels, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
+        order = gather_columns(indices).argsort()
         return Points(gather_columns(features.T).T[order], gather_columns(labels)[order])
 
-    def _scaled(self, features: Tensor, places: Tensor, kind: str) -> Tensor:
-        _refuse_non_finite(features, places, f"a feature of {kind} example")
+    def _scaled(self, features: Tensor, indices: Tensor, kind: str) -> Tensor:
+        _refuse_non_finite(features, indices, f"a feature of {kind} example")
         if not self.unit:
             return features
         wrong = (features == 0).all(dim=1)
         if wrong.any():
             raise NonFiniteError(
-                f"the features of {kind} example {int(places[wrong][0])} have the norm 0, and so "
+                f"the features of {kind} example {int(indices[wrong][0])} have the norm 0, and so "
                 'no cosine with others; name another `layer`, or use metric="euclidean"'
             )
         return unit_rows(features)
@@ -110,7 +110,7 @@ class Reader:
         )
 
 
-def _refuse_non_finite(rows: Tensor, places: Tensor, what: str) -> None:
+def _refuse_non_finite(rows: Tensor, indices: Tensor, what: str) -> None:
     finite = torch.isfinite(rows).all(dim=1)
     if not finite.all():
-        raise NonFiniteError(f"{what} {int(places[~finite][0])} is NaN or infinite")
+        raise NonFiniteError(f"{what} {int(indices[~finite][0])} is NaN or infinite")

@@ -1,6 +1,6 @@
 """KNN-Shapley: Jia et al. 2019, arXiv 1908.08619.
 
-Letters: m test and n training examples, b test examples at a time, d features of an example, K
+Shapes: m test examples, n training examples, b test examples at a time, d features of an example, K
 neighbours.
 """
 
@@ -41,7 +41,7 @@ from influence_kit.scoring.reducers import AllScores, Reducer, WholeRows
 Metric = Literal["euclidean", "cosine"]
 Utility = Literal["accuracy", "squared_error"]
 # what distances, orders, labels and values of one pair of examples take while a block is made
-BYTES_A_PAIR = 96
+BYTES_PER_PAIR = 96
 
 
 @documented
@@ -206,9 +206,9 @@ class KNNShapley(ExampleInfluence):
     ) -> tuple[list[Points], list[Points]]:
         """Training and test examples at each checkpoint that counts; without test ones the same."""
         every = range(len(self.checkpoints))
-        places: Sequence[int | None] = [None] if self.layer is None else every
+        indices: Sequence[int | None] = [None] if self.layer is None else every
         length = loader_length(train)
-        total = None if length is None else length * len(places)
+        total = None if length is None else length * len(indices)
         features = Features(self.model, self.layer)
         any_number = self.utility == "squared_error"
         read = Reader(features, self.metric == "cosine", any_number, self.device)
@@ -217,9 +217,9 @@ class KNNShapley(ExampleInfluence):
             read.refuse_unfit_labels(test, "test")
         found: tuple[list[Points], list[Points]] = ([], [])
         with self.progress(doing, total, show_progress) as bar:
-            for place in places:
-                if place is not None:
-                    loader.load(place)
+            for index in indices:
+                if index is not None:
+                    loader.load(index)
                 found[0].append(read(train, "training", bar.update))
                 if test is not None:
                     found[1].append(read(test, "test"))
@@ -230,7 +230,7 @@ class KNNShapley(ExampleInfluence):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's test examples, some at a time, with their scores ``[b, n]``, float64."""
         n, mine = train[0].n, _of_this_rank(test[0].n)
-        size = rows_within(4 * workspace_bytes(self.device), BYTES_A_PAIR * n)
+        size = rows_within(4 * workspace_bytes(self.device), BYTES_PER_PAIR * n)
         doing = "value training examples. Processing test example"
         with self.progress(doing, len(mine), show_progress) as bar:
             for rows in mine.split(size):
@@ -270,5 +270,5 @@ def _all_parameters(model: nn.Module, layers: Any, layer: str | None) -> Mapping
 
 
 def _of_this_rank(count: int) -> Tensor:
-    """The places, of so many, that fall to this rank."""
-    return torch.tensor([place for place in range(count) if is_mine(place)], dtype=torch.int64)
+    """The indices, of so many, that fall to this rank."""
+    return torch.tensor([index for index in range(count) if is_mine(index)], dtype=torch.int64)

@@ -1,6 +1,6 @@
 """Shapley values of neighbours in closed form: Jia et al. 2019, arXiv 1908.08619.
 
-Letters: b test and n training examples, K neighbours. Rows are test examples, columns ranks: the
+Shapes: b test and n training examples, K neighbours. Rows are test examples, columns ranks: the
 farthest training example first, of rank n, the nearest last, of rank 1.
 """
 

@@ -32,7 +32,7 @@ class GraSS(InfluenceFunction):
     formed, one batch at a time; ``FactGraSS`` forms only what the mask keeps.
 
     Args:
-        projection_dim: the letter k, of each layer; a layer with fewer entries stays as it is.
+        projection_dim: k, of each layer; a layer with fewer entries stays as it is.
         mask: "random", or "learnt" from the gradients of 64 training examples, spread over the
             training set, at the first checkpoint: the entries that keep their inner products best.
         blow_up: how many times k entries the mask keeps.
@@ -110,7 +110,7 @@ class FactGraSS(InfluenceFunction):
     2505.18976). F, sign, scale and what is kept are as in ``LoGra``.
 
     Args:
-        projection_dim: the letter k, of each layer; a layer with fewer entries stays as it is.
+        projection_dim: k, of each layer; a layer with fewer entries stays as it is.
         blow_up: how many times k products the masks keep.
         seed: of masks and projection; those of a layer depend on its name alone.
 

@@ -1,6 +1,6 @@
 """Examples at the last layer of a model: its input, and the loss as a function of its output.
 
-Letters: n examples, t positions (1 unless an example is a sequence), d features, c outputs.
+Shapes: n examples, t positions (1 unless an example is a sequence), d features, c outputs.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
 """Newton's method for the weights of one linear layer, in float64, to convergence.
 
-Letters: n examples, r rows of features (one an example, or one a position), d features, c outputs.
+Shapes: n examples, r rows of features (one an example, or one a position), d features, c outputs.
 """
 
 import math
@@ -156,7 +156,7 @@ def minimum(objective: Objective, outputs: int, tol: float, max_iter: int) -> Te
 
     Args:
         objective: what to minimise.
-        outputs: the letter c.
+        outputs: c.
         tol: relative norm of the gradient.
         max_iter: the most Newton steps.
 

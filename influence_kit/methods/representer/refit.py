@@ -1,6 +1,6 @@
 """The last layer of a model, fitted anew on the features of its training set.
 
-Letters: n examples, t positions (1 unless an example is a sequence), d features, c outputs.
+Shapes: n examples, t positions (1 unless an example is a sequence), d features, c outputs.
 """
 
 import copy

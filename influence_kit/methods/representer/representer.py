@@ -1,6 +1,6 @@
 """Representer points of the last layer: Yeh et al. 2018, arXiv 1811.09720.
 
-Letters: m test and n training examples, t positions (1 unless an example is a sequence), d features
+Shapes: m test examples, n training examples, t positions (1 unless an example is a sequence), d features
 of the last layer, c outputs.
 """
 
@@ -284,7 +284,7 @@ class RepresenterPointSelection(InnerProductInfluence):
         state = self._fit.states[index]
         return Head(state["weights"], int(state["examples"]))
 
-    def _side(self, place: int, kind: str) -> Side:
+    def _side(self, index: int, kind: str) -> Side:
         name = next(iter(self._parameters))
 
         def one_of_both(sides: Gradients) -> Gradients:
@@ -293,20 +293,20 @@ class RepresenterPointSelection(InnerProductInfluence):
 
         of_output = kind == CHOSEN and self.test_output_fn is not None
         features = self._output_side if of_output else self._both_sides
-        return Side(place, partial(features, place), (one_of_both,))
+        return Side(index, partial(features, index), (one_of_both,))
 
-    def _output_side(self, place: int, batch: Batch) -> Gradients:
+    def _output_side(self, index: int, batch: Batch) -> Gradients:
         """A batch as test examples whose output is of the user's own: (its slopes) f^T."""
-        head, sample = self._head(place), self._sample
+        head, sample = self._head(index), self._sample
         measured = replace(self._refit, loss=self._test_loss, loss_fn=self.test_output_fn)
         seen = measured.seen(batch)
         slopes, shape = -measured.slopes(seen, head), head.weights.shape
         form = Factored(slopes.to(sample), seen.features.to(sample), shape)
         return Gradients(len(slopes), {CHOSEN: form}, {CHOSEN: shape}, sample)
 
-    def _both_sides(self, place: int, batch: Batch) -> Gradients:
+    def _both_sides(self, index: int, batch: Batch) -> Gradients:
         """A batch as training and as test examples: alpha f^T and (chosen output) f^T."""
-        head, sample = self._head(place), self._sample
+        head, sample = self._head(index), self._sample
         seen = self._refit.seen(batch)
         values = self._refit.values(seen, head)
         chosen = chosen_outputs(values, seen.batch, self._train_loss.shift)

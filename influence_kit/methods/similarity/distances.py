@@ -1,6 +1,6 @@
 """Distances and similarities of vectors, pair by pair.
 
-Letters: m test and n training vectors.
+Shapes: m test and n training vectors.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Similarity of activations, with Captum's face: what a layer makes of training and test examples.
 
-Letters: m test and n training (source) examples, b source examples at a time, k examples asked for.
+Shapes: m test and n training (source) examples, b source examples at a time, k examples asked for.
 """
 
 import warnings
@@ -167,9 +167,9 @@ class SimilarityInfluence(DataInfluence, metaclass=Made):
             **kwargs: none; another keyword is an error.
 
         Returns:
-            ``{layer: (places [m, k], values [m, k])}``, the most similar first, of equal ones the
-            first places. Where ``cosine_similarity`` meets zero vectors, with a RuntimeWarning,
-            also ``zero_acts-LAYER``: the pairs ``[pairs, 2]`` of places of such test and source
+            ``{layer: (indices [m, k], values [m, k])}``, the most similar first, of equal ones the
+            first indices. Where ``cosine_similarity`` meets zero vectors, with a RuntimeWarning,
+            also ``zero_acts-LAYER``: the pairs ``[pairs, 2]`` of indices of such test and source
             examples.
 
         Raises:
@@ -218,7 +218,7 @@ class SimilarityInfluence(DataInfluence, metaclass=Made):
     def _most_similar(
         self, layer: str, test: Tensor, saved: SavedActivations, top_k: int
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """The places and values of the most similar, and the pairs with zero vectors."""
+        """The indices and values of the most similar, and the pairs with zero vectors."""
         best = TopK(top_k, proponents=self.similarity_direction == "max")
         pairs = [torch.zeros(0, 2, dtype=torch.int64, device=test.device)]
         for start, chunk in saved.chunks():
@@ -229,10 +229,10 @@ class SimilarityInfluence(DataInfluence, metaclass=Made):
                 if self._is_cosine:
                     pairs.append(zero_pairs(test, part).nonzero() + pairs[0].new_tensor([0, start]))
                 start += len(part)
-        places, values = best.local_result()
+        indices, values = best.local_result()
         # by test example, however the source examples come
         of_tests = torch.cat(pairs)
-        return (places, values), of_tests[of_tests[:, 0].argsort(stable=True)]
+        return (indices, values), of_tests[of_tests[:, 0].argsort(stable=True)]
 
     def _rows(self, test: Tensor, chunk: Tensor) -> int:
         """How many source examples to compare at once: what a user's metric takes is not known."""

@@ -25,8 +25,8 @@ class GradCos(InnerProductInfluence):
 
     def terms(self) -> list[Term]:
         """One term a checkpoint, both sides of unit norm."""
-        places = range(len(self.checkpoints))
+        indices = range(len(self.checkpoints))
         return [
             Term(self.test_at(c, unit_norm), self.train_at(c, unit_norm), weight=1.0)
-            for c in places
+            for c in indices
         ]

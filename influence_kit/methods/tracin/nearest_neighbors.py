@@ -24,7 +24,7 @@ class NearestNeighbors(ABC):
 
 
 class ExactNearestNeighbors(NearestNeighbors):
-    """All dot products, a chunk of the stored vectors at a time; of equal ones the first places.
+    """All dot products, a chunk of the stored vectors at a time; of equal ones the first indices.
 
     Example:
         >>> index = ExactNearestNeighbors()
@@ -87,10 +87,10 @@ class FaissNearestNeighbors(NearestNeighbors):
         if self._index is None:
             raise InvalidArgumentError("there is nothing to search: call setup(data) first")
         k = min(k, self._index.ntotal)
-        scores, places = self._index.search(query.detach().float().cpu().numpy(), k)
-        if (places < 0).any():
+        scores, indices = self._index.search(query.detach().float().cpu().numpy(), k)
+        if (indices < 0).any():
             raise InvalidArgumentError(
                 f"the index '{self._factory}' found fewer than {k} neighbours of a query; search "
                 "more of it (faiss's nprobe), or use `ExactNearestNeighbors`"
             )
-        return torch.from_numpy(places).to(query.device), torch.from_numpy(scores).to(query)
+        return torch.from_numpy(indices).to(query.device), torch.from_numpy(scores).to(query)

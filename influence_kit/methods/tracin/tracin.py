@@ -9,8 +9,8 @@ class TracInCPBase(InnerProductInfluence):
 
     def terms(self) -> list[Term]:
         """One term a checkpoint."""
-        places = range(len(self.checkpoints))
-        return [Term(self.test_at(c), self.train_at(c)) for c in places]
+        indices = range(len(self.checkpoints))
+        return [Term(self.test_at(c), self.train_at(c)) for c in indices]
 
 
 class TracInCP(TracInCPBase):

@@ -125,8 +125,8 @@ class TracInCPFastRandProj(TracInCPFast):
         """One term a checkpoint, projected alike on both sides."""
         layer = self._layer
         projection = Projection({layer.unit.names[0]: layer})
-        places = range(len(self.checkpoints))
-        return [Term(self.test_at(c, projection), self.train_at(c, projection)) for c in places]
+        indices = range(len(self.checkpoints))
+        return [Term(self.test_at(c, projection), self.train_at(c, projection)) for c in indices]
 
     @property
     def _layer(self) -> TwoSided:
@@ -199,8 +199,8 @@ class TracInCPFastRandProj(TracInCPFast):
             chunks = (stored[start : start + step] for start in range(0, len(stored), step))
             return torch.cat([query @ chunk.T for chunk in chunks], dim=1)
         sign = 1 if proponents else -1
-        places, scores = self.nearest_neighbors.get_nearest_neighbors(sign * query, k)
-        return KMostInfluentialResults(places, sign * scores)
+        indices, scores = self.nearest_neighbors.get_nearest_neighbors(sign * query, k)
+        return KMostInfluentialResults(indices, sign * scores)
 
     def self_influence(
         self,

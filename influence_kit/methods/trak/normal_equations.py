@@ -1,6 +1,6 @@
 """What TRAK measures of a training set: Phi^T Phi of its features, and the slopes beside them.
 
-Letters: n training examples, k entries of their features.
+Shapes: n training examples, k entries of their features.
 """
 
 import math
@@ -76,21 +76,21 @@ def normal_equations(
     Args:
         features: the features of a batch, with their slopes.
         data: the training set.
-        k: the letter k.
+        k: k.
 
     Raises:
         NonFiniteError: where they are NaN or infinite.
     """
     gram = torch.zeros(k, k, dtype=torch.float64, device=data.device)
     slopes = []
-    for places, batch in data.of_this_rank():
+    for indices, batch in data.of_this_rank():
         forms = features(batch).forms
         phi = forms[FEATURES].dense()
         gram += phi.T @ phi
-        slopes.append((places, forms[SLOPE].dense()[:, 0].double()))
+        slopes.append((indices, forms[SLOPE].dense()[:, 0].double()))
     of_all = gram.new_zeros(data.count)
-    for places, own in slopes:
-        of_all[places] = own
+    for indices, own in slopes:
+        of_all[indices] = own
     gram, of_all = sum_over_ranks(gram), sum_over_ranks(of_all)
     if not torch.isfinite(gram.sum() + of_all.sum()):
         _refuse_non_finite(features, data)
@@ -122,13 +122,13 @@ def trace_of_features(gram: Tensor, n: int, argument: str) -> Tensor:
 
 def _refuse_non_finite(features: Callable[[Batch], Gradients], data: DataSet) -> NoReturn:
     """An error that names the example, which takes another pass."""
-    for places, batch in data.of_this_rank():
+    for indices, batch in data.of_this_rank():
         found = features(batch).non_finite()
         if found is not None:
             example, kind = found
             what = "features that are" if kind == FEATURES else "a slope that is"
             raise NonFiniteError(
-                f"training example {int(places[example])} has {what} NaN or infinite at checkpoint "
+                f"training example {int(indices[example])} has {what} NaN or infinite at checkpoint "
                 f"{data.checkpoint}; look at that example and at the model's output for it"
             )
     raise NonFiniteError(

@@ -1,6 +1,6 @@
 """TRAK's features: projected gradients of an output function, and how much an example has to say.
 
-Letters: n examples, k entries of their features.
+Shapes: n examples, k entries of their features.
 """
 
 from collections.abc import Mapping, Sequence
