@@ -17,10 +17,10 @@ class MeanInverse:
     """v -> 1/n sum_j (g_j g_j^T + damping)^-1 v, block by block, in one pass for all vectors.
 
     By Sherman and Morrison each inverse is (I - g_j g_j^T / (damping + |g_j|^2)) / damping, so that
-    the pass takes inner products and a weighted sum of the gradients, and stores none.
+    the pass takes inner products and a weighted sum of the gradients, and stores none of them.
 
     Args:
-        features: gradients of a batch, given the indices of its examples.
+        features: returns the gradients of a batch, given the indices of its examples.
         data: the data set.
         partition: the parameters, in blocks.
         damping: added to the eigenvalues; positive.
@@ -60,7 +60,7 @@ class MeanInverse:
 
 
 class MeanOfInverses(InverseCurvature):
-    """The mean of the examples' damped inverses, for the inverse of their mean; see ``DataInf``."""
+    """The mean of the examples' damped inverses, not the inverse of their mean; see ``DataInf``."""
 
     takes_own_labels = True
 

@@ -1,4 +1,4 @@
-"""Gradients at drawn labels, or at those of the data, with what the labels say.
+"""Gradients at labels sampled from the model, or at those of the data, with label statistics.
 
 Shapes: n examples of a batch.
 """
@@ -21,13 +21,13 @@ from influence_kit.gradients.per_example import Gradients
 
 @dataclass(frozen=True)
 class ObservedGradients:
-    """Gradients of batches whose labels are known as observations.
+    """Gradients of batches, with the statistics of their labels.
 
     Args:
-        prepare: settles what the loss returns, from a batch of the data.
-        features: gradients of a batch at the labels that it has.
-        labels: draws them.
-        at_data: whether the labels of the data stay.
+        prepare: detects the reduction of the loss, from a batch of the data.
+        features: the gradients of a batch at its labels.
+        labels: samples labels from the model.
+        at_data: whether the labels of the data are used.
     """
 
     prepare: Callable[[Tensor, Batch], None]
@@ -36,7 +36,7 @@ class ObservedGradients:
     at_data: bool
 
     def __call__(self, indices: Tensor, batch: Batch) -> tuple[Gradients, LabelStatistics | None]:
-        """Of examples at indices ``[n]``; no statistics where the loss is no known likelihood."""
+        """Gradients and statistics for indices ``[n]``; None if the loss is no known likelihood."""
         self.prepare(indices, batch)
         if self.at_data:
             return self.features(indices, batch), self.labels.given(indices, batch)
@@ -44,7 +44,7 @@ class ObservedGradients:
         return self.features(indices, drawn), statistics
 
     def tallied(self, tally: Tally) -> Features:
-        """The gradients alone; ``tally`` takes note of the labels."""
+        """The gradients only; the statistics are added to ``tally``."""
 
         def features(indices: Tensor, batch: Batch) -> Gradients:
             gradients, statistics = self(indices, batch)
@@ -54,11 +54,11 @@ class ObservedGradients:
         return features
 
     def weighted(self, batches: Iterable[tuple[Tensor, Batch]], size: int) -> Iterator[Gradients]:
-        """Gradients that stand for what they are on average over labels, a few at a time.
+        """Gradients scaled so that their mean square is that over labels, in chunks.
 
         Args:
-            batches: with the indices of their examples.
-            size: how many entries a gradient has.
+            batches: batches with the indices of their examples.
+            size: the number of entries of a gradient.
         """
         for indices, batch in batches:
             rows = rows_within(4 * workspace_bytes(indices.device), 8 * size)

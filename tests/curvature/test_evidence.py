@@ -112,7 +112,7 @@ def test_where_there_is_no_solution(
     eigenvalues: Any, squared_norm: float, count: float, match: str
 ) -> None:
     own = [torch.tensor(eigenvalues, dtype=torch.float64)]
-    with pytest.raises(InvalidArgumentError, match=f"the evidence decides no damping: {match}"):
+    with pytest.raises(InvalidArgumentError, match=f"the evidence has no maximum: {match}"):
         evidence_damping(own, squared_norm, Observations(count))
 
 

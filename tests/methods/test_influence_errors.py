@@ -298,7 +298,7 @@ def test_samples_of_a_stream_are_refused(model: nn.Module, refused: Any) -> None
     explainer = make(
         "LiSSAInfluenceFunction", model, hessian_dataset=Stream(), hessian_batch_size=2
     )
-    match = "no examples can be drawn from a DataLoader .* use `hessian_batch_size=None`"
+    match = "no examples can be sampled from a DataLoader .* use `hessian_batch_size=None`"
     with refused(model, InvalidArgumentError, match):
         explainer.influence(TEST)
 

@@ -515,7 +515,7 @@ def test_features_that_are_not_finite_are_refused() -> None:
     with pytest.raises(NonFiniteError, match="the label of training example 6 is NaN or inf"):
         built((x, labels), utility="squared_error", batch_size=4).influence(test)
     bad[5] = 0
-    with pytest.raises(NonFiniteError, match=r"test example 5 have the norm 0, and so no cosine"):
+    with pytest.raises(NonFiniteError, match=r"test example 5 have norm 0, and so no cosine"):
         built((x, y), metric="cosine").influence((bad, y))
     with pytest.raises(NonFiniteError, match="a distance between features overflows in"):
         built((x.sign() * 1.7e308, y)).influence((-x.sign() * 1.7e308, y))

@@ -1,4 +1,4 @@
-"""A training side that is no function of examples, but looked up by their indices.
+"""The term of ``DVEmb``: embeddings of training examples, read by index.
 
 Shapes: n training examples.
 """
@@ -17,10 +17,10 @@ from influence_kit.scoring.term import Term
 
 @dataclass(frozen=True)
 class EmbeddingTerm(Term):
-    """A term whose training side is looked up.
+    """A term whose training features are embeddings read by index.
 
     Args:
-        own: gives the gradients of the same examples: their test side.
+        own: returns the gradients of the same examples, for self-influence.
     """
 
     own: Callable[[Batch], Gradients] = field(kw_only=True)
@@ -31,5 +31,5 @@ class EmbeddingTerm(Term):
 
 
 def index_batches(n: int, rows: int) -> Iterable[Batch]:
-    """What stands for the batches of n training examples, of at most so many each."""
+    """The indices of n training examples, in batches of at most ``rows``."""
     return [Places((indices,)) for indices in torch.arange(n).split(rows)]

@@ -1,4 +1,4 @@
-"""The examples of a training set, looked up by their indices."""
+"""The examples of a training set, by index."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +10,10 @@ from influence_kit.errors import InvalidArgumentError
 
 
 class ExamplesByIndex:
-    """The data set of a loader.
+    """Batches of the data set of a loader, by the indices of their examples.
 
     Args:
-        loader: batches of the data set, as a method has them.
+        loader: the loader of a method, which gives batches of the data set.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -21,13 +21,13 @@ class ExamplesByIndex:
         self.rows: int = loader.batch_size
 
     def __call__(self, indices: Sequence[int]) -> Batch:
-        """A batch of the examples at those indices."""
+        """A batch of the examples at these indices."""
         batch: Batch = self._loader.marked(self._collate([self._data[index] for index in indices]))
         return batch
 
 
 def count_by_index(data: Any) -> int:
-    """The number of examples of the argument ``train_dataset``, whose examples have indices."""
+    """The number of examples of ``train_dataset``, which must support indexing."""
     dataset, in_order = data, True
     if isinstance(data, DataLoader):
         dataset = data.dataset
@@ -35,8 +35,8 @@ def count_by_index(data: Any) -> int:
     by_index = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     if not by_index or isinstance(dataset, IterableDataset) or not in_order:
         raise InvalidArgumentError(
-            "examples are looked up by their indices: `train_dataset` must be a Dataset with "
-            "__getitem__ and __len__ (or a DataLoader of one, in order and in batches); got a "
+            "examples are read by index: `train_dataset` must be a Dataset with __getitem__ and "
+            "__len__ (or a DataLoader of one, in order and in batches); got a "
             f"{type(data).__name__}"
         )
     return len(dataset)
