@@ -101,7 +101,7 @@ class InverseCurvature(ABC):
 
     @abstractmethod
     def inverse(self, state: State, damping: Tensor, data: FitData) -> Transform:
-        """The map that applies (C + damping I)^-1 to gradients, given a damping per block ``[B]``."""
+        """The map of gradients by (C + damping I)^-1, given the damping of each block ``[B]``."""
 
     def auto_damping(self, rule: str, state: State, data: FitData) -> Tensor:
         """The damping of each block ``[B]``, float64, by one of ``rules``.

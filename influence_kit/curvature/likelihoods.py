@@ -43,7 +43,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def draw(self, logits: Tensor, labels: Tensor, u: Tensor) -> Tensor:
-        """Sampled labels of the shape and dtype of ``labels``, from uniform numbers of that shape."""
+        """Sampled labels of the shape and dtype of ``labels``, from uniform numbers."""
 
     @abstractmethod
     def probes(self, logits: Tensor, labels: Tensor) -> Iterable[Tensor]:

@@ -188,8 +188,8 @@ class ModelLabels:
     def _refusal(self, why: str) -> InvalidArgumentError:
         return InvalidArgumentError(
             f"no labels can be sampled from the model for curvature='fisher': `{self.loss.name}` "
-            "is not the negative log-likelihood of a softmax, sigmoid or normal distribution of the "
-            f"outputs ({why}); use curvature='empirical_fisher' (labels of the data), or 'ggn' "
+            "is not the negative log-likelihood of a softmax, sigmoid or normal distribution of "
+            f"the outputs ({why}); use curvature='empirical_fisher' (labels of the data), or 'ggn' "
             "if the method has it"
         )
 

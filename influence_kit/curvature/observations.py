@@ -71,7 +71,7 @@ def curvature_factor(totals: Tensor, of_data: bool) -> float:
         of_data: whether gradients were taken at the labels of the data.
     """
     count, values, excess = totals.tolist()
-    # labels drawn with the variance at which the loss is -log likelihood are in its units
+    # labels sampled with the variance at which the loss is -log likelihood are in its units
     return float(excess * (math.sqrt(count) if math.isinf(values) or of_data else 1.0))
 
 

@@ -332,9 +332,7 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
                     yield loader
                 finally:
                     self._caches.note(loader.fingerprints)
-                    if (
-                        loader.current in loader.fingerprints
-                    ):  # not for a checkpoint that was refused
+                    if loader.current in loader.fingerprints:  # else it was refused
                         self._caches.note_given(loader.current, self._give)
 
     def _check_kept(self) -> None:

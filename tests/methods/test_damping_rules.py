@@ -662,8 +662,8 @@ def test_a_fit_of_an_earlier_version(method: str, tmp_path: Path) -> None:
     for rule in ("auto", "evidence"):
         loaded.damping = rule
         match = (
-            rf'damping="{rule}" needs the evidence, which a fit saved by an earlier version does not '
-            r'contain: call `fit\(\)` again, give a number, or use damping="mean", the "auto"'
+            rf'damping="{rule}" needs the evidence, which a fit saved by an earlier version does '
+            r'not contain: call `fit\(\)` again, give a number, or use damping="mean", the "auto"'
         )
         for question in (lambda: loaded.influence(case.test), loaded.self_influence):
             with pytest.raises(InvalidArgumentError, match=match):

@@ -1,4 +1,4 @@
-"""Influence functions by the curvature written out: Koh and Liang 2017, arXiv 1703.04730."""
+"""Influence functions by the exact inverse curvature: Koh and Liang 2017, arXiv 1703.04730."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +45,7 @@ class ExplicitInfluenceFunction(InfluenceFunction):
         curvature: "ggn" (Gauss-Newton, J^T H J: the Hessian for models that are linear in their
             parameters, and never negative for a loss that is convex in the outputs), "hessian" (may
             be indefinite away from a minimum), "fisher" (outer products of gradients at labels
-            drawn from the model) or "empirical_fisher" (at the labels of the data).
+            sampled from the model) or "empirical_fisher" (at the labels of the data).
         blocks: "full", "layer", "parameter", or names of parameters by block: entries of C between
             blocks are taken as zero, and parameters in no block as frozen.
         hessian_dataset: the data over which C is a mean; the training set if None.

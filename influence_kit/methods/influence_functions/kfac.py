@@ -73,12 +73,12 @@ class KFACInfluenceFunction(InfluenceFunction):
             times their sum over their number, or over n if that is less; "learning_rates", see
             ``InfluenceFunction``. ``damping_used`` shows the numbers. Setting it does not fit
             again.
-        curvature: "fisher" (labels drawn from the model by ``seed``; the loss must be that of a
+        curvature: "fisher" (labels sampled from the model by ``seed``; the loss must be that of a
             softmax, sigmoid or normal distribution) or "empirical_fisher" (labels of the data).
         hessian_dataset: the data over which the factors are means; the training set if None.
         relative: RelatIF: None, "l" or "theta".
         rtol: see ``EKFACInfluenceFunction``.
-        seed: the seed of the drawn labels; the label of an example depends on its index only.
+        seed: the seed of the sampled labels; the label of an example depends on its index only.
         layers_without_kronecker: how to treat parameters without this form: "diagonal" (the exact
             diagonal), "leave_out" (as if frozen; a warning names them) or "error".
 
@@ -182,7 +182,7 @@ class EKFACInfluenceFunction(InfluenceFunction):
         \Lambda = \frac{1}{n} \sum_j (Q_S^T G_j Q_A)^2
 
     EK-FAC (arXiv 1806.03884, 2308.03296): the eigenvectors of K-FAC with the eigenvalues that fit
-    the per-example gradients G_j best, with "fisher" at labels drawn independently of those that
+    the per-example gradients G_j best, with "fisher" at labels sampled independently of those that
     fixed the eigenvectors. The fit takes two passes over the Hessian data; one pass over the
     training set scores all test examples.
     Rows are test examples; positive is a proponent, and leaving the training example out raises the

@@ -41,7 +41,7 @@ class LiSSAInfluenceFunction(InfluenceFunction):
         num_repeat: how many series to average, each with its own samples.
         scale: s, or "auto": 1.1 times the largest eigenvalue of C + damping by power iteration (20
             passes over the Hessian data).
-        hessian_batch_size: examples drawn for each iteration; None for all of them, which makes
+        hessian_batch_size: examples sampled in each iteration; None for all of them, which makes
             the result exact and each iteration one pass.
         seed: the seed of the samples.
 

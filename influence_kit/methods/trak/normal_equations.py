@@ -129,7 +129,8 @@ def _refuse_non_finite(features: Callable[[Batch], Gradients], data: DataSet) ->
             what = "features that are" if kind == FEATURES else "a slope that is"
             raise NonFiniteError(
                 f"training example {int(indices[example])} has {what} NaN or infinite at "
-                f"checkpoint {data.checkpoint}; look at that example and at the model's output for it"
+                f"checkpoint {data.checkpoint}; look at that example and at the model's output for "
+                "it"
             )
     raise NonFiniteError(
         f"Phi^T Phi is NaN or infinite at checkpoint {data.checkpoint}, and the features of this "

@@ -70,9 +70,7 @@ class OutputFeatures(FeatureMap):
         margin = partial(classification_margin, shift=shift)
         self._output = Loss(output_fn or margin, "none", "output_fn")
         self._test_output = self._output
-        if (
-            test_output_fn is not None
-        ):  # not negated: features are gradients of functions where higher is better
+        if test_output_fn is not None:  # not negated: for features, higher is better
             reduction = declared_reduction(test_output_fn, None, "test_output_fn")
             self._test_output = Loss(test_output_fn, reduction, "test_output_fn")
 
