@@ -103,7 +103,7 @@ def test_what_it_is_given_stays(dtype: torch.dtype) -> None:
         ([], 1.0, 5.0, "no eigenvalue of the curvature is positive"),
         ([float("nan")], 1.0, 5.0, "no eigenvalue of the curvature is positive"),
         ([1.0], 0.0, 5.0, "all weights are zero. Give a number"),
-        ([1.0], 1.0, math.inf, "the model's errors are all zero, so that their variance is. Give"),
+        ([1.0], 1.0, math.inf, "the model's errors are all zero, and so is their variance. Give"),
         ([1.0], 1.0, 0.0, "the model's errors are all zero"),
         ([1.0], 1.0, math.nan, "the model's errors are all zero"),
     ],

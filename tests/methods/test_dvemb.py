@@ -275,7 +275,7 @@ def test_questions_that_have_no_answer():
     dvemb = make(model, trace)
     with pytest.raises(InvalidArgumentError, match="has embeddings of the examples of `train"):
         dvemb.self_influence(TEST)
-    with pytest.raises(InvalidArgumentError, match=r"shape \[4, 3\]; .* has shape \[m, 26\]"):
+    with pytest.raises(InvalidArgumentError, match=r"shape \[4, 3\]; .* have shape \[m, 26\]"):
         dvemb.influence(TEST[0])
     with pytest.raises(InvalidArgumentError, match="`inputs` argument is required"):
         dvemb.influence()

@@ -486,7 +486,7 @@ def test_quantities_of_another_shape(
     weights = [{k: v + s for k, v in model.state_dict().items()} for s in (0.1, 0.2)]
     explainer = make(method, model, checkpoints=weights)
     match = (
-        rf"`inputs` is a tensor of shape .* has shape \[m, {2 * P}\] here \(2 checkpoints x {P} "
+        rf"`inputs` is a tensor of shape .* have shape \[m, {2 * P}\] here \(2 checkpoints x {P} "
         "parameters"
     )
     with refused(model, InvalidArgumentError, match):

@@ -397,7 +397,7 @@ def test_labels_in_a_column_are_labels() -> None:
         ({"n_neighbors": True}, "`n_neighbors` must be a positive int; got True"),
         ({"metric": "manhattan"}, "`metric` must be .* got 'manhattan'"),
         ({"utility": "f1"}, "`utility` must be .* got 'f1'"),
-        ({"layers": [""]}, "`layers` names parameters, which KNNShapley does not look at"),
+        ({"layers": [""]}, "`layers` names parameters, which KNNShapley does not use"),
     ],
 )
 def test_arguments_that_cannot_be_meant(arguments: dict[str, Any], message: str) -> None:

@@ -282,7 +282,7 @@ def test_labels_must_name_an_output() -> None:
         return (outputs - targets).square().sum(1)
 
     targets = torch.rand(MLP.n, 3).double()
-    message = r"labels must be integers of shape \[4\]; they are torch.float64 of shape \[4, 3\]"
+    message = r"labels must be integers of shape \[4\]; got torch.float64 of shape \[4, 3\]"
     with pytest.raises(InvalidArgumentError, match=message):
         made(MLP.model(), (MLP.train[0], targets), loss_fn=soft).influence(
             (MLP.train[0][:4], targets[:4])
