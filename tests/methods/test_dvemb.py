@@ -239,7 +239,7 @@ def test_data_without_places(data):
         ({"trace": []}, "one or more; got a list without any"),
         ({"epochs": [3]}, r"epochs of the trace, which has \[0, 1, 2\]; got \[3\]"),
         ({"epochs": []}, r"`epochs` must be epochs of the trace"),
-        ({"checkpoints": ["a.pt", "b.pt"]}, "`checkpoints` must be one, .* got 2"),
+        ({"checkpoints": ["a.pt", "b.pt"]}, "`checkpoints` must be one .* got 2"),
     ],
 )
 def test_arguments_that_cannot_be_meant(change, match):
