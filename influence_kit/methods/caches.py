@@ -114,7 +114,7 @@ class Caches:
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """A context in which other weights and data are allowed; an error restores the caches."""
+        """A context without checks against recorded fingerprints; an error restores these."""
         known, self._origin = self._origin, Fingerprints()
         try:
             yield
