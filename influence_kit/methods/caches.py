@@ -55,7 +55,7 @@ class Caches:
         # functions that return fingerprints of data and losses, by argument
         self.sources: dict[str, Source] = {}
         self._members: list[Cache] = []
-        self._origin = Fingerprints()
+        self._recorded = Fingerprints()
         self._used: dict[int, Fingerprint] = {}
 
     def add(self, cache: C, first: bool = False) -> C:
@@ -72,7 +72,7 @@ class Caches:
         """Empty all caches."""
         for cache in self._members:
             cache.clear()
-        self._origin = Fingerprints()
+        self._recorded = Fingerprints()
 
     def clear_of_checkpoints(self) -> None:
         """Empty the caches that depend on the checkpoints."""
@@ -80,7 +80,7 @@ class Caches:
             if cache.of_checkpoints:
                 cache.clear()
         if self.filled is None:
-            self._origin = Fingerprints()
+            self._recorded = Fingerprints()
 
     def why_fixed(self, name: str) -> str | None:
         """Why passes over the data of an argument must agree; None if they need not."""
@@ -94,7 +94,7 @@ class Caches:
         self._used = self._used if weights is None else weights
         filled = self.filled
         if filled is not None:
-            self._origin.record(self._used if filled.of_checkpoints else {}, self.sources)
+            self._recorded.record(self._used if filled.of_checkpoints else {}, self.sources)
 
     def note_given(self, number: int, give: Callable[[Batch | None], Given]) -> None:
         """Record what model and loss return at the loaded checkpoint, if some cache is filled.
@@ -103,23 +103,23 @@ class Caches:
             number: the index of the checkpoint.
             give: returns it for a batch, or for the first training examples (None).
         """
-        is_new = number in self._origin.weights and number not in self._origin.given
+        is_new = number in self._recorded.weights and number not in self._recorded.given
         if self.filled is None or not is_new:
             return
         with suppress(Exception):  # for example, data that cannot be read again
             given = give(None)
             again = give(given.batch)
             if _agree(given.outputs, again.outputs) and _agree(given.losses, again.losses):
-                self._origin.given[number] = given
+                self._recorded.given[number] = given
 
     @contextmanager
     def beside(self) -> Iterator[None]:
         """A context without checks against recorded fingerprints; an error restores these."""
-        known, self._origin = self._origin, Fingerprints()
+        known, self._recorded = self._recorded, Fingerprints()
         try:
             yield
         except BaseException:
-            self._origin = known
+            self._recorded = known
             raise
 
     # Refusals.
@@ -132,7 +132,7 @@ class Caches:
 
     def check_sources(self) -> None:
         """Refuse a data set or loss that has changed."""
-        change = self._origin.other_source(self.sources)
+        change = self._recorded.other_source(self.sources)
         if change is not None:
             self.refuse(change)
 
@@ -140,9 +140,9 @@ class Caches:
         self, number: int, fingerprint: Fingerprint, give: Callable[[Batch | None], Given]
     ) -> None:
         """Refuse weights, a model or a loss other than those the caches were computed from."""
-        if self._origin.has_other_weights(number, fingerprint):
+        if self._recorded.has_other_weights(number, fingerprint):
             self.refuse(f"checkpoint {number} holds other weights than")
-        known = self._origin.given.get(number)
+        known = self._recorded.given.get(number)
         if known is None or self.filled is None:
             return
         now = give(known.batch)

@@ -305,7 +305,9 @@ def test_quantities_serve_any_object_of_the_same_data(name: str) -> None:
 
 
 def test_quantities_of_another_shape() -> None:
-    with pytest.raises(InvalidArgumentError, match=r"have shape \[m, 21\] here \(3 checkpoints x 7"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"have shape \[m, 21\] here \(3 checkpoints x 7"
+    ):
         make().influence(torch.zeros(2, 20, dtype=torch.float64))
 
 

@@ -326,6 +326,6 @@ def _after_training(checkpoints: Any, trace: Any) -> Any:
 def _check_one(checkpoints: Sequence[Any]) -> None:
     if len(checkpoints) > 1:
         raise InvalidArgumentError(
-            "`checkpoints` must be one checkpoint for DVEmb, the weights after the recorded run; got "
-            f"{len(checkpoints)}"
+            "`checkpoints` must be one checkpoint for DVEmb, the weights after the recorded run; "
+            f"got {len(checkpoints)}"
         )
