@@ -220,7 +220,7 @@ def test_a_load_function_that_fails_leaves_the_model_as_it_was(
 def test_vectors_of_a_negative_learning_rate_are_refused(model, refused, method):
     checkpoints = [weights(model), {**model.state_dict(), "learning_rate": -0.5}]
     explainer = make(method, model, checkpoints=checkpoints)
-    match = "checkpoint 1 has the negative rate -0.5"
+    match = "checkpoint 1 has the negative learning rate -0.5"
     with refused(model, InvalidArgumentError, match):
         explainer.compute_intermediate_quantities(TEST)
 

@@ -1,10 +1,10 @@
-"""Curvature of the mean loss over a data set, known by its products with vectors.
+"""Curvature of the mean loss over a data set, as an operator that multiplies vectors.
 
 C = 1/n sum_j C_j, C_j of example j: its loss's Hessian, its Gauss-Newton matrix J^T H J, or the
-outer product of its gradient. Sums run over examples, so that neither the batch size nor a short
-last batch matters.
+outer product of its gradient. Sums run over examples, so that results depend neither on the
+batch size nor on a short last batch.
 
-Letters: n examples, k vectors, P elements of all blocks, B blocks.
+Shapes: n examples, k vectors, P elements of all blocks, B blocks.
 """
 
 from abc import abstractmethod
@@ -55,18 +55,18 @@ class Curvature(Operator):
         self.partition = partition
 
     @abstractmethod
-    def batch_product(self, places: Tensor, batch: Batch, vectors: Tensor) -> Tensor:
+    def batch_product(self, indices: Tensor, batch: Batch, vectors: Tensor) -> Tensor:
         """The sum over a batch's examples of C_j times each vector, ``[k, P]``."""
 
     def product(self, vectors: Tensor) -> Tensor:
         total = torch.zeros_like(vectors)
-        for places, batch in self.data:
-            total += self.batch_product(places, batch, vectors)
+        for indices, batch in self.data:
+            total += self.batch_product(indices, batch, vectors)
         return refuse_non_finite(total) / self.data.count
 
     @property
     def core_sizes(self) -> list[int]:
-        """How many rows the matrix has that ``blocks`` keeps of each block."""
+        """The number of rows of the matrix that ``blocks`` holds for each block."""
         return self.sizes
 
     def blocks(self) -> list[Block]:
@@ -78,7 +78,7 @@ class LossCurvature(Curvature):
     """Curvature by differentiating the batch's loss as a function of the parameters.
 
     Args:
-        source: the gradients of the model, with the checkpoint in it: it checks the loss.
+        source: the gradients of the model, with the checkpoint loaded; it checks the loss.
         loss: the loss.
         data, partition, sample: as in ``Curvature``.
 
@@ -114,9 +114,9 @@ class LossCurvature(Curvature):
     ) -> dict[str, Tensor]:
         """The sum over a batch of C_j restricted to the named parameters, times each vector."""
 
-    def batch_product(self, places: Tensor, batch: Batch, vectors: Tensor) -> Tensor:
-        self.source.prepare(batch, self.loss, int(places[0]))
-        # the activations of every example are held once a vector, and each vector's own numbers
+    def batch_product(self, indices: Tensor, batch: Batch, vectors: Tensor) -> Tensor:
+        self.source.prepare(batch, self.loss, int(indices[0]))
+        # activations of every example are held once per vector, and numbers of each vector
         self._kept = self._kept or kept_bytes(self.model, batch)
         budget = 8 * workspace_bytes(self.sample.device)
         own = 2 * self.size * self.sample.element_size()
@@ -135,9 +135,7 @@ class LossCurvature(Curvature):
             parameters = {name: real(self.model.get_parameter(name).detach()) for name in names}
             block = {name: trees[name].to(parameters[name].dtype) for name in names}
             found.update(self.either_mode(partial(self.block_product, batch, parameters, block)))
-        columns = [
-            _written_out(found[name]).reshape(len(vectors), -1) for name in self.partition.names
-        ]
+        columns = [_dense(found[name]).reshape(len(vectors), -1) for name in self.partition.names]
         return torch.cat(columns, dim=1).to(vectors)
 
     def _outputs(self, batch: Batch, values: Tree) -> Any:
@@ -192,8 +190,8 @@ class GaussNewton(LossCurvature):
         return gauss_newton_product(outputs, total, parameters, vectors, mode)
 
 
-def _written_out(tensor: Tensor) -> Tensor:
-    """The tensor, or a sparse one (of ``Embedding(sparse=True)``) with its zeros."""
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor; a sparse one (of ``Embedding(sparse=True)``) is made dense."""
     return tensor.to_dense() if tensor.is_sparse else tensor
 
 

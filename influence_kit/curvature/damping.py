@@ -14,14 +14,14 @@ from influence_kit.core.arguments import check_number
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.rate_sum import rate_sum
 
-# rules that a class may know: a share of the mean eigenvalue of each block, a share of its trace
-# over the directions in which n examples may curve, the Laplace evidence of all blocks together,
-# and what stopping gradient descent after so many steps amounts to
+# rules that a class may support: a share of the mean eigenvalue of each block, a share of its trace
+# over the largest rank that n examples allow, the Laplace evidence of all blocks together, and the
+# regularisation that corresponds to stopping gradient descent early
 MEAN, TRACE, EVIDENCE, LEARNING_RATES = "mean", "trace", "evidence", "learning_rates"
 Rule = Literal["mean", "trace", "evidence", "learning_rates"]
 DampingArgument = float | Literal["auto"] | Rule | Mapping[str, float]
 AUTO = "auto"
-# of the rules "mean" and "trace", unless a class has its own
+# the share of the rules "mean" and "trace", unless a class has its own
 SHARE = 0.1
 
 
@@ -31,7 +31,7 @@ def check_damping(
     name: str = "damping",
     rules: Sequence[str] = (MEAN, TRACE),
 ) -> DampingArgument:
-    """The argument of that name, refused where it is no damping of these blocks."""
+    """The argument of that name; an error if it is not a damping of these blocks."""
     if isinstance(damping, str):
         if damping not in (AUTO, *rules):
             known = ", ".join(f'"{rule}"' for rule in (AUTO, *rules))
@@ -53,13 +53,13 @@ def check_damping(
 
 
 def as_text(name: str, damping: DampingArgument, rule: str | None, used: Sequence[float]) -> str:
-    """A damping as it was given, with the rule that "auto" is and what was used.
+    """A damping as given, with the rule that "auto" stands for and the values used.
 
     Args:
-        name: of the argument.
+        name: the name of the argument.
         damping: the argument.
-        rule: that it names or is; None of numbers.
-        used: all values, of blocks and checkpoints.
+        rule: its rule; None for numbers.
+        used: the values for all blocks and checkpoints.
     """
     if rule is None and not isinstance(damping, Mapping):
         return f"{name}={damping:g}"
@@ -82,15 +82,15 @@ def share_of(
     """The rules "mean" and "trace", ``[B]``.
 
     Args:
-        traces: of the blocks, ``[B]``.
-        blocks: how many eigenvalues each has, by name.
+        traces: the traces of the blocks, ``[B]``.
+        blocks: the number of eigenvalues of each block, by name.
         n: the number of examples.
-        rule: "mean" (the trace over all eigenvalues) or "trace" (over n of them at most).
-        share: of that, which is the damping.
-        argument: what was given, for the error.
+        rule: "mean" (the trace over all eigenvalues) or "trace" (over at most n of them).
+        share: the factor by which that is multiplied.
+        argument: the argument as given, for errors.
 
     Raises:
-        InvalidArgumentError: where a trace is not positive.
+        InvalidArgumentError: if a trace is not positive.
     """
     counts = torch.tensor(list(blocks.values()), device=traces.device)
     means = traces / (counts if rule == MEAN else counts.clamp(max=n))
@@ -106,23 +106,24 @@ def share_of(
 
 
 def early_stopping(checkpoints: Sequence[Any], index: int, rules: Sequence[str]) -> float:
-    r"""The rule "learning_rates": the damping that stopping gradient descent amounts to.
+    r"""The rule "learning_rates": the damping that corresponds to stopping gradient descent early.
 
     .. math::
         \lambda = \frac{1 - \mu}{\sum_{t=1}^{T} \eta_t}
 
-    for the T steps before the checkpoint, of rates eta and momentum mu. Gradient descent has then
-    moved along an eigenvector of the mean loss's curvature of eigenvalue l by the share
-    1 - (1 - eta l)^T of the way to the minimum, which is near l / (l + lambda) for all l (a half at
-    l = lambda against 1 - 1 / e). ``rate_sum`` says what is exact and what is interpolated.
+    for the T steps before the checkpoint, with learning rates eta and momentum mu. Along an
+    eigenvector of the mean loss's curvature with eigenvalue l, gradient descent has then covered
+    the share 1 - (1 - eta l)^T of the way to the minimum, which is near l / (l + lambda) for all l
+    (at l = lambda: 1 - 1 / e, against 1 / 2). ``rate_sum`` documents what is exact and what is
+    interpolated.
 
     Args:
-        checkpoints: of one run.
-        index: of the one in question.
-        rules: the other rules that there are, for the error.
+        checkpoints: the checkpoints of one run.
+        index: the index of the checkpoint.
+        rules: the rules of the class, for the error.
 
     Raises:
-        InvalidArgumentError: where the sum is not known, or the optimizer is not SGD.
+        InvalidArgumentError: if the sum is not known, or the optimizer is not SGD.
     """
     try:
         return 1 / rate_sum(checkpoints, index).value
@@ -130,6 +131,6 @@ def early_stopping(checkpoints: Sequence[Any], index: int, rules: Sequence[str])
         others = ", ".join(f'"{rule}"' for rule in (AUTO, *rules) if rule != LEARNING_RATES)
         raise InvalidArgumentError(
             f'damping="{LEARNING_RATES}" is one over the sum of the learning rates of SGD, which '
-            f"is not known of checkpoint {index} ({label_of(checkpoints[index])}): {error}. Other "
+            f"is not known for checkpoint {index} ({label_of(checkpoints[index])}): {error}. Other "
             f"rules are {others}; or give a number"
         ) from error

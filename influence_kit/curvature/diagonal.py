@@ -20,7 +20,7 @@ from influence_kit.gradients.rows import Rows
 def square_sums(form: Form) -> Tensor:
     """The sum over examples of each squared gradient, ``[p]`` in float64.
 
-    Gradients are written out for as many examples at a time as fit the workspace, where at all.
+    Gradients are made dense only if needed, in chunks of examples that fit the workspace.
     """
     if isinstance(form, Rows):
         table = form.values.new_zeros(form.shape, dtype=torch.float64)
@@ -48,7 +48,7 @@ class Diagonal:
     weights: Tensor
 
     def __call__(self, form: Form) -> Form:
-        """Gradients through the inverse; rows of a table stay rows."""
+        """Preconditioned gradients; rows of a table stay rows."""
         if isinstance(form, Rows):
             own = self.weights.view(form.shape)
             return replace(form, values=form.values * own[form.ids])
@@ -59,7 +59,7 @@ class Diagonal:
 
 @dataclass(frozen=True, eq=False)
 class Scaled(Form):
-    """Gradients times a weight for each element, multiplied where they are written out.
+    """Gradients times one weight per element, multiplied when they are made dense.
 
     Args:
         source: the gradients.
@@ -97,7 +97,7 @@ class Scaled(Form):
         return self._map(lambda form: form.summed())
 
     def _by_slices(self, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """A number for each example, of its gradient written out."""
+        """One number per example, computed from its dense gradient."""
         slices = self.example_slices(2 * self.p)
         return torch.cat([change(self.rows(rows).dense()) for rows in slices])
 

@@ -1,14 +1,14 @@
-"""The inverse of a damped Kronecker-factored curvature, applied to the test side.
+"""The inverse of a damped Kronecker-factored curvature, applied to test gradients.
 
 A layer's test gradients become ``Q_S [(Q_S^T G Q_A) / (Lambda + damping)] Q_A^T``. Their products
-with training gradients are taken in whichever basis is cheaper. Where neither side has more than
-one position, the grid W = 1 / (Lambda + damping) may be replaced by a few outer products that all
-pairs share: the singular vectors of W weighted by the typical size of what it multiplies. The error
-is estimated over all pairs of every training batch, and where it is above ``rtol`` the exact
-product is taken.
+with training gradients are taken in the cheaper basis. If neither test nor training examples have
+more than one position, the grid W = 1 / (Lambda + damping) may be replaced by a few outer products
+that all pairs share: the singular vectors of W weighted by the typical size of the factors that it
+multiplies. The error is estimated over all pairs of every training batch; if it is above ``rtol``,
+the exact product is taken.
 
-Letters: m test and n training examples, s and t their positions, g groups, o outputs and i inputs
-(with the bias) of a layer, r outer products.
+Shapes: m test examples, n training examples, s and t their positions, g groups, o outputs and i
+inputs (with the bias) of a layer, r outer products.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from influence_kit.curvature.matrix_layer import Forms, MatrixLayer, rotated, tu
 from influence_kit.gradients.factored import Factored
 from influence_kit.gradients.forms import Dense, Form
 
-# random sums by which the error of the shared form is estimated
+# random sums for the estimate of the error of the shared form
 PROBES = 4
-# sizes below this part of the largest count as this; singular values below it are noise
+# smaller sizes relative to the largest are raised to this; smaller singular values are noise
 SMALLEST, NOISE = 1e-10, 1e-13
 
 
 @dataclass(frozen=True)
 class Shared:
-    """W ``[o, i]`` as sum_r u_r v_r^T and a rest.
+    """W ``[o, i]`` as sum_r u_r v_r^T and a remainder.
 
     Args:
         left, right: u ``[r, o]`` and v ``[r, i]``.
-        rest: what they leave out, ``[o, i]``.
+        rest: the remainder, ``[o, i]``.
     """
 
     left: Tensor
@@ -55,8 +55,9 @@ class Eigenbasis:
         layer: the layer.
         left, right: Q_S ``[g, o, o]`` and Q_A ``[g, i, i]``; None for the unit vectors.
         weights: W, ``[g, o, i]``.
-        sizes: the eigenvalues of S ``[g, o]`` and A ``[g, i]``: the mean squares of what W meets.
-        rtol: relative error that the shared form may have; 0 for none at all.
+        sizes: the eigenvalues of S ``[g, o]`` and A ``[g, i]``: the mean squares of the factors
+            that W multiplies.
+        rtol: the largest relative error of the shared form; 0 for exact products.
     """
 
     layer: MatrixLayer
@@ -79,17 +80,17 @@ class Eigenbasis:
 
     @property
     def turning_costs(self) -> tuple[int, int]:
-        """Products for each entry of a matrix that turn its columns, and its rows."""
+        """Multiplications per entry of a matrix to rotate its columns, and its rows."""
         o, i = self.weights.shape[1:]
         return o * (self.left is not None), i * (self.right is not None)
 
     @cached_property
     def shared(self) -> Shared | None:
-        """The grid W as a few outer products; None where they would be too many."""
+        """The grid W as a few outer products; None if they would be too many."""
         is_long = self.left is None or self.right is None
         if self.rtol <= 0 or self.layer.groups > 1 or is_long:
             return None
-        # directions without any size do not meet W; the floor keeps the division finite
+        # directions of size zero do not matter; the floor keeps the division finite
         scales = [size[0].clamp(min=SMALLEST * float(size.max())) for size in self.sizes]
         if not all(bool((scale > 0).all()) for scale in scales):
             return None
@@ -108,7 +109,7 @@ class Eigenbasis:
 
 @dataclass(frozen=True, eq=False)
 class Preconditioned(Form):
-    """Gradients of a layer, weight and bias together, through the inverse; not yet multiplied.
+    """Preconditioned gradients of a layer, weight and bias together; multiplied when needed.
 
     Args:
         source: the gradients, by parameter.
@@ -120,7 +121,7 @@ class Preconditioned(Form):
 
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
-        """A row of the layer's matrices, flat."""
+        """The shape of a flattened matrix of the layer."""
         return torch.Size([self.basis.weights.numel()])
 
     @property
@@ -158,7 +159,7 @@ class Preconditioned(Form):
 
     @cached_property
     def matrices(self) -> Tensor:
-        """The gradients through the inverse, in the basis of the parameters, ``[m, g, o, i]``."""
+        """The preconditioned gradients in the basis of the parameters, ``[m, g, o, i]``."""
         return self.basis.restored(self.weighted)
 
     @cached_property
@@ -205,7 +206,7 @@ class Preconditioned(Form):
         return torch.cat([(a * b * self.basis.weights).sum((1, 2, 3)) for a, b in chunks])
 
     def _single(self, forms: Mapping[str, Form]) -> tuple[Tensor, Tensor] | None:
-        """Rotated d ``[n, o]`` and a ``[n, i]`` of gradients of one position; None of others."""
+        """Rotated d ``[n, o]`` and a ``[n, i]`` of gradients of one position; None for others."""
         single = self.basis.layer.single(forms)
         if single is None:
             return None
@@ -229,7 +230,7 @@ class Preconditioned(Form):
         return exact.inner(self._in_eigenbasis, total) if scores is None else scores
 
     def _rotate_train(self, form: Factored, total: int) -> bool:
-        """Whether to rotate the training factors rather than the test gradients back."""
+        """Whether to rotate the training factors, rather than the test gradients back."""
         t, o, i = form.deltas.shape[1], self.basis.layer.outputs, self.basis.layer.inputs
         rows, columns = self.basis.turning_costs
         turning = t * (o * rows + i * columns) * max(total, form.n)
@@ -246,7 +247,7 @@ class Preconditioned(Form):
         return Dense(self.weighted.flatten(1), self.basis.weights.shape[1:])
 
     def _meet_shared(self, train: Factored) -> Tensor | None:
-        """Products by the shared outer products; None where they do not apply or err too much."""
+        """Products by the shared outer products; None if not applicable or too inaccurate."""
         own = self._own_single
         if own is None or train.deltas.shape[1] != 1 or self.basis.shared is None:
             return None
@@ -256,7 +257,7 @@ class Preconditioned(Form):
 
 
 def _error_of_vectors(test: tuple[Tensor, Tensor], train: Factored, rest: Tensor) -> float:
-    """The norm of the errors of all pairs, estimated: ``rest`` is what of W the vectors leave out.
+    """An estimate of the norm of the errors of all pairs, given the remainder ``rest`` of W.
 
     For random signs r_n the expectation of (sum_n r_n error_mn)^2 is the sum of squares, and the
     sum over n makes one matrix of all training examples.

@@ -1,7 +1,4 @@
-"""The damping at which the evidence of a Laplace approximation is largest.
-
-Shapes: any; eigenvalues are taken together.
-"""
+"""The damping that maximises the evidence of a Laplace approximation."""
 
 from __future__ import annotations
 
@@ -13,14 +10,14 @@ from torch import Tensor
 from influence_kit.curvature.observations import Observations
 from influence_kit.errors import InvalidArgumentError
 
-# relative error of the result, and Newton steps and halvings until then at most
+# relative error of the result, and the largest number of Newton steps and halvings
 PRECISE, MOST_STEPS = 1e-12, 200
 
 
 def evidence_damping(
     eigenvalues: Iterable[Tensor], squared_norm: float, observations: Observations
 ) -> float:
-    r"""The damping of a curvature that is the prior precision of the largest evidence.
+    r"""The damping of a curvature that corresponds to the prior precision of the largest evidence.
 
     .. math::
         \lambda = \frac{\delta}{N}, \qquad \delta = \frac{\gamma}{\|\theta\|^2}, \qquad
@@ -36,10 +33,10 @@ def evidence_damping(
         eigenvalues: l of the curvature of the mean loss, of any shapes; negative ones count as 0.
         squared_norm: the squared norm of the weights, |theta|^2.
         observations: N, by which the curvature is multiplied to be that of the negative
-            log-likelihood. Where its variance is estimated, N falls with gamma.
+            log-likelihood. If a variance is estimated, N falls with gamma.
 
     Raises:
-        InvalidArgumentError: where there is no solution: no eigenvalue is positive, all weights
+        InvalidArgumentError: if there is no solution: no eigenvalue is positive, all weights
             are zero, or all errors are.
 
     Example:
@@ -54,11 +51,11 @@ def evidence_damping(
         (squared_norm, "all weights are zero"),
     ):
         if not value > 0:
-            raise InvalidArgumentError(f"the evidence decides no damping: {what}. Give a number")
+            raise InvalidArgumentError(f"the evidence has no maximum: {what}. Give a number")
     if not math.isfinite(observations.count) or not observations.count > 0:
         raise InvalidArgumentError(
-            "the evidence decides no damping: the model's errors are all zero, so that their "
-            "variance is. Give a number"
+            "the evidence has no maximum: the model's errors are all zero, and so is their "
+            "variance. Give a number"
         )
     scale = observations.count * squared_norm
     # above the solution, if N does not fall
@@ -77,9 +74,9 @@ def evidence_damping(
 def _excess(
     eigenvalues: Sequence[Tensor], log_damping: float, scale: float, values: float
 ) -> tuple[float, float]:
-    """Log gamma - log(N lambda |theta|^2) and its slope in log lambda, of which it falls.
+    """Log gamma - log(N lambda |theta|^2) and its slope in log lambda, in which it falls.
 
-    Infinite, with slope 0, where more parameters would be determined than there are values.
+    Infinite, with slope 0, if more parameters would be determined than there are values.
     """
     damping = math.exp(log_damping)
     gamma = falls = 0.0
@@ -95,7 +92,7 @@ def _excess(
 
 
 def _inside(wanted: float, at: float, low: float, high: float) -> float:
-    """Newton's next point, or the middle where that is outside of what is known."""
+    """Newton's next point, or the middle of the known bounds if it is outside of them."""
     if low < wanted < high:
         return wanted
     if math.isinf(low):

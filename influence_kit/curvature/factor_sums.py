@@ -1,6 +1,6 @@
-"""A factor of a Kronecker product: a sum of outer products, or its diagonal where a side is long.
+"""A factor of a Kronecker product: a sum of outer products, or its diagonal if a side is long.
 
-Shapes: g groups, s entries of a side, N rows that are added up.
+Shapes: g groups, s entries of a side, N summed rows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 from influence_kit.core.distributed import from_first_rank, sum_over_ranks
 from influence_kit.curvature.passes import refuse_non_finite
 
-# the longest side of a weight that has eigenvectors, whose matrix has the square of it entries
+# the longest side of a weight with eigenvectors, which form a matrix of that size squared
 LARGEST_SIDE = 8192
 
 
@@ -19,11 +19,12 @@ class FactorSum:
     """The sum of x x^T over rows x, by group: ``[g, s, s]``, or its diagonal ``[g, s]``.
 
     Args:
-        groups: g.
-        size: s.
+        groups: the number g of groups.
+        size: the number s of entries.
         sample: a tensor on the device.
-        extra: how many of the entries (a bias) do not count to the length of the side. One longer
-            than ``LARGEST_SIDE`` has its diagonal alone, whose eigenvectors are the unit vectors.
+        extra: the number of entries (a bias) that do not count towards the length of the side. A
+            side longer than ``LARGEST_SIDE`` has only the diagonal, whose eigenvectors are the unit
+            vectors.
     """
 
     def __init__(self, groups: int, size: int, sample: Tensor, extra: int = 0) -> None:
@@ -32,16 +33,16 @@ class FactorSum:
         self.total = sample.new_zeros(shape, dtype=torch.float64)
 
     def add(self, columns: Tensor) -> None:
-        """Add rows that stand as columns, ``[s, N]`` or by group ``[g, s, N]``."""
+        """Add the rows, given as columns: ``[s, N]``, or by group ``[g, s, N]``."""
         if self.is_diagonal:
-            # without a copy of the columns, which are long
+            # without copying the columns, which are long
             norms: Tensor = torch.linalg.vector_norm(columns, dim=-1)
             self.total += norms.double().square()
         else:
             self.total += columns @ columns.transpose(-1, -2)
 
     def reduce(self, count: Tensor | int) -> None:
-        """Divide by a count once all ranks have added their rows."""
+        """Sum over ranks, and divide by a count."""
         self.total = sum_over_ranks(self.total) / count
         refuse_non_finite(self.total)
 

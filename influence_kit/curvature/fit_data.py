@@ -1,4 +1,4 @@
-"""What an inverse curvature is fitted to: examples, and their gradients, at one checkpoint.
+"""The data that an inverse curvature is fitted to: examples and gradients at one checkpoint.
 
 Shapes: n examples of a batch, k vectors of P entries.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from influence_kit.curvature.drawn_labels import ModelLabels
+from influence_kit.curvature.model_labels import ModelLabels
 from influence_kit.curvature.observed_gradients import ObservedGradients
 from influence_kit.curvature.passes import DataSet, Features, Memory, Remembered
 from influence_kit.data.batches import Batch
@@ -22,7 +22,7 @@ from influence_kit.gradients.per_example import Gradients, Transform
 from influence_kit.losses.loss import Loss
 from influence_kit.operators.partition import Partition
 
-# what seeds of a user's are unlikely to differ by
+# a difference that seeds of a user are unlikely to have
 OTHER_DRAW = 0x5851F42D4C957F2D
 
 
@@ -37,13 +37,13 @@ class FitData:
         partition: the parameters (or features) in blocks.
         sample: an empty tensor with the dtype and device of scores.
         memory: where gradients are cached for further passes.
-        cached: what the feature map gives of a batch of ``examples`` at its own labels, from a
-            cache or computed.
-        training_count: gives the number of training examples.
+        cached: returns the features of a batch of ``examples`` at its own labels, from a cache or
+            computed.
+        training_count: returns the number of training examples.
         is_of_training: whether the examples are the training set.
         checkpoints: all checkpoints of the method.
         loader: the data loader of the examples.
-        argument: how the damping was given, for errors.
+        argument: the damping as given, for errors.
     """
 
     examples: DataSet
@@ -76,7 +76,7 @@ class FitData:
 
     @property
     def device(self) -> torch.device:
-        """Of the model."""
+        """The device of the model."""
         return self.sample.device
 
     @property
@@ -90,16 +90,16 @@ class FitData:
         return self.examples.count
 
     def labels(self, seed: int, draw: int = 0) -> ModelLabels:
-        """Draws labels from the model; those of another draw are independent."""
+        """Samples labels from the model; those of another draw are independent."""
         return ModelLabels(self.model, self.loss, (seed + draw * OTHER_DRAW) % 2**63)
 
     def features(self, curvature: str, seed: int, draw: int = 0) -> Features:
         """The gradients whose outer products are the empirical Fisher, or the Fisher.
 
         Args:
-            curvature: "empirical_fisher" (labels of the data) or "fisher" (drawn from the model).
-            seed: of the drawn labels.
-            draw: which labels are drawn; those of another draw are independent.
+            curvature: "empirical_fisher" (labels of the data) or "fisher" (sampled from the model).
+            seed: the seed of the sampled labels.
+            draw: the number of the draw; labels of different draws are independent.
         """
         labels = self.labels(seed, draw)
 
@@ -112,7 +112,7 @@ class FitData:
         return self.remembered(features)
 
     def observed(self, seed: int, draw: int, at_data: bool) -> ObservedGradients:
-        """Gradients at labels of a draw, or of the data, with what the labels say."""
+        """Gradients at labels of a draw, or of the data, with the statistics of the labels."""
 
         def prepare(indices: Tensor, batch: Batch) -> None:
             self.source.prepare(batch, self.loss, int(indices[0]))

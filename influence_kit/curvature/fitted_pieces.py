@@ -1,7 +1,7 @@
-"""What was measured of the blocks of a Kronecker-factored curvature, read from tensors by name.
+"""The fitted blocks of a Kronecker-factored curvature, read from the tensors of a state.
 
-The tensors of a piece are named ``key.left``, ``key.grid`` and so on; the key is the block's name,
-or, after the first matrix or table of a block, that of a parameter in it.
+The tensors of a piece are named ``key.left``, ``key.grid`` and so on; the key is the name of the
+block for its first matrix or table, and that of a parameter for its other pieces.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class FittedPiece:
     """One weight with its bias, or one other parameter.
 
     Args:
-        names: of its parameters; the weight comes first.
+        names: the names of its parameters; the weight comes first.
         own: its tensors: the eigenvalues "grid", ``[g, o, i]`` of a matrix, ``[v, e]`` of a table,
             ``[p]`` of a diagonal, and the eigenvectors.
     """
@@ -47,7 +47,7 @@ class FittedPiece:
 
     @property
     def squared_weights(self) -> float:
-        """The sum of the squares of its parameters, where it was fitted."""
+        """The sum of the squares of its parameters at the fit."""
         return float(self.own["squared_weights"])
 
     def basis(
@@ -68,7 +68,7 @@ class FittedPiece:
         return Eigenbasis(layer, left, right, weights, sizes, rtol)
 
     def form(self, swapped: bool) -> str:
-        """In words; ``swapped`` where the rows of the matrix are inputs."""
+        """The form in words; ``swapped`` if the rows of the matrix are inputs."""
         if self.grid.dim() == 1:
             return "diagonal (zero)" if is_idle(self.grid) else "diagonal"
         if self.grid.dim() == 2:
@@ -86,12 +86,12 @@ def fitted_pieces(
     blocks: Mapping[str, Sequence[str]],
     shapes: Mapping[str, torch.Size],
 ) -> dict[str, list[FittedPiece]]:
-    """The pieces of each block, none of one that was left out.
+    """The pieces of each block; an empty list for a block that is left out.
 
     Args:
-        tensors: what was measured, by name.
+        tensors: the state of the fit, by name.
         blocks: names of parameters by block.
-        shapes: of the parameters.
+        shapes: the shapes of the parameters.
     """
     by_key: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, value in tensors.items():
@@ -110,7 +110,7 @@ def _members(
 ) -> tuple[str, ...]:
     if "members" in own:
         return tuple(names[i] for i in own["members"].tolist())
-    # saved before blocks had several pieces: the weight is the matrix
+    # saved by a version in which a block had one piece: the weight is the matrix
     return tuple(sorted(names, key=lambda name: len(shapes[name]), reverse=True))
 
 
@@ -118,8 +118,8 @@ def form_of_block(names: Sequence[str], pieces: Sequence[FittedPiece], swapped: 
     """The form of a block in words: one, or one for each of its parameters.
 
     Args:
-        names: of all parameters of the block.
-        pieces: of the block.
+        names: the names of all parameters of the block.
+        pieces: the pieces of the block.
         swapped: see ``FittedPiece.form``.
     """
     forms = dict.fromkeys(names, LEFT_OUT)
@@ -134,7 +134,7 @@ def form_of_block(names: Sequence[str], pieces: Sequence[FittedPiece], swapped: 
 
 
 def is_idle(grid: Tensor) -> bool:
-    """Whether no example had a gradient, as far as a diagonal tells."""
+    """Whether a piece is a diagonal, and no example had a gradient."""
     return grid.dim() == 1 and not bool(grid.any())
 
 

@@ -1,4 +1,4 @@
-"""The inverse of the largest eigenpairs of the summed Hessian, as Captum has it."""
+"""The inverse of the largest eigenpairs of the summed Hessian, as in Captum."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from influence_kit.operators.operator import Operator, Scaled
 
 
 class HessianEigenpairs(InverseCurvature):
-    """V D^-1 V^T of the Hessian of the loss, *summed* over the data; eigenvalues may be left out.
+    """V D^-1 V^T of the Hessian of the loss, *summed* over the data; small eigenvalues are dropped.
 
     Args:
         hessian_reg: added to the eigenvalues.
-        projection_dim: how many eigenvalues count, the largest; None for all.
+        projection_dim: how many of the largest eigenvalues count; None for all.
         hessian_inverse_tol: eigenvalues must be above it to count.
         projection_on_cpu: keep the eigenvectors on the CPU.
-        seed: of what is drawn at random.
+        seed: the seed of random numbers.
     """
 
     couples_layers = True
@@ -76,7 +76,7 @@ class HessianEigenpairs(InverseCurvature):
         return data.through(LowRank([chosen], 0.0, complement=False))
 
     def chosen(self, state: State, hessian_reg: float) -> EigenPairs:
-        """The eigenpairs that count, the reg added, the largest first."""
+        """The eigenpairs that count, with ``hessian_reg`` added, the largest first."""
         (pair,) = from_tensors(state, 1)
         values = pair.values + hessian_reg
         order = torch.argsort(values, descending=True)[: self.projection_dim]
@@ -91,13 +91,13 @@ class HessianEigenpairs(InverseCurvature):
         return EigenPairs(values[order], pair.vectors[:, order])
 
     def projection(self, state: State, hessian_reg: float, sample: Tensor) -> Tensor:
-        """The matrix R ``[P, d]``, R R^T the inverse."""
+        """The matrix R ``[P, d]``; R R^T is the inverse."""
         pair = self.chosen(state, hessian_reg)
         return (pair.vectors / pair.values.sqrt()).to(sample)
 
 
 class ExactEigenpairs(HessianEigenpairs):
-    """Of the Hessian written out; see ``NaiveInfluenceFunction``."""
+    """The eigenpairs of the whole Hessian; see ``NaiveInfluenceFunction``."""
 
     def pairs(self, hessian: Operator) -> EigenPairs:
         (block,) = hessian.dense()
@@ -105,11 +105,11 @@ class ExactEigenpairs(HessianEigenpairs):
 
 
 class ArnoldiEigenpairs(HessianEigenpairs):
-    """Of the Hessian restricted to a Krylov subspace; see ``ArnoldiInfluenceFunction``.
+    """The eigenpairs of the Hessian in a Krylov subspace; see ``ArnoldiInfluenceFunction``.
 
     Args:
-        arnoldi_dim: the most dimensions of the subspace.
-        arnoldi_tol: stop where the next direction is shorter than this.
+        arnoldi_dim: the largest dimension of the subspace.
+        arnoldi_tol: stop if the next direction is shorter than this.
         hessian_reg, projection_dim, hessian_inverse_tol, projection_on_cpu, seed: as in
             ``HessianEigenpairs``.
     """

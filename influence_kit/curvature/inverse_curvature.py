@@ -31,7 +31,7 @@ from influence_kit.gradients.per_example import Transform
 from influence_kit.operators.partition import Partition
 from influence_kit.operators.wording import OF_CURVATURE, Wording
 
-# what is fitted at a checkpoint, by name
+# the tensors that are fitted at a checkpoint, by name
 State = dict[str, Tensor]
 TRACES = "traces"
 
@@ -39,18 +39,18 @@ TRACES = "traces"
 class InverseCurvature(ABC):
     """Fits a curvature C at a checkpoint, and applies (C + damping I)^-1 to gradients.
 
-    An inverse curvature holds settings; what is fitted at a checkpoint is its state, tensors by
-    name, which a method keeps and saves. So one object serves any number of methods.
+    An inverse curvature holds settings; the result of a fit at a checkpoint is its state, tensors
+    by name, which a method caches and saves. So one object serves any number of methods.
 
     Args:
         damping: a number, one for each block (a dict), or a rule by name; see
             ``InfluenceFunction``.
-        seed: of everything that is drawn at random.
+        seed: the seed of all random numbers.
     """
 
-    # ``repr`` is to be shown where a method shows its arguments
+    # the ``repr`` of a method shows the settings of this object
     shows_settings = True
-    # rules that ``damping`` may name, the one that "auto" is, and the share of those of traces
+    # rules that ``damping`` may name, the one that "auto" stands for, and the share of trace rules
     rules: Sequence[str] = (MEAN, TRACE)
     auto_rule = MEAN
     auto_share = SHARE
@@ -66,7 +66,7 @@ class InverseCurvature(ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the state depends on beside model, data and loss."""
+        """The settings that the state depends on, beside model, data and loss."""
         return {"seed": self.seed}
 
     @property
@@ -88,11 +88,11 @@ class InverseCurvature(ABC):
         return
 
     def sample_size(self, partition: Partition) -> int:
-        """How many examples ``FitData.examples.sample`` has to give, to twice as many."""
+        """The number of examples in ``FitData.examples.sample``, up to twice as many."""
         return 1
 
     def fit(self, data: FitData) -> State:
-        """The state at the checkpoint that is in the model; nothing, unless overridden."""
+        """The state at the checkpoint that is in the model; empty, unless overridden."""
         return {}
 
     @abstractmethod
@@ -101,12 +101,12 @@ class InverseCurvature(ABC):
 
     @abstractmethod
     def inverse(self, state: State, damping: Tensor, data: FitData) -> Transform:
-        """Gradients through (C + damping I)^-1, given the damping of each block ``[B]``."""
+        """The map of gradients by (C + damping I)^-1, given the damping of each block ``[B]``."""
 
     def auto_damping(self, rule: str, state: State, data: FitData) -> Tensor:
         """The damping of each block ``[B]``, float64, by one of ``rules``.
 
-        The state keeps the traces that the rules "mean" and "trace" are shares of.
+        The state holds the traces of which the rules "mean" and "trace" are shares.
         """
         blocks = dict(zip(data.partition.blocks, data.partition.sizes, strict=True))
         if rule == LEARNING_RATES:
@@ -126,7 +126,7 @@ def refuse_all_but_gradients(features: FeatureMap, name: str) -> None:
     """Refuse features that are not the gradients of parameters.
 
     Raises:
-        InvalidArgumentError: for projected gradients, say.
+        InvalidArgumentError: for projected gradients, for example.
     """
     if type(features).features is not FeatureMap.features:
         raise InvalidArgumentError(

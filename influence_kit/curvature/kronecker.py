@@ -1,20 +1,20 @@
-"""Kronecker-factored curvature of a layer: what is measured of it in passes over gradients.
+"""Kronecker-factored curvature of a layer: the sums accumulated in passes over gradients.
 
 The gradient of a layer's weight, its bias as a last column, is a matrix G = sum_t d_t [a_t, 1]^T
-over positions t. K-FAC (arXiv 1503.05671) takes E[vec G vec G^T] for S (x) A, with
+over positions t. K-FAC (arXiv 1503.05671) approximates E[vec G vec G^T] by S (x) A, with
 
     A = mean over positions of [a, 1] [a, 1]^T,     S = mean over examples of sum_t d_t d_t^T,
 
-each position an example of its own; EK-FAC (arXiv 1806.03884) keeps the eigenvectors Q_S, Q_A and
-takes for the eigenvalues Lambda = mean over examples of (Q_S^T G Q_A)^2, over whole examples.
-Positions of a sequence at which no gradient arrives (padding) are not counted. Groups of a
-convolution are matrices of their own. For an embedding G has a row for each id that the example
+each position counting as one example; EK-FAC (arXiv 1806.03884) keeps the eigenvectors Q_S, Q_A
+and takes as eigenvalues Lambda = mean over examples of (Q_S^T G Q_A)^2, for whole examples.
+Positions of a sequence with a zero gradient (padding) are not counted. Groups of a
+convolution are separate matrices. For an embedding G has a row for each id that the example
 looked up: A is diagonal over ids, and S the mean over examples of the sum of its rows' squares.
 A side longer than ``LARGEST_SIDE`` of ``factor_sums`` has the diagonal of its factor, and its
 eigenvectors are the unit vectors. Parameters without such a form have the mean of their squared
 gradients.
 
-Letters: n examples, t positions, g groups, o outputs and i inputs (with the bias) of a group, v
+Shapes: n examples, t positions, g groups, o outputs and i inputs (with the bias) of a group, v
 rows and e entries of an embedding.
 """
 
@@ -44,29 +44,29 @@ class Measured(ABC):
 
     @abstractmethod
     def add_factors(self, gradients: Gradients) -> None:
-        """Take a batch into the factors."""
+        """Add a batch to the factors."""
 
     @abstractmethod
     def decompose(self, n: int) -> None:
-        """Find the eigenvectors, once all batches are in."""
+        """Compute the eigenvectors, after all batches have been added."""
 
     @abstractmethod
     def add_squares(self, gradients: Gradients) -> None:
-        """Take a batch into the grid of EK-FAC, or into the diagonal."""
+        """Add a batch to the grid of EK-FAC, or to the diagonal."""
 
     @abstractmethod
-    def facts(self, n: int, corrected: bool) -> dict[str, Tensor]:
-        """Bases, their eigenvalues, and the grid: of EK-FAC if ``corrected``, else of K-FAC."""
+    def state(self, n: int, corrected: bool) -> dict[str, Tensor]:
+        """Eigenvectors, eigenvalues, and the grid: of EK-FAC if ``corrected``, else of K-FAC."""
 
 
 class MeasuredMatrix(Measured):
-    """Of a linear layer or convolution.
+    """The sums of a linear layer or convolution.
 
     Args:
         layer: the layer.
-        kind: of the gradients of its weight.
+        kind: the kind of the gradients of its weight.
         sample: a tensor with the dtype and device of the gradients.
-        every_position: whether positions of a sequence count also where no gradient arrives.
+        every_position: whether positions of a sequence count also if their gradient is zero.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class MeasuredMatrix(Measured):
         self.squares = sample.new_zeros((g, o, i), dtype=torch.float64)
         self.positions = sample.new_zeros((1,), dtype=torch.float64)
         self.every_position = every_position
-        # rows of inputs that wait to be added up; ranks add up theirs at once
+        # rows of inputs that are not summed yet; with several ranks, rows are summed immediately
         self.rows: list[Tensor] = []
         self.few = is_alone() and not self.of_inputs.is_diagonal
         self.sample = sample
@@ -98,7 +98,7 @@ class MeasuredMatrix(Measured):
         if self.layer.bias is not None:
             inputs = with_ones(inputs)
         if deltas.shape[1] > 1 and not self.every_position:
-            # padding: no gradient arrives there
+            # padding: the gradient is zero there
             counted = (deltas != 0).any(dim=2)
             inputs = inputs * counted.unsqueeze(2)
             self.positions += counted.sum()
@@ -108,7 +108,7 @@ class MeasuredMatrix(Measured):
         self._add_inputs(inputs.flatten(0, 1))
 
     def _add_inputs(self, inputs: Tensor) -> None:
-        """Add rows ``[*, i]`` to A; as long as there are few, they are kept in its place."""
+        """Add rows ``[*, i]`` to A; as long as there are few, the rows are stored instead of A."""
         self.rows.append(inputs)
         self.few = self.few and sum(map(len, self.rows)) <= self.layer.inputs / 2
         if not self.few:
@@ -124,7 +124,7 @@ class MeasuredMatrix(Measured):
             part = form.rows(rows)
             left = part.left.flatten(2).transpose(0, 1).reshape(g, self.layer.outputs, -1)
             self.of_outputs.add(left)
-            # padding of a sequence: no gradient arrives there
+            # padding of a sequence: the gradient is zero there
             counted = (part.left != 0).any(dim=1) if is_sequence else None
             self.of_inputs.total += products(part, bias, counted)
             self.positions += part.n * t if counted is None else counted.sum()
@@ -156,7 +156,7 @@ class MeasuredMatrix(Measured):
         for part in rotated(self.layer, self.left, self.right, gradients.forms):
             self.squares += part.square().sum(0)
 
-    def facts(self, n: int, corrected: bool) -> dict[str, Tensor]:
+    def state(self, n: int, corrected: bool) -> dict[str, Tensor]:
         if corrected:
             grid = sum_over_ranks(self.squares) / n
         else:
@@ -175,9 +175,9 @@ class MeasuredMatrix(Measured):
 
 
 def _eigenpairs_of_rows(rows: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues ``[1, i]`` and vectors ``[1, i, i]`` of rows^T rows / count, of few rows."""
+    """Eigenvalues ``[1, i]`` and vectors ``[1, i, i]`` of rows^T rows / count, for few rows."""
     _, singular, right = torch.linalg.svd(rows.double(), full_matrices=False)
-    # any basis serves where there are no rows
+    # without rows, any basis is correct
     basis = torch.linalg.qr(right.T, mode="complete")[0]
     values = basis.new_zeros(len(basis))
     values[: len(singular)] = singular.square() / count
@@ -185,7 +185,7 @@ def _eigenpairs_of_rows(rows: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class MeasuredTable(Measured):
-    """Of an embedding: the left basis is that of the ids."""
+    """The sums of an embedding, whose left basis is that of the ids."""
 
     def __init__(self, weight: str, shape: torch.Size, sample: Tensor) -> None:
         self.weight = weight
@@ -215,7 +215,7 @@ class MeasuredTable(Measured):
             squares = turned(form.values, self.right).square().double()
             self.squares.index_add_(0, form.ids, squares)
 
-    def facts(self, n: int, corrected: bool) -> dict[str, Tensor]:
+    def state(self, n: int, corrected: bool) -> dict[str, Tensor]:
         if corrected:
             grid = sum_over_ranks(self.squares) / n
         else:

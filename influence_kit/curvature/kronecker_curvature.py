@@ -1,4 +1,4 @@
-"""The inverse curvature of whole models in Kronecker factors: K-FAC and EK-FAC.
+"""Inverse curvatures of whole models with Kronecker factors: K-FAC and EK-FAC.
 
 Shapes: B blocks.
 """
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from influence_kit.core.arguments import check_number
 from influence_kit.core.distributed import is_first_rank
-from influence_kit.curvature.alignment import misfit
 from influence_kit.curvature.damping import EVIDENCE, LEARNING_RATES, MEAN, TRACE, DampingArgument
 from influence_kit.curvature.evidence import evidence_damping
 from influence_kit.curvature.fit_data import FitData
@@ -34,6 +33,7 @@ from influence_kit.curvature.inverse_curvature import (
 from influence_kit.curvature.kronecker_fit import OBSERVATIONS, KroneckerFit, is_swapped
 from influence_kit.curvature.kronecker_inverse import KroneckerInverse
 from influence_kit.curvature.layer_forms import named
+from influence_kit.curvature.misfit import misfit
 from influence_kit.curvature.observations import Observations, curvature_factor
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.feature_map import FeatureMap
@@ -44,8 +44,8 @@ from influence_kit.operators.solvers import damping_by_block
 FisherName = Literal["fisher", "empirical_fisher"]
 WithoutForm = Literal["diagonal", "leave_out", "error"]
 WITHOUT = ("diagonal", "leave_out", "error")
-# examples whose gradients show how well the factors fit, to twice as many, and multiplications for
-# all their products with one another
+# sampled examples whose gradients show how well the factors fit (up to twice as many), and the
+# multiplications for all their inner products
 MOST_SAMPLED, LEAST_SAMPLED, SAMPLED_WORK = 256, 8, 2**31
 
 
@@ -54,12 +54,12 @@ class KroneckerCurvature(InverseCurvature):
 
     Args:
         damping: a positive number, a dict by layer, or a rule by name.
-        curvature: "fisher" (at labels drawn from the model) or "empirical_fisher" (at the labels of
-            the data).
-        seed: of the drawn labels.
-        rtol: relative error that a cheaper form of a layer's products may have, for layers whose
+        curvature: "fisher" (at labels sampled from the model) or "empirical_fisher" (at the labels
+            of the data).
+        seed: the seed of the sampled labels.
+        rtol: the largest relative error of a cheaper form of a layer's products, for layers whose
             examples have one position; it is measured, and 0 makes all products exact.
-        layers_without_kronecker: what becomes of parameters without a Kronecker form: "diagonal",
+        layers_without_kronecker: how to treat parameters without a Kronecker form: "diagonal",
             "leave_out" or "error".
     """
 
@@ -94,7 +94,7 @@ class KroneckerCurvature(InverseCurvature):
     @property
     def settings(self) -> dict[str, Any]:
         settings = {**super().settings, "curvature": self.curvature}
-        if self.layers_without_kronecker != "diagonal":  # as fits of earlier versions
+        if self.layers_without_kronecker != "diagonal":  # as in fits of earlier versions
             settings["layers_without_kronecker"] = self.layers_without_kronecker
         return settings
 
@@ -121,7 +121,7 @@ class KroneckerCurvature(InverseCurvature):
         partition = data.partition
         values = eigenvalues(state, partition)
         means = {block: mean_of(own) for block, own in values.items()}
-        # no training example has a gradient there: any damping serves
+        # no training example has a gradient there: the damping has no effect
         idle = {block for block in partition.blocks if block not in means}
         if data.is_of_training:
             idle |= {b for b, own in values.items() if all(is_idle(grid) for grid in own)}
@@ -140,7 +140,7 @@ class KroneckerCurvature(InverseCurvature):
         if rule == EVIDENCE:
             found = self._evidence(pieces, state, data)
         else:
-            # of the mean loss's curvature, which these eigenvalues are not in the units of
+            # in units of the mean loss's curvature, which are not those of these eigenvalues
             found = float(super().auto_damping(rule, state, data)[0])
             found /= curvature_factor(state[OBSERVATIONS], self.curvature != "fisher")
         every = torch.full((len(fitted),), found, dtype=torch.float64)
@@ -154,8 +154,8 @@ class KroneckerCurvature(InverseCurvature):
         return every / left_out
 
     def _evidence(self, pieces: list[FittedPiece], state: State, data: FitData) -> float:
-        # weights of norms lie about 1 and rows of tables are drawn large: a prior about 0 is none
-        # of theirs
+        # weights of norms are about 1 and rows of tables are initialised large: a prior with mean 0
+        # does not describe them
         chosen = [piece for piece in pieces if piece.is_matrix] or pieces
         return evidence_damping(
             [piece.grid for piece in chosen],
@@ -164,12 +164,12 @@ class KroneckerCurvature(InverseCurvature):
         )
 
     def sample_size(self, partition: Partition) -> int:
-        # a few of large gradients have as many products as many of small ones
+        # few examples with large gradients take as many multiplications as many with small ones
         within = isqrt(SAMPLED_WORK // sum(partition.sizes))
         return min(MOST_SAMPLED, max(LEAST_SAMPLED, within))
 
     def _sample_of(self, data: FitData) -> list[Gradients]:
-        """Gradients of a few examples from all over the data, at labels of their own."""
+        """Gradients of a sample of examples, at labels sampled independently."""
         observed = data.observed(self.seed, draw=2, at_data=self.curvature != "fisher")
         return list(observed.weighted(data.examples.sample, sum(data.partition.sizes)))
 
@@ -181,7 +181,7 @@ class KroneckerCurvature(InverseCurvature):
     def _inverse(
         self, state: State, damping: Tensor, data: FitData, power: float = 1.0
     ) -> KroneckerInverse:
-        """Gradients through a power of the damped inverse."""
+        """The map that multiplies gradients by a power of the damped inverse."""
         fitted = _fitted(state, data.partition)
         values = damping_by_block(damping, len(fitted), positive=True).tolist()
         bases = {}
@@ -204,7 +204,7 @@ class EKFAC(KroneckerCurvature):
 
 
 def eigenvalues(state: State, partition: Partition) -> dict[str, list[Tensor]]:
-    """All eigenvalues of each block, diagonals included; none of blocks that are left out."""
+    """All eigenvalues of each block, diagonals included; without blocks that are left out."""
     return {
         block: [piece.grid for piece in pieces]
         for block, pieces in _fitted(state, partition).items()
@@ -215,7 +215,7 @@ def eigenvalues(state: State, partition: Partition) -> dict[str, list[Tensor]]:
 def block_forms(
     model: nn.Module, states: Mapping[int, State], partition: Partition
 ) -> dict[str, str]:
-    """The form of the curvature of each block, of all checkpoints; empty before a fit."""
+    """The form of the curvature of each block, at all checkpoints; empty before a fit."""
     found: dict[str, list[str]] = {}
     for _, state in sorted(states.items()):
         fitted = _fitted(state, partition)
@@ -226,14 +226,14 @@ def block_forms(
 
 
 def _fitted(state: State, partition: Partition) -> dict[str, list[FittedPiece]]:
-    """What was measured, by block; a block that is left out has no pieces."""
+    """The fitted pieces by block; a block that is left out has none."""
     return fitted_pieces(state, partition.blocks, partition.shapes)
 
 
 def _refuse_old(state: State, data: FitData) -> None:
     if OBSERVATIONS not in state:
         raise InvalidArgumentError(
-            f"{data.argument} takes the evidence of the fit, and this fit was saved by a version "
-            "that had no part of it: call `fit()` again, give a number, or "
-            'damping="mean", which "auto" was'
+            f"{data.argument} needs the evidence, which a fit saved by an earlier version does not "
+            "contain: call `fit()` again, give a number, or use "
+            'damping="mean", the "auto" of that version'
         )

@@ -1,4 +1,4 @@
-"""What K-FAC and EK-FAC measure of a whole model: Kronecker factors in pieces, and observations.
+"""The fit of K-FAC and EK-FAC to a whole model: Kronecker factors in pieces, and observations.
 
 A piece is a weight with its bias (a Kronecker product) or one other parameter (a diagonal).
 """
@@ -23,7 +23,7 @@ from influence_kit.errors import InvalidArgumentError
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 OBSERVATIONS = "observations"
 
-# by block; what measures its pieces by their keys
+# by block: its pieces, and their accumulators by key
 Pieces = dict[str, list[Piece]]
 MeasuredBlocks = dict[str, dict[str, Measured]]
 
@@ -33,15 +33,15 @@ class KroneckerFit:
     """One fit, at the checkpoint that is in the model.
 
     Args:
-        data: what is fitted to.
+        data: the data of the fit.
         curvature: "fisher" or "empirical_fisher".
         corrected: whether eigenvalues are measured in the factors' eigenbasis (EK-FAC).
-        seed: of the drawn labels.
-        without_form: what becomes of parameters without a Kronecker form.
+        seed: the seed of the sampled labels.
+        without_form: how to treat parameters without a Kronecker form.
 
     Attributes:
-        left_out: the parameters that are left out, once it is done.
-        count: how many parameters there are.
+        left_out: the parameters that are left out, after the fit.
+        count: the number of parameters.
     """
 
     data: FitData
@@ -56,7 +56,7 @@ class KroneckerFit:
         """The factors' eigenpairs, by the names of ``fitted_pieces``, and the observations."""
         data, drawn = self.data, self.curvature == "fisher"
         tally = Tally(of_data=not drawn)
-        # of labels drawn again: of the same ones the eigenvectors know too much
+        # eigenvalues at independent labels: at those of the eigenvectors they would be biased
         again = self.corrected and drawn
         observed_labels = data.observed(self.seed, draw=1 if again else 0, at_data=not drawn)
         features = data.remembered(observed_labels.tallied(tally))
@@ -72,7 +72,7 @@ class KroneckerFit:
         state = {OBSERVATIONS: tally.result(data.sample)}
         for block, names in data.partition.blocks.items():
             for piece in pieces[block]:
-                found = measured[block][piece.key].facts(data.count, self.corrected)
+                found = measured[block][piece.key].state(data.count, self.corrected)
                 found["members"] = torch.tensor([names.index(name) for name in piece.names])
                 found["squared_weights"] = self._squared_weights(piece.names)
                 state.update({f"{piece.key}.{name}": value for name, value in found.items()})
@@ -81,9 +81,9 @@ class KroneckerFit:
     def _factors(
         self, features: Features, observed: ObservedForms
     ) -> tuple[Pieces, MeasuredBlocks]:
-        """The pieces of all blocks and what was measured of them in one pass over the data.
+        """The pieces of all blocks and their accumulators, in one pass over the data.
 
-        In one more, of some blocks, where a later batch shows another form than the first.
+        One more pass, for some blocks, if a later batch shows another form than the first batch.
         """
         observed.add(features(*next(iter(self.data.examples))))
         pieces: Pieces = {}
@@ -96,10 +96,10 @@ class KroneckerFit:
         return pieces, measured
 
     def _changed(self, observed: ObservedForms, known: Pieces) -> Pieces:
-        """The pieces of blocks that are others than is known."""
+        """The pieces of blocks whose pieces differ from the known ones."""
         now = observed.pieces()
         if self.without_form == "error":
-            # those that are not used yet may be later
+            # parameters that no batch has used yet may be used later
             refuse_parameters(observed.without(used=True), observed.count)
         if self.without_form == "leave_out":
             now = {block: [p for p in some if p.kind] for block, some in now.items()}
@@ -107,7 +107,7 @@ class KroneckerFit:
 
     def _measured(self, block: str, pieces: Sequence[Piece]) -> dict[str, Measured]:
         data = self.data
-        # a transposed convolution's gradients arrive at the windows, not at its positions
+        # the gradients of a transposed convolution are at its windows, not at its positions
         every = is_swapped(data.model, block)
         shapes = data.partition.shapes
         return {p.key: measured_piece(p, shapes, data.sample, every) for p in pieces}
@@ -134,7 +134,7 @@ class KroneckerFit:
         return torch.stack(squares).sum()
 
     def _settle(self, observed: ObservedForms) -> None:
-        """Refuse the parameters without a Kronecker form, or leave them out, as is asked."""
+        """Refuse the parameters without a Kronecker form, or leave them out, as requested."""
         without, self.count = observed.without(), observed.count
         if not without or self.without_form == "diagonal":
             return

@@ -1,4 +1,4 @@
-"""The damped inverse of the curvature of a whole model, applied to the test side.
+"""The damped inverse of the curvature of a whole model, applied to test gradients.
 
 Shapes: v rows and e entries of an embedding.
 """
@@ -20,7 +20,7 @@ from influence_kit.gradients.rows import Rows
 
 @dataclass(frozen=True)
 class Table:
-    """The eigenbasis of an embedding, whose left side is that of the ids.
+    """The eigenbasis of an embedding, whose left basis is that of the ids.
 
     Args:
         weight: the parameter's name.
@@ -33,7 +33,7 @@ class Table:
     weights: Tensor
 
     def __call__(self, form: Form) -> Form:
-        """Gradients through the inverse; rows stay the same rows."""
+        """Preconditioned gradients; rows stay the same rows."""
         if isinstance(form, Rows):
             values = turned(form.values, self.right) * self.weights[form.ids]
             return replace(form, values=self._back(values))
@@ -46,17 +46,17 @@ class Table:
 
 
 class KroneckerInverse:
-    """Gradients through the inverse, piece by piece.
+    """The map to preconditioned gradients, piece by piece.
 
     Args:
-        bases: of each piece, by the name of its parameter, or of its weight.
+        bases: the basis of each piece, by the name of its parameter or weight.
     """
 
     def __init__(self, bases: Mapping[str, Eigenbasis | Table | Diagonal]) -> None:
         self.bases = bases
 
     def __call__(self, gradients: Gradients) -> Gradients:
-        """The test side; other parameters are left out."""
+        """Preconditioned gradients; parameters without a basis are left out."""
         forms: dict[str, Form] = {}
         for name, basis in self.bases.items():
             form = gradients.forms.get(name)

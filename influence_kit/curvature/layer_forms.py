@@ -1,9 +1,10 @@
-"""Which form the curvature of a layer's parameters takes, by the gradients that batches show.
+"""The form of the curvature of a layer's parameters, determined by their gradients.
 
 A parameter whose gradients are sums of outer products has a Kronecker form; another parameter of
 the layer joins it as a bias where its gradient is the sum over positions of the same output
-gradients. Everything else has the diagonal. What batches show is collected over the whole pass and
-over all ranks, so that the form depends neither on the batch size nor on the number of ranks.
+gradients. All other parameters have the diagonal. The kinds of gradients are collected over the
+whole pass and over all ranks, so that the form depends neither on the batch size nor on the number
+of ranks.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from influence_kit.gradients.forms import Dense, Form, Sum
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rows import Rows
 
-# what a batch shows of a parameter: a word, then numbers or names
+# the kind of a parameter's gradients in a batch: a word, then numbers or names
 Kind = tuple[str | int, ...]
 TABLE: Kind = ("table",)
 OTHER: Kind = ("other",)
 TIED: Kind = ("sum",)
 MISSING: Kind = ("missing",)
 
-# how many parameters an error or a warning names
+# the largest number of parameters that an error or a warning names
 NAMED = 4
 NO_PRODUCTS = "its gradient is not a sum of outer products"
 SEVERAL_KINDS = "layers of several kinds use it"
@@ -38,7 +39,7 @@ NOT_USED = "no example of the data uses it"
 
 
 def kind_of(form: Form) -> Kind:
-    """What a form is: a table, a matrix (its groups, whether it is stored transposed), another."""
+    """The kind of a form: a table, a matrix (groups, whether stored transposed), or other."""
     if isinstance(form, Rows):
         return TABLE
     if isinstance(form, Factored):
@@ -59,7 +60,7 @@ def is_bias_of(bias: Form, weight: Form) -> bool:
     sums = deltas.sum(dim)
     if not isinstance(bias, Dense) or bias.values.shape != sums.shape:
         return False
-    # sums may cancel; NaN is for others to refuse
+    # sums may cancel; NaN is refused elsewhere
     size = torch.linalg.vector_norm(deltas, ord=1, dim=dim).max()
     error = (bias.values - sums).abs().max()
     return not bool(error > torch.finfo(sums.dtype).eps ** 0.6 * size)
@@ -70,11 +71,11 @@ class Piece:
     """Parameters of one block whose curvature has one form.
 
     Args:
-        key: under which its facts are: the block's name for the first matrix or table of a block,
-            the parameter's name in the block beside that for the rest.
+        key: the prefix of its tensors in a state: the block's name for the first matrix or table of
+            a block, the block's name and the parameter's for the rest.
         names: a parameter; or a weight and its bias.
-        kind: of a Kronecker form; None for the diagonal.
-        reason: why there is no Kronecker form, where there is none.
+        kind: the kind of a Kronecker form; None for the diagonal.
+        reason: why there is no Kronecker form, if there is none.
     """
 
     key: str
@@ -84,12 +85,12 @@ class Piece:
 
 
 def own_key(block: str, name: str) -> str:
-    """The key of what a block knows of one parameter alone."""
+    """The key of a piece of a block that is not its first."""
     return f"{block}.{name.rpartition('.')[2]}"
 
 
 class ObservedForms:
-    """What batches have shown of the parameters of each block.
+    """The kinds of gradients that batches have shown, for the parameters of each block.
 
     Args:
         blocks: names of parameters by block.
@@ -100,7 +101,7 @@ class ObservedForms:
         self.seen: dict[str, set[Kind]] = {name: set() for own in blocks.values() for name in own}
 
     def add(self, gradients: Gradients) -> None:
-        """Look at a batch."""
+        """Add a batch."""
         for names in self.blocks.values():
             forms = {n: gradients.forms[n] for n in names if n in gradients.forms}
             matrices = [n for n, form in forms.items() if kind_of(form)[0] == "matrix"]
@@ -119,7 +120,7 @@ class ObservedForms:
         return OTHER if owner is None else ("bias", owner)
 
     def join_ranks(self, sample: Tensor) -> None:
-        """Take in what all ranks have seen; every rank must call it."""
+        """Merge the kinds that all ranks have seen; every rank must call it."""
         mine = {name: sorted(map(list, kinds), key=str) for name, kinds in self.seen.items()}
         for text in texts_of_ranks(json.dumps(mine), sample.device):
             for name, kinds in json.loads(text).items():
@@ -174,7 +175,7 @@ def named(without: Mapping[str, str]) -> str:
 
 
 def refuse_parameters(without: Mapping[str, str], count: int) -> None:
-    """An error that names parameters without a Kronecker form, of so many, where there are any."""
+    """Raise an error that names the parameters without a Kronecker form, if there are any."""
     if without:
         raise InvalidArgumentError(
             f"no Kronecker form for {len(without):,} of {count:,} parameters: {named(without)}. "

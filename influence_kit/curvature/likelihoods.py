@@ -1,7 +1,7 @@
-"""Distributions of labels given a model's outputs: drawn from, and compared with a loss.
+"""Distributions of labels given a model's outputs, to sample from and to compare with a loss.
 
-Known are the softmax (integer labels), independent sigmoids (``BCEWithLogitsLoss``), and the normal
-distribution with fixed variance (squared error).
+Supported are the softmax (integer labels), independent sigmoids (``BCEWithLogitsLoss``), and the
+normal distribution with fixed variance (squared error).
 
 Shapes: n examples, c classes.
 """
@@ -15,15 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# classes that a loss is compared at: of few logits and of many
+# the number of classes at which a loss is compared, for few and for many logits
 MANY_PROBES, FEW_PROBES, MANY_LOGITS = 64, 8, 10**6
 
 
 def factors_of(found: Tensor, expected: Tensor, axis: int | None) -> Tensor:
-    """By what the expected slopes are multiplied, a number for each label."""
+    """The factor between the found and the expected slopes, one per label."""
     if axis is None:
         return torch.where(expected == 0, 0.0, found / expected)
-    # the slopes of labels that are all but certain are so small that their squares would be 0
+    # slopes of nearly certain labels are so small that their squares would be 0
     largest = expected.abs().amax(axis, keepdim=True)
     found, expected = (torch.where(largest > 0, x / largest, 0.0) for x in (found, expected))
     square = expected.square().sum(axis, keepdim=True)
@@ -31,34 +31,34 @@ def factors_of(found: Tensor, expected: Tensor, axis: int | None) -> Tensor:
 
 
 def rounding_of(slopes: Tensor) -> float:
-    """The relative difference of slopes that rounding explains."""
+    """The relative difference of slopes that rounding can explain."""
     return max(1e-3, 10 * torch.finfo(slopes.dtype).eps)
 
 
 class Likelihood(ABC):
     """A distribution of the labels, given the logits."""
 
-    # the dimension of the logits over which one label is drawn; None where each has its own
+    # the dimension of the logits over which one label is sampled; None if each has its own
     axis: int | None = None
 
     @abstractmethod
     def draw(self, logits: Tensor, labels: Tensor, u: Tensor) -> Tensor:
-        """Labels like ``labels``, from uniform numbers of their shape."""
+        """Sampled labels of the shape and dtype of ``labels``, from uniform numbers."""
 
     @abstractmethod
     def probes(self, logits: Tensor, labels: Tensor) -> Iterable[Tensor]:
-        """Labels like ``labels`` that show what a loss makes of each possible one."""
+        """Labels like ``labels`` at which a loss is compared."""
 
     @abstractmethod
     def slope(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The gradient of -log likelihood in the logits, up to a factor a position."""
+        """The gradient of -log likelihood in the logits, up to one factor per position."""
 
     @abstractmethod
     def mean_squares(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean of ``slope``'s square over drawn labels, one for each label."""
+        """The mean square of ``slope`` over sampled labels, one per label."""
 
     def settles(self, factors: Tensor) -> bool:
-        """Take note of the loss's slope divided by ``slope``; whether it can be taken."""
+        """Record the loss's slope divided by ``slope``; whether the loss fits the likelihood."""
         return True
 
 
@@ -73,7 +73,7 @@ class Softmax(Likelihood):
         return logits.movedim(self.axis, -1).log_softmax(-1)
 
     def _targets(self, labels: Tensor) -> Tensor:
-        """The label that each position's logits are of; below 0 where there is none."""
+        """The label that the logits of each position predict; negative if there is none."""
         targets = labels.long()
         if self.shift:
             targets = torch.full_like(targets, -1)
@@ -81,7 +81,7 @@ class Softmax(Likelihood):
         return targets
 
     def draw(self, logits: Tensor, labels: Tensor, u: Tensor) -> Tensor:
-        """By the inverse of the cumulative distribution; labels below 0 stay (they are ignored)."""
+        """By the inverse cumulative distribution; negative labels stay (they are ignored)."""
         cumulative = self._log_probabilities(logits).double().exp().cumsum(-1)
         if self.shift:
             cumulative, u = cumulative[:, : -self.shift], u[:, self.shift :]
@@ -107,7 +107,7 @@ class Softmax(Likelihood):
         return slope.movedim(-1, self.axis)
 
     def mean_squares(self, logits: Tensor, labels: Tensor) -> Tensor:
-        # p (1 - p), summed; of a probability that rounds to 1, 1 - p is the sum of the others
+        # the sum of p (1 - p); if a probability rounds to 1, 1 - p is the sum of the others
         others = self._log_probabilities(logits).exp()
         others = others.scatter(-1, others.argmax(-1, keepdim=True), 0.0)
         rest = others.sum(-1)
@@ -133,7 +133,7 @@ class Sigmoid(Likelihood):
 
 @dataclass
 class Normal(Likelihood):
-    """A normal distribution about the outputs, of the precision at which the loss is -log of it."""
+    """A normal distribution around the outputs; the loss is -log of it at its precision."""
 
     precision: float = 1.0
 

@@ -1,6 +1,6 @@
-"""The gradient of a linear layer or convolution, with its bias, as one matrix an example.
+"""The gradient of a linear layer or convolution, with its bias, as one matrix per example.
 
-Letters: n examples, t positions, g groups, o outputs and i inputs (with the bias) of a group.
+Shapes: n examples, t positions, g groups, o outputs and i inputs (with the bias) of a group.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Forms = Mapping[str, Form]
 
 
 def with_ones(inputs: Tensor) -> Tensor:
-    """A last entry 1 for the bias."""
+    """The inputs with a last entry 1 for the bias."""
     return torch.cat([inputs, torch.ones_like(inputs[..., :1])], dim=-1)
 
 
@@ -29,11 +29,11 @@ class MatrixLayer:
 
     Args:
         weight: name of its weight.
-        bias: name of its bias, None where it has none that counts.
-        groups: the letter g.
+        bias: name of its bias; None if no bias counts.
+        groups: the number g of groups.
         transposed: whether the weight is stored as (inputs, outputs).
-        outputs: the letter o.
-        inputs: the letter i, with the bias.
+        outputs: the number o of outputs of a group.
+        inputs: the number i of inputs of a group, with the bias.
     """
 
     weight: str
@@ -44,19 +44,19 @@ class MatrixLayer:
     inputs: int
 
     @staticmethod
-    def of(names: Sequence[str], facts: Mapping[str, Tensor]) -> MatrixLayer:
-        """The layer of these parameters, weight first, of which ``facts`` are known."""
+    def of(names: Sequence[str], state: Mapping[str, Tensor]) -> MatrixLayer:
+        """The layer of these parameters, weight first, given the tensors of its fitted state."""
         return MatrixLayer(
             names[0],
             names[1] if len(names) > 1 else None,
-            int(facts["groups"]),
-            bool(facts["transposed"]),
-            facts["left_values"].shape[-1],
-            facts["right_values"].shape[-1],
+            int(state["groups"]),
+            bool(state["transposed"]),
+            state["left_values"].shape[-1],
+            state["right_values"].shape[-1],
         )
 
     def factors(self, forms: Forms) -> tuple[Tensor, Tensor] | None:
-        """D ``[n, t, o]`` and a ``[n, t, i]``; None where the gradient has no such factors."""
+        """D ``[n, t, o]`` and a ``[n, t, i]``; None if the gradient has no such factors."""
         form = forms.get(self.weight)
         if isinstance(form, Convolved) and self.groups == 1:
             form = form.factored()
@@ -65,7 +65,7 @@ class MatrixLayer:
         return form.deltas, form.inputs if self.bias is None else with_ones(form.inputs)
 
     def single(self, forms: Forms) -> tuple[Tensor, Tensor] | None:
-        """The pair d ``[n, o]`` and a ``[n, i]`` of examples of one position; None of others."""
+        """The pair d ``[n, o]`` and a ``[n, i]`` of examples of one position; None for others."""
         form = forms.get(self.weight)
         if not isinstance(form, Factored) or form.deltas.shape[1] != 1:
             return None
@@ -73,7 +73,7 @@ class MatrixLayer:
         return form.deltas[:, 0], inputs[:, 0]
 
     def matrices(self, forms: Forms) -> Tensor:
-        """G written out, ``[n, g, o, i]``."""
+        """G as matrices, ``[n, g, o, i]``."""
         weights = self._weights(forms[self.weight])
         if self.bias is None:
             return weights
@@ -81,18 +81,18 @@ class MatrixLayer:
         return torch.cat([weights, biases], dim=3)
 
     def _weights(self, form: Form) -> Tensor:
-        """G without the bias, a view where the form is written out."""
+        """G without the bias; a view if the form is dense."""
         if self.transposed:
             return form.dense().view(-1, 1, self.width, self.outputs).transpose(2, 3)
         return form.dense().view(-1, self.groups, self.outputs, self.width)
 
     @property
     def width(self) -> int:
-        """Inputs of a group without the bias."""
+        """The number of inputs of a group without the bias."""
         return self.inputs - (self.bias is not None)
 
     def times(self, forms: Forms, right: Tensor | None) -> Tensor:
-        """G times a matrix a group ``[g, i, *]``, or by itself: ``[n, g, o, *]``."""
+        """G times one matrix per group ``[g, i, *]``, or G if None: ``[n, g, o, *]``."""
         if right is None:
             return self.matrices(forms)
         form, inputs = forms[self.weight], self.width
@@ -117,7 +117,7 @@ class MatrixLayer:
 
 
 def turned(values: Tensor, vectors: Tensor | None) -> Tensor:
-    """Rows ``[..., s]`` in a basis ``[..., s, s]``; None is that of the unit vectors."""
+    """Rows ``[..., s]`` in a basis ``[..., s, s]``; None means the unit vectors."""
     return values if vectors is None else values @ vectors
 
 
@@ -126,7 +126,7 @@ def rotated(
 ) -> Iterable[Tensor]:
     """Q_S^T G Q_A, ``[n, g, o, i]`` in chunks of examples: factors or matrices, the cheaper.
 
-    A basis that is None is that of the unit vectors. Chunks may be views of the forms' numbers.
+    None as a basis means the unit vectors. Chunks may be views of the tensors of the forms.
     """
     o, i, form = layer.outputs, layer.inputs, forms[layer.weight]
     rows_cost, columns_cost = (o * (left is not None), i * (right is not None))
@@ -146,7 +146,7 @@ def rotated(
 
 
 def _positions(form: Form) -> int:
-    """The letter t; 0 where the form has none."""
+    """The number t of positions; 0 if the form has none."""
     if isinstance(form, Convolved):
         return form.positions
     return form.deltas.shape[1] if isinstance(form, Factored) else 0

@@ -17,10 +17,10 @@ class MeanInverse:
     """v -> 1/n sum_j (g_j g_j^T + damping)^-1 v, block by block, in one pass for all vectors.
 
     By Sherman and Morrison each inverse is (I - g_j g_j^T / (damping + |g_j|^2)) / damping, so that
-    the pass takes inner products and a weighted sum of the gradients, and stores none.
+    the pass takes inner products and a weighted sum of the gradients, and stores none of them.
 
     Args:
-        features: gradients of a batch, given the places of its examples.
+        features: returns the gradients of a batch, given the indices of its examples.
         data: the data set.
         partition: the parameters, in blocks.
         damping: added to the eigenvalues; positive.
@@ -35,8 +35,8 @@ class MeanInverse:
     def __call__(self, vectors: Tensor) -> Tensor:
         """The mean of the inverses times each row of ``[k, P]``."""
         total = torch.zeros_like(vectors)
-        for places, batch in self.data:
-            total += self._batch_sum(self.features(places, batch), vectors)
+        for indices, batch in self.data:
+            total += self._batch_sum(self.features(indices, batch), vectors)
         lift = spread(self.damping, self.partition.sizes).to(vectors.device)
         # in float64, in which the inverse of a very small damping exists
         left = vectors.double() - refuse_non_finite(total).double() / self.data.count
@@ -60,7 +60,7 @@ class MeanInverse:
 
 
 class MeanOfInverses(InverseCurvature):
-    """The mean of the examples' damped inverses, for the inverse of their mean; see ``DataInf``."""
+    """The mean of the examples' damped inverses, not the inverse of their mean; see ``DataInf``."""
 
     takes_own_labels = True
 
@@ -77,8 +77,8 @@ def mean_squared_norms(features: Features, data: DataSet, partition: Partition) 
     """The mean over examples of |g|^2 for each block, ``[B]``."""
     blocks: Sequence[Sequence[str]] = list(partition.blocks.values())
     total = torch.zeros(len(blocks), dtype=torch.float64)
-    for places, batch in data:
-        gradients = features(places, batch)
+    for indices, batch in data:
+        gradients = features(indices, batch)
         for number, names in enumerate(blocks):
             _, squares, powers = gradients.of(names).balanced()
             total[number] += (squares.double() * torch.exp2(2 * powers.double())).sum().cpu()

@@ -1,4 +1,4 @@
-"""What measures the pieces of a block: a matrix, a table, or a diagonal."""
+"""The accumulator of each piece of a block: a matrix, a table, or a diagonal."""
 
 import math
 from collections.abc import Mapping
@@ -16,35 +16,35 @@ from influence_kit.gradients.per_example import Gradients
 
 
 class MeasuredDiagonal(Measured):
-    """Of a parameter without a Kronecker form: the mean of its squared gradients."""
+    """For a parameter without a Kronecker form: the mean of its squared gradients."""
 
     def __init__(self, name: str, shape: torch.Size, sample: Tensor) -> None:
         self.weight = name
         self.squares = sample.new_zeros((math.prod(shape),), dtype=torch.float64)
 
     def add_factors(self, gradients: Gradients) -> None:
-        """It has none."""
+        """A diagonal has no factors."""
 
     def decompose(self, n: int) -> None:
-        """There are no eigenvectors to find."""
+        """A diagonal has no eigenvectors to compute."""
 
     def add_squares(self, gradients: Gradients) -> None:
         form = gradients.forms.get(self.weight)
         if form is not None:
             self.squares += square_sums(form)
 
-    def facts(self, n: int, corrected: bool) -> dict[str, Tensor]:
+    def state(self, n: int, corrected: bool) -> dict[str, Tensor]:
         return {"grid": refuse_non_finite(sum_over_ranks(self.squares) / n)}
 
 
 def measured_piece(
     piece: Piece, shapes: Mapping[str, torch.Size], sample: Tensor, every_position: bool
 ) -> Measured:
-    """What measures a piece of a block.
+    """The accumulator of a piece of a block.
 
     Args:
         piece: the piece.
-        shapes: of all parameters.
+        shapes: the shapes of all parameters.
         sample: a tensor with the dtype and device of the gradients.
         every_position: see ``MeasuredMatrix``.
     """

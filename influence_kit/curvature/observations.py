@@ -1,8 +1,8 @@
-"""As how many observations a training set counts, in the units of a loss.
+"""The number N of observations of a training set, in the units of a loss.
 
-The negative log-likelihood of a training set is a sum over its labels, the curvature C of an
-influence function the mean over examples of a loss in any units: the mean over the tokens of each,
-or a squared error. N times C is the curvature of the negative log-likelihood.
+The negative log-likelihood of a training set is a sum over its labels; the curvature C of an
+influence function is that of the mean over examples of a loss in any units: the mean over the
+tokens of each, or a squared error. N times C is the curvature of the negative log-likelihood.
 
 Shapes: n examples of a batch.
 """
@@ -20,17 +20,17 @@ from influence_kit.gradients.per_example import Gradients
 
 
 @dataclass(frozen=True)
-class LabelFacts:
-    """What the labels of a batch say.
+class LabelStatistics:
+    """Statistics of the labels of a batch.
 
     Args:
-        labels: how many labels count.
+        labels: the number of labels that count.
         squares: the sum over labels of the squared factor between the loss and the negative
             log-likelihood (1 / T for a mean over T tokens).
         residuals: the sum over labels of the squared error over the variance at which the loss is a
-            negative log-likelihood; None where the likelihood has no variance.
-        weights: of each example ``[n]``: the squared slope that its labels have on average, over
-            that of the labels it has.
+            negative log-likelihood; None if the likelihood has no variance.
+        weights: for each example ``[n]``: the mean squared slope over labels of the likelihood,
+            divided by the squared slope at its labels.
     """
 
     labels: Tensor
@@ -41,12 +41,12 @@ class LabelFacts:
 
 @dataclass(frozen=True)
 class Observations:
-    """N of a training set.
+    """The number N of observations of a training set.
 
     Args:
-        count: N; where a variance is estimated, N at the mean squared error.
-        values: how many numbers were predicted with a variance that is estimated, so that N is
-            ``count * (1 - gamma / values)`` where gamma parameters fit them; infinite where the
+        count: N; if a variance is estimated, N at the mean squared error.
+        values: the number of predicted values if their variance is estimated, so that N is
+            ``count * (1 - gamma / values)`` when gamma parameters fit them; infinite if the
             likelihood has no variance.
     """
 
@@ -54,24 +54,24 @@ class Observations:
     values: float = math.inf
 
     @staticmethod
-    def of(facts: Tensor, n: int) -> Observations:
-        """Of ``n`` training examples, given what ``Tally.result`` found."""
-        count, values, excess = facts.tolist()
+    def of(totals: Tensor, n: int) -> Observations:
+        """The observations of ``n`` training examples, given the result of ``Tally.result``."""
+        count, values, excess = totals.tolist()
         return Observations(n * count * excess, n * values)
 
 
-def curvature_factor(facts: Tensor, of_data: bool) -> float:
+def curvature_factor(totals: Tensor, of_data: bool) -> float:
     """The curvature of the mean loss, over the mean of the outer products of its gradients.
 
-    T times the excess for a mean over T tokens; for outer products at the labels of the data,
-    which are taken for as likely as the model has them, without the excess.
+    T times the excess for a mean over T tokens; without the excess for outer products at the labels
+    of the data, which are assumed to be distributed as the model predicts.
 
     Args:
-        facts: what ``Tally.result`` found.
+        totals: the result of ``Tally.result``.
         of_data: whether gradients were taken at the labels of the data.
     """
-    count, values, excess = facts.tolist()
-    # labels drawn with the variance at which the loss is -log likelihood are in its units
+    count, values, excess = totals.tolist()
+    # labels sampled with the variance at which the loss is -log likelihood are in its units
     return float(excess * (math.sqrt(count) if math.isinf(values) or of_data else 1.0))
 
 
@@ -88,39 +88,39 @@ SUMS = (
 
 
 class Tally:
-    """Sums over the batches of a pass; a batch that comes twice counts once.
+    """Sums over the batches of a pass; a batch that is added twice counts once.
 
     Args:
-        of_data: whether gradients are taken at the labels of the data, not at drawn ones.
+        of_data: whether gradients are taken at the labels of the data, not at sampled ones.
     """
 
     def __init__(self, of_data: bool) -> None:
         self.of_data = of_data
         self._parts: dict[int, Tensor] = {}
 
-    def add(self, place: int, facts: LabelFacts | None, gradients: Gradients) -> None:
-        """Take the batch whose first example stands at ``place``.
+    def add(self, start: int, statistics: LabelStatistics | None, gradients: Gradients) -> None:
+        """Add the batch whose first example has the index ``start``.
 
-        A label that the model thinks unlikely is drawn rarely, and its gradient is large: of a
-        confident model a few draws have nearly all of the curvature, or none came. Each example's
-        squared gradient times its weight is what it would be on average over labels.
+        A label that is unlikely under the model is sampled rarely, and its gradient is large: for a
+        confident model a few samples have nearly all of the curvature, or there are none. Each
+        example's squared gradient times its weight is its mean over labels.
 
         Args:
-            place: index of the first example.
-            facts: of the labels; None where the loss is no known likelihood.
-            gradients: of the examples.
+            start: index of the first example.
+            statistics: of the labels; None if the loss is not a known likelihood.
+            gradients: the gradients of the examples.
         """
         squares = gradients.squared_norms().double()
         own: dict[str, Tensor | float] = dict.fromkeys(SUMS, 0.0)
         own["examples"] = gradients.n
-        if facts is None:
+        if statistics is None:
             own["unknown"] = 1.0
         else:
-            own |= {"labels": facts.labels, "squares": facts.squares}
-            own |= {"seen": squares.sum(), "expected": squares @ facts.weights}
-            if facts.residuals is not None:
-                own |= {"residuals": facts.residuals, "with_variance": 1.0}
-        self._parts[place] = torch.stack(
+            own |= {"labels": statistics.labels, "squares": statistics.squares}
+            own |= {"seen": squares.sum(), "expected": squares @ statistics.weights}
+            if statistics.residuals is not None:
+                own |= {"residuals": statistics.residuals, "with_variance": 1.0}
+        self._parts[start] = torch.stack(
             [
                 torch.as_tensor(own[name], dtype=torch.float64, device=squares.device)
                 for name in SUMS
@@ -128,14 +128,14 @@ class Tally:
         )
 
     def result(self, sample: Tensor) -> Tensor:
-        """N and the values with a variance, for each example, and the curvature's excess: ``[3]``.
+        """N and the values with a variance, per example, and the curvature's excess: ``[3]``.
 
-        The excess is the curvature on average over labels, in units of that at the drawn ones.
-        Where the loss is no known likelihood, an example is an observation.
+        The excess is the mean curvature over labels, divided by that at the sampled labels. If the
+        loss is not a known likelihood, each example is one observation.
         """
         total = sample.new_zeros(len(SUMS), dtype=torch.float64)
-        for place, own in self._parts.items():
-            if place or is_first_rank():  # all ranks look at the first batch
+        for start, own in self._parts.items():
+            if start or is_first_rank():  # all ranks read the first batch
                 total += own
         of = dict(zip(SUMS, sum_over_ranks(total).tolist(), strict=True))
         if of["unknown"]:
@@ -145,5 +145,5 @@ class Tally:
         scale = of["residuals"] if of["with_variance"] else of["squares"]
         count = of["labels"] / scale if scale else math.inf
         if self.of_data and of["with_variance"]:
-            count *= count  # the labels have the variance of the errors, not the loss's own
+            count *= count  # the labels have the variance of the errors, not that of the loss
         return torch.tensor([count, values, excess], dtype=torch.float64)

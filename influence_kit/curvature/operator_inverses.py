@@ -1,6 +1,6 @@
-"""Inverse curvatures of a curvature that is known by its products with vectors.
+"""Inverse curvatures from products of the curvature with vectors.
 
-Explicit (Cholesky's factors), conjugate gradients, and the Nystroem approximation.
+Explicit (Cholesky factors), conjugate gradients, and the Nystroem approximation.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ from influence_kit.operators.solvers import Cholesky, Solve, conjugate_gradients
 CurvatureName = Literal["ggn", "hessian", "fisher", "empirical_fisher"]
 BlockArgument = Literal["full", "layer", "parameter"] | Mapping[str, Sequence[str]]
 CURVATURES = ("ggn", "hessian", "fisher", "empirical_fisher")
-# of the Nystroem preconditioner
+# the rank of the Nystroem preconditioner
 RANK = 50
 
 
 class OperatorInverse(InverseCurvature):
-    """An inverse of a curvature with a choice of blocks.
+    """The inverse of a curvature with a choice of blocks.
 
     Args:
         damping: see ``InfluenceFunction``.
         curvature: "ggn" (Gauss-Newton, J^T H J: the Hessian for models that are linear in their
             parameters, and never negative for a loss that is convex in the outputs), "hessian" (may
             be indefinite away from a minimum), "fisher" (outer products of gradients at labels
-            drawn from the model) or "empirical_fisher" (at the labels of the data).
-        blocks: "full", "layer", "parameter", or names of parameters by block: what is between
-            blocks is taken for zero, and a parameter that no block has for frozen.
-        seed: of everything that is drawn at random.
+            sampled from the model) or "empirical_fisher" (at the labels of the data).
+        blocks: "full", "layer", "parameter", or names of parameters by block: entries of C between
+            blocks are taken as zero, and parameters in no block as frozen.
+        seed: the seed of all random numbers.
     """
 
-    # found to serve convex models and networks alike
+    # works for convex models and for networks
     auto_rule, auto_share = TRACE, 1.0
     rules: Sequence[str] = (MEAN, TRACE, LEARNING_RATES)
 
@@ -110,7 +110,7 @@ class OperatorInverse(InverseCurvature):
 
 
 class Explicit(OperatorInverse):
-    """Written out and factorized, block by block; see ``ExplicitInfluenceFunction``."""
+    """Computed as a matrix and factorized, block by block; see ``ExplicitInfluenceFunction``."""
 
     def fit(self, data: FitData) -> State:
         curvature = self.operator(data)
@@ -138,24 +138,25 @@ def _blocks(state: State, data: FitData) -> list[Block]:
 def _check_memory(curvature: Curvature) -> None:
     sizes, cores = curvature.sizes, curvature.core_sizes
     rows = sum(core * size for core, size in zip(cores, sizes, strict=True) if core < size)
-    # what is decomposed, its factors, and one of them while that is done
+    # the decomposed matrices, their factors, and one more during the decomposition
     need = 8 * (2 * sum(core**2 for core in cores) + max(cores) ** 2 + rows)
     free = free_bytes(curvature.sample.device)
     if need > free:
         raise InvalidArgumentError(
-            f"blocks of up to {max(sizes)} parameters take {need / 2**30:.1f} GiB, written "
-            f'out; {free / 2**30:.1f} GiB are free. Use blocks="layer", `layers`, or '
-            "`EKFACInfluenceFunction` or `CGInfluenceFunction`, which write nothing out"
+            f"blocks of up to {max(sizes)} parameters take {need / 2**30:.1f} GiB as "
+            f'matrices; {free / 2**30:.1f} GiB are free. Use blocks="layer", `layers`, or '
+            "`EKFACInfluenceFunction` or `CGInfluenceFunction`, which form no such matrix"
         )
 
 
 class ConjugateGradients(OperatorInverse):
-    """Solved for all vectors at once, a pass per iteration; see ``CGInfluenceFunction``.
+    """Solves for all vectors together, one pass per iteration; see ``CGInfluenceFunction``.
 
     Args:
         damping, curvature, blocks, seed: as in ``OperatorInverse``.
-        max_iter: the most iterations.
-        tol: a vector is done when its residual is this small relative to its right-hand side.
+        max_iter: the largest number of iterations.
+        tol: a vector is done when the norm of its residual, relative to that of its right-hand
+            side, is at most this.
         preconditioner: None, "jacobi" (the diagonal of C) or "nystrom" (50 eigenpairs of C).
     """
 
@@ -201,7 +202,7 @@ class Nystrom(OperatorInverse):
 
     Args:
         damping, curvature, blocks, seed: as in ``OperatorInverse``.
-        rank: the number of directions of each block; all where it has fewer.
+        rank: the number of directions per block (all directions of a smaller block).
     """
 
     def __init__(

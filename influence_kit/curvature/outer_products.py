@@ -1,6 +1,6 @@
 """The mean over a data set of outer products of gradients: the Fisher matrix, empirical or not.
 
-Letters: n examples, k vectors, P elements of all blocks.
+Shapes: n examples, k vectors, P elements of all blocks.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from influence_kit.operators.partition import Partition
 
 
 class OuterProducts(Curvature):
-    """C_j = g_j g_j^T: the empirical Fisher for gradients of the loss.
+    """C_j = g_j g_j^T: the empirical Fisher for gradients at the labels of the data.
 
-    The Fisher for gradients at labels drawn from the model.
+    The Fisher for gradients at labels sampled from the model.
 
     Args:
-        features: gradients g of a batch, given the places of its examples.
+        features: returns the gradients g of a batch, given the indices of its examples.
         data, partition, sample: as in ``Curvature``.
     """
 
@@ -33,8 +33,8 @@ class OuterProducts(Curvature):
         super().__init__(data, partition, sample)
         self.features = features
 
-    def batch_product(self, places: Tensor, batch: Batch, vectors: Tensor) -> Tensor:
-        gradients = self.features(places, batch)
+    def batch_product(self, indices: Tensor, batch: Batch, vectors: Tensor) -> Tensor:
+        gradients = self.features(indices, batch)
         tests = self.partition.gradients(vectors, gradients)
         columns: list[Tensor] = []
         for names in self.partition.blocks.values():
@@ -44,33 +44,35 @@ class OuterProducts(Curvature):
 
     @property
     def core_sizes(self) -> list[int]:
-        """Of a block with at most half as many examples as entries, the examples.
+        """The number of examples for blocks with at least twice as many entries, else the entries.
 
-        Then to keep them, to decompose their Gram matrix and to multiply by its inverse all take
-        less than with the block written out.
+        For those blocks, storing the gradients, decomposing their Gram matrix and multiplying by
+        its inverse are all cheaper than with the block as a matrix.
         """
-        told = loader_length(getattr(self.data.batches, "dataset", None))
-        n = self.data.count if told is None else told
+        length = loader_length(getattr(self.data.batches, "dataset", None))
+        n = self.data.count if length is None else length
         return [n if 2 * n <= size else size for size in self.sizes]
 
     def blocks(self) -> list[Block]:
         return self._gathered(
             [
-                _Kept(size, self.sample) if core < size else _Summed(size, self.sample)
+                _GradientRows(size, self.sample)
+                if core < size
+                else _OuterProductSum(size, self.sample)
                 for core, size in zip(self.core_sizes, self.sizes, strict=True)
             ]
         )
 
     def dense(self) -> list[Tensor]:
-        written_out = [_Summed(size, self.sample) for size in self.sizes]
-        return [block.core for block in self._gathered(written_out)]
+        summed = [_OuterProductSum(size, self.sample) for size in self.sizes]
+        return [block.core for block in self._gathered(summed)]
 
-    def _gathered(self, gathered: "Sequence[_Kept | _Summed]") -> list[Block]:
+    def _gathered(self, gathered: "Sequence[_GradientRows | _OuterProductSum]") -> list[Block]:
         """The blocks, in one pass over the data."""
-        for places, batch in self.data.of_this_rank():
-            rows = self.partition.flat(self.features(places, batch)).split(self.sizes, dim=1)
+        for indices, batch in self.data.of_this_rank():
+            rows = self.partition.flat(self.features(indices, batch)).split(self.sizes, dim=1)
             for one, own in zip(gathered, rows, strict=True):
-                one.add(places, own)
+                one.add(indices, own)
         blocks = [one.block(self.data.count) for one in gathered]
         for block in blocks:
             refuse_non_finite(block.core)
@@ -78,18 +80,18 @@ class OuterProducts(Curvature):
 
     def diagonal(self, seed: int = 0) -> Tensor:
         total = self.sample.new_zeros(self.size, dtype=torch.float64)
-        for places, batch in self.data.of_this_rank():
-            total += self.partition.flat(self.features(places, batch)).square().sum(0)
+        for indices, batch in self.data.of_this_rank():
+            total += self.partition.flat(self.features(indices, batch)).square().sum(0)
         return refuse_non_finite(sum_over_ranks(total)) / self.data.count
 
 
-class _Summed:
-    """The sum of the outer products of rows that come in batches."""
+class _OuterProductSum:
+    """The sum of the outer products of gradients."""
 
     def __init__(self, size: int, sample: Tensor) -> None:
         self.total = sample.new_zeros(size, size, dtype=torch.float64)
 
-    def add(self, places: Tensor, rows: Tensor) -> None:
+    def add(self, indices: Tensor, rows: Tensor) -> None:
         exact = rows.double()
         self.total.addmm_(exact.T, exact)
 
@@ -97,20 +99,20 @@ class _Summed:
         return Block(sum_over_ranks(self.total) / n)
 
 
-class _Kept:
-    """The rows themselves."""
+class _GradientRows:
+    """The gradients themselves, one row per example."""
 
     def __init__(self, size: int, sample: Tensor) -> None:
         self.size, self.sample = size, sample
         self.parts: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, places: Tensor, rows: Tensor) -> None:
+    def add(self, indices: Tensor, rows: Tensor) -> None:
         # not a view of the rows of all blocks
-        self.parts.append((places, rows.clone()))
+        self.parts.append((indices, rows.clone()))
 
     def block(self, n: int) -> Block:
         rows = self.sample.new_zeros(n, self.size)
-        for places, own in self.parts:
-            rows[places] = own
+        for indices, own in self.parts:
+            rows[indices] = own
         self.parts.clear()
         return Block.of_rows(sum_over_ranks(rows))

@@ -1,4 +1,4 @@
-"""Passes over a data set: batches with their places, gradients kept from one to the next."""
+"""Passes over a data set: batches with their indices, gradients cached between passes."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,38 +17,38 @@ Features = Callable[[Tensor, Batch], Gradients]
 
 
 class Spread:
-    """Examples evenly from all over a data set, taken as its batches go by.
+    """A sample of examples spread evenly over a data set, collected during a pass.
 
-    They are the same ones whatever the batches: those at multiples of a power of two, ``most`` to
-    twice as many of them (all of fewer).
+    The sample is the same for any batches: indices that are multiples of a power of two, ``most``
+    to twice as many of them (all examples of a smaller data set).
     """
 
     def __init__(self, most: int) -> None:
         self.most, self._every = most, 1
         self.taken: list[tuple[Tensor, Batch]] = []
 
-    def add(self, places: Tensor, batch: Batch) -> None:
-        """Take those of a batch."""
-        self.taken += self._some(places, batch)
+    def add(self, indices: Tensor, batch: Batch) -> None:
+        """Add the sampled examples of a batch."""
+        self.taken += self._some(indices, batch)
         while sum(len(own) for own, _ in self.taken) > 2 * self.most:
             self._every *= 2
             self.taken = [part for own in self.taken for part in self._some(*own)]
 
-    def _some(self, places: Tensor, batch: Batch) -> list[tuple[Tensor, Batch]]:
-        rows = (places % self._every == 0).nonzero()[:, 0]
-        return [(places[rows], take(batch, rows))] if len(rows) else []
+    def _some(self, indices: Tensor, batch: Batch) -> list[tuple[Tensor, Batch]]:
+        rows = (indices % self._every == 0).nonzero()[:, 0]
+        return [(indices[rows], take(batch, rows))] if len(rows) else []
 
 
 @dataclass
 class DataSet:
-    """Batches that are read again and again.
+    """Batches that are read in several passes.
 
     Args:
         batches: the batches, in a fixed order.
-        device: where they are wanted.
-        checkpoint: the number of the checkpoint that is in the model.
-        name: what to call the data in an error.
-        some: how many examples ``sample`` gives, to twice as many.
+        device: the device to which batches are moved.
+        checkpoint: the index of the checkpoint that is in the model.
+        name: the name of the data in errors.
+        some: the number of examples in ``sample``, up to twice as many.
     """
 
     batches: Iterable[Batch]
@@ -60,15 +60,15 @@ class DataSet:
     _spread: Spread | None = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Batch]]:
-        """Each batch, with the places of its examples ``[n]``."""
+        """Each batch, with the indices of its examples ``[n]``."""
         start, spread = 0, Spread(self.some) if self._spread is None else None
         for batch in self.batches:
             n = example_count(batch)
-            places = torch.arange(start, start + n, device=self.device)
+            indices = torch.arange(start, start + n, device=self.device)
             moved = to_device(batch, self.device)
             if spread is not None:
-                spread.add(places, moved)
-            yield places, moved
+                spread.add(indices, moved)
+            yield indices, moved
             start += n
         if start == 0:
             raise InvalidArgumentError(f"there are no examples: {self.name} is empty")
@@ -79,19 +79,19 @@ class DataSet:
         return next(iter(self))[1]
 
     def of_this_rank(self) -> Iterator[tuple[Tensor, Batch]]:
-        """The same, of the batches that this rank computes."""
+        """The same, for the batches that this rank computes."""
         return (item for number, item in enumerate(self) if is_mine(number))
 
     @property
     def count(self) -> int:
-        """The letter n: known after a pass, which it takes where there was none."""
+        """The number of examples; takes a pass if there was none."""
         self._pass_once()
         assert self._count is not None
         return self._count
 
     @property
     def sample(self) -> list[tuple[Tensor, Batch]]:
-        """Batches of examples from all over the data, with their places; likewise."""
+        """Examples spread over the data, in batches with their indices; likewise."""
         self._pass_once()
         assert self._spread is not None
         return self._spread.taken
@@ -102,34 +102,34 @@ class DataSet:
                 pass
 
 
-def refuse_non_finite(measured: Tensor) -> Tensor:
-    """What was measured of a data set, where all of it is finite."""
-    if not torch.isfinite(measured.sum()):
+def refuse_non_finite(statistic: Tensor) -> Tensor:
+    """A statistic of a data set; an error if an entry is not finite."""
+    if not torch.isfinite(statistic.sum()):
         raise NonFiniteError(
             "the curvature is NaN or infinite: some example of `hessian_dataset` has a loss or "
             "gradient that is not finite at this checkpoint (a target out of range, log(0), an "
             "overflow); `TracInCP(...).self_influence()` names it"
         )
-    return measured
+    return statistic
 
 
 @dataclass
 class Memory:
-    """Gradients of batches, kept for later passes while memory lasts: those of one source."""
+    """Gradients of batches of one source, cached for later passes while memory lasts."""
 
     owner: object = None
     left: int = 0
     kept: dict[tuple[int, int], Gradients] = field(default_factory=dict)
 
     def of(self, owner: object, device: torch.device) -> dict[tuple[int, int], Gradients]:
-        """What is kept of a source; anything of another is dropped."""
+        """The cached gradients of a source; those of another are dropped."""
         if self.owner is not owner:
             self.clear()
             self.owner, self.left = owner, resident_bytes(device)
         return self.kept
 
     def clear(self) -> None:
-        """Free what is kept."""
+        """Drop the cached gradients."""
         self.owner = None
         self.kept.clear()
 
@@ -139,21 +139,21 @@ class Remembered:
     """Features that are computed once for several passes over the same data.
 
     Args:
-        features: gradients of a batch, given the places of its examples.
-        memory: where they are kept.
+        features: returns the gradients of a batch, given the indices of its examples.
+        memory: the cache.
     """
 
     features: Features
     memory: Memory
 
-    def __call__(self, places: Tensor, batch: Batch) -> Gradients:
-        """The features of a batch; kept where its examples stand one after the other."""
-        kept = self.memory.of(self, places.device)
-        ends = int(places[0]), int(places[-1])
-        if not bool((places.diff() == 1).all()):  # a sample, which will not come again
-            return self.features(places, batch)
+    def __call__(self, indices: Tensor, batch: Batch) -> Gradients:
+        """The features of a batch; cached if its indices are consecutive."""
+        kept = self.memory.of(self, indices.device)
+        ends = int(indices[0]), int(indices[-1])
+        if not bool((indices.diff() == 1).all()):  # a sample, which is read once
+            return self.features(indices, batch)
         if ends not in kept:
-            gradients = self.features(places, batch)
+            gradients = self.features(indices, batch)
             if gradients.nbytes > self.memory.left:
                 return gradients
             self.memory.left -= gradients.nbytes

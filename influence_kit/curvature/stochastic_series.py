@@ -26,14 +26,14 @@ from influence_kit.operators.solvers import lissa
 
 
 class LiSSA(OperatorInverse):
-    """A series whose steps take a few examples each; see ``LiSSAInfluenceFunction``.
+    """A series whose iterations use a few examples each; see ``LiSSAInfluenceFunction``.
 
     Args:
         damping, curvature, blocks, seed: as in ``OperatorInverse``.
         recursion_depth: the number of iterations.
-        num_repeat: how many series to average, each with its own samples.
+        num_repeat: the number of series to average, each with its own samples.
         scale: s, or "auto": 1.1 times the largest eigenvalue of C + damping.
-        hessian_batch_size: examples drawn for each iteration; None for all of them.
+        hessian_batch_size: examples sampled in each iteration; None for all of them.
     """
 
     def __init__(
@@ -78,16 +78,16 @@ class LiSSA(OperatorInverse):
     def _samples(
         self, operator: Curvature, data: FitData
     ) -> Callable[[int], Callable[[Tensor], Tensor]]:
-        """Products with the curvature of examples that are drawn again for each call."""
+        """Products with the curvature of examples that are sampled again in each call."""
         loader: Any = data.loader
         loader.check_draws()
         examples: Any = getattr(loader, "dataset", None)
         batches = getattr(loader, "batch_sampler", None)
         if isinstance(examples, IterableDataset) or batches is None:
             raise InvalidArgumentError(
-                f"no examples can be drawn from a {type(loader.batches).__name__} without a data "
-                "set that has places; use `hessian_batch_size=None`, which takes all of them each "
-                "time"
+                f"no examples can be sampled from a {type(loader.batches).__name__} whose data set "
+                "does not support indexing; use `hessian_batch_size=None`, which takes all "
+                "examples in each iteration"
             )
         collate = getattr(loader, "collate_fn", default_collate)
         order = [index for batch in batches for index in batch]

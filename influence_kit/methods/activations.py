@@ -1,6 +1,6 @@
-"""What an example is inside a model: the outputs of layers, in one forward pass.
+"""The outputs of layers for a batch, in one forward pass.
 
-Letters: n examples of a batch, d features of an example.
+Shapes: n examples of a batch, d features of an example.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,11 +29,11 @@ from influence_kit.methods.row_check import RowCheck
 def layer_outputs(
     model: nn.Module, layers: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """The output of each layer in one call of the model; of a layer called again, the last one."""
+    """The output of each layer in one call of the model; the last one if a layer runs again."""
     found: dict[str, Tensor] = {}
 
     def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        # a copy, because what follows may work in place
+        # a copy, because later operations may be in place
         found[name] = _one_tensor(name, output).detach().clone()
 
     handles = []
@@ -80,9 +80,9 @@ def examples_first(layer: str, output: Tensor, n: int, one: torch.Size) -> Tenso
 
     Args:
         layer: its name.
-        output: of n examples.
-        n: how many.
-        one: the shape of the output of one example alone, which tells the dimension of examples.
+        output: the output for n examples.
+        n: the number of examples.
+        one: the shape of the output for one example, which shows the dimension of examples.
     """
     for axis, lengths in enumerate(zip(output.shape, one, strict=False)):
         if lengths == (n, 1):
@@ -115,8 +115,8 @@ class Features:
         """The features of a batch that is on the model's device.
 
         Raises:
-            InvalidArgumentError: where they are no floating-point numbers, or not as many as those
-                of the batches before.
+            InvalidArgumentError: if they are not floating-point numbers, or their number differs
+                from that of earlier batches.
         """
         found = self._inputs(batch) if self.layer is None else self._outputs(batch)
         found = exact(found.detach())
@@ -154,7 +154,7 @@ class Features:
     def _inputs(self, batch: Batch) -> Tensor:
         n = example_count(batch)
         args, kwargs = call_arguments(self.model, batch)
-        # what a model takes as labels is its target
+        # the labels that a model takes are its target
         target = label_key(batch) if kwargs else None
         inputs = (args, {name: value for name, value in kwargs.items() if name != target})
         parts: list[Tensor] = []
@@ -165,7 +165,7 @@ class Features:
             there = map_tensors(inputs, lambda part: (part.dtype, list(part.shape)))
             raise InvalidArgumentError(
                 f"the inputs {[some for some in there if some]} of {n} examples are not all "
-                "floating-point tensors with one row an example: name a `layer`, whose output is "
+                "floating-point tensors with one row per example: name a `layer`, whose output is "
                 "then compared"
             )
         rows = [part.movedim(axis or 0, 0) for part, axis in zip(parts, axes, strict=True)]

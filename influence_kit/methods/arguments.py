@@ -1,4 +1,4 @@
-"""The documentation of arguments that many classes share, written once."""
+"""The documentation of arguments that several classes share, written once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 Class = TypeVar("Class", bound=type)
 SECTION = "    Args:\n"
 REFERENCES = re.compile(r"\n    The other arguments are those of ``InnerProductInfluence``\.\n")
-# of the class that describes them
+# by argument, from the class that describes them
 _described: dict[str, str] = {}
 
 
@@ -22,8 +22,8 @@ def describes_arguments(cls: Class) -> Class:
 def documented(cls: Class) -> Class:
     """Add to a class's docstring the arguments of its constructor that it does not describe.
 
-    They are those of the class that ``describes_arguments``, in the order of the signature, in
-    place of a sentence that refers to it.
+    The descriptions come from the class decorated with ``describes_arguments``, in the order of the
+    signature; they replace the sentence that refers to it.
     """
     doc = inspect.cleandoc(REFERENCES.sub("\n", cls.__doc__ or ""))
     own = _arguments_of(doc)
@@ -42,14 +42,14 @@ def documented(cls: Class) -> Class:
 
 
 def _arguments_of(doc: str) -> dict[str, str]:
-    """The entries of the section "Args", by what stands before their colons."""
+    """The entries of the section "Args", by the names before their colons."""
     _, _, section = doc.partition("Args:\n")
     entries: dict[str, str] = {}
     name = ""
     for line in section.split("\n"):
         if not line.startswith("    "):
             break
-        if not line.startswith("     "):  # a new entry; longer ones go on below, further in
+        if not line.startswith("     "):  # a new entry; its further lines are indented more
             name, colon, _ = line.strip().partition(":")
             if not colon:
                 break

@@ -1,6 +1,6 @@
-"""What every method is given, and the question that every method answers.
+"""The base class of all methods: their arguments, ``influence``, and sessions with the model.
 
-Letters: m test and n training examples, k examples asked for.
+Shapes: m test examples, n training examples, k requested examples.
 """
 
 from abc import abstractmethod
@@ -32,28 +32,29 @@ from influence_kit.losses.measures import measure_of_tests, refuse_both
 from influence_kit.methods.caches import Caches
 from influence_kit.methods.data_fingerprint import data_fingerprint
 from influence_kit.methods.example_batches import TRAIN, BatchSize, ExampleBatches
+from influence_kit.methods.fingerprints import Given
 from influence_kit.methods.function_fingerprint import function_fingerprint
 from influence_kit.methods.layer_names import Layers, check_layers
-from influence_kit.methods.origin import Given
-from influence_kit.methods.questions import check_k, starts_again
 from influence_kit.methods.read_only import Made, read_only
+from influence_kit.methods.restarts import check_k, starts_again
 from influence_kit.methods.structure import Structure
 from influence_kit.preservation.restore import borrowed
 from influence_kit.preservation.training_flags import outputs_of
 from influence_kit.scoring.reducers import AllScores, KMostInfluentialResults, Reducer, TopK
 
 Selection = Callable[[nn.Module, Sequence[str] | None], Mapping[str, nn.Parameter]]
-# examples whose outputs and losses tell that a model or loss has changed
+# examples whose outputs and losses show whether a model or loss has changed
 FEW = 8
 
 
 @read_only
 class ExampleInfluence(DataInfluence, metaclass=Made):
-    """A method that scores training examples for test examples, however it does so.
+    """A method that scores training examples for test examples.
 
     Args:
-        select: gives the parameters whose gradients count, of the model and the names of layers.
-        differentiates: whether gradients are taken; else the parameters tell device and precision.
+        select: returns the parameters whose gradients count, given the model and names of layers.
+        differentiates: whether gradients are computed; if not, the parameters only determine device
+            and precision.
 
     See ``InnerProductInfluence`` for the other arguments.
     """
@@ -106,7 +107,7 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
             "loss_fn": partial(function_fingerprint, loss_fn, model),
         }
         self._select, self._differentiates = select, differentiates
-        # what is made of the chosen parameters, and again where the model is another one
+        # functions that set up what depends on the chosen parameters, called again if these change
         self._bindings: list[Callable[[], None]] = []
         with alone_with(model):  # another thread may have its flags and weights in the model
             self._look_at(layers)
@@ -133,7 +134,7 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
                 test_loss_fn, test_output_fn, declared, self._train_loss
             )
 
-    # The question.
+    # Scores.
 
     @overload
     def influence(
@@ -168,19 +169,19 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
 
         Args:
             inputs: test examples: one batch (tuple, list or dict), a DataLoader, or a Dataset,
-                which is read as the training set is.
+                which is batched like the training set.
             k: how many proponents or opponents to return; None for all scores.
             proponents: the highest scores; False for the lowest.
-            show_progress: a bar over the training set; before it one over the checkpoints, where
-                something is fitted or kept at each.
+            show_progress: a bar over the training set, and before it one over the checkpoints if
+                something is fitted or cached at each.
             aggregate: the influence on the sum of the test examples' losses (or outputs): one row.
 
         Returns:
             Scores ``[m, n]`` (``[1, n]`` if ``aggregate``) in the order of the training set, or
             ``KMostInfluentialResults`` of ``[m, min(k, n)]``. Positive: a proponent, training on it
-            lowered the test loss (raised ``test_output_fn``, where that is given). In the model's
-            precision; of one in half precision in float32. Complex parameters count as pairs of
-            real numbers: an inner product of gradients is Re(conj(g) . g').
+            lowered the test loss (raised ``test_output_fn``, if that is given). Scores have the
+            model's precision, and float32 for a model in half precision. Complex parameters count
+            as pairs of real numbers: an inner product of gradients is Re(conj(g) . g').
         """
         check_k(k)
         doing = "compute influence for training batches"
@@ -201,18 +202,18 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
         show_progress: bool,
         aggregate: bool,
     ) -> None:
-        """Hand the scores of all test and training examples to the reducer, block by block.
+        """Pass the scores of all test and training examples to the reducer, block by block.
 
         Args:
-            inputs: test examples, as a user gave them.
-            reducer: what ``make_reducer`` has made; takes blocks of scores with their indices.
-            doing: what to say beside a bar.
-            show_progress: whether to show one.
+            inputs: test examples, as the user passed them.
+            reducer: the result of ``make_reducer``; takes blocks of scores with their indices.
+            doing: the text of the progress bar.
+            show_progress: whether to show a bar.
             aggregate: one row, the sum over the test examples.
         """
 
     def make_reducer(self, k: int | None, proponents: bool) -> Reducer:
-        """What takes the blocks of scores, of some training examples each."""
+        """The reducer that takes the blocks of scores, each of some training examples."""
         return AllScores() if k is None else TopK(k, proponents)
 
     # What a user reads and sets.
@@ -233,12 +234,12 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
         return find_checkpoints(checkpoints, any_file)
 
     def forget(self) -> None:
-        """Drop all that is kept of earlier questions: gradients, fits, embeddings."""
+        """Drop everything that is cached from earlier calls: gradients, fits, embeddings."""
         self._caches.clear()
         self._examples.forget()
 
     def read_otherwise(self) -> bool:
-        """Take another axis for that of the examples; False where shapes leave no other."""
+        """Take another dimension as that of the examples; False if the shapes allow no other."""
         return self._examples.axes.try_another()
 
     @property
@@ -248,12 +249,12 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
 
     @property
     def train_dataloader_len(self) -> int | None:
-        """The number of training batches; None where the loader does not tell."""
+        """The number of training batches; None if the loader has no length."""
         return loader_length(self.train_dataloader)
 
     @property
     def explains_output(self) -> bool:
-        """Whether a positive score says that training raised an output, not lowered a loss."""
+        """Whether a positive score means that training raised an output, not lowered a loss."""
         return self.test_output_fn is not None
 
     @property
@@ -264,12 +265,12 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
         return [self.model.get_submodule(name) for name in self.layers]
 
     def __repr__(self) -> str:
-        if "_is_made" not in vars(self):  # seen by a debugger, say
+        if "_is_made" not in vars(self):  # shown by a debugger, for example
             return object.__repr__(self)
         return summary(self, self.notes())
 
     def notes(self) -> list[str]:
-        """What ``repr`` says beside the arguments, a line each."""
+        """What ``repr`` shows beside the arguments, one line per entry."""
         parameters = self._source.capture.parameters
         layers = {name.rpartition(".")[0] for name in parameters}
         size = counted(sum(p.numel() for p in parameters.values()), "parameter")
@@ -289,12 +290,12 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
             bind()
 
     def _bind(self, bind: Callable[[], None]) -> None:
-        """Do what is to be done with the chosen parameters, now and where they are others."""
+        """Call a function that depends on the chosen parameters, now and whenever these change."""
         bind()
         self._bindings.append(bind)
 
     def _see_model(self) -> None:
-        """Look again at a model that was changed, or refuse it where something is kept."""
+        """Read a changed model again, or refuse it if some cache is filled."""
         change = self._structure.change(self.model)
         if change is None:
             return
@@ -304,7 +305,7 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
         self._structure = Structure(self.model)
 
     def _look_whole(self, layers: Any) -> None:
-        """``_look_at``, of which an error leaves nothing behind."""
+        """``_look_at``; an error leaves the object as it was."""
         before = dict(vars(self))
         try:
             self._look_at(layers)
@@ -317,7 +318,7 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
     def session(self) -> Iterator[CheckpointLoader]:
         """The model with hooks on, borrowed from the user; a loader for its checkpoints."""
         refuse_meta(self.model)
-        with alone_with(self.model):  # also while the model is looked at
+        with alone_with(self.model):  # also while the model is read
             self._see_model()
             self._examples.forget_changeable()
             with borrowed(self.model, self._eval_mode, self._probe), self._source.attached():
@@ -331,11 +332,11 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
                     yield loader
                 finally:
                     self._caches.note(loader.fingerprints)
-                    if loader.current in loader.fingerprints:  # not of one that was refused
+                    if loader.current in loader.fingerprints:  # else it was refused
                         self._caches.note_given(loader.current, self._give)
 
     def _check_kept(self) -> None:
-        """Refuse to hand out what is kept of something else than there is now."""
+        """Refuse to return cached results if what they were computed from has changed."""
         filled = self._caches.filled
         if filled is not None:
             with self.session() as loader:
@@ -346,11 +347,11 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
         self._caches.check_weights(number, fingerprint, self._give)
 
     def _probe(self) -> Any:
-        """The model's outputs on a few examples, which show what ``eval()`` and caches do."""
+        """The model's outputs on a few examples, which show the effect of ``eval()`` and caches."""
         return call_model(self.model, self._examples.first(2))
 
     def _give(self, batch: Batch | None) -> Given:
-        """What model and loss give for a batch; None for the first training examples."""
+        """What model and loss return for a batch; None means the first training examples."""
         if batch is None:
             batch = self._examples.first(FEW)
         outputs = outputs_of(partial(call_model, self.model, batch))
@@ -362,17 +363,17 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return self._get_device()
 
     @property
     def _sample(self) -> Tensor:
-        """An empty tensor as scores are computed: where the model is, not in half precision."""
+        """An empty tensor with the dtype and device of scores (not in half precision)."""
         return torch.empty(0, dtype=self._dtype, device=self.device)
 
     @property
     def _dtype(self) -> torch.dtype:
-        """Of scores: the model's, real, and float32 for half precision."""
+        """The dtype of scores: the model's, real, and float32 for half precision."""
         return exact_dtype(next(iter(self._parameters.values())).dtype)
 
     def batches(self, inputs: Any, ordered: bool = True) -> Iterable[Batch]:

@@ -1,8 +1,8 @@
-"""What an object keeps is of the weights, data, loss and model that it was made of.
+"""Caches of an object, valid only for the weights, data, loss and model they were computed from.
 
-The rule, for everything that is kept in memory or read from a ``store``: where one of them has
-changed since, the next question is an error that says so and what to do. A model whose structure
-has changed is looked at again where nothing is kept.
+The rule for everything that is cached in memory or read from a ``store``: if one of these has
+changed since, the next call raises an error with the change and the remedy. If nothing is cached, a
+model whose structure has changed is read again.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor
 from influence_kit.checkpoints.loader import Fingerprint
 from influence_kit.data.batches import Batch
 from influence_kit.errors import ChangedError
-from influence_kit.methods.origin import Given, Origin, Source
+from influence_kit.methods.fingerprints import Fingerprints, Given, Source
 from influence_kit.preservation.training_flags import close
 
 
 class Cache:
-    """Something that an object keeps between calls.
+    """Results that an object caches between calls.
 
     Attributes:
         of_checkpoints: whether it depends on the checkpoints.
-        remedy: what to do where it no longer belongs to what there is.
+        remedy: what to do when its content is out of date, for errors.
     """
 
     of_checkpoints = True
@@ -41,7 +41,7 @@ class Cache:
         raise NotImplementedError
 
     def why_fixed(self, name: str) -> str | None:
-        """Why passes over the data of an argument must agree; None where they need not."""
+        """Why passes over the data of an argument must agree; None if they need not."""
         return None
 
 
@@ -49,100 +49,100 @@ C = TypeVar("C", bound=Cache)
 
 
 class Caches:
-    """All caches of an object, with what their content was made of."""
+    """All caches of an object, with fingerprints of what they were computed from."""
 
     def __init__(self) -> None:
-        # give fingerprints of data and losses, by argument
+        # functions that return fingerprints of data and losses, by argument
         self.sources: dict[str, Source] = {}
         self._members: list[Cache] = []
-        self._origin = Origin()
+        self._recorded = Fingerprints()
         self._used: dict[int, Fingerprint] = {}
 
     def add(self, cache: C, first: bool = False) -> C:
-        """Keep a further one, whose content errors speak of first."""
+        """Add a cache; errors name the content of the first one that is filled."""
         self._members.insert(0 if first else len(self._members), cache)
         return cache
 
     @property
     def filled(self) -> Cache | None:
-        """One that holds something; None where nothing is kept."""
+        """The first cache that is filled; None if all are empty."""
         return next((cache for cache in self._members if cache.since is not None), None)
 
     def clear(self) -> None:
-        """Empty all of them."""
+        """Empty all caches."""
         for cache in self._members:
             cache.clear()
-        self._origin = Origin()
+        self._recorded = Fingerprints()
 
     def clear_of_checkpoints(self) -> None:
-        """Empty those that depend on the checkpoints."""
+        """Empty the caches that depend on the checkpoints."""
         for cache in self._members:
             if cache.of_checkpoints:
                 cache.clear()
         if self.filled is None:
-            self._origin = Origin()
+            self._recorded = Fingerprints()
 
     def why_fixed(self, name: str) -> str | None:
-        """Why passes over the data of an argument must agree; None where they need not."""
+        """Why passes over the data of an argument must agree; None if they need not."""
         reasons = (cache.why_fixed(name) for cache in self._members)
         return next((reason for reason in reasons if reason is not None), None)
 
     # What was used.
 
     def note(self, weights: dict[int, Fingerprint] | None = None) -> None:
-        """Note what a session has used (None: the last one), where something is kept of it."""
+        """Record what a session has used (None: the last session), if some cache is filled."""
         self._used = self._used if weights is None else weights
         filled = self.filled
         if filled is not None:
-            self._origin.record(self._used if filled.of_checkpoints else {}, self.sources)
+            self._recorded.record(self._used if filled.of_checkpoints else {}, self.sources)
 
     def note_given(self, number: int, give: Callable[[Batch | None], Given]) -> None:
-        """Note what model and loss give at a checkpoint that is loaded, if something is kept.
+        """Record what model and loss return at the loaded checkpoint, if some cache is filled.
 
         Args:
-            number: of the checkpoint.
-            give: gives it, of a batch, or of the first training examples.
+            number: the index of the checkpoint.
+            give: returns it for a batch, or for the first training examples (None).
         """
-        is_new = number in self._origin.weights and number not in self._origin.given
+        is_new = number in self._recorded.weights and number not in self._recorded.given
         if self.filled is None or not is_new:
             return
-        with suppress(Exception):  # of data that cannot be read again, say
+        with suppress(Exception):  # for example, data that cannot be read again
             given = give(None)
             again = give(given.batch)
             if _agree(given.outputs, again.outputs) and _agree(given.losses, again.losses):
-                self._origin.given[number] = given
+                self._recorded.given[number] = given
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """Inside, other weights and data are no error; what is kept stays in case of one."""
-        known, self._origin = self._origin, Origin()
+        """A context without checks against recorded fingerprints; an error restores these."""
+        known, self._recorded = self._recorded, Fingerprints()
         try:
             yield
         except BaseException:
-            self._origin = known
+            self._recorded = known
             raise
 
     # Refusals.
 
     def refuse(self, change: str) -> NoReturn:
-        """An error that says what has changed since something was kept."""
+        """Raise the error that names the change and the cache that it makes invalid."""
         cache = self.filled
         assert cache is not None
         raise ChangedError(f"{change} when {cache.since}; {cache.remedy}")
 
     def check_sources(self) -> None:
-        """Refuse other data or another loss."""
-        change = self._origin.other_source(self.sources)
+        """Refuse a data set or loss that has changed."""
+        change = self._recorded.other_source(self.sources)
         if change is not None:
             self.refuse(change)
 
     def check_weights(
         self, number: int, fingerprint: Fingerprint, give: Callable[[Batch | None], Given]
     ) -> None:
-        """Refuse other weights than what is kept was made of, and a model or loss that differs."""
-        if self._origin.has_other_weights(number, fingerprint):
+        """Refuse weights, a model or a loss other than those the caches were computed from."""
+        if self._recorded.has_other_weights(number, fingerprint):
             self.refuse(f"checkpoint {number} holds other weights than")
-        known = self._origin.given.get(number)
+        known = self._recorded.given.get(number)
         if known is None or self.filled is None:
             return
         now = give(known.batch)
@@ -160,6 +160,6 @@ class Caches:
 
 
 def _agree(ones: list[Tensor], others: list[Tensor]) -> bool:
-    """Whether two lists of outputs are the same but for rounding; what is not finite tells none."""
+    """Whether two lists of outputs agree up to rounding; true if any of them is not finite."""
     finite = all(bool(one.isfinite().all()) for one in (*ones, *others))
     return not (ones and others and finite) or close(ones, others)

@@ -1,12 +1,12 @@
-"""A fingerprint of a data set that is cheap enough for every call, by which a changed one is seen.
+"""A fingerprint of a data set, cheap enough to be computed in every call, to detect changes.
 
-What is looked at: the number of examples; the tensors, arrays and lists that the data set holds (as
-attributes, in nested lists and dicts, in data sets that it wraps); and, of a data set that is more
-than its tensors, a few examples as it gives them. Small ones are compared whole, the smallest
-first, up to ``WHOLE_BYTES`` in all (5 ms); of larger ones rows spread over them, and the number of
-changes that torch counts. Not seen: a change between those rows that torch did not make (in a large
-numpy array, a memory map), entries of lists of more than ``ITEMS`` or of dicts of more than ``FEW``
-beside those looked at, and what is only on a disk, outside those examples.
+It covers the number of examples; the tensors, arrays and lists that the data set holds (as
+attributes, in nested lists and dicts, in data sets that it wraps); and, unless the data set is only
+its tensors, a few examples as it returns them. Small values are compared whole, the smallest first,
+up to ``WHOLE_BYTES`` in all (5 ms); of larger ones, rows spread over them and torch's version
+counter. Not detected: a change between those rows that torch did not make (in a large numpy array,
+a memory map), entries that are not sampled of lists of more than ``ITEMS`` or dicts of more than
+``FEW`` entries, and files on disk that those few examples do not read.
 """
 
 import zlib
@@ -31,13 +31,13 @@ from influence_kit.data.index_order import first_indices
 from influence_kit.data.loaders import loader_length
 
 WHOLE_BYTES = 2**24
-# rows of what is larger than that
+# rows that are compared of larger values
 ROWS = 64
-# entries of a list that are compared by their values, and of longer ones as what they are
+# lists up to this length are compared by values; of longer ones, at most so many entries
 FEW, ITEMS = 256, 50_000
 EXAMPLES = 8
 DEPTH = 6
-# of a sampler: its data set has been looked at
+# attributes of a sampler: its data set is fingerprinted itself
 SEEN = ("data_source", "dataset")
 
 PLAIN = {int, float, complex, bool, str, bytes, type(None)}
@@ -46,7 +46,7 @@ Leaf = Callable[[bool], Any]
 
 
 def data_fingerprint(data: Any) -> dict[str, Any]:
-    """Numbers by what they are of; those of a data set that has changed differ in some.
+    """The parts of the fingerprint by name; some differ if the data set has changed.
 
     Args:
         data: a ``Dataset`` or sequence of examples, or a ``DataLoader`` or other iterable of them.
@@ -68,7 +68,7 @@ def data_fingerprint(data: Any) -> dict[str, Any]:
 
 
 def what_changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
-    """The first difference, in words; None where there is none."""
+    """The first difference, in words; None if there is none."""
     for name, value in before.items():
         if name not in after or after[name] != value:
             if name == "number of examples":
@@ -78,7 +78,7 @@ def what_changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | N
 
 
 def _leaves(name: str, item: Any, depth: int) -> Iterator[tuple[str, tuple[int, Leaf]]]:
-    """What can be compared in nested containers and data sets: its size, and its fingerprint."""
+    """The comparable values in nested containers and data sets: name, size and fingerprint."""
     if isinstance(item, nn.Module) or depth < 0:
         return
     if isinstance(item, np.ndarray) and item.dtype != object:
@@ -97,7 +97,7 @@ def _leaves(name: str, item: Any, depth: int) -> Iterator[tuple[str, tuple[int, 
         yield from _leaves(name, item.to_numpy(), depth)
     elif isinstance(item, Dataset | Sampler) or (depth == DEPTH and hasattr(item, "__dict__")):
         for key, value in vars(item).items():
-            # numbers count what was read, as often as not
+            # numbers are often counters of what was read
             counts = isinstance(value, bool | int | float | complex | None)
             if not counts and not (isinstance(item, Sampler) and key in SEEN):
                 yield from _leaves(f"{name}.{key}", value, depth - 1)
@@ -114,7 +114,7 @@ def _of_list(name: str, item: Any, depth: int) -> Iterator[tuple[str, tuple[int,
 
 
 def _quick(item: Any) -> Any:
-    """What an entry of a long list is known by: values, and of large ones which object it is."""
+    """The fingerprint of an entry of a long list: its value, or the identity of a large one."""
     if type(item) in PLAIN:
         return item
     if isinstance(item, list | tuple):
@@ -134,7 +134,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def tensor_fingerprint(tensor: Tensor, whole: bool = True) -> Any:
-    """Of all its values, or of rows spread over it and the number of changes that torch counts."""
+    """Of all values, or of rows spread over the tensor and its version counter."""
     kind = str(tensor.dtype), tuple(tensor.shape)
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
         return kind
@@ -152,7 +152,7 @@ def _of_array(array: np.ndarray, whole: bool) -> Any:
 
 
 def _examples(data: Any, source: Any) -> Iterator[tuple[Any, Any]]:
-    """A few examples by their keys, spread over what is read of a data set that has keys."""
+    """A few examples by index, spread over those that are read, if the data set has indices."""
     if not hasattr(source, "__getitem__") or isinstance(source, IterableDataset):
         return
     keys: Any = range(loader_length(source) or 0)
@@ -161,7 +161,7 @@ def _examples(data: Any, source: Any) -> Iterator[tuple[Any, Any]]:
         if isinstance(sampler, list | tuple):
             keys = sampler
         elif not isinstance(sampler, SequentialSampler):
-            # those of the first batch: others may be costly
+            # the first batch only: others may be expensive
             batches = data.batch_sampler
             keys = () if batches is None else first_indices(batches, batch=True)
     last = len(keys) - 1

@@ -39,21 +39,21 @@ from influence_kit.preservation.restore import borrowed
 
 BatchSize = int | Literal["auto"] | None
 TRAIN = "train_dataset"
-# where the examples of a data set cannot be looked at beforehand
+# the batch size of data sets whose examples cannot be read in advance
 ROWS_OF_ITERABLE = 64
 
 
 class ExampleBatches:
-    """The data sets of a method by the name of their argument, in batches that are checked.
+    """The data sets of a method, by the name of their argument, in checked batches.
 
     Args:
         model: the model.
         train_dataset: the training set.
-        batch_size: of a data set; "auto" finds one from what an example takes in memory.
+        batch_size: of a data set; "auto" derives it from the memory that one example takes.
         batch_axes: the argument of that name.
         eval_mode: whether the model is in evaluation mode.
-        device: where the model is.
-        why_fixed: why passes over the data of an argument must agree, or None.
+        device: returns the device of the model.
+        why_fixed: returns why passes over the data of an argument must agree, or None.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class ExampleBatches:
         self._checked: dict[str, CheckedBatches] = {}
 
     def __getitem__(self, name: str) -> CheckedBatches:
-        """The batches of a data set that was added."""
+        """The batches of a data set that has been added."""
         return self._checked[name]
 
     @property
@@ -83,12 +83,12 @@ class ExampleBatches:
 
     @property
     def train_count(self) -> int:
-        """The number of training examples; 0 where it is not known."""
+        """The number of training examples; 0 if it is not known."""
         data = getattr(self.train, "dataset", None)
         return loader_length(data) or 0
 
     def of(self, data: Any, name: str) -> CheckedBatches:
-        """The batches of the data of an argument, made once."""
+        """The batches of the data of an argument; the loader is made once."""
         if name not in self._checked:
             self.add(self.loader_of(data, name), name)
         return self._checked[name]
@@ -104,18 +104,18 @@ class ExampleBatches:
         )
 
     def add_given(self, data: Any, name: str) -> None:
-        """Check the data of an argument at once, where it is in batches already."""
+        """Check the data of an argument immediately if it is already in batches."""
         if not is_dataset(data):
             self.add(as_loader(data, None, name), name)
 
     def forget_changeable(self) -> None:
-        """Let go of what was noted of data that a user may change between two calls."""
+        """Drop what was recorded about data that a user may change between two calls."""
         for name, checked in self._checked.items():
             if self.why_fixed(name) is None:
                 checked.forget()
 
     def forget(self) -> None:
-        """Let go of what was noted of all data."""
+        """Drop what was recorded about all data."""
         for checked in self._checked.values():
             checked.forget()
 
@@ -126,7 +126,7 @@ class ExampleBatches:
         return to_device(few, self.device())
 
     def of_inputs(self, inputs: Any, ordered: bool = True) -> Iterable[Batch]:
-        """The batch in pieces that fit memory, or the user's loader or data set."""
+        """The batch in chunks that fit in memory, or the user's loader or data set."""
         refuse_inputs(inputs)
         if as_examples(inputs):
             loader = self.loader_of(inputs, "inputs")
@@ -141,20 +141,20 @@ class ExampleBatches:
         return CheckedBatches(inputs, "inputs", ordered=ordered, axes=self.axes)
 
     def marked(self, batch: Batch) -> Batch:
-        """A batch marked with where its examples stand: as in the training set, if it looks so."""
+        """A batch with its dimension of examples marked, as in the training set if it fits."""
         if getattr(self.train, "batch_size", None) == 1:
-            self.train.look_at()  # which shows what has no dimension of examples
+            self.train.look_at()  # shows which tensors have no dimension of examples
         marked = self.axes.mark(batch)
         if not self.axes.is_clear(batch):
             self.train.look_at()
-            # nothing was computed yet of what may have been read otherwise
+            # nothing has been computed with the earlier dimension yet
             with suppress(PassAgain):
                 return self.axes.mark(batch)
             marked = self.axes.mark(batch)
         return marked
 
     def loader_of(self, data: Any, name: str) -> Iterable[Batch]:
-        """Batches of a data set, of the size asked for."""
+        """Batches of a data set, of the requested size."""
         refuse_no_data(data, name)
         size: Any = self.batch_size
         if size == "auto" or (size is None and name == "inputs"):

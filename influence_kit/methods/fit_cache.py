@@ -1,4 +1,4 @@
-"""What a method fits at each checkpoint: kept for later calls, saved to a folder and loaded."""
+"""The states of fits at each checkpoint: cached, saved to a folder and loaded."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class FitCache(Cache):
     """The state of a fit at each checkpoint, tensors by name.
 
     Args:
-        what: is fitted, in words.
-        verb: how errors say that it was.
+        what: what is fitted, in words for errors.
+        verb: the participle for it, in errors: "fitted", "measured".
         data: the name of the argument that it is fitted to.
     """
 
@@ -38,24 +38,24 @@ class FitCache(Cache):
         return f"{self.what} was {self.verb}" if self.states else None
 
     def clear(self) -> None:
-        """Drop the states, and what was made of them."""
+        """Drop the states, and the inverses computed from them."""
         self.states: dict[int, State] = {}
         self.drop_inverses()
 
     def drop_inverses(self) -> None:
-        """Drop what was made of the states."""
+        """Drop the inverses computed from the states."""
         self.inverses: dict[int, Transform] = {}
         # whether scores by these inverses have been compared with plain products
         self.is_compared = False
 
     def why_fixed(self, name: str) -> str | None:
-        """What is fitted to must not change."""
+        """The data that is fitted to must not change."""
         if name == self.data:
             return f"{self.what} is fitted to it and used with other passes"
         return None
 
     def save(self, folder: str | Path, description: Mapping[str, Any]) -> None:
-        """Write the states of all checkpoints, with what they belong to."""
+        """Write the states of all checkpoints, with their description."""
         tensors = {
             f"{index}/{name}": value
             for index, state in self.states.items()
@@ -72,18 +72,18 @@ class FitCache(Cache):
         device: torch.device,
         caches: Caches,
     ) -> None:
-        """Take the states that ``save`` has written, in place of all that is kept.
+        """Read the states that ``save`` has written; they replace everything that is cached.
 
         Args:
-            folder: where.
-            description: what they must belong to.
-            loader: of the checkpoints; what has been loaded is noted.
+            folder: the folder.
+            description: the description that the saved states must have.
+            loader: loads the checkpoints, whose fingerprints are recorded.
             count: the number of checkpoints.
-            device: where the states are wanted.
-            caches: of the same object; emptied once the states have been read.
+            device: the device of the states.
+            caches: all caches of the object; emptied once the states have been read.
 
         Raises:
-            InvalidArgumentError: where they belong to something else.
+            InvalidArgumentError: if the saved states have another description.
         """
         tensors = read_folder(folder, description)
         caches.clear()

@@ -1,9 +1,9 @@
-"""A fingerprint of a loss: the tensors that it computes with, and the settings of torch's own.
+"""A fingerprint of a loss: the tensors that it computes with, and the settings of torch's losses.
 
-Looked at are a module's parameters and buffers, and the tensors that a function has as defaults, in
-``functools.partial``, around it and among its module's globals, each by value. A module around a
-function counts where none of its parameters is trained: others are the model. What is no tensor
-counts for torch's own losses alone (``reduction``, ``ignore_index``).
+It covers a module's parameters and buffers, and the tensors that a function has as defaults, in
+``functools.partial``, in its closure and among the globals that it uses, each by value. A module in
+the closure counts if none of its parameters is trained: otherwise it is the model. Values that are
+not tensors count for torch's own losses only (``reduction``, ``ignore_index``).
 """
 
 from collections.abc import Callable, Iterator
@@ -20,11 +20,11 @@ SETTINGS = bool | int | float | str
 
 
 def function_fingerprint(function: Callable[..., Any] | None, model: nn.Module) -> dict[str, Any]:
-    """Numbers by what they are of; those of a function that computes with others differ.
+    """The parts of the fingerprint by name; some differ if the function uses other tensors.
 
     Args:
         function: the loss.
-        model: whose tensors do not count: they are those of a checkpoint.
+        model: the model, whose tensors do not count: a checkpoint determines them.
     """
     own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     found = _parts("it", function, DEPTH)
@@ -77,7 +77,7 @@ def _of_module(name: str, module: nn.Module, depth: int) -> Iterator[tuple[str, 
 
 
 def _around(function: FunctionType) -> dict[str, Any]:
-    """What a function uses beside its arguments, by name."""
+    """The values that a function uses beside its arguments, by name."""
     code = function.__code__
     found = {key: function.__globals__.get(key) for key in code.co_names}
     for key, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):

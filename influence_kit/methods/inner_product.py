@@ -1,6 +1,6 @@
-"""Methods whose scores are inner products, over a list of terms.
+"""Methods whose scores are sums of inner products, as a list of terms.
 
-Letters: m test and n training examples, P chosen parameters, C checkpoints.
+Shapes: m test examples, n training examples, P chosen parameters, C checkpoints.
 """
 
 from abc import abstractmethod
@@ -39,7 +39,7 @@ from influence_kit.methods.gradient_cache import (
 )
 from influence_kit.methods.identity import identity
 from influence_kit.methods.layer_names import Layers
-from influence_kit.methods.questions import given, starts_again
+from influence_kit.methods.restarts import given, starts_again
 from influence_kit.scoring.features import chosen_rows
 from influence_kit.scoring.reducers import AllScores, Reducer
 from influence_kit.scoring.stream import Stream
@@ -49,49 +49,52 @@ from influence_kit.scoring.watch import Watch
 
 @describes_arguments
 class InnerProductInfluence(ExampleInfluence):
-    """A method that is a list of ``terms``: score = sum of weight * <test side, train side>.
+    """A method given by its ``terms``: score = sum of weight * <test features, train features>.
 
     Args:
-        model: the model. It comes back from every call as it went in.
+        model: the model. Every call leaves it unchanged.
         train_dataset: a ``Dataset`` or sequence of examples, or a ``DataLoader`` (or other
             re-iterable of batches) that does not shuffle; ``(*model_inputs, targets)`` or dicts.
         checkpoints: a folder, a glob, a list of paths, or any iterable of paths or state dicts;
             ``select_checkpoints`` chooses a few of many.
-        checkpoints_load_func: ``load(model, checkpoint) -> learning rate``, in place.
+        checkpoints_load_func: ``load(model, checkpoint) -> learning rate``, which loads into
+            the model in place.
         layers: the modules whose parameters count: a name, a pattern of names
             (``"transformer.h.*.mlp"``; ``*`` is any characters, ``?`` one, ``[ab]`` one of these),
-            a module of the model, or a list of such; all parameters inside count, each once. None
+            a module of the model, or a list of these; all parameters inside count, each once. None
             for all parameters that require a gradient. The attribute ``layers`` is a list of names.
         loss_fn: ``loss_fn(outputs, targets)`` (of a dict batch: ``loss_fn(outputs, batch)``), one
-            value an example, or their sum or mean: the scores are the same. None differentiates the
-            model's output (of a dict batch: the loss that the model returns).
-        batch_size: training examples at a time, where ``train_dataset`` is a ``Dataset``. "auto"
-            finds a number from what one example takes in memory. The scores do not depend on it.
-        test_loss_fn: the loss of test examples, lower is better; ``loss_fn`` where None. A positive
-            score says that training lowered it. What should rise goes to ``test_output_fn``.
-        test_output_fn: in place of it: ``test_output_fn(outputs, targets)`` (of a dict batch:
+            value per example, or their sum or mean: the scores are the same. None differentiates
+            the model's output (of a dict batch: the loss that the model returns).
+        batch_size: training examples per batch, if ``train_dataset`` is a ``Dataset``. "auto"
+            derives it from the memory that one example takes. The scores do not depend on it.
+        test_loss_fn: the loss of test examples, lower is better; ``loss_fn`` if None. A positive
+            score means that training lowered it. A function where higher is better is passed as
+            ``test_output_fn``.
+        test_output_fn: used instead of it: ``test_output_fn(outputs, targets)`` (of a dict batch:
             ``(outputs, batch)``), higher is better: a margin, a log-probability, a prediction. One
             value per example, or their sum or mean. Scores are those of ``test_loss_fn`` =
-            -``test_output_fn``: positive where training raised it.
-        sample_wise_grads_per_batch: None takes a loss of any reduction. True wants "sum" or "mean",
-            False wants "none", as in Captum; the speed is the same.
+            -``test_output_fn``: positive if training raised it.
+        sample_wise_grads_per_batch: None accepts a loss of any reduction. True requires "sum" or
+            "mean", False requires "none", as in Captum; the speed is the same.
         eval_mode: put the model into evaluation mode while scores are computed.
         batch_axes: the dimension that counts examples, for each tensor of a batch, in the structure
             of the batch: ``(1, 0)`` for time-first inputs and targets, ``{"weights": None}`` for a
-            tensor that belongs to the whole batch. Found from the batches where None.
-        verify: "repeated" compares some batches of every question with autograd (the page "What is
-            checked, and when" says which), "once" trusts the check of the first batch.
-        features: what is made of the gradients before their inner products are taken, the same for
-            test and training examples (``influence_kit.projections.Projected``); None leaves them.
-        store: a folder for the training set's gradients (projected, where the method projects):
-            the first question builds it, later ones and other processes read it. A build that was
-            killed goes on where it was; a folder that was made for another model, data set, loss or
-            projection is refused. None keeps no files.
-        store_dtype: of the numbers there: float16 and bfloat16 halve the size; the model's
-            precision where None.
+            tensor that belongs to the whole batch. Found from the batches if None.
+        verify: "repeated" compares some batches of every call with autograd (listed on the page
+            "What is checked, and when"), "once" trusts the check of the first batch.
+        features: the map that is applied to gradients before their inner products are taken, the
+            same for test and training examples (``influence_kit.projections.Projected``); None
+            takes the gradients themselves.
+        store: a folder for the training set's gradients (projected, if the method projects): the
+            first call builds it, later calls and other processes read it. A build that was
+            interrupted is continued; a folder that was made for another model, data set, loss or
+            projection is refused. None writes no files.
+        store_dtype: the dtype of the stored numbers: float16 and bfloat16 halve the size; the
+            model's precision if None.
 
     Raises:
-        InvalidArgumentError: (a ``ValueError``) for arguments that cannot be meant.
+        InvalidArgumentError: (a ``ValueError``) for invalid arguments.
         UnknownLayerError: for layers that the model does not have.
     """
 
@@ -139,11 +142,11 @@ class InnerProductInfluence(ExampleInfluence):
     def _bind_features(self) -> None:
         self._map = self._learnt.map = self.features.bound_to(self._source)
 
-    # What a method says.
+    # The definition of a method.
 
     @abstractmethod
     def terms(self) -> list[Term]:
-        """The method, as data."""
+        """The terms of the score."""
 
     def train_at(self, checkpoint: int, *transforms: Transform) -> Side:
         """Features of the training loss at a checkpoint, transformed."""
@@ -162,7 +165,7 @@ class InnerProductInfluence(ExampleInfluence):
         return Side(checkpoint, features, transforms)
 
     def prepare(self, loader: CheckpointLoader, show_progress: bool = False) -> None:
-        """Have what the terms need: the gradients of the training set, where they are kept."""
+        """Compute what the terms need: the gradients of the training set, if they are cached."""
         if not self._map.is_learnt:
             loader.load(0)
             n = sum(example_count(batch) for batch in self.train_dataloader)
@@ -196,15 +199,15 @@ class InnerProductInfluence(ExampleInfluence):
         show_progress: bool = False,
         outer_loop_by_checkpoints: bool = False,
     ) -> Tensor:
-        """The score of each example with itself, ``[n]``: large for what is hard to fit.
+        """The score of each example with itself, ``[n]``: large for examples that are hard to fit.
 
-        Of its training loss, whatever is measured of test examples.
+        Both gradients are of the training loss, also if test examples have another function.
 
         Args:
             inputs: one batch, a DataLoader or a Dataset; None for the training set.
             show_progress: a bar over the examples.
-            outer_loop_by_checkpoints: read the data once a checkpoint instead of holding a slab of
-                it in memory; the scores are the same.
+            outer_loop_by_checkpoints: read the data once per checkpoint instead of holding a chunk
+                of it in memory; the scores are the same.
         """
         doing = "compute self influence. Processing"
         with self.session() as loader:
@@ -229,25 +232,25 @@ class InnerProductInfluence(ExampleInfluence):
 
     @starts_again
     def compute_intermediate_quantities(self, inputs: Any, aggregate: bool = False) -> Tensor:
-        """The training side of examples, written out: vectors whose dot products are the scores.
+        """The training features of examples as vectors, whose dot products are the scores.
 
-        They are gradients of ``loss_fn``, also where test examples have a function of their own:
-        the dot products are then the scores for the training loss.
+        They are gradients of ``loss_fn``, also if test examples have another function: the dot
+        products are then the scores for the training loss.
 
         Returns:
             ``[m, P * C]``, the block of each checkpoint scaled by the square root of its weight;
             ``[1, P * C]`` if ``aggregate``.
 
         Raises:
-            InvalidArgumentError: where a weight is negative.
+            InvalidArgumentError: if a weight is negative.
         """
         return self._vectors(given(inputs), of_tests=False, aggregate=aggregate)
 
-    # How it is done.
+    # Implementation.
 
     @property
     def _train_batches(self) -> Iterable[Batch]:
-        """What the train sides of the terms take, in the order of the training set."""
+        """The batches for the training features of the terms, in the order of the training set."""
         rows = self._cache.rows
         return self.train_dataloader if rows is None else rows.batches()
 
@@ -256,7 +259,7 @@ class InnerProductInfluence(ExampleInfluence):
         return (to_device(take(batch, rows), self.device) for _, rows, batch in chosen)
 
     def _made_rows(self, loader: CheckpointLoader, show_progress: bool) -> KeptRows | None:
-        """The training features of all examples; None where they are computed for each question."""
+        """The training features of all examples; None if they are computed in each call."""
         if self.store is None and not (self._map.is_short and self._fits()):
             return None
         indices = range(len(self.checkpoints))
@@ -273,22 +276,22 @@ class InnerProductInfluence(ExampleInfluence):
         return build.on_disk(self.store, description, self._map.cached_shapes, self.store_dtype)
 
     def _cached(self, checkpoint: int, batch: Batch) -> Gradients:
-        """What is cached of training examples: from the cache, or computed."""
+        """The cached features of training examples: from the cache, or computed."""
         if isinstance(batch, Places):
             assert self._cache.rows is not None
             return self._cache.rows.gradients(checkpoint, batch)
         return self._map.cached(checkpoint, batch, self._train_loss)
 
     def _fits(self) -> bool:
-        """Whether the training features of all examples may be kept in memory."""
+        """Whether the training features of all examples may be cached in memory."""
         rows = self._examples.train_count * len(self.checkpoints)
         each = sum(shape.numel() for shape in self._map.cached_shapes.values())
         size = rows * each * self._sample.element_size()
-        # ranks share the training set out: what each would keep is not all of it
+        # ranks divide the training set: no rank would cache all of it
         return is_alone() and 0 < size <= resident_bytes(self.device)
 
     def _identity(self, loader: CheckpointLoader, batches: Iterable[Batch]) -> dict[str, Any]:
-        """What kept numbers belong to."""
+        """The model, data and losses that stored numbers belong to."""
         features = self._map.identifying
         return identity(loader, len(self.checkpoints), features, self._train_loss, batches)
 
@@ -331,9 +334,9 @@ class InnerProductInfluence(ExampleInfluence):
                 stream.scores(test, train, reducer, aggregate)
 
     def _by_parameter(self, terms: list[Term]) -> list[Term]:
-        """Each parameter's part of the training features meets the whole test features.
+        """The terms with each parameter's part of the training features, and whole test features.
 
-        The parts are computed again: what is cached is their sum.
+        The parts are computed again: only their sum is cached.
         """
         names = list(self._parameters)
 
@@ -349,11 +352,11 @@ class InnerProductInfluence(ExampleInfluence):
         return [split(term) for term in terms]
 
     def watch(self, terms: Sequence[Term]) -> Watch | None:
-        """What looks on while scores are computed."""
+        """The observer of a pass that computes scores."""
         return None
 
     def _vectors(self, inputs: Any, of_tests: bool, aggregate: bool = False) -> Tensor:
-        """A side of the inputs at each checkpoint, times the root of its weight, side by side."""
+        """Features of the inputs at each checkpoint times the root of its weight, concatenated."""
         with self.session() as loader:
             terms, batches = self._plan(loader, inputs, ordered=not aggregate)
             stream = Stream(terms, loader, self._sample)
@@ -361,8 +364,9 @@ class InnerProductInfluence(ExampleInfluence):
             for term in stream.terms:
                 if not term.is_symmetric:
                     raise NotImplementedError(
-                        f"{self.get_name()} treats test and training examples differently, so that "
-                        "no one vector an example has the scores as dot products; use `influence`"
+                        f"{self.get_name()} treats test and training examples differently: scores "
+                        "are asymmetric, so no single vector per example reproduces them as dot "
+                        "products; use `influence`"
                     )
                 side = term.test if of_tests else term.train
                 kind = "test" if of_tests else "training" if inputs is None else "input"
@@ -370,16 +374,16 @@ class InnerProductInfluence(ExampleInfluence):
                 weight = term.weight_at(loader.load(term.train.checkpoint))
                 if weight < 0:
                     raise InvalidArgumentError(
-                        f"checkpoint {term.train.checkpoint} has the negative rate {weight}, for "
-                        "which no vectors have the scores as dot products; `TracInCP` and "
-                        "`TracInCPFast` take it in `influence`"
+                        f"checkpoint {term.train.checkpoint} has the negative learning rate "
+                        f"{weight}, for which no vectors reproduce the scores as dot products; "
+                        "`TracInCP` and `TracInCPFast` support it in `influence`"
                     )
                 blocks.append(vectors * weight**0.5)
         return torch.cat(blocks, dim=1).to(self._dtype)
 
 
 def _times(batches: Iterable[Batch], terms: Sequence[Term]) -> int | None:
-    """How many ticks a pass over the batches will give."""
+    """The number of steps of the progress bar in a pass over the batches."""
     length = loader_length(batches)
     return None if length is None else length * len(terms)
 

@@ -1,4 +1,4 @@
-"""The names of the modules that a `layers` argument means."""
+"""The names of the modules that a `layers` argument selects."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -10,7 +10,7 @@ from torch import nn
 from influence_kit.errors import InvalidArgumentError, UnknownLayerError
 
 Layers = str | nn.Module | Sequence[str | nn.Module]
-# how many names an error shows, where the model has more of them
+# the largest number of names that an error shows
 SHOWN = 10
 
 
@@ -20,10 +20,10 @@ def check_layers(model: nn.Module, layers: Any) -> list[str] | None:
     Args:
         model: the model.
         layers: a name, a module of the model, a pattern of names ("*" any characters, also dots;
-            "?" one; "[ab]" one of these; a name that there is counts as itself), or a list of such.
+            "?" one; "[ab]" one of these; an existing name is taken literally), or a list of these.
 
     Raises:
-        UnknownLayerError: for what the model does not have, with the names that are near.
+        UnknownLayerError: for layers that the model does not have, with similar names.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
@@ -46,7 +46,7 @@ def check_layers(model: nn.Module, layers: Any) -> list[str] | None:
     if not all(isinstance(layer, str | nn.Module) for layer in layers):
         raise InvalidArgumentError(
             f"`layers` should contain str layer names. got {layers!r}; a pattern such as "
-            '"*.attention" or a module of the model is taken, too'
+            '"*.attention" or a module of the model is accepted, too'
         )
     names = dict(model.named_modules())
     found = [(layer, _matches(names, layer)) for layer in layers]
@@ -61,7 +61,7 @@ def check_layer(model: nn.Module, layer: str | nn.Module) -> str:
     names = check_layers(model, [layer]) or []
     if len(names) != 1:
         raise InvalidArgumentError(
-            f"one layer is wanted; '{layer}' fits {len(names)}: {_shortened(names)}"
+            f"expected one layer; '{layer}' matches {len(names)}: {_shortened(names)}"
         )
     return names[0]
 
@@ -71,7 +71,7 @@ def _matches(names: dict[str, nn.Module], layer: str | nn.Module) -> list[str]:
         return [name for name, module in names.items() if module is layer]
     if layer in names:
         return [layer]
-    # the model itself has the empty name, which a pattern does not mean
+    # a pattern does not match the model itself, whose name is empty
     return [name for name in names if name and fnmatchcase(name, layer)]
 
 
@@ -94,8 +94,8 @@ def _refuse(names: dict[str, nn.Module], unknown: list[str | nn.Module]) -> None
     near = [name for word in words[:SHOWN] for name in get_close_matches(word, there, cutoff=0.5)]
     near = list(dict.fromkeys(near))[:SHOWN] or there[:SHOWN]
     raise UnknownLayerError(
-        f"the model has no layers {_shortened(words)}; it has {len(there):,} modules, and near "
-        f"those are {near}"
+        f"the model has no layers {_shortened(words)}; it has {len(there):,} modules; "
+        f"similar names are {near}"
     )
 
 

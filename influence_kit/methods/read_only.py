@@ -1,7 +1,7 @@
-"""Attributes that cannot be assigned once an object is made: what is kept would be of the old ones.
+"""Attributes that cannot be assigned after construction: cached results depend on them.
 
-A name may be assigned where the class has a property that takes it. Classes outside this package
-may assign what they have themselves: what their ``__init__`` sets, or what their body holds.
+A name can be assigned if the class has a property with a setter. Subclasses outside this package
+can assign their own attributes: those that their ``__init__`` sets or their body defines.
 """
 
 import inspect
@@ -17,12 +17,12 @@ DERIVED = {"reduction_type", "test_reduction_type", "influence_src_dataloader"}
 
 
 class Made(ABCMeta):
-    """Notes that an object is made when the whole of its ``__init__`` has run, a subclass's too."""
+    """Marks an object as made once the whole ``__init__`` has run, including a subclass's."""
 
     def __init__(cls, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if "__init__" in vars(cls):
-            # else it would be that of ``__call__``
+            # without it, ``inspect`` shows the signature of ``__call__``
             cls.__signature__ = inspect.Signature(_parameters(cls))
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -33,7 +33,7 @@ class Made(ABCMeta):
 
 
 def _parameters(cls: type) -> list[inspect.Parameter]:
-    """The parameters of a class's constructor, with those of its base where it hands them on."""
+    """The parameters of a class's constructor, with those of its base if it passes them on."""
     own = list(inspect.signature(vars(cls)["__init__"]).parameters.values())[1:]
     if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in own):
         return own
@@ -49,9 +49,9 @@ Class = TypeVar("Class", bound=Made)
 
 
 def read_only(cls: Class) -> Class:
-    """Make the public attributes of a class's objects read-only, but for properties with a setter.
+    """Make the public attributes of a class's objects read-only, except properties with a setter.
 
-    Assigning one of the others raises a FixedAttributeError (a ``ValueError`` and an
+    Assigning a read-only attribute raises a FixedAttributeError (a ``ValueError`` and an
     ``AttributeError``).
     """
 

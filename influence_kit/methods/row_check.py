@@ -1,7 +1,7 @@
-"""Rows of activations against those that some examples have by themselves.
+"""Compares rows of activations in a batch with those of a smaller batch of the same examples.
 
-A layer may see the examples of a batch in another order than they are given (a forward that sorts
-them by length and back), or mix them. Neither shows in the shape of its output.
+A model may reorder the examples of a batch before a layer (sort them by length, say), or mix them.
+Neither shows in the shape of the layer's output.
 """
 
 import warnings
@@ -15,7 +15,7 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.autograd_comparison import is_random
 from influence_kit.gradients.check import drawn_of_batch
 
-# of the largest entry of a tensor; another batch size changes the order of summation
+# tolerances relative to the largest entry: another batch size changes the order of summation
 CLOSE, CLOSE_OF_HALF = 1e-3, 5e-2
 MOST_COMPARED = 8
 
@@ -24,14 +24,14 @@ Rows = Callable[[Batch], Sequence[Tensor]]
 
 
 class RowCheck:
-    """Reads the rows of batches, and compares those of batches 1, 2, 4, 8, ... on some examples.
+    """Reads the rows of batches, and checks those of batches 1, 2, 4, 8, ... on some examples.
 
-    Where the first batch differs, all are read one example at a time.
+    If the first batch fails the check, all batches are read one example at a time.
 
     Args:
-        model: whose activations they are.
-        what: is read, in words.
-        can_be_slow: whether one example at a time will do.
+        model: the model.
+        what: what the rows are, in words for errors.
+        can_be_slow: whether reading one example at a time is allowed.
     """
 
     def __init__(self, model: nn.Module, what: str, can_be_slow: bool = True) -> None:
@@ -44,7 +44,7 @@ class RowCheck:
         """The rows of each example of a batch.
 
         Raises:
-            InvalidArgumentError: where they depend on the other examples of the batch.
+            InvalidArgumentError: if they depend on the other examples of the batch.
         """
         n = example_count(batch)
         if self._one_by_one and n > 1:
@@ -55,20 +55,20 @@ class RowCheck:
             return found
         if self._seen > 1 or not self._can_be_slow:
             raise InvalidArgumentError(
-                f"batch {self._seen}: {self._what} of some examples by themselves are not those "
-                "that they have in their batch: the model reorders or mixes the examples of a "
-                "batch. Batches of one example (batch_size=1) always work"
+                f"batch {self._seen}: {self._what} of some examples differ between this batch and "
+                "a smaller one: the model reorders or mixes the examples of a batch. Batches of "
+                "one example (batch_size=1) always work"
             )
         warnings.warn(
-            f"{self._what} of some examples by themselves are not those that they have in their "
-            "batch (the model reorders or mixes examples): they are read one example at a time",
+            f"{self._what} of some examples differ between their batch and a smaller one (the "
+            "model reorders or mixes examples): they are read one example at a time",
             stacklevel=2,
         )
         self._one_by_one = True
         return _one_by_one(batch, rows, n)
 
     def _agree(self, batch: Batch, rows: Rows, found: Sequence[Tensor], n: int) -> bool:
-        if is_random(self._model):  # another batch meets other masks
+        if is_random(self._model):  # dropout masks differ from batch to batch
             return True
         half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self._model.parameters())
         close = CLOSE_OF_HALF if half else CLOSE

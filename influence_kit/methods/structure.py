@@ -1,18 +1,18 @@
-"""What a model is made of, by which one that has been changed is recognised."""
+"""The modules and parameters of a model, to detect that it has been changed."""
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 
 class Structure:
-    """The modules and parameters of a model: which objects they are, under which names.
+    """The modules and parameters of a model, as objects by name.
 
     Args:
         model: the model, as it is now.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        # the objects are held: the number of one that is gone may be given to another
+        # references keep the objects alive: the id of a deleted object may be used again
         self._modules = {
             name: (module, type(module))
             for name, module in model.named_modules(remove_duplicate=False)
@@ -23,7 +23,7 @@ class Structure:
         }
 
     def change(self, model: nn.Module) -> str | None:
-        """How the model differs from this, in words; None where it does not."""
+        """How the model differs from this, in words; None if it does not."""
         now = Structure(model)
         for what, before, after in (
             ("module", self._modules, now._modules),
@@ -36,7 +36,7 @@ class Structure:
                 if old is not new:
                     return f"{what} '{name}' was replaced"
                 if kind != other:
-                    return f"{what} '{name}' was {_said(kind)} and is {_said(other)}"
+                    return f"{what} '{name}' was {_text(kind)} and is {_text(other)}"
         return None
 
 
@@ -46,7 +46,7 @@ def _kind(parameter: nn.Parameter) -> object:
     return list(parameter.shape), parameter.dtype, parameter.device
 
 
-def _said(kind: object) -> str:
+def _text(kind: object) -> str:
     if isinstance(kind, type):
         return f"a {kind.__name__}"
     if isinstance(kind, tuple):

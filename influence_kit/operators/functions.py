@@ -132,7 +132,7 @@ def fisher(losses: Callable[[Any], Tensor], parameters: Parameters) -> Operator:
     """The mean over examples of g g^T, g the gradient of an example's loss.
 
     It is the empirical Fisher for losses at the labels of the data, and an estimate of the Fisher
-    for losses at labels drawn from the model.
+    for losses at labels sampled from the model.
 
     Args:
         losses: maps parameters to the losses of the examples, ``[n]``.

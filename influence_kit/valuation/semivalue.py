@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from influence_kit.core.arguments import check_flag
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.methods.questions import check_k
+from influence_kit.methods.restarts import check_k
 from influence_kit.scoring.reducers import KMostInfluentialResults, TopK
 from influence_kit.valuation.refits import Marks, Valuation, Values, as_scores
 

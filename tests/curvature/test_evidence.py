@@ -103,7 +103,7 @@ def test_what_it_is_given_stays(dtype: torch.dtype) -> None:
         ([], 1.0, 5.0, "no eigenvalue of the curvature is positive"),
         ([float("nan")], 1.0, 5.0, "no eigenvalue of the curvature is positive"),
         ([1.0], 0.0, 5.0, "all weights are zero. Give a number"),
-        ([1.0], 1.0, math.inf, "the model's errors are all zero, so that their variance is. Give"),
+        ([1.0], 1.0, math.inf, "the model's errors are all zero, and so is their variance. Give"),
         ([1.0], 1.0, 0.0, "the model's errors are all zero"),
         ([1.0], 1.0, math.nan, "the model's errors are all zero"),
     ],
@@ -112,7 +112,7 @@ def test_where_there_is_no_solution(
     eigenvalues: Any, squared_norm: float, count: float, match: str
 ) -> None:
     own = [torch.tensor(eigenvalues, dtype=torch.float64)]
-    with pytest.raises(InvalidArgumentError, match=f"the evidence decides no damping: {match}"):
+    with pytest.raises(InvalidArgumentError, match=f"the evidence has no maximum: {match}"):
         evidence_damping(own, squared_norm, Observations(count))
 
 

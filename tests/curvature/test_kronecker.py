@@ -14,10 +14,10 @@ from torch.utils.data import TensorDataset
 import influence_kit
 from influence_kit import EKFACInfluenceFunction
 from influence_kit.curvature import eigenbasis
-from influence_kit.curvature.drawn_labels import uniform
 from influence_kit.curvature.eigenbasis import Eigenbasis
 from influence_kit.curvature.fit_data import OTHER_DRAW
 from influence_kit.curvature.kronecker import MatrixLayer
+from influence_kit.curvature.model_labels import uniform
 from influence_kit.errors import InvalidArgumentError
 
 N, M, DAMPING = 12, 4, 0.02

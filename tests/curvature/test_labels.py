@@ -12,7 +12,7 @@ from torch.autograd.functional import hessian
 from torch.nn import functional as F
 
 from influence_kit import ExplicitInfluenceFunction
-from influence_kit.curvature.drawn_labels import ModelLabels, uniform
+from influence_kit.curvature.model_labels import ModelLabels, uniform
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.losses.loss import Loss
 
@@ -205,10 +205,10 @@ REFUSED: dict[str, tuple[Any, Tensor, str]] = {
     "label smoothing": (
         nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none"),
         LABELS,
-        "its slope is another",
+        "its slope differs",
     ),
     "focal": (Focal(), LABELS, "it weighs labels differently"),
-    "hinge": (hinge, LABELS, "its slope is another"),
+    "hinge": (hinge, LABELS, "its slope differs"),
     "weights of positive labels": (
         nn.BCEWithLogitsLoss(pos_weight=WEIGHTS, reduction="none"),
         (LABELS[:, None] > 0).repeat(1, 3).double(),
@@ -217,13 +217,13 @@ REFUSED: dict[str, tuple[Any, Tensor, str]] = {
     "cross-entropy of probabilities": (
         nn.CrossEntropyLoss(reduction="none"),
         torch.full((8, 3), 1 / 3).double(),
-        "it weighs labels differently|its slope is another",
+        "it weighs labels differently|its slope differs",
     ),
-    "huber": (huber, NUMBERS, "it weighs labels differently|its slope is another"),
+    "huber": (huber, NUMBERS, "it weighs labels differently|its slope differs"),
     "absolute values": (
         nn.L1Loss(reduction="none"),
         NUMBERS,
-        "it weighs labels differently|its slope is another",
+        "it weighs labels differently|its slope differs",
     ),
     "weighted squares": (weighted_squares, NUMBERS, "it weighs outputs differently"),
     "shapes of classes": (
@@ -268,7 +268,7 @@ def test_a_loss_that_is_no_likelihood_is_refused(name: str, batch_size: int, unc
     match = match.replace("[8", "[[18]")
     with (
         unchanged(model),
-        pytest.raises(InvalidArgumentError, match=rf"no labels can be drawn .* \(({match})\)"),
+        pytest.raises(InvalidArgumentError, match=rf"no labels can be sampled .* \(({match})\)"),
     ):
         explainer.fit()
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from influence_kit.curvature.drawn_labels import ModelLabels
-from influence_kit.curvature.observations import LabelFacts, Tally
+from influence_kit.curvature.model_labels import ModelLabels
+from influence_kit.curvature.observations import LabelStatistics, Tally
 from influence_kit.data.class_labels import with_logits
 from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
@@ -236,7 +236,7 @@ def facts_of(kind: Kind, given: Any, drawn: Any) -> dict[str, Any]:
     }
 
 
-def assert_facts(found: LabelFacts, expected: dict[str, Any], close: float = 1e-9) -> None:
+def assert_facts(found: LabelStatistics, expected: dict[str, Any], close: float = 1e-9) -> None:
     assert int(found.labels) == expected["labels"]
     assert float(found.squares) == pytest.approx(expected["squares"], rel=close)
     if expected["residuals"] is None:
@@ -341,9 +341,9 @@ def of_rows(rows: Tensor) -> Gradients:
     return Gradients(len(rows), {"weight": form}, {"weight": rows.shape[1:]}, rows)
 
 
-def made_up(n: int, residuals: bool) -> tuple[Gradients, LabelFacts]:
+def made_up(n: int, residuals: bool) -> tuple[Gradients, LabelStatistics]:
     own = torch.rand(n, 2).double()
-    facts = LabelFacts(
+    facts = LabelStatistics(
         labels=torch.tensor(3 * n),
         squares=own.sum() * 5,
         residuals=own.square().sum() if residuals else None,
@@ -389,7 +389,7 @@ def test_one_batch_without_facts_has_every_example_as_an_observation() -> None:
 def test_no_gradient_and_no_residual() -> None:
     _, facts = made_up(4, residuals=True)
     tally = Tally(of_data=False)
-    nothing = LabelFacts(facts.labels, facts.squares, torch.zeros(()).double(), facts.weights)
+    nothing = LabelStatistics(facts.labels, facts.squares, torch.zeros(()).double(), facts.weights)
     tally.add(0, nothing, of_rows(torch.zeros(4, 2).double()))
     assert tally.result(torch.zeros(())).tolist() == [math.inf, 3.0, 1.0]
 

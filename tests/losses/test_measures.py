@@ -166,7 +166,7 @@ def test_an_output_that_cannot_be_called(method: str) -> None:
 
 def test_neighbours_have_no_output() -> None:
     data = TensorDataset(*MLP.train)
-    with pytest.raises(InvalidArgumentError, match="KNNShapley looks at labels of neighbours"):
+    with pytest.raises(InvalidArgumentError, match="KNNShapley uses only the labels of neighbours"):
         KNNShapley(nn.Identity(), data, test_output_fn=classification_margin)
 
 

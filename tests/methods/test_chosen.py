@@ -168,7 +168,7 @@ def test_a_name_of_a_large_model_is_refused_with_those_near():
         check_layers(model, ["h.*.mpl", "haed"] + [f"x{i}" for i in range(400)])
     text = str(caught.value)
     assert "the model has no layers ['h.*.mpl', 'haed', 'x0'," in text
-    assert " and 392 more; it has 1,202 modules, and near those are ['h.9.mlp'" in text
+    assert " and 392 more; it has 1,202 modules; similar names are ['h.9.mlp'" in text
     assert "'head'" in text
     assert len(text) < 500
     with pytest.raises(UnknownLayerError, match=r"1,202 modules, such as \['h', 'h.0', .* more$"):
@@ -180,7 +180,7 @@ def test_a_name_of_a_large_model_is_refused_with_those_near():
 def test_one_layer():
     model = Stack()
     assert check_layer(model, "h.1") == check_layer(model, model.h[1]) == "h.1"
-    with pytest.raises(InvalidArgumentError, match=r"one layer is wanted; 'h.\*.mlp' fits 3: \["):
+    with pytest.raises(InvalidArgumentError, match=r"expected one layer; 'h.\*.mlp' matches 3: \["):
         check_layer(model, "h.*.mlp")
 
 

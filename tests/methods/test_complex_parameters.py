@@ -283,7 +283,7 @@ def test_weights_that_differ_in_their_imaginary_part_are_two_checkpoints(model: 
 
 
 def test_what_takes_no_complex_parameters_says_so(model: nn.Module, tmp_path: Any) -> None:
-    with pytest.raises(InvalidArgumentError, match="'mix' has complex parameters, and the refit"):
+    with pytest.raises(InvalidArgumentError, match="'mix' has complex parameters, which the refit"):
         RepresenterPointSelection(model, "mix", DATA, [model.state_dict()], loss_fn=LOSS)
     with pytest.raises(InvalidArgumentError, match=r"'mix' returns torch.complex128, and activ"):
         KNNShapley(model, DATA, [model.state_dict()], layer="mix").influence(TEST)

@@ -163,7 +163,7 @@ def test_what_is_missing_is_said_with_the_other_rules(method: str) -> None:
     bad = {"model": model.state_dict(), "learning_rate": 0.1, "epoch": 3}
     others = '"auto", "evidence", "mean"' if method in KRONECKER else '"auto", "mean", "trace"'
     match = (
-        r'damping="learning_rates" is one over .* of checkpoint 0 \(in memory\): it lacks the '
+        r'damping="learning_rates" is one over .* for checkpoint 0 \(in memory\): it lacks the '
         rf"number of optimizer steps .* Other rules are {others}.*; or give a number"
     )
     with pytest.raises(InvalidArgumentError, match=match):

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import influence_kit
-from influence_kit.curvature.drawn_labels import uniform
 from influence_kit.curvature.fit_data import OTHER_DRAW
 from influence_kit.curvature.kronecker_fit import OBSERVATIONS, KroneckerFit
+from influence_kit.curvature.model_labels import uniform
 from influence_kit.errors import InvalidArgumentError
 
 METHODS = ["KFACInfluenceFunction", "EKFACInfluenceFunction"]
@@ -662,8 +662,8 @@ def test_a_fit_of_an_earlier_version(method: str, tmp_path: Path) -> None:
     for rule in ("auto", "evidence"):
         loaded.damping = rule
         match = (
-            rf'damping="{rule}" takes the evidence of the fit, and this fit was saved by a version '
-            r'that had no part of it: call `fit\(\)` again, give a number, or damping="mean", which'
+            rf'damping="{rule}" needs the evidence, which a fit saved by an earlier version does '
+            r'not contain: call `fit\(\)` again, give a number, or use damping="mean", the "auto"'
         )
         for question in (lambda: loaded.influence(case.test), loaded.self_influence):
             with pytest.raises(InvalidArgumentError, match=match):
@@ -686,7 +686,7 @@ def test_weights_that_are_zero_decide_no_damping(method: str) -> None:
     for own in model.parameters():
         nn.init.zeros_(own)
     explainer = make(method, model, case.train)
-    with pytest.raises(InvalidArgumentError, match="decides no damping: all weights are zero"):
+    with pytest.raises(InvalidArgumentError, match="has no maximum: all weights are zero"):
         explainer.fit()
     explainer.damping = "mean"
     assert explainer.influence(case.test).isfinite().all()

@@ -298,7 +298,7 @@ def test_samples_of_a_stream_are_refused(model: nn.Module, refused: Any) -> None
     explainer = make(
         "LiSSAInfluenceFunction", model, hessian_dataset=Stream(), hessian_batch_size=2
     )
-    match = "no examples can be drawn from a DataLoader .* use `hessian_batch_size=None`"
+    match = "no examples can be sampled from a DataLoader .* use `hessian_batch_size=None`"
     with refused(model, InvalidArgumentError, match):
         explainer.influence(TEST)
 
@@ -486,7 +486,7 @@ def test_quantities_of_another_shape(
     weights = [{k: v + s for k, v in model.state_dict().items()} for s in (0.1, 0.2)]
     explainer = make(method, model, checkpoints=weights)
     match = (
-        rf"`inputs` is a tensor of shape .* has shape \[m, {2 * P}\] here \(2 checkpoints x {P} "
+        rf"`inputs` is a tensor of shape .* have shape \[m, {2 * P}\] here \(2 checkpoints x {P} "
         "parameters"
     )
     with refused(model, InvalidArgumentError, match):

@@ -272,7 +272,7 @@ def test_blocks_of_test_examples_do_not_matter(
 
     expected = result()
     for rows in (1, 4):
-        size = rows * 30 * knn_shapley.BYTES_A_PAIR // 4
+        size = rows * 30 * knn_shapley.BYTES_PER_PAIR // 4
         monkeypatch.setattr(knn_shapley, "workspace_bytes", lambda device, size=size: size)
         assert_close(result(), expected, ROUNDING)
 
@@ -397,7 +397,7 @@ def test_labels_in_a_column_are_labels() -> None:
         ({"n_neighbors": True}, "`n_neighbors` must be a positive int; got True"),
         ({"metric": "manhattan"}, "`metric` must be .* got 'manhattan'"),
         ({"utility": "f1"}, "`utility` must be .* got 'f1'"),
-        ({"layers": [""]}, "`layers` names parameters, which KNNShapley does not look at"),
+        ({"layers": [""]}, "`layers` names parameters, which KNNShapley does not use"),
     ],
 )
 def test_arguments_that_cannot_be_meant(arguments: dict[str, Any], message: str) -> None:
@@ -515,7 +515,7 @@ def test_features_that_are_not_finite_are_refused() -> None:
     with pytest.raises(NonFiniteError, match="the label of training example 6 is NaN or inf"):
         built((x, labels), utility="squared_error", batch_size=4).influence(test)
     bad[5] = 0
-    with pytest.raises(NonFiniteError, match=r"test example 5 have the norm 0, and so no cosine"):
+    with pytest.raises(NonFiniteError, match=r"test example 5 have norm 0, and so no cosine"):
         built((x, y), metric="cosine").influence((bad, y))
     with pytest.raises(NonFiniteError, match="a distance between features overflows in"):
         built((x.sign() * 1.7e308, y)).influence((-x.sign() * 1.7e308, y))

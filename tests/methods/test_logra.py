@@ -22,7 +22,7 @@ from torch.utils.data import TensorDataset
 
 import influence_kit
 from influence_kit import ExplicitInfluenceFunction, FactGraSS, GraSS, LoGra
-from influence_kit.curvature.drawn_labels import ModelLabels
+from influence_kit.curvature.model_labels import ModelLabels
 from influence_kit.errors import CurvatureError, InvalidArgumentError
 from influence_kit.losses.loss import Loss
 from influence_kit.projections.maps import Identity

@@ -26,7 +26,7 @@ from influence_kit import (
     TracInCP,
 )
 from influence_kit.errors import InvalidArgumentError, PassAgain
-from influence_kit.methods.questions import starts_again
+from influence_kit.methods.restarts import starts_again
 
 N = 12
 SLOW = pytest.mark.filterwarnings("ignore:.*(slower|one example at a time).*:UserWarning")

@@ -713,7 +713,7 @@ def test_other_wrong_arguments() -> None:
         make().perturbation_influence(test, k=-1)
     with pytest.raises(InvalidArgumentError, match="`inputs` argument is required"):
         make().perturbation_influence(None)
-    with pytest.raises(InvalidArgumentError, match="a test side made by"):
+    with pytest.raises(InvalidArgumentError, match="preconditioned gradients made by"):
         make().perturbation_influence(torch.zeros(2, 3))
     with pytest.raises(NotImplementedError, match=r'relative="l".*depends on the training input'):
         make(relative="l").perturbation_influence(test)

@@ -29,7 +29,7 @@ DIM = 7
 every_case = pytest.mark.parametrize("name", NAMES)
 every_kind = pytest.mark.parametrize("projection", KINDS)
 # where there are more features than examples
-pytestmark = pytest.mark.filterwarnings("ignore:.*Phi is singular, and the ridge alone.*")
+pytestmark = pytest.mark.filterwarnings("ignore:.*Phi is singular, and only the ridge.*")
 
 
 def make(name: str = "mlp", **changed: Any) -> TRAK:
@@ -305,7 +305,9 @@ def test_quantities_serve_any_object_of_the_same_data(name: str) -> None:
 
 
 def test_quantities_of_another_shape() -> None:
-    with pytest.raises(InvalidArgumentError, match=r"has shape \[m, 21\] here \(3 checkpoints x 7"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"have shape \[m, 21\] here \(3 checkpoints x 7"
+    ):
         make().influence(torch.zeros(2, 20, dtype=torch.float64))
 
 
@@ -725,7 +727,7 @@ def test_a_projection_dim_that_cannot_be_meant(value: Any, match: str) -> None:
 
 
 def test_an_output_without_a_loss() -> None:
-    with pytest.raises(InvalidArgumentError, match="`output_fn` needs a `loss_fn` beside it"):
+    with pytest.raises(InvalidArgumentError, match="`output_fn` requires `loss_fn`"):
         make(output_fn=prediction)
 
 

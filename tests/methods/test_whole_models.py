@@ -16,9 +16,9 @@ from whole_models import ROUTED, WHOLE, Bare, Whole, routed
 
 import influence_kit
 from influence_kit.curvature import factor_sums
-from influence_kit.curvature.drawn_labels import uniform
 from influence_kit.curvature.fit_data import OTHER_DRAW
 from influence_kit.curvature.kronecker_curvature import eigenvalues
+from influence_kit.curvature.model_labels import uniform
 from influence_kit.errors import InvalidArgumentError
 
 pytest.importorskip("transformers")

@@ -1,6 +1,6 @@
-"""Data value embeddings, which follow a training run step by step: arXiv 2412.09538.
+"""Data value embeddings, computed along a training run: arXiv 2412.09538.
 
-Letters: m test and n training examples, P chosen parameters, B examples of a step.
+Shapes: m test examples, n training examples, P chosen parameters, B examples of a step.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -21,14 +21,14 @@ from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.arguments import documented
 from influence_kit.methods.caches import Cache
 from influence_kit.methods.data_fingerprint import data_fingerprint
-from influence_kit.methods.dvemb.by_place import ExamplesByPlace, count_by_place
-from influence_kit.methods.dvemb.looked_up import LookedUp, places_in_pieces
+from influence_kit.methods.dvemb.backward_pass import backward_pass, check_epochs, check_memory
+from influence_kit.methods.dvemb.embedding_term import EmbeddingTerm, index_batches
+from influence_kit.methods.dvemb.examples_by_index import ExamplesByIndex, count_by_index
 from influence_kit.methods.dvemb.step_gradients import StepGradients
-from influence_kit.methods.dvemb.walk_back import check_epochs, check_memory, walk_back
 from influence_kit.methods.example_batches import BatchSize
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.layer_names import Layers
-from influence_kit.methods.questions import given, starts_again
+from influence_kit.methods.restarts import given, starts_again
 from influence_kit.projections.projected import Dim, Projected, check_dim
 from influence_kit.scoring.reducers import Reducer
 from influence_kit.scoring.stream import Stream
@@ -38,14 +38,14 @@ from influence_kit.training.trace import TrainingTrace
 
 
 class Embeddings(Cache):
-    """The embeddings of the training examples, once they are made."""
+    """The cached embeddings of the training examples."""
 
-    of_checkpoints = False  # they are of the weights in the trace
+    of_checkpoints = False  # they depend on the weights in the trace
     rows: Tensor | None = None
 
     @property
     def since(self) -> str | None:
-        """What was done when they were made."""
+        """What was done when they were computed."""
         return None if self.rows is None else "the training examples were embedded"
 
     def clear(self) -> None:
@@ -55,7 +55,7 @@ class Embeddings(Cache):
 
 @documented
 class DVEmb(InnerProductInfluence):
-    r"""score = <e_train, grad loss(test) after training>, e = what leaving the example out does.
+    r"""score = <e_train, grad loss(test) after training>, e = the effect of leaving it out.
 
     .. math::
         e_j = \sum_{s:\, j \in B_s} \; \prod_{k > s} \Bigl( I - \frac{\eta_k}{|B_k|}
@@ -63,36 +63,38 @@ class DVEmb(InnerProductInfluence):
         g_i^k = \nabla \ell(z_i; \theta_k)
 
     The data value embedding (arXiv 2412.09538): leaving example j out of the steps that took it
-    moves the weights at the end of this very run by e_j, to first order, with the empirical Fisher
-    matrix for the curvature of each step (later steps stand left in the product). Unlike with
-    influence functions, when an example was seen counts, and training need not have converged. Rows
-    are test examples; positive is a proponent, and leaving the training example out raises the test
-    loss by about the score. An example that no step took scores 0.
+    moves the final weights of this training run by e_j, to first order, with the empirical Fisher
+    matrix as the curvature of each step (later steps stand left in the product). Unlike with
+    influence functions, the time at which an example was seen counts, and training need not have
+    converged. Rows are test examples; positive is a proponent, and leaving the training example out
+    raises the test loss by about the score. An example that no step took scores 0.
 
-    The steps are gone through once, backwards, each at its own weights; that keeps a P x P matrix
-    and the embeddings, n x P, in memory: choose few parameters by ``layers``, or project the
-    gradients of each layer, and P is what is left of them. Gradients are taken in evaluation mode.
-    With several ranks each does so; they share out the scores.
+    One backward pass over the steps, each at its own weights, computes the embeddings. It holds a
+    P x P matrix and the embeddings, n x P, in memory: choose few parameters by ``layers``, or
+    project the gradients of each layer, so that P is the number of projected entries. Gradients are
+    taken in evaluation mode. With several ranks, each computes all embeddings; they divide the
+    scores.
 
     Args:
-        checkpoints: the weights after training, one checkpoint; those that ``trace`` has where
-            None.
+        checkpoints: the weights after training, one checkpoint; if None, those at the end of
+            ``trace``.
         trace: the steps, oldest first: a ``TrainingTrace``, or dicts of "state_dict" (before the
             step), "indices" (in ``train_dataset``) and "lr", and "epoch", "weight_decay" and
             "reduction" if they have them. Steps are plain SGD steps down the mean of the examples'
-            losses (their sum where reduction is "sum"), with weight decay.
-        epochs: the epochs whose visits count; None for all. The scores of all epochs add up.
+            losses (their sum if reduction is "sum"), with weight decay.
+        epochs: the epochs whose visits count; None for all. Scores are additive over epochs.
         projection_dim: entries of each layer's gradient, or a pair, as in ``LoGra``: Gaussian, the
             same at every step; None projects nothing.
-        seed: of the projection.
-        train_dataset: a ``Dataset`` with places, or a ``DataLoader`` of one that goes through it in
+        seed: the seed of the projection.
+        train_dataset: a ``Dataset`` that supports indexing, or a ``DataLoader`` that reads one in
             order.
 
     The other arguments are those of ``InnerProductInfluence``.
 
     Raises:
-        InvalidArgumentError: for a trace that is not of this data or has no end, and for more than
-            one checkpoint; from ``influence`` where the matrix and the embeddings do not fit.
+        InvalidArgumentError: for a trace that does not fit the data or is not finished, and for
+            more than one checkpoint; from ``influence`` if the matrix and the embeddings exceed
+            memory.
 
     Example:
         >>> import torch
@@ -137,7 +139,7 @@ class DVEmb(InnerProductInfluence):
     ) -> None:
         self.projection_dim = None if projection_dim is None else check_dim(projection_dim)
         self.seed = check_seed(seed)
-        self._steps = steps_of(trace, count_by_place(train_dataset))
+        self._steps = steps_of(trace, count_by_index(train_dataset))
         check_epochs(epochs, self._steps)
         self.trace = trace
         self.epochs = epochs
@@ -164,12 +166,12 @@ class DVEmb(InnerProductInfluence):
         if not isinstance(trace, TrainingTrace):  # which may only grow
             self._caches.sources["trace"] = partial(data_fingerprint, trace)
 
-    # What a method says.
+    # The definition of the method.
 
     def terms(self) -> list[Term]:
         """One term: gradients after training, and embeddings."""
         test, train = Side(0, self._test_gradients), Side(0, self._embeddings_of)
-        return [LookedUp(test, train, weight=1.0, own=self._own_gradients)]
+        return [EmbeddingTerm(test, train, weight=1.0, own=self._own_gradients)]
 
     # What a user calls.
 
@@ -177,7 +179,7 @@ class DVEmb(InnerProductInfluence):
     def embeddings(self, show_progress: bool = False) -> Tensor:
         """The embedding of each training example, ``[n, P]``, parameters in the model's order.
 
-        Computed once and kept: the tensor that scores are computed from, not a copy. The scores are
+        Computed once and cached; the result is the cached tensor, not a copy. The scores are
         ``compute_intermediate_quantities(inputs) @ embeddings().T``.
 
         Args:
@@ -187,7 +189,7 @@ class DVEmb(InnerProductInfluence):
         return self._embed(show_progress)
 
     def _embed(self, show_progress: bool) -> Tensor:
-        """The same, of what is checked by the session that follows."""
+        """The same, without the check of the cache, which the next session makes."""
         if self._embedded.rows is None:
             check_memory(self._examples.train_count, self._size, self._steps, self._sample)
             doing, of_examples = "embed the training examples. Processing step", self._own_gradients
@@ -196,7 +198,7 @@ class DVEmb(InnerProductInfluence):
                     self.model, self.trace, self._steps, of_examples, self._by_index.rows
                 )
                 empty = self._sample.new_zeros(self._examples.train_count, self._size)
-                rows = walk_back(self._steps, read, empty, self.epochs, bar.update)
+                rows = backward_pass(self._steps, read, empty, self.epochs, bar.update)
                 self._embedded.rows = rows
         return self._embedded.rows
 
@@ -209,24 +211,24 @@ class DVEmb(InnerProductInfluence):
     ) -> Tensor:
         """The score of each training example with itself, ``[n]``.
 
-        By how much its own loss would be higher, had the example been left out.
+        The amount by which its own loss would be higher if the example had been left out.
 
         Args:
             inputs: None; only training examples have embeddings.
             show_progress: bars over the steps and the examples.
-            outer_loop_by_checkpoints: there is one; nothing changes.
+            outer_loop_by_checkpoints: has no effect: there is one checkpoint.
         """
         if inputs is not None:
             raise InvalidArgumentError(
                 "`inputs` must be None: DVEmb has embeddings of the examples of `train_dataset` "
-                "alone, whose self-influence is the result without `inputs`"
+                "only; call `self_influence()`, which returns their scores"
             )
         self._embed(show_progress)
         return super().self_influence(None, show_progress, outer_loop_by_checkpoints)
 
     @starts_again
     def compute_intermediate_quantities(self, inputs: Any, aggregate: bool = False) -> Tensor:
-        """The gradients of the test loss after training: what ``influence`` takes for ``inputs``.
+        """The gradients of the test loss after training, which ``influence`` accepts as ``inputs``.
 
         Returns:
             ``[m, P]`` (``[1, P]`` if ``aggregate``); the scores are its dot products with
@@ -237,11 +239,11 @@ class DVEmb(InnerProductInfluence):
             vectors = Stream([], loader, self._sample).vectors(self.test_at(0), batches, aggregate)
         return vectors.to(self._dtype)
 
-    # How it is done.
+    # Implementation.
 
     @property
     def checkpoints(self) -> list[Any]:
-        """The weights after training; may be set to others."""
+        """The weights after training; can be set."""
         return self._checkpoints
 
     @checkpoints.setter
@@ -266,57 +268,57 @@ class DVEmb(InnerProductInfluence):
 
     @property
     def _train_batches(self) -> Iterable[Batch]:
-        return places_in_pieces(self._examples.train_count, self._by_index.rows)
+        return index_batches(self._examples.train_count, self._by_index.rows)
 
     def batches(self, inputs: Any, ordered: bool = True) -> Iterable[Batch]:
         if not isinstance(inputs, Tensor):
             return super().batches(inputs, ordered)
         if inputs.dim() != 2 or inputs.shape[1] != self._size:
             raise InvalidArgumentError(
-                f"`inputs` is a tensor of shape {list(inputs.shape)}; a test side made by "
-                f"`compute_intermediate_quantities` has shape [m, {self._size}] here. Examples are "
-                "a tuple, list or dict"
+                f"`inputs` is a tensor of shape {list(inputs.shape)}; test gradients made by "
+                f"`compute_intermediate_quantities` have shape [m, {self._size}] here. Pass "
+                "examples as a tuple, list or dict"
             )
         # the "batch" that ``_test_gradients`` takes
         quantities: Any = inputs
         return [quantities]
 
     def _test_gradients(self, batch: Any) -> Gradients:
-        if isinstance(batch, Tensor):  # made before, by ``compute_intermediate_quantities``
+        if isinstance(batch, Tensor):  # the result of ``compute_intermediate_quantities``
             return from_flat(batch.to(self._sample), self._map.shapes, self._sample)
         return self.test_at(0)(batch)
 
     def _embeddings_of(self, batch: Any) -> Gradients:
-        """The embeddings of the training examples at the places of a batch ``(places [n],)``."""
+        """The embeddings of the training examples of a batch ``(indices [n],)``."""
         assert self._embedded.rows is not None
         rows = self._embedded.rows[slice(*batch.ends)]
         return from_flat(rows, self._map.shapes, self._sample)
 
     def _own_gradients(self, batch: Any) -> Gradients:
         """The gradients of the same examples, at the weights that are in the model."""
-        (places,) = batch
-        examples = self._by_index(places.tolist())
+        (indices,) = batch
+        examples = self._by_index(indices.tolist())
         return self.train_at(0)(to_device(examples, self.device))
 
     @property
-    def _by_index(self) -> ExamplesByPlace:
+    def _by_index(self) -> ExamplesByIndex:
         self.train_dataloader.check_draws()
-        return ExamplesByPlace(self.train_dataloader)
+        return ExamplesByIndex(self.train_dataloader)
 
     @property
     def _size(self) -> int:
-        """The letter P."""
+        """P, the number of entries of a gradient."""
         return sum(shape.numel() for shape in self._map.shapes.values())
 
 
 def _after_training(checkpoints: Any, trace: Any) -> Any:
-    """The argument ``checkpoints``, or the weights that a trace has at its end."""
+    """The argument ``checkpoints``, or the weights at the end of a trace."""
     if checkpoints is not None:
         return checkpoints
     if not isinstance(trace, TrainingTrace):
         raise InvalidArgumentError(
-            "`checkpoints` must be the weights after training, [state_dict]; only a "
-            "TrainingTrace has them itself"
+            "`checkpoints` must be the weights after training, [state_dict]; it may be None only "
+            "if `trace` is a TrainingTrace, which contains them; got None"
         )
     return [trace.final]
 
@@ -324,10 +326,6 @@ def _after_training(checkpoints: Any, trace: Any) -> Any:
 def _check_one(checkpoints: Sequence[Any]) -> None:
     if len(checkpoints) > 1:
         raise InvalidArgumentError(
-            "DVEmb follows one training run to its end: `checkpoints` must be one, the weights "
-            f"after it; got {len(checkpoints)}"
+            "`checkpoints` must be one checkpoint for DVEmb, the weights after the recorded run; "
+            f"got {len(checkpoints)}"
         )
-
-
-def _projected(projection_dim: Dim | None, seed: int) -> Projected | None:
-    return None if projection_dim is None else Projected(projection_dim, "gaussian", seed)

@@ -1,6 +1,6 @@
-"""The gradients of a training run's steps, each at the weights before it.
+"""The gradients of the steps of a training run, each at the weights before the step.
 
-Letters: P parameters, B examples of a step.
+Shapes: P parameters, B examples of a step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,12 +24,12 @@ class StepGradients:
     """The gradients of a step's own examples.
 
     Args:
-        model: takes the weights of each step.
-        trace: holds them, as "state_dict".
+        model: the model, into which the weights of each step are loaded.
+        trace: the steps with their weights, "state_dict".
         steps: the same steps, checked.
-        gradients: of the examples at the places of a batch ``(places [b],)``, at the weights that
-            are in the model.
-        rows: the most examples at a time.
+        gradients: returns the gradients of the examples of a batch ``(indices [b],)``, at the
+            weights that are in the model.
+        rows: the largest number of examples per batch.
     """
 
     model: nn.Module
@@ -39,10 +39,10 @@ class StepGradients:
     rows: int
 
     def __call__(self, number: int) -> Tensor:
-        """Those of the step of that number, ``[B, P]``.
+        """The gradients of a step, ``[B, P]``.
 
         Raises:
-            InvalidArgumentError: where the state dict of the step has changed with the model.
+            InvalidArgumentError: if the state dict of the step shares memory with the model.
         """
         state = self.trace[number]["state_dict"]
         if is_live(state, memory_of(self.model)):
@@ -52,4 +52,4 @@ class StepGradients:
             )
         load_into(self.model, partial(load_checkpoint, self.model, state))
         pieces = torch.tensor(self.steps[number].indices).split(self.rows)
-        return torch.cat([self.gradients((places,)).flat() for places in pieces])
+        return torch.cat([self.gradients((indices,)).flat() for indices in pieces])

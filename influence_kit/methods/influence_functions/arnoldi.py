@@ -21,24 +21,24 @@ class ArnoldiInfluenceFunction(EmbeddingInfluence):
     r"""score = <R^T grad loss(test), R^T grad loss(train)>, R = V / sqrt(D) of the summed Hessian.
 
     The eigenpairs are those of the Hessian restricted to a Krylov subspace (arXiv 2112.03052): one
-    pass over ``hessian_dataset`` a dimension, at most ``arnoldi_dim``. Otherwise as
-    ``NaiveInfluenceFunction``, which tells of the scale (Captum's: the sum) and the sign.
+    pass over ``hessian_dataset`` per dimension, at most ``arnoldi_dim``. Otherwise as
+    ``NaiveInfluenceFunction``, which documents the scale (Captum's: the sum) and the sign.
 
     Unlike Captum's, the restriction is symmetric, as the Hessian is; ``R`` is one matrix ``[P, d]``
-    here, a list of tuples there.
+    here, and a list of tuples in Captum.
 
     Args:
         model, train_dataset, checkpoint, checkpoints_load_func, layers, loss_fn, batch_size: as in
             ``NaiveInfluenceFunction``.
         hessian_dataset, test_loss_fn, test_output_fn, sample_wise_grads_per_batch, projection_dim:
             likewise.
-        seed: of the random start.
-        arnoldi_dim: the most dimensions of the subspace.
-        arnoldi_tol: stop where the next direction is shorter than this, before it is normalized.
+        seed: the seed of the random start.
+        arnoldi_dim: the largest dimension of the subspace.
+        arnoldi_tol: stop if the next direction is shorter than this, before it is normalized.
         hessian_reg, hessian_inverse_tol, projection_on_cpu, show_progress: likewise.
 
     Raises:
-        CurvatureError: where no eigenvalue counts.
+        CurvatureError: if no eigenvalue counts.
 
     Example:
         >>> import torch

@@ -27,24 +27,25 @@ from influence_kit.methods.layer_names import Layers
 class CGInfluenceFunction(InfluenceFunction):
     r"""score = grad loss(test)^T (C + damping I)^-1 grad loss(train), by conjugate gradients.
 
-    All test examples are solved for at once: one pass over the Hessian data an iteration, whatever
-    their number (arXiv 1703.04730). Rows are test examples; positive is a proponent, and leaving
-    the training example out raises the test loss by about score / n. The mean over checkpoints:
-    about five of one run, evenly over its steps, are recommended (``select_checkpoints``).
+    All test examples are solved together: one pass over the Hessian data per iteration, for any
+    number of test examples (arXiv 1703.04730). Rows are test examples; positive is a proponent, and
+    leaving the training example out raises the test loss by about score / n. The mean over
+    checkpoints: about five of one run, evenly over its steps, are recommended
+    (``select_checkpoints``).
     ``self_influence`` and ``relative`` solve for every training example, a batch at a time.
 
     Args:
         damping, curvature, blocks, hessian_dataset, relative, seed: as in
-            ``ExplicitInfluenceFunction``; where C is not written out, "auto" takes its trace
-            exactly for blocks of up to 256 parameters, and from 32 random probes for
-            larger ones.
-        max_iter: the most iterations; a warning tells where they did not suffice.
-        tol: an example is done when its residual is this small against its right-hand side.
+            ``ExplicitInfluenceFunction``; C is not formed here, and "auto" computes its trace
+            exactly for blocks of up to 256 parameters, and from 32 random probes for larger ones.
+        max_iter: the largest number of iterations; a warning shows if they did not suffice.
+        tol: an example is done when the norm of its residual, relative to that of its right-hand
+            side, is at most this.
         preconditioner: None, "jacobi" (the diagonal of C) or "nystrom" (50 eigenpairs of C), which
-            saves iterations and costs a pass over the data.
+            saves iterations and costs one pass over the data.
 
     Raises:
-        CurvatureError: where C + damping is not positive definite.
+        CurvatureError: if C + damping is not positive definite.
 
     Example:
         >>> import torch

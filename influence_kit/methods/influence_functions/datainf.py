@@ -28,19 +28,19 @@ class DataInf(InfluenceFunction):
             = \frac{1}{n \lambda_l} \sum_j
               \Bigl( I - \frac{g_{jl} g_{jl}^T}{\lambda_l + \|g_{jl}\|^2} \Bigr)
 
-    The mean of the inverses of the examples' damped curvatures, in place of the inverse of their
+    The mean of the inverses of the examples' damped curvatures, instead of the inverse of their
     mean (arXiv 2310.00902): the error grows with the number of parameters of a layer, and is small
     for the adapters of a fine-tune. One pass over the data for all test examples, in closed form;
-    ``self_influence`` and ``relative`` take a pass for each batch, of which gradients that fit into
-    memory are kept. Rows are test examples; positive is a proponent, and leaving the training
+    ``self_influence`` and ``relative`` take one pass per batch, and cache the gradients that fit in
+    memory. Rows are test examples; positive is a proponent, and leaving the training
     example out raises the test loss by about score / n. The mean over checkpoints: about five of
     one run, evenly over its steps, are recommended (``select_checkpoints``).
 
     Args:
-        damping: the letter lambda: a positive number, a dict by layer, or "auto" (or "mean"), the
+        damping: lambda: a positive number, a dict by layer, or "auto" (or "mean"), the
             paper's 0.1 times the mean of ``|g|^2 / p`` in the layer of p parameters; "trace" takes
-            the lesser of p and n for p.
-        hessian_dataset: the data over which R is a mean; the training set where None.
+            the smaller of p and n for p.
+        hessian_dataset: the data over which R is a mean; the training set if None.
         relative: RelatIF: None, "l" or "theta".
 
     The other arguments are those of ``InnerProductInfluence``.

@@ -1,4 +1,4 @@
-"""What Captum's two influence functions share: embeddings whose dot products are the scores."""
+"""The base of Captum's two influence functions: embeddings whose dot products are the scores."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from influence_kit.methods.base import ExampleInfluence
 from influence_kit.methods.example_batches import BatchSize
 from influence_kit.methods.influence_functions.influence_function import InfluenceFunction
 from influence_kit.methods.layer_names import Layers
-from influence_kit.methods.questions import given, starts_again
+from influence_kit.methods.restarts import given, starts_again
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side
 
@@ -27,8 +27,8 @@ class EmbeddingInfluence(InfluenceFunction):
     """score = <R^T grad loss(test), R^T grad loss(train)>, R = V / sqrt(D) of the summed Hessian.
 
     V and D are eigenvectors and eigenvalues of the Hessian of the loss, summed over
-    ``hessian_dataset``, with ``hessian_reg`` added; those above ``hessian_inverse_tol`` count, of
-    them the ``projection_dim`` largest.
+    ``hessian_dataset``, with ``hessian_reg`` added; the ``projection_dim`` largest of those above
+    ``hessian_inverse_tol`` count.
     """
 
     inverse: HessianEigenpairs
@@ -71,9 +71,9 @@ class EmbeddingInfluence(InfluenceFunction):
             batch_axes=batch_axes,
             verify=verify,
         )
-        # as Captum's, which leave eigenvalues out in place of damping them
+        # as Captum's, which drop small eigenvalues instead of damping them
         self._warns_of_damping = False
-        self._always_fits = True  # embeddings are lifted by the eigenvectors
+        self._always_fits = True  # embeddings are mapped back by the eigenvectors
         if show_progress:
             self.fit(show_progress=True)
 
@@ -81,13 +81,13 @@ class EmbeddingInfluence(InfluenceFunction):
 
     @property
     def hessian_reg(self) -> float:
-        """What is added to the eigenvalues of the summed Hessian."""
+        """The number added to the eigenvalues of the summed Hessian."""
         assert isinstance(self.damping, float | int)
         return self.damping
 
     @property
     def R(self) -> Tensor:  # noqa: N802 - Captum's name
-        """The matrix ``[P, d]`` that gradients are multiplied with."""
+        """The matrix ``[P, d]`` by which gradients are multiplied."""
         self._check_kept()
         if 0 not in self.fit_state:
             self.fit()
@@ -101,7 +101,7 @@ class EmbeddingInfluence(InfluenceFunction):
         outer_loop_by_checkpoints: bool = False,
         inputs: Any = None,
     ) -> Tensor:
-        """The score of each example with itself, ``[n]``; of the training set where None."""
+        """The score of each example with itself, ``[n]``; for the training set if None."""
         chosen = inputs_dataset if inputs is None else inputs
         return super().self_influence(chosen, show_progress, outer_loop_by_checkpoints)
 
@@ -121,7 +121,7 @@ class EmbeddingInfluence(InfluenceFunction):
             inputs_dataset: one batch or a DataLoader (also as ``inputs``).
             aggregate: their sum, ``[1, d]``.
             show_progress: a bar over the checkpoint.
-            return_on_cpu: have the result on the CPU.
+            return_on_cpu: return the result on the CPU.
             test: take the gradients of ``test_loss_fn`` (of minus ``test_output_fn``).
             inputs: the same as ``inputs_dataset``.
         """
@@ -136,7 +136,7 @@ class EmbeddingInfluence(InfluenceFunction):
         vectors = vectors.to(self._dtype)
         return vectors.cpu() if return_on_cpu else vectors
 
-    # How it is done.
+    # Implementation.
 
     def notes(self) -> list[str]:
         return [*ExampleInfluence.notes(self), f"hessian_reg={self.hessian_reg:g}"]

@@ -1,4 +1,4 @@
-"""Influence functions by the curvature written out: Koh and Liang 2017, arXiv 1703.04730."""
+"""Influence functions by the exact inverse curvature: Koh and Liang 2017, arXiv 1703.04730."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from influence_kit.methods.layer_names import Layers
 
 @documented
 class ExplicitInfluenceFunction(InfluenceFunction):
-    r"""score = grad loss(test)^T (C + damping I)^-1 grad loss(train), by Cholesky's factors of C.
+    r"""score = grad loss(test)^T (C + damping I)^-1 grad loss(train), by Cholesky factors of C.
 
     .. math::
         \nabla \ell_{test}(z')^T \, (C + \lambda I)^{-1} \, \nabla \ell(z), \qquad
@@ -30,32 +30,32 @@ class ExplicitInfluenceFunction(InfluenceFunction):
     The exact inverse (arXiv 1703.04730), block by block: P^2 numbers in float64 and P^3 / 3
     operations for a block of P parameters. "fisher" and "empirical_fisher" of n <= P / 2 examples
     take n * P numbers, their gradients, and n^2 * P operations: C is inverted through their inner
-    products (Woodbury) and never written out. Rows are test examples; positive is a proponent, and
+    products (Woodbury) and never formed. Rows are test examples; positive is a proponent, and
     leaving the training example out raises the test loss by about score / n. The mean over
     checkpoints: about five of one run, evenly over its steps, are recommended
     (``select_checkpoints``).
 
     For a model that was trained with weight decay (l2 / 2 times the squared norm added to the mean
-    loss) ``damping=l2`` makes C + damping the Hessian of what was minimised.
+    loss) ``damping=l2`` makes C + damping the Hessian of the minimised objective.
 
     Args:
         damping: added to the eigenvalues of C: a number, a dict by block, or "auto" (or "trace"):
             the mean eigenvalue of the block, which is its trace over the number of its parameters,
-            or of examples where those are fewer; "mean" is always over the parameters.
+            or of examples if those are fewer; "mean" always divides by the parameters.
         curvature: "ggn" (Gauss-Newton, J^T H J: the Hessian for models that are linear in their
             parameters, and never negative for a loss that is convex in the outputs), "hessian" (may
             be indefinite away from a minimum), "fisher" (outer products of gradients at labels
-            drawn from the model) or "empirical_fisher" (at the labels of the data).
-        blocks: "full", "layer", "parameter", or names of parameters by block: what is between
-            blocks is taken for zero, and a parameter that no block has for frozen.
-        hessian_dataset: the data over which C is a mean; the training set where None.
+            sampled from the model) or "empirical_fisher" (at the labels of the data).
+        blocks: "full", "layer", "parameter", or names of parameters by block: entries of C between
+            blocks are taken as zero, and parameters in no block as frozen.
+        hessian_dataset: the data over which C is a mean; the training set if None.
         relative: RelatIF: None, "l" or "theta".
-        seed: of the labels that "fisher" draws.
+        seed: the seed of the labels that "fisher" draws.
 
     The other arguments are those of ``InnerProductInfluence``.
 
     Raises:
-        CurvatureError: where a block is singular or indefinite in spite of the damping.
+        CurvatureError: if a block is singular or indefinite in spite of the damping.
 
     Example:
         >>> import torch

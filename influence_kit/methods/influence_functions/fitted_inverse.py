@@ -19,7 +19,7 @@ from influence_kit.operators.partition import Partition
 
 
 class FittedInverse:
-    """What a method keeps of its inverse curvature.
+    """The inverse curvature of a method with its fitted states.
 
     Args:
         inverse: the inverse curvature.
@@ -31,7 +31,7 @@ class FittedInverse:
         self._damping: DampingArgument = inverse.damping
 
     def bind(self, model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
-        """Divide features of these shapes into blocks, which a damping may name."""
+        """Divide features of these shapes into blocks, by which a damping can be given."""
         self.partition = Partition(self.inverse.blocks_of(model, list(shapes)), shapes)
         self.damping = self._damping
 
@@ -44,7 +44,7 @@ class FittedInverse:
 
     @property
     def damping(self) -> DampingArgument:
-        """As given; setting it again fits nothing again."""
+        """The damping as given; setting it does not fit again."""
         return self._damping
 
     @damping.setter
@@ -76,7 +76,7 @@ class FittedInverse:
 
     @property
     def damping_used(self) -> list[dict[str, float]]:
-        """The damping by block, at each checkpoint where it is known."""
+        """The damping by block, at each checkpoint that has one."""
         states = self.cache.states
         known = [
             index for index in sorted(states) if self.rule is None or self._key in states[index]
@@ -85,7 +85,7 @@ class FittedInverse:
 
     @property
     def damping_text(self) -> str:
-        """The damping as it was given, and what was used."""
+        """The damping as given, and the values used."""
         used = [value for own in self.damping_used for value in own.values()]
         return as_text(self.inverse.wording.damping, self._damping, self.rule, used)
 
@@ -96,7 +96,7 @@ class FittedInverse:
     # The inverse.
 
     def fit(self, data: FitData) -> None:
-        """Have the inverse at the checkpoint in the model, fitting what is not fitted yet."""
+        """Compute the inverse at the checkpoint in the model; fits if there is no state yet."""
         index, states = data.checkpoint, self.cache.states
         if index not in states:
             states[index] = {**self.inverse.fit(data), **data.map.state}
@@ -107,7 +107,7 @@ class FittedInverse:
             self.cache.inverses[index] = self.inverse.inverse(states[index], damping, data)
 
     def at(self, index: int) -> Transform:
-        """Gradients through the inverse at a checkpoint; it may be fitted after this call."""
+        """The map to preconditioned gradients at a checkpoint, which may be fitted later."""
 
         def apply(gradients: Gradients) -> Gradients:
             return self.cache.inverses[index](gradients)
@@ -120,7 +120,7 @@ class FittedInverse:
         return sum(self.partition.sizes)
 
     def description(self) -> dict[str, object]:
-        """What a saved fit depends on, of the inverse."""
+        """The settings of the inverse that a saved fit depends on."""
         # a list: the order counts
         blocks = [list(block) for block in self.partition.blocks.items()]
         return {**self.inverse.settings, "blocks": blocks}

@@ -1,6 +1,7 @@
-"""Influence functions: test gradients through (C + damping)^-1.
+"""Influence functions: preconditioned test gradients, (C + damping)^-1 times the gradient.
 
-Letters: m test and n training examples, P chosen parameters, C checkpoints (in shapes), B blocks.
+Shapes: m test examples, n training examples, P chosen parameters, C checkpoints (in shapes), B
+blocks.
 """
 
 import warnings
@@ -34,22 +35,22 @@ from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.data_fingerprint import data_fingerprint
 from influence_kit.methods.example_batches import TRAIN, BatchSize
 from influence_kit.methods.fit_cache import FitCache
-from influence_kit.methods.influence_functions.fitted_inverse import FittedInverse
-from influence_kit.methods.influence_functions.perturbation import Perturbation, Perturbed
-from influence_kit.methods.influence_functions.plain_check import (
+from influence_kit.methods.influence_functions.damping_check import (
     LEAST_OF_LAYERS,
     LEAST_OF_WHOLE,
+    DampingCheck,
     Figures,
-    PlainCheck,
     advice,
 )
-from influence_kit.methods.influence_functions.ready_gradients import (
-    check_ready,
-    ready_features,
+from influence_kit.methods.influence_functions.fitted_inverse import FittedInverse
+from influence_kit.methods.influence_functions.perturbation import Perturbation, Perturbed
+from influence_kit.methods.influence_functions.preconditioned_gradients import (
+    check_preconditioned,
+    preconditioned_features,
 )
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.layer_names import Layers, check_layer
-from influence_kit.methods.questions import check_k, given, starts_again
+from influence_kit.methods.restarts import check_k, given, starts_again
 from influence_kit.scoring.features import (
     MostInfluentialFeatures,
     check_places,
@@ -66,24 +67,24 @@ from influence_kit.scoring.watch import Watch
 class InfluenceFunction(InnerProductInfluence):
     """score = mean over checkpoints of grad loss(test)^T (C + damping I)^-1 grad loss(train).
 
-    The named classes are this one with an inverse curvature of their own; here any inverse can be
-    combined with any features that it fits.
+    The named classes are this class with a fixed inverse curvature; here any inverse curvature can
+    be combined with any features that it supports.
 
-    What is measured of the curvature at a checkpoint (``fit``) does not depend on the damping, is
-    kept for later calls, and can be saved. About five checkpoints of one run, evenly over its
-    steps, are recommended (``select_checkpoints``); each has its own damping where that is "auto".
+    The state of a fit at a checkpoint (``fit``) does not depend on the damping, is kept for later
+    calls, and can be saved. About five checkpoints of one run, evenly over its steps, are
+    recommended (``select_checkpoints``); each has its own damping if that is "auto".
 
     Args:
-        inverse: what fits and inverts the curvature: one of ``influence_kit.curvature``, or a class
-            of your own. Its ``damping`` is what is added to the eigenvalues of the curvature C of
-            the mean loss: a number, one per block (a dict), or a rule by name: "mean" (a share of
-            the mean eigenvalue of the block, its trace over its parameters), "trace" (of its trace
-            over the examples, where those are fewer), or "auto", the rule of the class. Each class
-            has its own share; ``damping_used`` shows the numbers. Classes whose C is that of the
-            model's mean loss know "learning_rates", too: (1 - momentum) / (sum of the learning
-            rates of all steps before the checkpoint), one value for all blocks, for models trained
-            by SGD (``early_stopping``).
-        hessian_dataset: the data over which C is a mean; the training set where None.
+        inverse: the inverse curvature: one of ``influence_kit.curvature``, or a class of your own.
+            Its ``damping`` is added to the eigenvalues of the curvature C of the mean loss: a
+            number, one per block (a dict), or a rule by name: "mean" (a share of the mean
+            eigenvalue of the block, its trace over the number of its parameters), "trace" (a share
+            of its trace over the number of examples, if those are fewer), or "auto", the rule of
+            the class. Each class has its own share; ``damping_used`` shows the numbers. Classes
+            whose C is that of the model's mean loss also have "learning_rates": (1 - momentum) /
+            (sum of the learning rates of all steps before the checkpoint), one value for all
+            blocks, for models trained by SGD (``early_stopping``).
+        hessian_dataset: the data over which C is a mean; the training set if None.
         relative: RelatIF (arXiv 2003.11630): None, "l" (divide by the root of the training
             example's own score g^T (C + damping)^-1 g) or "theta" (by the norm of
             (C + damping)^-1 g).
@@ -91,12 +92,12 @@ class InfluenceFunction(InnerProductInfluence):
     The other arguments are those of ``InnerProductInfluence``.
 
     Raises:
-        InvalidArgumentError: where the inverse cannot be fitted to the features, and for arguments
-            that cannot be meant.
+        InvalidArgumentError: if the inverse cannot be fitted to the features, and for invalid
+            arguments.
 
     Warns:
-        DampingWarning: at the first question, where the scores of a sample hardly agree with the
-            plain products of the same gradients, which is what a damping far too small does.
+        DampingWarning: in the first call, if the scores of a sample hardly agree with the inner
+            products of the same gradients: the effect of a damping that is far too small.
 
     Example:
         >>> import torch
@@ -167,9 +168,9 @@ class InfluenceFunction(InnerProductInfluence):
         self._fitted = FittedInverse(inverse, self._caches.add(cache, first=True))
         self._cache.remedy = self._learnt.remedy = cache.remedy
         self._memory = Memory()
-        # whether test gradients that are preconditioned already still need a fit
+        # whether preconditioned test gradients that a user passes still need a fit
         self._always_fits = relative is not None
-        # whether a damping that is far too small is warned of
+        # whether to warn of a damping that is far too small
         self._warns_of_damping = True
         self._bind(lambda: self._fitted.bind(self.model, self._map.shapes))
         self._show_settings()
@@ -181,16 +182,16 @@ class InfluenceFunction(InnerProductInfluence):
             self._caches.sources[HESSIAN_DATA] = partial(data_fingerprint, data)
 
     def _show_settings(self) -> None:
-        """The settings of the parts are attributes of the method, too."""
+        """Make the settings of the parts attributes of the method."""
         for part in (self.inverse, self.features):
             for name, value in vars(part).items():
                 if not name.startswith("_") and not hasattr(self, name):
                     setattr(self, name, value)
 
-    # What a method says.
+    # The definition of the method.
 
     def terms(self) -> list[Term]:
-        """One term per checkpoint, the test gradients through the inverse."""
+        """One term per checkpoint, with preconditioned test gradients."""
         return [
             Term(
                 replace(self.test_at(c), solve=self._fitted.at(c)),
@@ -209,13 +210,13 @@ class InfluenceFunction(InnerProductInfluence):
 
     @property
     def block_names(self) -> list[str]:
-        """The blocks of the curvature, each with a damping of its own."""
+        """The blocks of the curvature, each with its own damping."""
         self._see_model()
         return self._fitted.blocks
 
     @property
     def damping(self) -> DampingArgument:
-        """As given; setting it again fits nothing again."""
+        """The damping as given; setting it does not fit again."""
         return self._fitted.damping
 
     @damping.setter
@@ -231,12 +232,12 @@ class InfluenceFunction(InnerProductInfluence):
 
     @property
     def fit_state(self) -> dict[int, State]:
-        """What was fitted at each checkpoint, by its index: tensors by name."""
+        """The state of the fit at each checkpoint, by its index: tensors by name."""
         return self._fitted.cache.states
 
     @starts_again
     def fit(self, show_progress: bool = False) -> Self:
-        """Fit at every checkpoint, again; ``influence`` does so by itself once.
+        """Fit at every checkpoint again; ``influence`` fits once automatically.
 
         Args:
             show_progress: a bar over the checkpoints.
@@ -248,9 +249,9 @@ class InfluenceFunction(InnerProductInfluence):
 
     @starts_again
     def save(self, folder: str | Path) -> None:
-        """Write what was fitted to a folder; fits where that has not been done.
+        """Write the states of the fit to a folder; fits at checkpoints without one.
 
-        What may be set again without fitting again (a damping, a ridge) is not part of it.
+        Settings that can change without a new fit (a damping, a ridge) are not saved.
         """
         with self.session() as loader:
             self._fit_everywhere(loader)
@@ -258,10 +259,10 @@ class InfluenceFunction(InnerProductInfluence):
 
     @starts_again
     def load(self, folder: str | Path) -> Self:
-        """Take what ``save`` has written, in place of ``fit``.
+        """Read the states that ``save`` has written, instead of ``fit``.
 
         Raises:
-            InvalidArgumentError: where it was saved for another model, data set, loss or setting.
+            InvalidArgumentError: if they were saved for another model, data set, loss or setting.
         """
         with self._caches.beside(), self.session() as loader:
             self._fitted.cache.load(
@@ -277,10 +278,10 @@ class InfluenceFunction(InnerProductInfluence):
 
     @starts_again
     def compute_intermediate_quantities(self, inputs: Any, aggregate: bool = False) -> Tensor:
-        """Test gradients through the inverse: what ``influence`` takes in place of ``inputs``.
+        """Preconditioned test gradients, which ``influence`` accepts as ``inputs``.
 
         Computed once, they serve any number of training sets: ``influence`` of another object of
-        this class (same model, parameters and checkpoints) takes them and fits nothing.
+        this class (same model, parameters and checkpoints) accepts them without a fit.
 
         Returns:
             ``[m, C * P]``, parameters in the model's order (``[1, C * P]`` if ``aggregate``); the
@@ -304,7 +305,7 @@ class InfluenceFunction(InnerProductInfluence):
         layer: str | nn.Module | None = None,
         show_progress: bool = False,
     ) -> Tensor | MostInfluentialFeatures:
-        r"""The gradient of each score in the training input: which features make it what it is.
+        r"""The gradient of each score in the training input: which features determine the score.
 
         .. math::
             \frac{\partial}{\partial x_j} \, \langle M^{-1} \nabla_\theta \ell_{test}(z'_i), \,
@@ -316,16 +317,16 @@ class InfluenceFunction(InnerProductInfluence):
         training again changes the test loss by about -<result[i, j], delta> / n (the function
         ``test_output_fn`` by <result[i, j], delta> / n).
 
-        The cost is one forward-over-reverse pass a pair and checkpoint, many pairs at a time. Of
-        several ranks each computes all of it.
+        The cost is one forward-over-reverse pass per pair and checkpoint, many pairs at a time.
+        With several ranks, each computes the whole result.
 
         Args:
             inputs: test examples: one batch, a DataLoader, or what
                 ``compute_intermediate_quantities`` returns.
-            train_indices: places of training examples, in any order; all of them where None.
+            train_indices: indices of training examples, in any order; all of them if None.
             k: how many features to return for each test example; None for the whole tensor.
-            layer: the layer whose output x_j is, or its name; None for the model's only
-                floating-point input (the targets stay as they are).
+            layer: the layer whose output is x_j, or its name; None for the model's only
+                floating-point input (the targets are not perturbed).
             show_progress: a bar over the training set, and over checkpoints that are fitted.
 
         Returns:
@@ -333,7 +334,7 @@ class InfluenceFunction(InnerProductInfluence):
             ``train_indices``. With ``k`` ``MostInfluentialFeatures``, in memory for m * k.
 
         Raises:
-            InvalidArgumentError: for places outside the training set; where not just one input is
+            InvalidArgumentError: for indices outside the training set; if not exactly one input is
                 floating-point (tokens: name the embedding as ``layer``); for the whole tensor of
                 inputs of different shapes.
             UnknownLayerError: for a layer that the model does not have.
@@ -366,10 +367,10 @@ class InfluenceFunction(InnerProductInfluence):
                 "(`EKFACInfluenceFunction`, `LoGra`)"
             )
         name = None if layer is None else check_layer(self.model, layer)
-        places = check_places(train_indices, self._examples.train_count)
+        indices = check_places(train_indices, self._examples.train_count)
         perturbed = Perturbed(self.model, name)
         with self.session() as loader:
-            # what cannot be perturbed is refused before the curvature is measured
+            # refuse inputs that cannot be perturbed before fitting the curvature
             perturbed.value(DataSet(self.train_dataloader, self.device).first())
             terms, batches = self._plan(loader, given(inputs), show_progress=show_progress)
             stream = Stream(terms, loader, self._sample)
@@ -378,18 +379,18 @@ class InfluenceFunction(InnerProductInfluence):
             found = Perturbation(self._source, self._train_loss, perturbed, loader, vectors)
             doing = "compute perturbation influence for training batches"
             with self.progress(doing, self.train_dataloader_len, show_progress) as bar:
-                rows = chosen_rows(self.train_dataloader, places, bar.update)
+                rows = chosen_rows(self.train_dataloader, indices, bar.update)
                 if k is not None:
                     return most_influential(found.blocks(rows), k)
-                return joined(found.blocks(rows), places).to(self._dtype)
+                return joined(found.blocks(rows), indices).to(self._dtype)
 
-    # How it is done.
+    # Implementation.
 
     def notes(self) -> list[str]:
         return [*super().notes(), self._fitted.damping_text]
 
     def prepare(self, loader: CheckpointLoader, show_progress: bool = False) -> None:
-        # before the data is shared out: every rank takes part in measuring
+        # before the data is divided: every rank takes part in the fit
         self._fit_everywhere(loader, show_progress)
 
     def _plan(
@@ -406,17 +407,17 @@ class InfluenceFunction(InnerProductInfluence):
         super().prepare(loader, show_progress)
         quantities: Any = self._checked_quantities(inputs)
         count = len(self.checkpoints)
-        features = ready_features(self._map.shapes, count, self._sample)
+        features = preconditioned_features(self._map.shapes, count, self._sample)
         terms = [Term(Side(c, features(c)), self._train_side(c), weight=1.0) for c in range(count)]
         return terms, [quantities]  # the "batch" that the features of these terms take
 
     def _checked_quantities(self, quantities: Tensor) -> Tensor:
         """Preconditioned test gradients ``[m, C * P]``."""
-        check_ready(quantities, self._fitted.size, len(self.checkpoints))
+        check_preconditioned(quantities, self._fitted.size, len(self.checkpoints))
         return quantities
 
     def _fit_everywhere(self, loader: CheckpointLoader, show_progress: bool = False) -> None:
-        """Have the inverses at all checkpoints, with a bar over them where one is not fitted."""
+        """Compute the inverses at all checkpoints, with a bar over them if one is not fitted."""
         super().prepare(loader, show_progress)
         indices = range(len(self.checkpoints))
         show = show_progress and not all(index in self.fit_state for index in indices)
@@ -428,7 +429,7 @@ class InfluenceFunction(InnerProductInfluence):
                 bar.update()
 
     def _fit_data(self, index: int) -> FitData:
-        """What is fitted to at a checkpoint."""
+        """The data that the inverse curvature is fitted to at a checkpoint."""
         inverse, of_training = self.inverse, self._hessian_data is None
         is_cached = of_training and inverse.takes_own_labels and self._map.is_short
         examples = DataSet(
@@ -460,7 +461,7 @@ class InfluenceFunction(InnerProductInfluence):
         return self._examples.of(self._hessian_data, HESSIAN_DATA)
 
     def _description(self, loader: CheckpointLoader) -> dict[str, Any]:
-        """What a saved fit belongs to."""
+        """The model, data, loss and settings that a saved fit belongs to."""
         return {
             "method": self.get_name(),
             **self._fitted.description(),
@@ -477,7 +478,7 @@ class InfluenceFunction(InnerProductInfluence):
                 self._memory.clear()
 
     def watch(self, terms: Sequence[Term]) -> Watch | None:
-        # preconditioned test gradients that were given cannot be compared
+        # preconditioned test gradients that a user passes cannot be compared
         is_given = terms[0].test.solve is None
         if (
             self._fitted.cache.is_compared
@@ -485,10 +486,10 @@ class InfluenceFunction(InnerProductInfluence):
             or not (self._warns_of_damping and is_first_rank())
         ):
             return None
-        return PlainCheck(self._examples.train_count, self._tell)
+        return DampingCheck(self._examples.train_count, self._tell)
 
     def _tell(self, figures: Figures | None) -> None:
-        """Warn of the damping where its scores look poor."""
+        """Warn of the damping if its scores look poor."""
         if figures is None:
             return
         self._fitted.cache.is_compared = True

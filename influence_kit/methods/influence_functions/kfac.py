@@ -34,18 +34,19 @@ class KFACInfluenceFunction(InfluenceFunction):
         \sum_l \Bigl\langle G',\; Q_S \Bigl[ \frac{Q_S^T G Q_A}{s a^T + \lambda} \Bigr] Q_A^T
         \Bigr\rangle
 
-    K-FAC (arXiv 1503.05671): the Fisher matrix of each layer taken for a Kronecker product of the
-    covariance S of its output gradients (eigenvalues s, eigenvectors Q_S; a sum over positions,
-    averaged over examples) and that of its inputs A (a, Q_A; averaged over positions), weight and
-    bias together; of an embedding, positions with equal ids count as one. Rows are test examples;
-    positive is a proponent, and leaving the training example
-    out raises the test loss by about score / n. The mean over checkpoints: about five of one run,
-    evenly over its steps, are recommended (``select_checkpoints``).
+    K-FAC (arXiv 1503.05671): the Fisher matrix of each layer is approximated by a Kronecker product
+    of the covariance S of its output gradients (eigenvalues s, eigenvectors Q_S; a sum over
+    positions, averaged over examples) and that of its inputs A (a, Q_A; averaged over positions),
+    weight and bias together; in an embedding, positions with equal ids count as one. Rows are test
+    examples; positive is a proponent, and leaving the training example out raises the test loss by
+    about score / n. The mean over checkpoints: about five of one run, evenly over its steps, are
+    recommended (``select_checkpoints``).
 
     Linear layers, convolutions and embeddings have this form. Parameters without it (of norms, of
-    attention, of the model itself, a bias or table that other layers use) get the exact diagonal of
-    their curvature: element p of the gradient is divided by mean_j g_jp^2 + damping. A side of a
-    weight longer than 8,192 gets a diagonal on that side. ``block_forms`` shows what each has.
+    attention, of the model itself, a bias or table that other layers use) have the exact diagonal
+    of their curvature: element p of the gradient is divided by mean_j g_jp^2 + damping. A side of a
+    weight longer than 8,192 has a diagonal on that side. ``block_forms`` shows the form of each
+    block.
 
     With ``damping="auto"`` all layers have one lambda:
 
@@ -59,33 +60,33 @@ class KFACInfluenceFunction(InfluenceFunction):
     approximation is largest (MacKay 1992; arXiv 2104.04975): theta are the weights and l the
     eigenvalues of linear layers and convolutions, N the labels of the training set in the units of
     the loss: n for cross-entropy, n T^2 for its mean over T tokens, n over the estimated variance
-    for half the squared error (with "fisher"), n for a loss that is no likelihood. rho is what
-    the Kronecker products F of all layers leave out of the curvature, between layers and within,
-    relative to F: measured on the gradients g of 256 to 512 examples, of all where there are fewer
-    (of models with over 33,000 parameters on fewer: 64 to 128 of half a million, 8 at least).
+    for half the squared error (with "fisher"), n for a loss that is not a likelihood. rho is
+    the part of the curvature that the Kronecker products F of all layers leave out, between layers
+    and within, relative to F: measured on the gradients g of 256 to 512 examples, or all if there
+    are fewer (fewer for models with over 33,000 parameters: 64 to 128 for half a million, at least
+    8).
 
     Args:
         damping: added to the eigenvalues of the curvature of the mean loss, so in the units of the
             squared gradient: a positive number, a dict by layer, or a rule by name: "auto", which
             is "evidence"; "mean", 0.1 times the mean of the products s a in the layer; "trace", 0.1
-            times their sum over their number, or over n where that is less; "learning_rates", see
-            ``InfluenceFunction``. ``damping_used`` shows the numbers. Setting it again measures
-            nothing again.
-        curvature: "fisher" (labels drawn from the model by ``seed``; the loss must be that of a
+            times their sum over their number, or over n if that is less; "learning_rates", see
+            ``InfluenceFunction``. ``damping_used`` shows the numbers. Setting it does not fit
+            again.
+        curvature: "fisher" (labels sampled from the model by ``seed``; the loss must be that of a
             softmax, sigmoid or normal distribution) or "empirical_fisher" (labels of the data).
-        hessian_dataset: the data over which the factors are means; the training set where None.
+        hessian_dataset: the data over which the factors are means; the training set if None.
         relative: RelatIF: None, "l" or "theta".
         rtol: see ``EKFACInfluenceFunction``.
-        seed: of the drawn labels; the label of an example depends on its place alone.
-        layers_without_kronecker: of parameters without this form: "diagonal" (the exact diagonal),
-            "leave_out" (no part, as if frozen; a warning names them) or "error".
+        seed: the seed of the sampled labels; the label of an example depends on its index only.
+        layers_without_kronecker: how to treat parameters without this form: "diagonal" (the exact
+            diagonal), "leave_out" (as if frozen; a warning names them) or "error".
 
     The other arguments are those of ``InnerProductInfluence``.
 
     Raises:
-        InvalidArgumentError: for ``damping="auto"`` where the evidence decides nothing (all
-            weights, gradients or squared errors are zero), or of a fit that an earlier version
-            saved.
+        InvalidArgumentError: for ``damping="auto"`` if the evidence has no maximum (all weights,
+            gradients or squared errors are zero), or for a fit that an earlier version saved.
 
     Example:
         >>> import torch
@@ -151,12 +152,12 @@ class KFACInfluenceFunction(InfluenceFunction):
 
     @property
     def block_forms(self) -> dict[str, str]:
-        """The form of the curvature of each block, once it is fitted; empty before.
+        """The form of the curvature of each block, after the fit; empty before.
 
-        "Kronecker", "diagonal" ("diagonal (zero)" where no example has a gradient) or "left out";
-        "Kronecker, diagonal over its 50,257 outputs" where a side of a weight is longer than 8,192;
-        by parameter where those of a block differ: "weight: Kronecker; bias: diagonal". Where
-        checkpoints differ, their forms with "or" between.
+        "Kronecker", "diagonal" ("diagonal (zero)" if no example has a gradient) or "left out";
+        "Kronecker, diagonal over its 50,257 outputs" if a side of a weight is longer than 8,192;
+        by parameter if those of a block differ: "weight: Kronecker; bias: diagonal". If
+        checkpoints differ, their forms joined by "or".
         """
         return block_forms(self.model, self.fit_state, self._fitted.partition)
 
@@ -164,7 +165,7 @@ class KFACInfluenceFunction(InfluenceFunction):
     def damping_used(self) -> list[dict[str, float]]:
         """The damping of each block that takes part, at each checkpoint that is fitted.
 
-        With "auto" the blocks of a checkpoint have the same one.
+        With "auto" all blocks of a checkpoint have the same damping.
         """
         forms = self.block_forms
         return [
@@ -181,16 +182,18 @@ class EKFACInfluenceFunction(InfluenceFunction):
         \Lambda = \frac{1}{n} \sum_j (Q_S^T G_j Q_A)^2
 
     EK-FAC (arXiv 1806.03884, 2308.03296): the eigenvectors of K-FAC with the eigenvalues that fit
-    the per-example gradients G_j best; where labels are drawn, at others than the eigenvectors saw.
-    Two passes over the Hessian data fit it, one over the training set scores all test examples.
+    the per-example gradients G_j best, with "fisher" at labels sampled independently of those that
+    fixed the eigenvectors. The fit takes two passes over the Hessian data; one pass over the
+    training set scores all test examples.
     Rows are test examples; positive is a proponent, and leaving the training example out raises the
     test loss by about score / n. The mean over checkpoints: about five of one run, evenly over its
     steps, are recommended (``select_checkpoints``).
 
     Linear layers, convolutions and embeddings have this form. Parameters without it (of norms, of
-    attention, of the model itself, a bias or table that other layers use) get the exact diagonal of
-    their curvature: element p of the gradient is divided by mean_j g_jp^2 + damping. A side of a
-    weight longer than 8,192 gets a diagonal on that side. ``block_forms`` shows what each has.
+    attention, of the model itself, a bias or table that other layers use) have the exact diagonal
+    of their curvature: element p of the gradient is divided by mean_j g_jp^2 + damping. A side of a
+    weight longer than 8,192 has a diagonal on that side. ``block_forms`` shows the form of each
+    block.
 
     Args:
         damping: added to Lambda: a positive number, a dict by layer, or a rule by name, "auto"
@@ -199,8 +202,8 @@ class EKFACInfluenceFunction(InfluenceFunction):
         curvature, hessian_dataset, relative, seed, layers_without_kronecker: as in
             ``KFACInfluenceFunction``.
         rtol: the error, relative to a layer's scores, up to which 1 / (Lambda + damping) may be
-            replaced by a few outer products, where that is cheaper. It is measured on each batch,
-            and exceeding it has the batch multiplied exactly; 0 has everything exact.
+            replaced by a few outer products, where that is cheaper. The error is measured on each
+            batch, and a batch that exceeds it is multiplied exactly; 0 makes all products exact.
 
     Example:
         >>> import torch
@@ -270,12 +273,12 @@ class EKFACInfluenceFunction(InfluenceFunction):
 
     @property
     def block_forms(self) -> dict[str, str]:
-        """The form of the curvature of each block, once it is fitted; empty before.
+        """The form of the curvature of each block, after the fit; empty before.
 
-        "Kronecker", "diagonal" ("diagonal (zero)" where no example has a gradient) or "left out";
-        "Kronecker, diagonal over its 50,257 outputs" where a side of a weight is longer than 8,192;
-        by parameter where those of a block differ: "weight: Kronecker; bias: diagonal". Where
-        checkpoints differ, their forms with "or" between.
+        "Kronecker", "diagonal" ("diagonal (zero)" if no example has a gradient) or "left out";
+        "Kronecker, diagonal over its 50,257 outputs" if a side of a weight is longer than 8,192;
+        by parameter if those of a block differ: "weight: Kronecker; bias: diagonal". If
+        checkpoints differ, their forms joined by "or".
         """
         return block_forms(self.model, self.fit_state, self._fitted.partition)
 
@@ -283,7 +286,7 @@ class EKFACInfluenceFunction(InfluenceFunction):
     def damping_used(self) -> list[dict[str, float]]:
         """The damping of each block that takes part, at each checkpoint that is fitted.
 
-        With "auto" the blocks of a checkpoint have the same one.
+        With "auto" all blocks of a checkpoint have the same damping.
         """
         forms = self.block_forms
         return [

@@ -27,9 +27,10 @@ class LiSSAInfluenceFunction(InfluenceFunction):
     .. math::
         h \leftarrow v + h - (C_s h + \lambda h) / s, \qquad (C + \lambda I)^{-1} v \approx h / s
 
-    All test examples together (arXiv 1602.03943). The fixed point is (C + damping I)^-1 v for any
-    scale s; it is reached where s is above the largest eigenvalue of C + damping, at the rate
-    1 - damping / s an iteration, so that a small damping wants a large depth. Rows are test
+    All test examples are solved together (arXiv 1602.03943). The fixed point is
+    (C + damping I)^-1 v for any scale s; the series converges to it if s is above the largest
+    eigenvalue of C + damping. The error shrinks by the factor 1 - damping / s per iteration, so
+    that a small damping requires a large depth. Rows are test
     examples; positive is a proponent, and leaving the training example out raises the test loss by
     about score / n. The mean over checkpoints: about five of one run, evenly over its steps, are
     recommended (``select_checkpoints``).
@@ -40,12 +41,12 @@ class LiSSAInfluenceFunction(InfluenceFunction):
         num_repeat: how many series to average, each with its own samples.
         scale: s, or "auto": 1.1 times the largest eigenvalue of C + damping by power iteration (20
             passes over the Hessian data).
-        hessian_batch_size: examples drawn for each iteration; None for all of them, which makes
-            the result exact and each iteration a pass.
-        seed: of the samples.
+        hessian_batch_size: examples sampled in each iteration; None for all of them, which makes
+            the result exact and each iteration one pass.
+        seed: the seed of the samples.
 
     Raises:
-        CurvatureError: where the series diverges.
+        CurvatureError: if the series diverges.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Captum's influence function by the Hessian written out: Koh and Liang 2017, arXiv 1703.04730."""
+"""Captum's influence function from the whole Hessian: Koh and Liang 2017, arXiv 1703.04730."""
 
 from typing import Any
 
@@ -26,29 +26,30 @@ class NaiveInfluenceFunction(EmbeddingInfluence):
 
     Captum's class of this name, its arguments and its scale: the Hessian is the *sum* over
     ``hessian_dataset``, so that n times a score with ``hessian_reg`` n * damping is the score of
-    ``ExplicitInfluenceFunction`` with curvature "hessian" (where all eigenvalues count). Rows are
+    ``ExplicitInfluenceFunction`` with curvature "hessian" (if all eigenvalues count). Rows are
     test examples; positive is a proponent.
 
     Unlike Captum's, the eigenvectors are orthogonal for repeated eigenvalues too (``eigh``), the
     checkpoint is loaded for each call, ``batch_size`` defaults to "auto", and the Hessian is
-    decomposed at the first question.
+    decomposed in the first call.
 
     Args:
         model, train_dataset, checkpoints_load_func, layers, loss_fn, batch_size: as in
             ``InnerProductInfluence``.
-        test_loss_fn, test_output_fn: likewise: a loss of test examples, or what should rise.
-        checkpoint: a path, or what the load function takes.
-        hessian_dataset: the data over which the Hessian is a sum; the training set where None.
+        test_loss_fn, test_output_fn: likewise: a loss of test examples, or a function where higher
+            is better.
+        checkpoint: a path, or anything that the load function accepts.
+        hessian_dataset: the data over which the Hessian is a sum; the training set if None.
         sample_wise_grads_per_batch: as in ``InnerProductInfluence``.
-        projection_dim: how many eigenvalues count, the largest; None for all.
-        seed: not used here; Captum has it.
+        projection_dim: how many of the largest eigenvalues count; None for all.
+        seed: not used; in Captum's signature.
         hessian_reg: added to the eigenvalues of the summed Hessian.
         hessian_inverse_tol: eigenvalues must be above it to count.
         projection_on_cpu: keep the eigenvectors on the CPU.
-        show_progress: decompose the Hessian at once, and show a bar.
+        show_progress: decompose the Hessian immediately, and show a bar.
 
     Raises:
-        CurvatureError: where no eigenvalue counts.
+        CurvatureError: if no eigenvalue counts.
 
     Example:
         >>> import torch

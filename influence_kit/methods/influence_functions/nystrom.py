@@ -27,9 +27,9 @@ class NystromInfluenceFunction(InfluenceFunction):
         C_{nys} = (C \Omega)(\Omega^T C \Omega)^{+}(C \Omega)^T, \qquad
         (C_{nys} + \lambda I)^{-1} = U (S + \lambda)^{-1} U^T + (I - U U^T) / \lambda
 
-    One pass over the Hessian data for all random directions together (arXiv 2110.02820); exact
-    where the rank of C is at most ``rank``. Wants a curvature that is not negative: "ggn", "fisher"
-    or "empirical_fisher", or a Hessian at a minimum. Rows are test examples; positive is a
+    One pass over the Hessian data for all random directions together (arXiv 2110.02820); exact if
+    the rank of C is at most ``rank``. Requires a curvature that is not negative: "ggn", "fisher" or
+    "empirical_fisher", or a Hessian at a minimum. Rows are test examples; positive is a
     proponent, and leaving the training example out raises the test loss by about score / n. The
     mean over checkpoints: about five of one run, evenly over its steps, are recommended
     (``select_checkpoints``).
@@ -37,11 +37,11 @@ class NystromInfluenceFunction(InfluenceFunction):
     Args:
         damping, curvature, blocks, hessian_dataset, relative: as in ``ExplicitInfluenceFunction``;
             the damping must be positive.
-        rank: how many directions (of each block: all where it has fewer).
-        seed: of the directions.
+        rank: the number of directions per block (all directions of a smaller block).
+        seed: the seed of the directions.
 
     Raises:
-        CurvatureError: where the curvature is indefinite.
+        CurvatureError: if the curvature is indefinite.
 
     Example:
         >>> import torch

@@ -1,7 +1,7 @@
-"""The gradient of scores in the training inputs: which features make a training example matter.
+"""The gradient of scores in the training inputs: which features determine an example's influence.
 
-Letters: m test and n training examples, v vectors, k features asked for, P chosen parameters, d
-dimensions of what is perturbed of one example.
+Shapes: m test examples, n training examples, v vectors, k requested features, P chosen parameters,
+d dimensions of an example's perturbed tensor.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,16 +36,16 @@ from influence_kit.scoring.features import Block, Rows
 
 @dataclass
 class Perturbed:
-    """What of a model is perturbed: its only floating-point input, or the output of a layer."""
+    """The perturbed tensor of a model: its only floating-point input, or the output of a layer."""
 
     model: nn.Module
     layer: str | None
 
     def changed(self, change: Callable[[Any], Any]) -> AbstractContextManager[Any]:
-        """Inside, the model works with the changed value."""
+        """A context in which the model uses the changed value."""
 
         def change_inputs(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            # what a model takes as labels is its target
+            # the labels that a model takes are its target
             own = {name: value for name, value in kwargs.items() if name != "labels"}
             args, own = map_tensors(
                 (args, own), lambda t: change(t) if t.is_floating_point() else t
@@ -58,7 +58,7 @@ class Perturbed:
         return module.register_forward_hook(lambda _, args, output: change(output))
 
     def value(self, batch: Batch) -> Tensor:
-        """The value that the model works with."""
+        """The value that the model uses."""
         seen: list[Any] = []
 
         def note(value: Any) -> Any:
@@ -90,7 +90,7 @@ class Perturbed:
             if lengths == (n, 1):
                 return axis
         raise InvalidArgumentError(
-            f"what is to be perturbed has shape {list(value.shape)} for {n} examples and "
+            f"the perturbed tensor has shape {list(value.shape)} for {n} examples and "
             f"{list(one.shape)} for one: no dimension counts the examples. Choose another `layer`"
         )
 
@@ -102,9 +102,9 @@ class Perturbation:
     Args:
         source: the model and its chosen parameters.
         loss: the loss of training examples.
-        perturbed: what x is.
-        loader: puts checkpoints into the model.
-        vectors: ``[m, P]`` of each checkpoint.
+        perturbed: the tensor x.
+        loader: loads checkpoints into the model.
+        vectors: the vectors v at each checkpoint, ``[m, P]``.
     """
 
     source: GradientSource
@@ -131,10 +131,10 @@ class Perturbation:
                 yield start + some, block
 
     def _chunks(self, batch: Batch, value: Tensor) -> tuple[int, int]:
-        """How many rows and how many vectors to take at once."""
+        """The number of rows and of vectors per chunk."""
         (m, size), element = self.vectors[0].shape, self.vectors[0].element_size()
         workspace = workspace_bytes(value.device)
-        # the activations of an example are held once a vector
+        # the activations of an example are held once per vector
         kept = kept_bytes(self.source.capture.model, batch)
         vectors = min(m, rows_within(8 * workspace, kept + size * element))
         result = m * element * value.numel() // example_count(batch)
@@ -175,11 +175,11 @@ def _refuse_half(dtype: torch.dtype) -> None:
         )
 
 
-def _refuse_non_finite(block: Tensor, places: Tensor) -> None:
+def _refuse_non_finite(block: Tensor, indices: Tensor) -> None:
     bad = (~torch.isfinite(block)).nonzero()
     if len(bad):
         row, column = bad[0, :2].tolist()
         raise NonFiniteError(
-            f"the perturbation influence of training example {places[column]} on test example "
+            f"the perturbation influence of training example {indices[column]} on test example "
             f"{row} is NaN or infinite; the second derivatives of the loss there are not finite"
         )

@@ -1,7 +1,7 @@
 """KNN-Shapley: Jia et al. 2019, arXiv 1908.08619.
 
-Letters: m test and n training examples, b test examples at a time, d features of an example, K
-neighbours.
+Shapes: m test examples, n training examples, b test examples of a block, d features of an example,
+K neighbours.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,14 +34,14 @@ from influence_kit.methods.knn_shapley.knn_values import (
     values_of_targets,
 )
 from influence_kit.methods.layer_names import Layers, check_layer
-from influence_kit.methods.questions import given, starts_again
+from influence_kit.methods.restarts import given, starts_again
 from influence_kit.methods.similarity.distances import euclidean_distance
 from influence_kit.scoring.reducers import AllScores, Reducer, WholeRows
 
 Metric = Literal["euclidean", "cosine"]
 Utility = Literal["accuracy", "squared_error"]
-# what distances, orders, labels and values of one pair of examples take while a block is made
-BYTES_A_PAIR = 96
+# memory per pair of examples for distances, orders, labels and values of a block
+BYTES_PER_PAIR = 96
 
 
 @documented
@@ -50,34 +50,34 @@ class KNNShapley(ExampleInfluence):
 
     The exact Shapley value of a training example for a K-nearest-neighbour classifier (arXiv
     1908.08619, theorem 1). Training examples are ranked by their distance from the test example,
-    the nearest first, equal distances by place in the training set; r is the rank of the example
-    that is scored, and c_{n+1} = 0. The value of a set S of training examples is
+    the nearest first, equal distances by index in the training set; r is the rank of the scored
+    example, and c_{n+1} = 0. The value of a set S of training examples is
 
     .. math::
         u(S) = \frac{1}{K} \sum_{j=1}^{\min(K, |S|)} c_j(S)
 
     the share of right labels among its K nearest; a row of scores sums to u(all) - u(none). Rows
-    are test examples; positive is a proponent: its label helps to predict the test label. Where
-    ``layer`` is named, the mean over checkpoints; the inputs are the same at all checkpoints, none
-    of which is loaded then. No gradient is computed, and the features of all training examples,
-    ``[n, d]`` a checkpoint, are kept in memory during a call.
+    are test examples; positive is a proponent: its label helps to predict the test label. With
+    ``layer``, scores are the mean over checkpoints; without it, the inputs are compared and no
+    checkpoint is loaded. No gradient is computed, and the features of all training examples,
+    ``[n, d]`` per checkpoint, are in memory during a call.
 
     Args:
-        model: without a ``layer`` its weights mean nothing: ``torch.nn.Identity()`` will do.
-        checkpoints: only for a ``layer``, and to be left out without one.
-        n_neighbors: K. With K > n each set has fewer neighbours, and the sum still is over K.
-        layer: the layer whose output, flattened, are the features, or its name; the model's
-            floating-point inputs where None. Of a layer that runs several times, the last output.
+        model: without a ``layer`` its weights are not used: ``torch.nn.Identity()`` is enough.
+        checkpoints: required with ``layer``, and not used without it.
+        n_neighbors: K. With K > n each set has fewer neighbours, and sums are still divided by K.
+        layer: the layer whose flattened output is the features, or its name; the model's
+            floating-point inputs if None. The last output of a layer that runs several times.
         metric: "euclidean" or "cosine" distance of features.
-        utility: "accuracy", as above, of integer labels; or "squared_error", of numbers as labels:
-            u(S) = -(sum of the labels of the K nearest / K - test label)^2, that of regression.
+        utility: "accuracy", as above, for integer labels; or "squared_error", for real labels:
+            u(S) = -(sum of the labels of the K nearest / K - test label)^2, as in regression.
 
     The other arguments are those of ``InnerProductInfluence``; the losses have no effect;
     ``layers`` and ``test_output_fn`` are refused.
 
     Raises:
-        InvalidArgumentError: for labels that are no integers (or, with "squared_error", not one
-            number an example), and for inputs that are no floating-point tensors without ``layer``.
+        InvalidArgumentError: for labels that are not integers (with "squared_error", not one number
+            per example), and without ``layer`` for inputs that are not floating-point tensors.
         NonFiniteError: for features, distances or labels that are NaN or infinite.
 
     Example:
@@ -117,15 +117,15 @@ class KNNShapley(ExampleInfluence):
             )
         if test_output_fn is not None:
             raise InvalidArgumentError(
-                f"`test_output_fn` is a function of outputs, and {self.get_name()} looks at labels "
-                "of neighbours alone: leave it out, or use a method of gradients (`TracInCP`, say)"
+                f"`test_output_fn` is a function of outputs, and {self.get_name()} uses only the "
+                "labels of neighbours: leave it out, or use a method of gradients (`TracInCP`, say)"
             )
         self.n_neighbors = check_count(n_neighbors, "n_neighbors")
         self.layer = check_layer(model, layer) if isinstance(layer, nn.Module) else layer
         self.metric, self.utility = metric, utility
         if layers is not None:
             raise InvalidArgumentError(
-                f"`layers` names parameters, which {self.get_name()} does not look at; name one "
+                f"`layers` names parameters, which {self.get_name()} does not use; name one "
                 "`layer`, whose output is then compared"
             )
         super().__init__(
@@ -160,12 +160,12 @@ class KNNShapley(ExampleInfluence):
     ) -> Tensor:
         """The score of each example for itself among these examples, ``[n]``.
 
-        It is its own nearest neighbour: large where few others near it have its label.
+        Each example is its own nearest neighbour. Large if few others near it have its label.
 
         Args:
             inputs: the examples, one batch or a DataLoader; None for the training set.
             show_progress: bars over the batches and the examples.
-            outer_loop_by_checkpoints: has no effect: checkpoints are the outer loop.
+            outer_loop_by_checkpoints: has no effect: checkpoints are always the outer loop.
         """
         doing = "compute self influence. Processing batch"
         reducer = AllScores()
@@ -175,7 +175,7 @@ class KNNShapley(ExampleInfluence):
                 reducer.update(rows, block.gather(1, rows.to(block.device)[:, None]).squeeze(1))
         return reducer.result().to(self._dtype)
 
-    # How it is done.
+    # Implementation.
 
     def make_reducer(self, k: int | None, proponents: bool) -> Reducer:
         return WholeRows(k, proponents)
@@ -204,11 +204,11 @@ class KNNShapley(ExampleInfluence):
         doing: str,
         show_progress: bool,
     ) -> tuple[list[Points], list[Points]]:
-        """Training and test examples at each checkpoint that counts; without test ones the same."""
+        """Training and test points at each checkpoint; training points if there are no tests."""
         every = range(len(self.checkpoints))
-        places: Sequence[int | None] = [None] if self.layer is None else every
+        indices: Sequence[int | None] = [None] if self.layer is None else every
         length = loader_length(train)
-        total = None if length is None else length * len(places)
+        total = None if length is None else length * len(indices)
         features = Features(self.model, self.layer)
         any_number = self.utility == "squared_error"
         read = Reader(features, self.metric == "cosine", any_number, self.device)
@@ -217,9 +217,9 @@ class KNNShapley(ExampleInfluence):
             read.refuse_unfit_labels(test, "test")
         found: tuple[list[Points], list[Points]] = ([], [])
         with self.progress(doing, total, show_progress) as bar:
-            for place in places:
-                if place is not None:
-                    loader.load(place)
+            for index in indices:
+                if index is not None:
+                    loader.load(index)
                 found[0].append(read(train, "training", bar.update))
                 if test is not None:
                     found[1].append(read(test, "test"))
@@ -228,15 +228,15 @@ class KNNShapley(ExampleInfluence):
     def _blocks(
         self, train: list[Points], test: list[Points], show_progress: bool
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's test examples, some at a time, with their scores ``[b, n]``, float64."""
+        """This rank's test examples in blocks, with their scores ``[b, n]``, float64."""
         n, mine = train[0].n, _of_this_rank(test[0].n)
-        size = rows_within(4 * workspace_bytes(self.device), BYTES_A_PAIR * n)
+        size = rows_within(4 * workspace_bytes(self.device), BYTES_PER_PAIR * n)
         doing = "value training examples. Processing test example"
         with self.progress(doing, len(mine), show_progress) as bar:
             for rows in mine.split(size):
                 total = torch.zeros(len(rows), n, dtype=torch.float64, device=self.device)
-                for known, asked in zip(train, test, strict=True):
-                    total += self._values(known, asked.features[rows], asked.labels[rows])
+                for known, tests in zip(train, test, strict=True):
+                    total += self._values(known, tests.features[rows], tests.labels[rows])
                 yield rows, total.div_(len(train))
                 bar.update(len(rows))
 
@@ -253,7 +253,7 @@ class KNNShapley(ExampleInfluence):
 
 
 def _used(checkpoints: Any, layer: str | None) -> Any:
-    """The argument ``checkpoints``, which only a layer needs."""
+    """The argument ``checkpoints``, which is needed only with a layer."""
     if checkpoints is None and layer is not None:
         raise InvalidArgumentError(
             f"`checkpoints` is None: the output of layer '{layer}' is compared at each checkpoint; "
@@ -263,12 +263,12 @@ def _used(checkpoints: Any, layer: str | None) -> Any:
 
 
 def _all_parameters(model: nn.Module, layers: Any, layer: str | None) -> Mapping[str, nn.Parameter]:
-    """They tell the device and the precision alone; a model without any is where torch puts it."""
+    """All parameters, for device and precision only; an empty one for a model without any."""
     if layer is not None:
         check_layer(model, layer)
     return dict(model.named_parameters()) or {"": nn.Parameter(torch.empty(0))}
 
 
 def _of_this_rank(count: int) -> Tensor:
-    """The places, of so many, that fall to this rank."""
-    return torch.tensor([place for place in range(count) if is_mine(place)], dtype=torch.int64)
+    """The indices below ``count`` that this rank computes."""
+    return torch.tensor([index for index in range(count) if is_mine(index)], dtype=torch.int64)

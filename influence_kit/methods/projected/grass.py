@@ -26,17 +26,17 @@ from influence_kit.projections.projected import FactMasked, Masked
 class GraSS(InfluenceFunction):
     """score = sum over layers of u_test^T (F + damping I)^-1 u_train, u = S M g.
 
-    ``LoGra`` with another projection: of a layer's whole gradient g the mask M keeps ``blow_up``
-    times k entries, and the sparse Johnson-Lindenstrauss transform S adds them up to k entries with
-    random signs (arXiv 2505.18976). F, sign, scale and what is kept are as there. Gradients are
-    formed, one batch at a time; ``FactGraSS`` forms only what the mask keeps.
+    ``LoGra`` with another projection: the mask M selects ``blow_up`` times k entries of a layer's
+    whole gradient g, and the sparse Johnson-Lindenstrauss transform S sums them with random signs
+    into k entries (arXiv 2505.18976). F, sign, scale and the gradient cache are those of ``LoGra``.
+    Gradients are formed, one batch at a time; ``FactGraSS`` forms only the selected entries.
 
     Args:
-        projection_dim: the letter k, of each layer; a layer with fewer entries stays as it is.
+        projection_dim: k, for each layer; a layer with fewer entries is not projected.
         mask: "random", or "learnt" from the gradients of 64 training examples, spread over the
-            training set, at the first checkpoint: the entries that keep their inner products best.
-        blow_up: how many times k entries the mask keeps.
-        seed: of mask and projection; that of a layer depends on its name alone.
+            training set, at the first checkpoint: the entries that preserve inner products best.
+        blow_up: the mask selects this many times k entries.
+        seed: the seed of mask and projection; the draw for a layer depends only on its name.
 
     The other arguments are those of ``LoGra``.
 
@@ -104,15 +104,15 @@ class GraSS(InfluenceFunction):
 class FactGraSS(InfluenceFunction):
     """score = sum over layers of u_test^T (F + damping I)^-1 u_train, u = S vec(M_o^T G M_i).
 
-    ``GraSS`` for gradients G = sum_t d_t [a_t, 1]^T that are never formed: random masks keep some
+    ``GraSS`` for gradients G = sum_t d_t [a_t, 1]^T that are never formed: random masks select some
     entries of the output gradients d and of the inputs a of each layer, ``blow_up`` times k
-    products in all; only those are formed, and S adds them up to k entries with random signs (arXiv
-    2505.18976). F, sign, scale and what is kept are as in ``LoGra``.
+    products in all; only those are formed, and S sums them with random signs into k entries (arXiv
+    2505.18976). F, sign, scale and the gradient cache are those of ``LoGra``.
 
     Args:
-        projection_dim: the letter k, of each layer; a layer with fewer entries stays as it is.
-        blow_up: how many times k products the masks keep.
-        seed: of masks and projection; those of a layer depend on its name alone.
+        projection_dim: k, for each layer; a layer with fewer entries is not projected.
+        blow_up: the masks select this many times k products.
+        seed: the seed of masks and projection; the draws for a layer depend only on its name.
 
     The other arguments are those of ``LoGra``.
 

@@ -32,29 +32,30 @@ class LoGra(InfluenceFunction):
 
     The gradient G of each layer is projected from both sides while it is still factored into
     inputs a and output gradients d, so that it is never formed (arXiv 2405.13954). Convolutions
-    and embeddings are matrices, too; what is no matrix (a norm's weights) is projected as a vector.
-    Rows are test examples; positive is a proponent, and leaving the training example out raises the
-    test loss by about score / n, as far as the projection keeps it. The mean over checkpoints:
-    about five of one run, evenly over its steps, are recommended (``select_checkpoints``).
+    and embeddings are matrices, too; a parameter that is not a matrix (of a norm) is projected as a
+    vector. Rows are test examples; positive is a proponent, and leaving the training example out
+    raises the test loss by about score / n, up to the error of the projection. The mean over
+    checkpoints: about five of one run, evenly over its steps, are recommended
+    (``select_checkpoints``).
 
-    The projected gradients of the training set are computed once and kept in memory where they
-    fit; otherwise they are computed anew for every question. F is inverted through the inner
-    products of the u where there are at most half as many examples as entries of u.
+    The projected gradients of the training set are computed once and cached if they fit in memory;
+    otherwise they are computed again in every call. F is inverted through the inner products of the
+    u if there are at most half as many examples as entries of u.
 
     Args:
-        projection_dim: a pair, the columns of P_o and P_i, or the most entries of u: then the root
-            of it for each side, and what a shorter side leaves for the other. A side that has no
-            more entries stays as it is.
-        projection: "orthogonal", "gaussian", "rademacher" or "identity" (nothing is projected);
-            inner products of projected gradients have those of the gradients as their mean.
+        projection_dim: a pair, the columns of P_o and P_i, or the largest number of entries of u:
+            then its square root for each side, and more for one side if the other is shorter. A
+            side that has no more entries than that is not projected.
+        projection: "orthogonal", "gaussian", "rademacher" or "identity" (no projection); inner
+            products of projected gradients are unbiased estimates of those of the gradients.
         damping: added to the eigenvalues of F: a number, a dict by layer, or "auto" (or "trace"):
-            the mean eigenvalue in the layer, its trace over min(entries of u, examples); "mean" is
-            always over the entries of u.
-        curvature: "empirical_fisher" (labels of the data) or "fisher" (drawn from the model).
+            the mean eigenvalue in the layer, its trace over min(entries of u, examples); "mean"
+            always divides by the entries of u.
+        curvature: "empirical_fisher" (labels of the data) or "fisher" (sampled from the model).
         blocks: "layer", "full" (F couples the layers), or a dict of blocks.
-        hessian_dataset: the data over which F is a mean; the training set where None.
+        hessian_dataset: the data over which F is a mean; the training set if None.
         relative: RelatIF: None, "l" or "theta".
-        seed: of the projection; that of a layer depends on its name alone.
+        seed: the seed of the projection; the draw for a layer depends only on its name.
 
     The other arguments are those of ``InnerProductInfluence``.
 

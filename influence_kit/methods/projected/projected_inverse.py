@@ -1,4 +1,4 @@
-"""The inverse curvature of projected gradients, written out."""
+"""The explicit inverse curvature of projected gradients."""
 
 from influence_kit.curvature.damping import MEAN, TRACE, DampingArgument
 from influence_kit.curvature.kronecker_curvature import FisherName
@@ -9,7 +9,7 @@ from influence_kit.errors import InvalidArgumentError
 class ProjectedInverse(Explicit):
     """``Explicit`` with the defaults of LoGra and GraSS: the empirical Fisher, by layer."""
 
-    # eigenvalues of projected gradients are not in the units of steps of the model's
+    # eigenvalues of projected gradients have other units than the model's learning rates
     rules = (MEAN, TRACE)
 
     def __init__(

@@ -1,6 +1,6 @@
 """Examples at the last layer of a model: its input, and the loss as a function of its output.
 
-Letters: n examples, t positions (1 unless an example is a sequence), d features, c outputs.
+Shapes: n examples, t positions (1 unless an example is a sequence), d features, c outputs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,12 +27,12 @@ from influence_kit.losses.loss import Loss
 
 @dataclass(frozen=True)
 class LastLayer:
-    """Examples whose way through the model, up to its last layer, is done.
+    """A batch of examples after the forward pass, at the last layer.
 
     Args:
-        features: what the layer takes, float64 ``[n, t, d]``.
-        outputs: what the model returns; its logits are the layer's output, maybe reshaped.
-        batch: what the loss takes beside the outputs, in float64.
+        features: the layer's input, float64 ``[n, t, d]``.
+        outputs: the model's outputs; the logits are the layer's output, possibly reshaped.
+        batch: the other arguments of the loss, in float64.
     """
 
     features: Tensor
@@ -41,11 +41,11 @@ class LastLayer:
 
     @property
     def width(self) -> int:
-        """The letter c."""
+        """The number c of outputs."""
         return logits_of(self.outputs).numel() // self.features[..., 0].numel()
 
     def total(self, loss: Loss, logits: Tensor) -> Tensor:
-        """The sum of the examples' losses, were the layer's outputs ``logits`` ``[n, t, c]``."""
+        """The sum of the examples' losses if the layer's outputs are ``logits`` ``[n, t, c]``."""
         known = logits_of(self.outputs)
         shown = with_logits(self.outputs, logits.reshape(known.shape))
         try:
@@ -55,7 +55,7 @@ class LastLayer:
                 raise
             raise InvalidArgumentError(
                 f"`{loss.name}` takes outputs of {known.dtype} and not of {logits.dtype}, in which "
-                f"the last layer is refitted ({error}); convert what it holds: weight.to(outputs)"
+                f"the last layer is refitted ({error}); convert its tensors: weight.to(outputs)"
             ) from error
 
     def slopes(self, loss: Loss, logits: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class LastLayer:
 
 
 def slopes_of(total: Tensor, outputs: Tensor, differentiable: bool = False) -> Tensor:
-    """The gradient of a sum of losses in the outputs; zero where it does not depend on them."""
+    """The gradient of a sum of losses in the outputs; zero if it does not depend on them."""
     if not total.requires_grad:
         return torch.zeros_like(outputs)
     return torch.autograd.grad(total, outputs, create_graph=differentiable, materialize_grads=True)[
@@ -75,16 +75,16 @@ def slopes_of(total: Tensor, outputs: Tensor, differentiable: bool = False) -> T
 
 
 def at_last_layer(model: nn.Module, layer: str, batch: Batch, loss: Loss) -> LastLayer:
-    """A batch at the layer that gives the model's output.
+    """A batch at the layer whose output is the model's output.
 
     Raises:
-        InvalidArgumentError: where the model's output is not the output of that layer.
+        InvalidArgumentError: if the model's output is not the output of that layer.
     """
     calls: list[tuple[Tensor, Tensor]] = []
 
     def record(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         found = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        # copies: what follows may change either in place
+        # copies: later operations may change either in place
         calls.append((found.detach().to(torch.float64, copy=True), output.detach().clone()))
 
     handle = model.get_submodule(layer).register_forward_hook(record, with_kwargs=True)
@@ -104,8 +104,8 @@ def at_last_layer(model: nn.Module, layer: str, batch: Batch, loss: Loss) -> Las
 def _check(layer: str, calls: Sequence[tuple[Tensor, Tensor]], logits: Tensor, n: int) -> None:
     if len(calls) != 1:
         raise InvalidArgumentError(
-            f"`final_fc_layer` '{layer}' is called {len(calls)} times in a pass of the model; "
-            "the layer that gives the model's output must be called once"
+            f"`final_fc_layer` '{layer}' is called {len(calls)} times in a forward pass; the "
+            "layer that gives the model's output must be called once"
         )
     output = calls[0][1].to(logits.dtype)
     if output.numel() != logits.numel() or not torch.allclose(
@@ -125,19 +125,19 @@ def _check(layer: str, calls: Sequence[tuple[Tensor, Tensor]], logits: Tensor, n
 
 
 def _for_the_loss(batch: Batch) -> Batch:
-    """What the loss takes, in float64 (of mixed precisions some losses compute in the lower)."""
+    """The arguments of the loss in float64 (with mixed precisions some losses take the lower)."""
 
     def precise(tensor: Tensor) -> Tensor:
         return tensor.double() if tensor.is_floating_point() else tensor
 
-    # the targets alone: the inputs of a whole data set would fill the memory
+    # the targets only: the inputs of a whole data set would fill the memory
     kept: Batch = batch if isinstance(batch, Mapping) else (targets_of(batch),)
     changed: Batch = map_tensors(kept, precise)
     return changed
 
 
 def _without_inputs(seen: LastLayer, model: nn.Module, loss: Loss, logits: Tensor) -> LastLayer:
-    """The same without the dict's entries that only the model looks at (images, say)."""
+    """The same without the dict's entries that only the model uses (images, for example)."""
     if not isinstance(seen.batch, Mapping):
         return seen
     inputs = {
@@ -151,13 +151,13 @@ def _without_inputs(seen: LastLayer, model: nn.Module, loss: Loss, logits: Tenso
         expected = seen.total(loss, logits.double())
         try:
             same = bool(lean.total(loss, logits.double()) == expected)
-        except Exception:  # whatever the loss does without an entry that it looks at
+        except Exception:  # any error of a loss without an entry that it uses
             same = False
     return lean if same else seen
 
 
 def joined(parts: Sequence[LastLayer]) -> list[LastLayer]:
-    """All examples at once, where outputs and targets are plain tensors; else the parts."""
+    """All examples in one part if outputs and targets are plain tensors; else the parts."""
     outputs = [part.outputs for part in parts]
     targets = [targets_of(part.batch) for part in parts]
     if not all(isinstance(item, Tensor) for item in (*outputs, *targets)):
@@ -169,15 +169,15 @@ def joined(parts: Sequence[LastLayer]) -> list[LastLayer]:
 
 
 def chosen_outputs(values: Tensor, batch: Batch, shift: int) -> Tensor:
-    """Which output a test example's score is a part of: that of its label, ``[n, t, c]``.
+    """The output that a test example's scores sum to, that of its label, as ``[n, t, c]``.
 
     Args:
         values: minus the slopes of the examples' losses, up to a factor, ``[n, t, c]``.
-        batch: holds the labels.
-        shift: by how many positions labels are behind outputs.
+        batch: the batch, with labels.
+        shift: the number of positions by which labels lag behind outputs.
 
     Raises:
-        InvalidArgumentError: where there are several outputs and no integer label for each.
+        InvalidArgumentError: if there are several outputs and not one integer label for each.
     """
     n, t, c = values.shape
     if c == 1:
@@ -185,11 +185,12 @@ def chosen_outputs(values: Tensor, batch: Batch, shift: int) -> Tensor:
     labels = labels_of(batch)
     if labels.is_floating_point() or labels.numel() != n * t:
         raise InvalidArgumentError(
-            f"of {c} outputs the score is of the label's, so that labels must be integers of shape "
-            f"{[n] if t == 1 else [n, t]}; they are {labels.dtype} of shape {list(labels.shape)}"
+            f"with {c} outputs the score is of the label's output, so that labels must be integers "
+            f"of shape {[n] if t == 1 else [n, t]}; got {labels.dtype} of shape "
+            f"{list(labels.shape)}"
         )
     labels = F.pad(labels.reshape(n, t)[:, shift:].long(), (0, shift), value=-1)
-    matters = values.ne(0).any(2)  # else the loss ignores it, by a label of whatever number
+    matters = values.ne(0).any(2)  # otherwise the loss ignores it by an ignored label of any number
     counts = (labels >= 0) & (matters if t > 1 else matters | (labels < c))
     labels = labels.where(counts, 0)
     check_labels(labels, c)

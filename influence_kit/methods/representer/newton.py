@@ -1,6 +1,6 @@
 """Newton's method for the weights of one linear layer, in float64, to convergence.
 
-Letters: n examples, r rows of features (one an example, or one a position), d features, c outputs.
+Shapes: n examples, r rows of features (one per example or position), d features, c outputs.
 """
 
 import math
@@ -16,11 +16,12 @@ from influence_kit.operators.operator import Operator
 from influence_kit.operators.solvers import conjugate_gradients
 
 EPS = torch.finfo(torch.float64).eps
-# of the products with the Hessian for one step; what is left then is an inexact step
+# the largest number of products with the Hessian per step; a step is then inexact
 MOST_PRODUCTS = 10_000
-# a step must gain this share of what its slope promises; it is shortened this often at most
+# a step must gain this share of the decrease that its slope predicts; it is shortened at most so
+# often
 GAIN, MOST_TRIALS = 1e-4, 40
-# steps in a row that bring the gradient no nearer to zero: rounding, or a loss without a minimum
+# steps in a row that do not reduce the gradient: rounding, or a loss without a minimum
 PATIENCE = 10
 
 
@@ -30,10 +31,10 @@ class Objective:
 
     Args:
         features: ``[r, d]``, float64.
-        losses: the sum of the examples' losses, given their outputs ``[r, c]``; convex and twice
-            differentiable.
+        losses: returns the sum of the examples' losses, given their outputs ``[r, c]``; convex and
+            twice differentiable.
         n: the number of examples.
-        l2: positive.
+        l2: the weight of the penalty, positive.
     """
 
     features: Tensor
@@ -46,7 +47,7 @@ class Objective:
         return float(total.detach()) / self.n + self.l2 * float(weights.square().sum())
 
     def gradient(self, slopes: Tensor, weights: Tensor) -> Tensor:
-        """Its gradient ``[c, d]``, given those of the losses in the outputs ``[r, c]``."""
+        """The gradient ``[c, d]``, given those of the losses in the outputs ``[r, c]``."""
         return slopes.T @ self.features / self.n + 2 * self.l2 * weights
 
 
@@ -54,7 +55,7 @@ class Point(Operator):
     """An objective at some weights; as an operator, the Hessian of its mean loss there.
 
     Args:
-        objective: what is minimised.
+        objective: the objective.
         weights: ``[c, d]``.
     """
 
@@ -96,11 +97,11 @@ class Point(Operator):
 
     @property
     def scale(self) -> float:
-        """The norm of the penalty's gradient: at the minimum, also that of the mean loss's."""
+        """The norm of the penalty's gradient: at the minimum, also that of the mean loss."""
         return 2 * self.objective.l2 * float(self.weights.norm())
 
     def rounding(self) -> float:
-        """What rounding makes of the gradient, at least: it is a sum of terms that cancel."""
+        """A lower bound of the rounding error of the gradient: a sum of terms that cancel."""
         norms = self.slopes.detach().norm(dim=1) * self.objective.features.norm(dim=1)
         return 4 * EPS * float(norms.sum()) / self.objective.n
 
@@ -113,13 +114,13 @@ class Point(Operator):
         except CurvatureError as error:
             raise CurvatureError(
                 f"the last layer cannot be refitted with l2={self.objective.l2:g}: the objective "
-                "is not convex, which it is where the loss is convex in the layer's outputs; use "
+                "is not convex, because the loss is not convex in the layer's outputs; use "
                 "another `loss_fn`, or raise `l2`"
             ) from error
         return step.view_as(self.weights)
 
     def moved(self, step: Tensor) -> Tensor | None:
-        """The weights after as much of a step as the objective falls along; None for no part."""
+        """The weights after the largest part of a step that lowers the objective; None if none."""
         along = self.objective.features @ step.T
         slope = float((self.gradient * step).sum())
         length = 1.0
@@ -134,7 +135,7 @@ class Point(Operator):
             there += 2 * self.objective.l2 * float((weights * step).sum())
             if self._is_gain(value, length * slope, there / abs(slope)):
                 return weights
-            # where the slope would vanish, were it linear
+            # the point at which the slope would vanish if it were linear
             share = slope / (slope - there) if math.isfinite(there) else 0.1
             length *= min(max(share, 0.1), 0.5)
         return None
@@ -142,8 +143,8 @@ class Point(Operator):
     def _is_gain(self, value: float, promised: float, slope: float) -> bool:
         if value <= self.value + GAIN * promised:
             return True
-        # near the minimum, the fall of the value is lost in rounding and the slope tells (Hager and
-        # Zhang 2005)
+        # near the minimum, the decrease of the value is lost in rounding and the slope decides
+        # (Hager and Zhang 2005)
         level = value <= self.value + 1e-12 * abs(self.value)
         return level and slope <= 1 - 2 * GAIN
 
@@ -151,17 +152,17 @@ class Point(Operator):
 def minimum(objective: Objective, outputs: int, tol: float, max_iter: int) -> Tensor:
     """The weights ``[c, d]`` that minimise an objective.
 
-    Done where the norm of the gradient is at most ``tol`` times that of its penalty's part, or what
-    rounding makes of it.
+    Done if the norm of the gradient is at most ``tol`` times that of the penalty's gradient, or its
+    rounding error.
 
     Args:
         objective: what to minimise.
-        outputs: the letter c.
+        outputs: the number c of outputs.
         tol: relative norm of the gradient.
-        max_iter: the most Newton steps.
+        max_iter: the largest number of Newton steps.
 
     Raises:
-        CurvatureError: where that is not reached.
+        CurvatureError: if that is not reached.
     """
     features = objective.features
     point = Point(objective, features.new_zeros(outputs, features.shape[1]))
@@ -171,7 +172,7 @@ def minimum(objective: Objective, outputs: int, tol: float, max_iter: int) -> Te
         enough = max(tol * point.scale, point.rounding())
         if point.error <= enough:
             return point.weights
-        # steps that are solved the better the nearer the end, and never better than needed
+        # steps are solved more accurately near the end, and never more accurately than needed
         share = min(0.25, (point.error / errors[0]) ** 0.5)
         solved = max(share, 0.1 * enough / point.error)
         goes_on = taken < max_iter and taken - errors.index(min(errors)) < PATIENCE
@@ -182,7 +183,7 @@ def minimum(objective: Objective, outputs: int, tol: float, max_iter: int) -> Te
     relative = point.error / point.scale if point.scale else math.inf
     raise CurvatureError(
         f"the last layer is not refitted after {taken} Newton steps: the norm of the gradient is "
-        f"{point.error:.3g}, {relative:.3g} times that of the penalty's (asked: tol={tol:g}). "
-        "Raise `l2`, `max_iter` or `tol`; a loss that is not convex and twice differentiable in "
-        "the outputs, or computes in float32, does not get there"
+        f"{point.error:.3g}, {relative:.3g} times that of the penalty's (tol={tol:g}). Raise "
+        "`l2`, `max_iter` or `tol`; the refit does not converge for a loss that is not convex and "
+        "twice differentiable in the outputs, or computes in float32"
     )

@@ -1,6 +1,6 @@
-"""The last layer of a model, fitted anew on the features of its training set.
+"""The last layer of a model, refitted on the features of its training set.
 
-Letters: n examples, t positions (1 unless an example is a sequence), d features, c outputs.
+Shapes: n examples, t positions (1 unless an example is a sequence), d features, c outputs.
 """
 
 import copy
@@ -41,7 +41,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Head:
-    """A last layer that has been refitted.
+    """A refitted last layer.
 
     Args:
         weights: ``[c, d]``, float64.
@@ -54,16 +54,16 @@ class Head:
 
 @dataclass(frozen=True)
 class Refit:
-    """What refits the last layer of a model, at the checkpoint that is in it.
+    """Refits the last layer of a model, at the checkpoint that is in the model.
 
     Args:
         model: the model.
         layer: the name of the layer.
-        source: settles the loss.
-        loss: of the training examples.
-        loss_fn: the same as the user gave it.
-        settings: how to refit.
-        row_check: compares features with those of some examples by themselves.
+        source: detects the reduction of the loss.
+        loss: the loss of training examples.
+        loss_fn: the same loss, as the user passed it.
+        settings: the settings of the refit.
+        row_check: compares features with those of smaller batches.
     """
 
     model: nn.Module
@@ -90,11 +90,11 @@ class Refit:
         return Head(minimum(objective, parts[0].width, how.tol, how.max_iter), n)
 
     def seen(self, batch: Batch, where: str = "the batch") -> LastLayer:
-        """A batch at the last layer, its features as they are multiplied with.
+        """A batch at the last layer, with the features that enter the scores.
 
         Args:
             batch: the batch.
-            where: what to call it in an error.
+            where: the name of the batch in errors.
         """
         self.source.prepare(batch, self.loss)
         if not self.loss.is_of_outputs:
@@ -134,7 +134,7 @@ class Refit:
             batch = to_device(batch, device)
             part = self.seen(batch, f"the batch that begins with example {start}")
             if not parts:
-                # one alone shows where examples stand, were there as many positions as examples
+                # one example shows the dimension of examples if there are as many positions
                 self.seen(take(batch, slice(0, 1)))
             finite = torch.isfinite(part.features).flatten(1).all(1)
             if not bool(finite.all()):
@@ -149,21 +149,21 @@ class Refit:
         return parts
 
     def _joined(self, parts: list[LastLayer]) -> list[LastLayer]:
-        """All examples at once, where their loss is a sum or mean over examples."""
+        """All examples in one part, if their loss is a sum or mean over examples."""
         if self.loss.reduction is None and not self.loss.settled:
-            return parts  # single examples did not show whether it is a sum or a mean
+            return parts  # single examples do not show whether it is a sum or a mean
         whole = joined(parts)
         if len(whole) < len(parts):
             (one,) = whole
             try:
                 with torch.no_grad():
                     self.loss.checked_total(one.outputs, one.batch, len(one.features))
-            except InvalidArgumentError:  # of batches of one example it need not be
+            except InvalidArgumentError:  # need not hold for batches of one example
                 return parts
         return whole
 
     def _precise_loss(self) -> Loss:
-        """The loss with what it holds (weights of classes, say) in float64."""
+        """The loss with its tensors (class weights, for example) in float64."""
         if not isinstance(self.loss_fn, nn.Module):
             return self.loss
         exact = copy.deepcopy(self.loss_fn).double()

@@ -1,7 +1,7 @@
 """Representer points of the last layer: Yeh et al. 2018, arXiv 1811.09720.
 
-Letters: m test and n training examples, t positions (1 unless an example is a sequence), d features
-of the last layer, c outputs.
+Shapes: m test examples, n training examples, t positions (1 unless an example is a sequence), d
+features of the last layer, c outputs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,14 +32,14 @@ from influence_kit.methods.example_batches import TRAIN, BatchSize
 from influence_kit.methods.fit_cache import FitCache
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.layer_names import check_layer
-from influence_kit.methods.questions import given, starts_again
 from influence_kit.methods.representer.last_layer import chosen_outputs
 from influence_kit.methods.representer.refit import Head, Refit, Settings
+from influence_kit.methods.restarts import given, starts_again
 from influence_kit.methods.row_check import RowCheck
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term
 
-# the two sides of an example, beside each other
+# the factors of a training and of a test example
 VALUE, CHOSEN = "representer value", "chosen output"
 
 
@@ -53,55 +53,56 @@ class RepresenterPointSelection(InnerProductInfluence):
         \alpha_i = -\frac{1}{2 \lambda n} \frac{\partial \ell_i}{\partial (\Theta^* f_i)}, \qquad
         \Theta^* = \sum_i \alpha_i f_i^T
 
-    The last layer is refitted, to convergence, on the features f that the rest of the model gives.
+    The last layer is refitted, to convergence, on the features f computed by the rest of the model.
     Its weights are then a sum over the training examples (the representer theorem, arXiv
     1811.09720), and so is each output: a score is the training example's part of the refitted
     layer's output for the test example's own label. **The scores of a test example sum to that
-    output** (its mean over checkpoints where there are several, as the scores are). They are in
-    the units of the output, do not depend on a loss of the test example, and change with l2.
+    output** (both are means over checkpoints if there are several). They are in the units of the
+    output, do not depend on a loss of the test example, and change with l2.
 
     Rows are test examples. Positive is a proponent: it raises the output of the test example's
-    label. Where the layer has one output (regression, a single logit) the paper's score alpha_i
-    <f_i, f_t> is positive where it raises the output, whether that is good or not; here it is
+    label. If the layer has one output (regression, a single logit), the paper's score alpha_i
+    <f_i, f_t> is positive if it raises the output, whether that is better or worse; here it is
     multiplied by the sign of the test example's own alpha, -sign(d loss / d output) at the refitted
-    layer, so that positive lowers the test loss there, too. The scores then sum to that sign times
-    the output, and ``representer_values`` has the paper's.
+    layer, so that positive lowers the test loss also in this case. The scores then sum to that
+    sign times the output, and ``representer_values`` returns the paper's alphas.
 
     The model's output must be the output of this layer (a reshape may follow; a softmax belongs in
-    ``loss_fn``). Where examples are sequences each position has its label, an example's score is
-    the sum over pairs of positions, and a position that the loss ignores has no part in it.
+    ``loss_fn``). If examples are sequences, each position has its label, an example's score is
+    the sum over pairs of positions, and positions that the loss ignores do not count.
 
     The refit is Newton's method in float64, started at zero; the features of the training set and
-    what the loss takes beside them (of a dict batch, without images and the like) are in memory
-    while it runs. It is done at the first call, once a checkpoint; ``save`` writes its weights to a
-    folder, and ``load`` reads them in its place.
+    the other arguments of the loss (of a dict batch, without images and the like) are in memory
+    while it runs. It is done in the first call, once per checkpoint; ``save`` writes the refitted
+    weights to a folder, and ``load`` reads them instead of refitting.
 
     Args:
-        final_fc_layer: the linear layer that gives the model's output, or its name.
-        loss_fn: convex and twice differentiable in the output; of any reduction.
+        final_fc_layer: the linear layer whose output is the model's output, or its name.
+        loss_fn: convex and twice differentiable in the output; any reduction.
         l2: lambda above, of the squared norm without a factor 1/2: scikit-learn's C is
-            1 / (2 l2 n). The paper's experiments have 3e-3. The smaller, the closer the layer fits
-            the training set, the fewer examples carry it, and the longer the refit takes.
-        normalize: divide features by their norm before anything is done with them, so that
-            examples with large features do not dominate.
+            1 / (2 l2 n). The paper's experiments use 3e-3. With a smaller l2 the layer fits the
+            training set more closely, fewer examples have large alphas, and the refit takes longer.
+        normalize: divide features by their norm first, so that examples with large features do not
+            dominate.
         count_bias: append the constant feature 1, so that a bias is refitted with the same l2 and
-            <f_i, f_t> becomes <f_i, f_t> + 1. Not by default, as in the paper: it has every
-            training example of the label raise the output of every test example, however unlike.
-        tol: the refit is done where the norm of the objective's gradient is at most tol times that
-            of the penalty's part; then ||Theta - sum alpha_i f_i^T|| <= tol ||Theta||.
-        max_iter: the most Newton steps; 10 to 20 are usual.
-        test_output_fn: ``test_output_fn(outputs, targets)``, as in ``InnerProductInfluence``: which
-            output is explained, in place of that of the label. The score is then <d g / d output,
+            <f_i, f_t> becomes <f_i, f_t> + 1. Off by default, as in the paper: with it, every
+            training example of the label raises the output of every test example, however
+            different.
+        tol: the refit is done if the norm of the objective's gradient is at most tol times that of
+            the penalty's gradient; then ||Theta - sum alpha_i f_i^T|| <= tol ||Theta||.
+        max_iter: the largest number of Newton steps; 10 to 20 are usual.
+        test_output_fn: ``test_output_fn(outputs, targets)``, as in ``InnerProductInfluence``: the
+            output to explain, instead of that of the label. The score is then <d g / d output,
             alpha_train> <f_train, f_test> for the function g at the refitted layer's output: the
-            training example's part of g, where g is linear (the prediction of a regression, one
-            class less another), and to first order otherwise.
+            training example's part of g if g is linear (the prediction of a regression, one class
+            minus another), and to first order otherwise.
 
     The other arguments are those of ``InnerProductInfluence``.
 
     Raises:
-        InvalidArgumentError: where the layer is not linear or not the last one, the loss is not a
-            function of the output, or there is no label to choose the output by.
-        CurvatureError: where the refit does not converge.
+        InvalidArgumentError: if the layer is not linear or not the last one, the loss is not a
+            function of the output, or there is no label that selects the output.
+        CurvatureError: if the refit does not converge.
 
     Example:
         >>> import torch
@@ -161,10 +162,10 @@ class RepresenterPointSelection(InnerProductInfluence):
         self._fit = self._caches.add(FitCache("the last layer", "fitted", TRAIN), first=True)
         self._cache.remedy = self._fit.remedy
 
-    # What a method says.
+    # The definition of the method.
 
     def terms(self) -> list[Term]:
-        """One term a checkpoint; scores are their mean."""
+        """One term per checkpoint; scores are their mean."""
         return [
             Term(self._side(c, CHOSEN), self._side(c, VALUE), weight=1 / len(self.checkpoints))
             for c in range(len(self.checkpoints))
@@ -179,14 +180,14 @@ class RepresenterPointSelection(InnerProductInfluence):
 
     @property
     def explains_output(self) -> bool:
-        """Whether a positive score says that training raised an output, not lowered a loss."""
+        """Whether a positive score means that training raised an output, not lowered a loss."""
         weight = self.final_fc_layer.get_parameter("weight")
         outputs = weight.shape[0 if rule_for(self.final_fc_layer) is linear else 1]
         return self.test_output_fn is not None or outputs > 1
 
     @starts_again
     def fit(self, show_progress: bool = False) -> Self:
-        """Refit at every checkpoint, again; ``influence`` does so by itself once.
+        """Refit at every checkpoint again; ``influence`` refits once automatically.
 
         Args:
             show_progress: a bar over the checkpoints.
@@ -198,17 +199,17 @@ class RepresenterPointSelection(InnerProductInfluence):
 
     @starts_again
     def save(self, folder: str | Path) -> None:
-        """Write the refitted layers to a folder; fits where that has not been done."""
+        """Write the refitted layers to a folder; refits at checkpoints without one."""
         with self.session() as loader:
             self.prepare(loader)
             self._fit.save(folder, self._description(loader))
 
     @starts_again
     def load(self, folder: str | Path) -> Self:
-        """Take what ``save`` has written, in place of ``fit``.
+        """Read the layers that ``save`` has written, instead of ``fit``.
 
         Raises:
-            InvalidArgumentError: where it was saved for another model, data set, loss or setting.
+            InvalidArgumentError: if they were saved for another model, data set, loss or setting.
         """
         with self._caches.beside(), self.session() as loader:
             self._fit.load(
@@ -224,22 +225,22 @@ class RepresenterPointSelection(InnerProductInfluence):
     def representer_values(self, checkpoint: int = 0) -> Tensor:
         """The alphas of the training examples, ``[n, c]``, or ``[n, t, c]``, at a checkpoint.
 
-        Sequences of different lengths are filled up with zeros.
+        Sequences of different lengths are padded with zeros.
         """
         return _without_one(self._values(None, checkpoint)[0].deltas).to(self._dtype)
 
     def refitted_outputs(self, inputs: Any, checkpoint: int = 0) -> Tensor:
-        """What the refitted layer gives: ``[m, c]``, or ``[m, t, c]``.
+        """The outputs of the refitted layer: ``[m, c]``, or ``[m, t, c]``.
 
         Args:
             inputs: examples with their labels: one batch (tuple, list or dict) or a DataLoader.
-            checkpoint: the number of the checkpoint.
+            checkpoint: the index of the checkpoint.
         """
         form, head = self._values(given(inputs), checkpoint)
         outputs = form.inputs.double() @ head.weights.T
         return _without_one(outputs).to(self._dtype)
 
-    # How it is done.
+    # Implementation.
 
     @property
     def _layer(self) -> str:
@@ -253,9 +254,9 @@ class RepresenterPointSelection(InnerProductInfluence):
         return Refit(self.model, self._layer, *given, self._how, check)
 
     def _description(self, loader: CheckpointLoader) -> dict[str, Any]:
-        """What a saved fit belongs to."""
+        """The model, data, loss and settings that a saved fit belongs to."""
         how = asdict(self._how)
-        # the most steps change nothing where fewer were enough
+        # the limit of steps has no effect if fewer were enough
         del how["max_iter"]
         return {
             "method": self.get_name(),
@@ -265,7 +266,7 @@ class RepresenterPointSelection(InnerProductInfluence):
         }
 
     def prepare(self, loader: CheckpointLoader, show_progress: bool = False) -> None:
-        # before the data is shared out: every rank needs the whole of it
+        # before the data is divided: every rank needs all of it
         super().prepare(loader, show_progress)
         indices, states = range(len(self.checkpoints)), self._fit.states
         show = show_progress and not all(index in states for index in indices)
@@ -284,7 +285,7 @@ class RepresenterPointSelection(InnerProductInfluence):
         state = self._fit.states[index]
         return Head(state["weights"], int(state["examples"]))
 
-    def _side(self, place: int, kind: str) -> Side:
+    def _side(self, index: int, kind: str) -> Side:
         name = next(iter(self._parameters))
 
         def one_of_both(sides: Gradients) -> Gradients:
@@ -293,20 +294,20 @@ class RepresenterPointSelection(InnerProductInfluence):
 
         of_output = kind == CHOSEN and self.test_output_fn is not None
         features = self._output_side if of_output else self._both_sides
-        return Side(place, partial(features, place), (one_of_both,))
+        return Side(index, partial(features, index), (one_of_both,))
 
-    def _output_side(self, place: int, batch: Batch) -> Gradients:
-        """A batch as test examples whose output is of the user's own: (its slopes) f^T."""
-        head, sample = self._head(place), self._sample
+    def _output_side(self, index: int, batch: Batch) -> Gradients:
+        """A batch as test examples of the user's output function: (its slopes) f^T."""
+        head, sample = self._head(index), self._sample
         measured = replace(self._refit, loss=self._test_loss, loss_fn=self.test_output_fn)
         seen = measured.seen(batch)
         slopes, shape = -measured.slopes(seen, head), head.weights.shape
         form = Factored(slopes.to(sample), seen.features.to(sample), shape)
         return Gradients(len(slopes), {CHOSEN: form}, {CHOSEN: shape}, sample)
 
-    def _both_sides(self, place: int, batch: Batch) -> Gradients:
+    def _both_sides(self, index: int, batch: Batch) -> Gradients:
         """A batch as training and as test examples: alpha f^T and (chosen output) f^T."""
-        head, sample = self._head(place), self._sample
+        head, sample = self._head(index), self._sample
         seen = self._refit.seen(batch)
         values = self._refit.values(seen, head)
         chosen = chosen_outputs(values, seen.batch, self._train_loss.shift)
@@ -318,7 +319,7 @@ class RepresenterPointSelection(InnerProductInfluence):
         return Gradients(len(values), forms, dict.fromkeys(forms, shape), sample)
 
     def _values(self, inputs: Any, checkpoint: int) -> tuple[Factored, Head]:
-        """The training side of examples (None: the training set), and the refitted layer."""
+        """The training features of examples (None: the training set), and the refitted layer."""
         if checkpoint not in range(len(self.checkpoints)):
             raise InvalidArgumentError(
                 f"`checkpoint` must be from 0 to {len(self.checkpoints) - 1}; got {checkpoint!r}"
@@ -341,12 +342,12 @@ def _linear_parameters(
         raise InvalidArgumentError(f"`final_fc_layer` must be a linear layer; '{name}' is {layer}")
     if has_complex(layer):
         raise InvalidArgumentError(
-            f"`final_fc_layer` '{name}' has complex parameters, and the refit is of real ones; a "
-            "method of gradients takes them (`TracInCPFast`, say)"
+            f"`final_fc_layer` '{name}' has complex parameters, which the refit does not "
+            "support; use a method of gradients such as `TracInCPFast`"
         )
     return choose_parameters(model, layers)
 
 
 def _without_one(values: Tensor) -> Tensor:
-    """``[n, t, c]`` as ``[n, c]`` where there is one position."""
+    """``[n, t, c]`` as ``[n, c]`` if there is one position."""
     return values.squeeze(1) if values.shape[1] == 1 else values

@@ -1,6 +1,6 @@
 """Distances and similarities of vectors, pair by pair.
 
-Letters: m test and n training vectors.
+Shapes: m test vectors, n training vectors.
 """
 
 import math
@@ -16,8 +16,8 @@ from influence_kit.errors import InvalidArgumentError
 def euclidean_distance(test: Tensor, train: Tensor) -> Tensor:
     """The Euclidean distance of each pair, flattened: ``[m, *]``, ``[n, *]`` to ``[m, n]``.
 
-    Taken from differences, so that equal vectors have distance 0 and equal pairs equal distances,
-    wherever they stand.
+    Computed from differences, so that equal vectors have distance 0, and equal pairs have equal
+    distances at any index.
 
     Example:
         >>> euclidean_distance(torch.zeros(1, 2), torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
@@ -28,8 +28,8 @@ def euclidean_distance(test: Tensor, train: Tensor) -> Tensor:
 
 def _distances(test: Tensor, train: Tensor) -> Tensor:
     found = _root_of_squares(test, train)
-    # of differences whose squares vanish or overflow in float32 they exist in float64; of numbers
-    # that are no larger than those of any pair, the same power of two is taken out
+    # squares that vanish or overflow in float32 exist in float64; in float64, all vectors are first
+    # divided by one power of two
     if test.dtype == torch.float32 and not _are_usual(found):
         return _root_of_squares(test.double(), train.double()).to(test)
     if not _are_usual(found):
@@ -56,7 +56,7 @@ def cosine_similarity(test: Tensor, train: Tensor, replace_nan: float = 0) -> Te
     Args:
         test: the rows.
         train: the columns.
-        replace_nan: the value of a pair with a zero vector, which has no cosine.
+        replace_nan: the value of pairs with a zero vector, which have no cosine.
 
     Example:
         >>> cosine_similarity(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 0.0]]))

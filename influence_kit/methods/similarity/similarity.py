@@ -1,6 +1,7 @@
-"""Similarity of activations, with Captum's face: what a layer makes of training and test examples.
+"""Similarity of activations, with Captum's interface: outputs of a layer, by example.
 
-Letters: m test and n training (source) examples, b source examples at a time, k examples asked for.
+Shapes: m test examples, n training (source) examples, b source examples of a chunk, k requested
+examples.
 """
 
 import warnings
@@ -54,37 +55,37 @@ class SimilarityInfluence(DataInfluence, metaclass=Made):
     """score = similarity_metric(output of a layer for test, output of the layer for train).
 
     The examples of ``influence_src_dataset`` whose activations are nearest to those of a test
-    example, for each layer by itself: no gradient and no label counts. Arguments and results are
+    example, for each layer separately; gradients and labels are not used. Arguments and results are
     those of Captum's class of this name.
 
     The activations of the source examples are saved in ``activation_dir/model_id/src/LAYER`` and
-    used again by later calls, also of other processes. What has been saved for other weights,
-    another model or other data is recognised (each call reads the data once, and runs the model on
-    one example) and computed anew, with a warning. The module runs in evaluation mode and comes
-    back as it was, and so does the random state.
+    used again by later calls, also of other processes. Activations that were saved for other
+    weights, another model or other data are detected (each call reads the data once, and runs the
+    model on one example) and computed again, with a warning. The module runs in evaluation mode;
+    its mode and the random state are restored.
 
     Args:
         module: the model.
-        layers: the name of a layer, a pattern of names, a module of ``module``, or a list of such
-            (see ``InnerProductInfluence``). Of a layer that runs several times, the last output.
+        layers: the name of a layer, a pattern of names, a module of ``module``, or a list of these
+            (see ``InnerProductInfluence``). The last output of a layer that runs several times.
         influence_src_dataset: a ``Dataset`` or sequence of examples, or a ``DataLoader`` that does
-            not shuffle. An example is the input, or ``(input, label)``, of which the first item
-            alone is used. Several inputs are a tuple, ``((x1, x2), label)``, or a dict.
-        activation_dir: the folder for activations.
+            not shuffle. An example is the input, or ``(input, label)``, of which only the first
+            item is used. Several inputs are a tuple, ``((x1, x2), label)``, or a dict.
+        activation_dir: the folder of activations.
         model_id: a folder in it, one for each model.
-        similarity_metric: ``metric(test [m, *], train [b, *])`` gives ``[m, b]``.
-        similarity_direction: "max" where the highest values are the most similar, "min" where the
-            lowest are (a distance).
-        batch_size: source examples at a time. The results do not depend on it.
-        replace_nan: of ``cosine_similarity``, the value of pairs with a zero vector: by default -2
-            for "max" and 2 for "min", so that they come last.
+        similarity_metric: ``metric(test [m, *], train [b, *])`` returns ``[m, b]``.
+        similarity_direction: "max" if the highest values are the most similar, "min" if the lowest
+            are (a distance).
+        batch_size: source examples per batch. The results do not depend on it.
+        replace_nan: with ``cosine_similarity``, the value of pairs with a zero vector: by default
+            -2 for "max" and 2 for "min", so that they come last.
         eval_mode: put the module into evaluation mode while activations are computed.
-        **kwargs: none; another keyword is an error.
+        **kwargs: not used; any other keyword is an error.
 
     Raises:
-        InvalidArgumentError: (a ``ValueError``) for arguments that cannot be meant.
+        InvalidArgumentError: (a ``ValueError``) for invalid arguments.
         UnknownLayerError: for layers that the module does not have.
-        TypeError: for keywords that there are not.
+        TypeError: for unknown keywords.
 
     Example:
         >>> import tempfile
@@ -159,17 +160,17 @@ class SimilarityInfluence(DataInfluence, metaclass=Made):
         """The ``top_k`` most similar source examples for each test example.
 
         Args:
-            inputs: what the module takes: a tensor, a tuple of tensors, or a dict; no labels.
-            top_k: how many; ``k = min(top_k, n)``.
+            inputs: the arguments of the module: a tensor, a tuple of tensors, or a dict; no labels.
+            top_k: the number of source examples; ``k = min(top_k, n)``.
             additional_forward_args: a further argument of the module, or a tuple of them, that
                 follows ``inputs``. Those of the source examples come from their data set.
-            load_src_from_disk: use saved activations; False computes them anew.
-            **kwargs: none; another keyword is an error.
+            load_src_from_disk: use saved activations; False computes them again.
+            **kwargs: not used; any other keyword is an error.
 
         Returns:
-            ``{layer: (places [m, k], values [m, k])}``, the most similar first, of equal ones the
-            first places. Where ``cosine_similarity`` meets zero vectors, with a RuntimeWarning,
-            also ``zero_acts-LAYER``: the pairs ``[pairs, 2]`` of places of such test and source
+            ``{layer: (indices [m, k], values [m, k])}``, the most similar first, of equal ones the
+            first indices. If ``cosine_similarity`` meets zero vectors, with a RuntimeWarning, also
+            ``zero_acts-LAYER``: the indices ``[pairs, 2]`` of such pairs of test and source
             examples.
 
         Raises:
@@ -181,7 +182,7 @@ class SimilarityInfluence(DataInfluence, metaclass=Made):
         more = () if more is None else more if isinstance(more, tuple) else (more,)
         tests, folder = as_inputs(inputs), Path(self.activation_dir) / self.model_id / "src"
         sources = Sources(self.module, self._sources)
-        self._sources.forget()  # other data than at the last call is recognised, and used
+        self._sources.forget()  # data that has changed since the last call is detected and used
         found: dict[str, Any] = {}
 
         def probe() -> dict[str, Tensor]:
@@ -198,7 +199,7 @@ class SimilarityInfluence(DataInfluence, metaclass=Made):
                     found[f"zero_acts-{layer}"] = pairs
         return found
 
-    # How it is done.
+    # Implementation.
 
     def _rows_of_tests(
         self,
@@ -207,18 +208,18 @@ class SimilarityInfluence(DataInfluence, metaclass=Made):
         more: tuple[Any, ...],
         saved: Sequence[SavedActivations],
     ) -> dict[str, Tensor]:
-        """The outputs of each layer for the test examples, examples in front."""
+        """The outputs of each layer for the test examples, examples in the first dimension."""
         ones = {layer: known.first.shape for layer, known in zip(self.layers, saved, strict=True)}
         if not more:
             return sources.rows(ones, tests, RowCheck(self.module, "the outputs of layers"))
-        # further arguments may not be one per example, so that no example is run by itself
+        # further arguments may not be one per example, so that no smaller batch is compared
         outputs, m = sources.outputs(self.layers, tests, more), example_count(tests)
         return {layer: examples_first(layer, outputs[layer], m, ones[layer]) for layer in ones}
 
     def _most_similar(
         self, layer: str, test: Tensor, saved: SavedActivations, top_k: int
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """The places and values of the most similar, and the pairs with zero vectors."""
+        """The indices and values of the most similar, and the pairs with zero vectors."""
         best = TopK(top_k, proponents=self.similarity_direction == "max")
         pairs = [torch.zeros(0, 2, dtype=torch.int64, device=test.device)]
         for start, chunk in saved.chunks():
@@ -229,13 +230,13 @@ class SimilarityInfluence(DataInfluence, metaclass=Made):
                 if self._is_cosine:
                     pairs.append(zero_pairs(test, part).nonzero() + pairs[0].new_tensor([0, start]))
                 start += len(part)
-        places, values = best.local_result()
-        # by test example, however the source examples come
+        indices, values = best.local_result()
+        # by test example, for any chunks of source examples
         of_tests = torch.cat(pairs)
-        return (places, values), of_tests[of_tests[:, 0].argsort(stable=True)]
+        return (indices, values), of_tests[of_tests[:, 0].argsort(stable=True)]
 
     def _rows(self, test: Tensor, chunk: Tensor) -> int:
-        """How many source examples to compare at once: what a user's metric takes is not known."""
+        """The number of source examples per chunk; a user's metric needs unknown memory."""
         if not self._is_ours:
             return getattr(self.influence_src_dataloader, "batch_size", None) or self.batch_size
         width = len(test) + chunk[0].numel()
@@ -248,7 +249,7 @@ def _refuse_unknown(keywords: Mapping[str, Any], there: str) -> None:
 
 
 def _check(similarity: Any, shape: tuple[int, int], layer: str, start: int) -> None:
-    """Refuse what a metric should not return."""
+    """Refuse an invalid result of a metric."""
     found = tuple(similarity.shape) if isinstance(similarity, Tensor) else type(similarity)
     if found != shape:
         raise InvalidArgumentError(

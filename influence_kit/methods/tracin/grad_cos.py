@@ -11,7 +11,8 @@ class GradCos(InnerProductInfluence):
     The norm is over all chosen parameters together (arXiv 2102.05262). Rows are test examples;
     positive is a proponent; each checkpoint adds a number between -1 and 1. An example whose
     gradient is zero has no direction: its scores are 0. Self-influence is the number of checkpoints
-    for every other example, so it tells nothing. See ``InnerProductInfluence`` for the arguments.
+    for every other example, and so not informative. See ``InnerProductInfluence`` for the
+    arguments.
 
     Example:
         >>> import torch
@@ -24,9 +25,9 @@ class GradCos(InnerProductInfluence):
     """
 
     def terms(self) -> list[Term]:
-        """One term a checkpoint, both sides of unit norm."""
-        places = range(len(self.checkpoints))
+        """One term per checkpoint, test and training gradients scaled to norm 1."""
+        indices = range(len(self.checkpoints))
         return [
             Term(self.test_at(c, unit_norm), self.train_at(c, unit_norm), weight=1.0)
-            for c in places
+            for c in indices
         ]

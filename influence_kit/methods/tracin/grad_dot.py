@@ -22,6 +22,6 @@ class GradDot(InnerProductInfluence):
     """
 
     def terms(self) -> list[Term]:
-        """One term a checkpoint."""
-        places = range(len(self.checkpoints))
-        return [Term(self.test_at(c), self.train_at(c), weight=1.0) for c in places]
+        """One term per checkpoint."""
+        indices = range(len(self.checkpoints))
+        return [Term(self.test_at(c), self.train_at(c), weight=1.0) for c in indices]

@@ -12,7 +12,7 @@ from influence_kit.scoring.reducers import TopK
 
 
 class NearestNeighbors(ABC):
-    """What ``TracInCPFastRandProj`` asks; a subclass brings an index of its own."""
+    """The search that ``TracInCPFastRandProj`` uses; subclass it to use another index."""
 
     @abstractmethod
     def setup(self, data: Tensor) -> None:
@@ -20,11 +20,11 @@ class NearestNeighbors(ABC):
 
     @abstractmethod
     def get_nearest_neighbors(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Places ``[m, k]`` (int64) and dot products ``[m, k]``, largest first, for ``[m, d]``."""
+        """Indices ``[m, k]`` (int64) and dot products ``[m, k]``, largest first, for ``[m, d]``."""
 
 
 class ExactNearestNeighbors(NearestNeighbors):
-    """All dot products, a chunk of the stored vectors at a time; of equal ones the first places.
+    """All dot products, by chunks of the stored vectors; of equal ones the first indices.
 
     Example:
         >>> index = ExactNearestNeighbors()
@@ -41,7 +41,7 @@ class ExactNearestNeighbors(NearestNeighbors):
         self._data = data
 
     def get_nearest_neighbors(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Places and dot products of the k largest."""
+        """Indices and dot products of the k largest."""
         if self._data is None:
             raise InvalidArgumentError("there is nothing to search: call setup(data) first")
         reducer = TopK(k, proponents=True)
@@ -75,7 +75,7 @@ class FaissNearestNeighbors(NearestNeighbors):
         self._index: Any = None
 
     def setup(self, data: Tensor) -> None:
-        """Store vectors ``[n, d]`` (as float32, which is what faiss has)."""
+        """Store vectors ``[n, d]`` (as float32, the only precision of faiss)."""
         vectors = data.detach().float().cpu().numpy()
         metric = self._faiss.METRIC_INNER_PRODUCT
         self._index = self._faiss.index_factory(vectors.shape[1], self._factory, metric)
@@ -83,14 +83,14 @@ class FaissNearestNeighbors(NearestNeighbors):
         self._index.add(vectors)
 
     def get_nearest_neighbors(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Places and dot products of the k largest, as the index finds them."""
+        """Indices and dot products of the k largest, as the index finds them."""
         if self._index is None:
             raise InvalidArgumentError("there is nothing to search: call setup(data) first")
         k = min(k, self._index.ntotal)
-        scores, places = self._index.search(query.detach().float().cpu().numpy(), k)
-        if (places < 0).any():
+        scores, indices = self._index.search(query.detach().float().cpu().numpy(), k)
+        if (indices < 0).any():
             raise InvalidArgumentError(
                 f"the index '{self._factory}' found fewer than {k} neighbours of a query; search "
                 "more of it (faiss's nprobe), or use `ExactNearestNeighbors`"
             )
-        return torch.from_numpy(places).to(query.device), torch.from_numpy(scores).to(query)
+        return torch.from_numpy(indices).to(query.device), torch.from_numpy(scores).to(query)

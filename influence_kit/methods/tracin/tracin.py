@@ -8,9 +8,9 @@ class TracInCPBase(InnerProductInfluence):
     """score = sum over checkpoints of learning rate * <grad loss(test), grad loss(train)>."""
 
     def terms(self) -> list[Term]:
-        """One term a checkpoint."""
-        places = range(len(self.checkpoints))
-        return [Term(self.test_at(c), self.train_at(c)) for c in places]
+        """One term per checkpoint."""
+        indices = range(len(self.checkpoints))
+        return [Term(self.test_at(c), self.train_at(c)) for c in indices]
 
 
 class TracInCP(TracInCPBase):
@@ -19,12 +19,12 @@ class TracInCP(TracInCPBase):
     .. math::
         \sum_c \eta_c \, \nabla \ell(z; \theta_c) \cdot \nabla \ell_{test}(z'; \theta_c)
 
-    The fall of the test loss by the gradient steps on the training example, summed over the
+    The decrease of the test loss by the gradient steps on the training example, summed over the
     checkpoints (arXiv 2002.08484). Rows are test examples; positive is a proponent. Nothing is
-    normalized: a score is in units of the test loss for one visit of the example a checkpoint.
+    normalized: a score is in units of the test loss for one visit of the example per checkpoint.
 
     Arguments, results and progress texts are those of Captum's class of this name, and so are the
-    numbers, where Captum has them right. ``batch_size`` defaults to "auto" here: no score depends
+    numbers, where Captum's are correct. ``batch_size`` defaults to "auto" here: no score depends
     on it. See ``InnerProductInfluence`` for the arguments and ``influence`` for the results.
 
     Example:

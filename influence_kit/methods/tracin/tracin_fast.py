@@ -24,15 +24,15 @@ class TracInCPFast(TracInCPBase):
     r"""score = sum over checkpoints of learning rate * (d_test . d_train) * (a_test . a_train + 1).
 
     d: gradient of the loss at the layer's output; a: its input; the 1 is the layer's bias. This is
-    ``TracInCP(layers=[final_fc_layer])``, whatever follows the layer and however many positions
-    (tokens) an example has there, and as cheap as a forward pass (arXiv 2002.08484).
+    ``TracInCP(layers=[final_fc_layer])``, for any operations after the layer and any number of
+    positions (tokens) per example, at the cost of a forward pass (arXiv 2002.08484).
 
-    Captum's class of this name leaves the bias out and takes the layer for the model's last
+    Captum's class of this name leaves the bias out and assumes that the layer is the model's last
     operation; ``count_bias=False`` gives its numbers.
 
     Args:
         final_fc_layer: the layer, or its name. The other arguments are those of ``TracInCP``.
-        vectorize: has no effect; Captum has it.
+        vectorize: has no effect; in Captum's signature.
         count_bias: whether the gradient of the layer's bias counts.
 
     Raises:
@@ -93,7 +93,7 @@ class TracInCPFast(TracInCPBase):
 
     @property
     def final_fc_layer(self) -> nn.Module:
-        """The layer; may be set to another one, or to its name."""
+        """The layer; can be set to another layer or its name."""
         assert self.layers is not None
         return self.model.get_submodule(self.layers[0])
 

@@ -26,21 +26,21 @@ class TracInCPRandProj(TracInCPBase):
         \sum_c \eta_c \sum_l u'_{cl} \cdot u_{cl}, \qquad
         u_{cl} = \operatorname{vec} (P_o^T \, G_{cl} \, P_i)
 
-    ``TracInCP`` of short vectors: the gradient G of each layer at each checkpoint projected as
-    ``LoGra`` does, by the same maps at all checkpoints, and no curvature (arXiv 2002.08484). The
-    scores are unbiased estimates of those of ``TracInCP``, over the seeds. Rows are test examples;
-    positive is a proponent. Checkpoints without a learning rate count 1, and the scores are
-    estimates of those of ``GradDot``.
+    ``TracInCP`` of projected gradients: the gradient G of each layer at each checkpoint is
+    projected as in ``LoGra``, by the same maps at all checkpoints, without curvature (arXiv
+    2002.08484). The scores are unbiased estimates of those of ``TracInCP``, over the seeds. Rows
+    are test examples; positive is a proponent. The weight of checkpoints without a learning rate is
+    1, and the scores are then estimates of those of ``GradDot``.
 
-    The projected gradients of the training set are computed once and kept in memory where they
-    fit, or in ``store``; otherwise they are computed anew for every question.
+    The projected gradients of the training set are computed once and cached in memory if they fit,
+    or in ``store``; otherwise they are computed again in every call.
 
     Args:
-        projection_dim: as in ``LoGra``: a pair, the columns of P_o and P_i, or the most entries of
-            a layer.
-        projection: "orthogonal", "gaussian", "rademacher" or "identity" (nothing is projected: the
-            scores of ``TracInCP``).
-        seed: of the projection; that of a layer depends on its name alone.
+        projection_dim: as in ``LoGra``: a pair, the columns of P_o and P_i, or the largest number
+            of entries per layer.
+        projection: "orthogonal", "gaussian", "rademacher" or "identity" (no projection: the scores
+            of ``TracInCP``).
+        seed: the seed of the projection; the draw for a layer depends only on its name.
 
     The other arguments are those of ``InnerProductInfluence``.
 

@@ -20,7 +20,7 @@ from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.arguments import documented
 from influence_kit.methods.caches import Cache
 from influence_kit.methods.example_batches import BatchSize
-from influence_kit.methods.questions import check_k, given, starts_again
+from influence_kit.methods.restarts import check_k, given, starts_again
 from influence_kit.methods.tracin.nearest_neighbors import ExactNearestNeighbors, NearestNeighbors
 from influence_kit.methods.tracin.tracin_fast import TracInCPFast
 from influence_kit.projections.maps import Identity
@@ -31,18 +31,18 @@ from influence_kit.projections.units import units_of
 from influence_kit.scoring.reducers import KMostInfluentialResults
 from influence_kit.scoring.term import Term
 
-# the vectors that were last put into an index
+# the vectors that an index was last set up with
 OWNERS: WeakKeyDictionary[NearestNeighbors, Tensor] = WeakKeyDictionary()
 
 
 class StoredVectors(Cache):
-    """The vectors of the training set, once they are made."""
+    """The cached vectors of the training set."""
 
     vectors: Tensor | None = None
 
     @property
     def since(self) -> str | None:
-        """What was done when they were made."""
+        """What was done when they were computed."""
         return None if self.vectors is None else "the vectors of the training set were stored"
 
     def clear(self) -> None:
@@ -54,19 +54,20 @@ class StoredVectors(Cache):
 class TracInCPFastRandProj(TracInCPFast):
     r"""score = <v(test), v(train)>, v = sqrt(learning rate) * (J^T d) (A^T [a, 1])^T.
 
-    v has a block like this for each checkpoint; d is the gradient of the loss at the layer's
+    v has such a block for each checkpoint; d is the gradient of the loss at the layer's
     output, a its input.
 
-    The vectors of the whole training set are made once, kept in memory and searched. Without
+    The vectors of the whole training set are computed once, cached in memory and searched. Without
     ``projection_dim``, J and A are left out and the scores are those of ``TracInCPFast``; with it
-    they are Gaussian with independent entries of variance 1 / columns, and the scores unbiased
+    J and A are Gaussian with independent entries of variance 1 / columns, and the scores unbiased
     estimates of those (arXiv 2002.08484).
 
     Args:
-        nearest_neighbors: the index that answers ``k`` questions; an exact one where None.
-        projection_dim: the most entries of a vector a checkpoint: both sides are projected to
-            ``int(sqrt(projection_dim))`` columns where the layer's gradient has more entries.
-        seed: of the projection. The other arguments are those of ``TracInCPFast``.
+        nearest_neighbors: the index that finds the ``k`` best; an exact one if None.
+        projection_dim: the largest number of entries of a vector per checkpoint: both sides are
+            projected to ``int(sqrt(projection_dim))`` columns if the layer's gradient has more
+            entries.
+        seed: the seed of the projection. The other arguments are those of ``TracInCPFast``.
 
     Raises:
         InvalidArgumentError: as ``TracInCPFast``; for a negative learning rate.
@@ -95,7 +96,8 @@ class TracInCPFastRandProj(TracInCPFast):
     ) -> None:
         warnings.warn(
             "WARNING: Using this implementation stores quantities related to the entire "
-            "`train_dataset` in memory, a vector an example and checkpoint; TracInCPFast does not",
+            "`train_dataset` in memory, one vector per example and checkpoint; TracInCPFast does "
+            "not",
             stacklevel=3,
         )
         if projection_dim is not None:
@@ -122,20 +124,20 @@ class TracInCPFastRandProj(TracInCPFast):
         self._stored = self._caches.add(StoredVectors(), first=True)
 
     def terms(self) -> list[Term]:
-        """One term a checkpoint, projected alike on both sides."""
+        """One term per checkpoint, with the same projection for test and training gradients."""
         layer = self._layer
         projection = Projection({layer.unit.names[0]: layer})
-        places = range(len(self.checkpoints))
-        return [Term(self.test_at(c, projection), self.train_at(c, projection)) for c in places]
+        indices = range(len(self.checkpoints))
+        return [Term(self.test_at(c, projection), self.train_at(c, projection)) for c in indices]
 
     @property
     def _layer(self) -> TwoSided:
-        """The layer's matrix, projected where that is asked for and makes it shorter."""
+        """The layer's matrix, projected if that is requested and makes it shorter."""
         (unit,) = units_of(self.model, self._parameters)
         dim, sizes = self.projection_dim, (unit.outputs, unit.inputs)
         if dim is None or unit.outputs * unit.inputs <= dim:
             return whole(unit)
-        # Captum's widths: what a short side leaves is not given to the other
+        # Captum's widths: a short side does not make the other one wider
         left, right = (
             random_map("gaussian", size, min(math.isqrt(dim), size), self.seed, side)
             for size, side in zip(sizes, ("deltas", "inputs"), strict=True)
@@ -144,7 +146,7 @@ class TracInCPFastRandProj(TracInCPFast):
 
     @property
     def projection_quantities(self) -> tuple[Tensor, Tensor] | None:
-        """The matrices J and A, or None where nothing is projected."""
+        """The matrices J and A, or None without a projection."""
         self._see_model()
         layer, sample = self._layer, next(iter(self._parameters.values())).detach()
         if isinstance(layer.left, Identity):
@@ -154,18 +156,18 @@ class TracInCPFastRandProj(TracInCPFast):
     @property
     @starts_again
     def src_intermediate_quantities(self) -> Tensor:
-        """The stored vectors of the training set, ``[n, C * D]``, made at the first question."""
+        """The stored vectors of the training set, ``[n, C * D]``, computed in the first call."""
         self._check_kept()
         return self._vectors_stored()
 
     def _vectors_stored(self) -> Tensor:
-        """The same, of what has just been checked."""
+        """The same, without checking the cache again."""
         stored = self._stored.vectors
         if stored is None:
             stored = self._finite(self._vectors(None, of_tests=False), "training")
             self._stored.vectors = stored
             self._caches.note()
-        # an index that another object has filled since would answer for that
+        # another object may have set up the index with its own vectors since
         if OWNERS.get(self.nearest_neighbors) is not stored:
             self.nearest_neighbors.setup(stored)
             OWNERS[self.nearest_neighbors] = stored
@@ -189,7 +191,7 @@ class TracInCPFastRandProj(TracInCPFast):
         show_progress: bool = False,
         aggregate: bool = False,
     ) -> Tensor | KMostInfluentialResults:
-        """The k best training examples for each test example; all scores where ``k`` is None."""
+        """The k best training examples for each test example; all scores if ``k`` is None."""
         check_k(k)
         query = self._vectors(given(inputs), of_tests=True, aggregate=aggregate)
         query = self._finite(query, "test")
@@ -199,8 +201,8 @@ class TracInCPFastRandProj(TracInCPFast):
             chunks = (stored[start : start + step] for start in range(0, len(stored), step))
             return torch.cat([query @ chunk.T for chunk in chunks], dim=1)
         sign = 1 if proponents else -1
-        places, scores = self.nearest_neighbors.get_nearest_neighbors(sign * query, k)
-        return KMostInfluentialResults(places, sign * scores)
+        indices, scores = self.nearest_neighbors.get_nearest_neighbors(sign * query, k)
+        return KMostInfluentialResults(indices, sign * scores)
 
     def self_influence(
         self,
@@ -208,7 +210,7 @@ class TracInCPFastRandProj(TracInCPFast):
         show_progress: bool = False,
         outer_loop_by_checkpoints: bool = False,
     ) -> Tensor:
-        """Refused: a projection only disturbs it, and ``TracInCPFast`` needs no stored vectors."""
+        """Refused: ``TracInCPFast`` computes it exactly, without stored vectors."""
         message = (
             "self influence is not computed from projected vectors: "
             "`TracInCPFast.self_influence` is exact and takes less memory"

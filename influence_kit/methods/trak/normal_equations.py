@@ -1,6 +1,6 @@
-"""What TRAK measures of a training set: Phi^T Phi of its features, and the slopes beside them.
+"""TRAK's inverse curvature: Phi^T Phi of the training features, and the slopes of the examples.
 
-Letters: n training examples, k entries of their features.
+Shapes: n training examples, k entries of their features.
 """
 
 import math
@@ -23,7 +23,7 @@ from influence_kit.methods.trak.output_features import FEATURES, SLOPE
 from influence_kit.operators.solvers import Cholesky
 from influence_kit.operators.wording import Wording
 
-# what is inverted is no curvature, and what is added to it no damping
+# the inverted matrix is not a curvature, and the number added to it is not a damping
 OF_FEATURES = Wording(
     matrix="Phi^T Phi",
     block="Phi^T Phi of the training set",
@@ -32,7 +32,7 @@ OF_FEATURES = Wording(
     remedy="a model in float64: Phi^T Phi has negative eigenvalues by rounding alone",
 )
 GRAM = "gram"
-# of ridge="auto" with one checkpoint: of their mean eigenvalue
+# the share of the mean eigenvalue that ridge="auto" is with one checkpoint
 SHARE_OF_ONE = 1.5
 
 
@@ -41,7 +41,7 @@ class NormalEquations(InverseCurvature):
 
     Args:
         ridge: a positive number, or a rule by name.
-        seed: has no effect; that of the features is theirs.
+        seed: has no effect; the features have their own seed.
     """
 
     auto_rule = TRACE
@@ -58,7 +58,7 @@ class NormalEquations(InverseCurvature):
         return normal_equations(data.cached, data.examples, *data.partition.sizes)
 
     def share(self, data: FitData) -> float:
-        # the mean over checkpoints takes away noise, too
+        # the mean over checkpoints also reduces noise
         return SHARE_OF_ONE / math.sqrt(len(data.checkpoints))
 
     def traces(self, state: State, data: FitData) -> Tensor:
@@ -71,33 +71,33 @@ class NormalEquations(InverseCurvature):
 def normal_equations(
     features: Callable[[Batch], Gradients], data: DataSet, k: int
 ) -> dict[str, Tensor]:
-    """Phi^T Phi ``[k, k]`` and the slopes ``[n]``, float64, of all ranks together.
+    """Phi^T Phi ``[k, k]`` and the slopes ``[n]``, float64, summed over all ranks.
 
     Args:
         features: the features of a batch, with their slopes.
         data: the training set.
-        k: the letter k.
+        k: the number of features.
 
     Raises:
-        NonFiniteError: where they are NaN or infinite.
+        NonFiniteError: if they are NaN or infinite.
     """
     gram = torch.zeros(k, k, dtype=torch.float64, device=data.device)
     slopes = []
-    for places, batch in data.of_this_rank():
+    for indices, batch in data.of_this_rank():
         forms = features(batch).forms
         phi = forms[FEATURES].dense()
         gram += phi.T @ phi
-        slopes.append((places, forms[SLOPE].dense()[:, 0].double()))
+        slopes.append((indices, forms[SLOPE].dense()[:, 0].double()))
     of_all = gram.new_zeros(data.count)
-    for places, own in slopes:
-        of_all[places] = own
+    for indices, own in slopes:
+        of_all[indices] = own
     gram, of_all = sum_over_ranks(gram), sum_over_ranks(of_all)
     if not torch.isfinite(gram.sum() + of_all.sum()):
         _refuse_non_finite(features, data)
     if data.count < k:
         warnings.warn(
             f"{data.count} training examples have features of {k} entries: Phi^T Phi is "
-            "singular, and the ridge alone decides in most directions; take a "
+            "singular, and only the ridge determines most directions; use a "
             "`projection_dim` below the number of examples",
             stacklevel=2,
         )
@@ -105,33 +105,35 @@ def normal_equations(
 
 
 def trace_of_features(gram: Tensor, n: int, argument: str) -> Tensor:
-    """The trace of Phi^T Phi, ``[1]``, of which a ridge is a share.
+    """The trace of Phi^T Phi, ``[1]``, for rules by which the ridge is a share of it.
 
     Raises:
-        InvalidArgumentError: where it is zero.
+        InvalidArgumentError: if it is zero.
     """
     trace = gram.trace()[None]
     if not trace > 0:
         raise InvalidArgumentError(
             f"{argument} is a share of the mean eigenvalue of Phi^T Phi, which is {trace.item():g}"
             f": the features of all {n} training examples are zero. Give a number, or look at the "
-            "output function, which no parameter moves"
+            "output function, which depends on no parameter"
         )
     return trace
 
 
 def _refuse_non_finite(features: Callable[[Batch], Gradients], data: DataSet) -> NoReturn:
-    """An error that names the example, which takes another pass."""
-    for places, batch in data.of_this_rank():
+    """Raise an error that names the example, in another pass."""
+    for indices, batch in data.of_this_rank():
         found = features(batch).non_finite()
         if found is not None:
             example, kind = found
             what = "features that are" if kind == FEATURES else "a slope that is"
             raise NonFiniteError(
-                f"training example {int(places[example])} has {what} NaN or infinite at checkpoint "
-                f"{data.checkpoint}; look at that example and at the model's output for it"
+                f"training example {int(indices[example])} has {what} NaN or infinite at "
+                f"checkpoint {data.checkpoint}; look at that example and at the model's output for "
+                "it"
             )
     raise NonFiniteError(
         f"Phi^T Phi is NaN or infinite at checkpoint {data.checkpoint}, and the features of this "
-        "process are not: products overflow (use float64), or another process names the example"
+        "process are finite: products overflow (use float64), or the error on another rank names "
+        "the example"
     )

@@ -1,6 +1,6 @@
-"""TRAK's features: projected gradients of an output function, and how much an example has to say.
+"""TRAK's features: projected gradients of an output function, and the slopes of the loss.
 
-Letters: n examples, k entries of their features.
+Shapes: n examples, k entries of their features.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,15 +34,15 @@ KINDS = ("sjlt", "rademacher", "gaussian", "identity")
 class OutputFeatures(FeatureMap):
     """phi = P^T grad f, with one projection P of all parameters for each checkpoint.
 
-    With the features of a training example its slope is cached, 1 - p.
+    The slope of a training example, 1 - p, is cached with its features.
 
     Args:
         projection: the kind of the projection: "sjlt", "rademacher", "gaussian" or "identity".
-        projection_dim: entries of the features; all parameters' where nothing is projected.
-        seed: of the projections.
-        shift: by how many positions labels are behind logits, for the margin.
+        projection_dim: entries of the features; the number of parameters with "identity".
+        seed: the seed of the projections.
+        shift: the number of positions by which labels lag behind logits, for the margin.
         output_fn: the function f; None for the margin of a classifier.
-        test_output_fn: what is differentiated of test examples; None for f.
+        test_output_fn: the function of test examples; None for f.
     """
 
     is_short = True
@@ -70,7 +70,7 @@ class OutputFeatures(FeatureMap):
         margin = partial(classification_margin, shift=shift)
         self._output = Loss(output_fn or margin, "none", "output_fn")
         self._test_output = self._output
-        if test_output_fn is not None:  # as it is: features are of what should rise
+        if test_output_fn is not None:  # not negated: for features, higher is better
             reduction = declared_reduction(test_output_fn, None, "test_output_fn")
             self._test_output = Loss(test_output_fn, reduction, "test_output_fn")
 
@@ -87,12 +87,12 @@ class OutputFeatures(FeatureMap):
         }
 
     def identifying_losses(self, loss: Loss) -> list[Loss]:
-        # the slopes are those of another function
+        # the slopes depend on another function
         return [self._output] if self.output_fn is None else [self._output, loss]
 
     @property
     def shapes(self) -> Mapping[str, torch.Size]:
-        """Of the features, by name."""
+        """The shape of the features, by name."""
         return {FEATURES: torch.Size([self._at(0).k])}
 
     @property
@@ -110,7 +110,7 @@ class OutputFeatures(FeatureMap):
         return self._projections[checkpoint]
 
     def features(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
-        """Of test examples; ``loss`` is not looked at."""
+        """The features of test examples; ``loss`` is not used."""
         return self._at(checkpoint)(self.source(batch, self._test_output))
 
     def cached(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
@@ -140,12 +140,12 @@ class OutputFeatures(FeatureMap):
         return Gradients(len(slopes), {SLOPE: Dense(slopes[:, None], one)}, {SLOPE: one}, sample)
 
     def _slopes(self, batch: Batch, loss: Loss) -> Tensor:
-        """1 - p of each example, or the slope -dL/df of the loss that stands for it, ``[n]``."""
+        """1 - p of each example, or the slope -dL/df of the loss that replaces it, ``[n]``."""
         with torch.no_grad():
             outputs = call_model(self.source.capture.model, batch)
             if self.output_fn is None:
                 return one_minus_probability(outputs, targets_of(batch), self.shift)
-        # a loss that does not say what it reduces over is asked
+        # detect the reduction of a loss that does not declare it
         self.source.prepare(batch, loss)
         return slope_along(loss, self.output_fn, outputs, batch, example_count(batch))
 

@@ -19,7 +19,7 @@ from influence_kit.methods.example_batches import BatchSize
 from influence_kit.methods.function_fingerprint import function_fingerprint
 from influence_kit.methods.influence_functions.influence_function import InfluenceFunction
 from influence_kit.methods.layer_names import Layers
-from influence_kit.methods.questions import starts_again
+from influence_kit.methods.restarts import starts_again
 from influence_kit.methods.trak.normal_equations import NormalEquations
 from influence_kit.methods.trak.output_features import FEATURES, SLOPE, OutputFeatures
 from influence_kit.scoring.reducers import Reducer, Weighted
@@ -38,44 +38,43 @@ class TRAK(InfluenceFunction):
     f is the margin log p - log(1 - p) of the label's probability p, P a random projection of all
     parameters together, Phi the features of all n training examples, and the means are over C
     checkpoints: about five of one run, evenly over its steps, are recommended
-    (``select_checkpoints``), or independently trained models, of which each may have seen another
-    half of the training set (arXiv 2303.14186). Rows are test examples; positive is a proponent:
-    leaving the training example out lowers the test example's margin by about the score. A layer's
-    part of it (``influence_by_layer``) is what the training example's gradient there adds to its
-    features.
+    (``select_checkpoints``), or independently trained models, each possibly on another half of the
+    training set (arXiv 2303.14186). Rows are test examples; positive is a proponent: leaving the
+    training example out lowers the test example's margin by about the score. A layer's part of the
+    score (``influence_by_layer``) is that of the training example's gradient in the layer.
 
-    The features of the training set are computed once and kept in memory where they fit; otherwise
-    they are computed anew for every question.
+    The features of the training set are computed once and cached if they fit in memory; otherwise
+    they are computed again in every call.
 
     Args:
-        loss_fn: only for an ``output_fn``, whose slope takes the place of 1 - p.
-        projection_dim: entries of the features; at most n, for which there is a warning.
+        loss_fn: required by ``output_fn``: its slope along the output replaces 1 - p.
+        projection_dim: entries of the features; above n there is a warning.
         projection: "sjlt" (sparse: each entry is added to one of the features), "rademacher" or
-            "gaussian" (dense: as many operations an entry as there are features), or "identity"
-            (nothing is projected, for small models).
+            "gaussian" (dense: as many operations per entry as there are features), or "identity"
+            (no projection, for small models).
         ridge: added to the eigenvalues of Phi^T Phi, which is a sum over the training set: a
             positive number or "auto" (or "trace"), 1.5 / sqrt(C) times their mean (the trace over
-            the lesser of entries and n; with "mean" over all entries). Without one the scores are
-            noise where n is near the number of features or below it. May be set again; nothing is
-            computed again for that.
+            the smaller of entries and n; with "mean" over all entries). Without a ridge the scores
+            are noise if n is near the number of features or below it. Can be set later without
+            computing features again.
         output_fn: ``output_fn(outputs, targets)`` (of a dict batch: ``(outputs, batch)``), one
-            value per example in place of the margin, higher for better predictions. It is used on
-            both sides: in it the model is taken for linear, so that it is what training raises.
-            1 - p is then the slope -dL/df of ``loss_fn`` along it.
-        test_output_fn: what is asked of test examples, where that is another function than f, of
-            the same kind: ``phi_test`` are then its gradients, and leaving the training example out
-            lowers it by about the score. One value per example, or their sum or mean. The training
-            side stays that of ``output_fn`` or the margin.
-        shift: by how many positions labels are behind logits, for the margin: 1 for a causal
-            language model whose labels are its inputs; None is 0, and refused where a model with a
-            loss of its own leaves it in doubt.
-        seed: of the projection; each checkpoint has one of its own.
+            value per example instead of the margin, higher for better predictions. It is used for
+            test and training examples: the model is linearised in it, so that a positive score
+            means that training raised it. The slope -dL/df of ``loss_fn`` along it replaces 1 - p.
+        test_output_fn: another function f for test examples: ``phi_test`` are then its gradients,
+            and leaving the training example out lowers it by about the score. One value per
+            example, or their sum or mean. The training features stay those of ``output_fn`` or the
+            margin.
+        shift: the number of positions by which labels lag behind logits, for the margin: 1 for a
+            causal language model whose labels are its inputs; None means 0, and is refused if the
+            model returns a loss of its own, so that a shift is possible.
+        seed: the seed of the projections, of which each checkpoint has its own.
 
     The other arguments are those of ``InnerProductInfluence``.
 
     Raises:
-        InvalidArgumentError: for arguments that cannot be meant; where the margin does not fit.
-        CurvatureError: where Phi^T Phi is singular in spite of the ridge.
+        InvalidArgumentError: for invalid arguments; if the margin does not fit the outputs.
+        CurvatureError: if Phi^T Phi is singular in spite of the ridge.
 
     Example:
         >>> import torch
@@ -115,8 +114,8 @@ class TRAK(InfluenceFunction):
     ) -> None:
         if output_fn is not None and loss_fn is None:
             raise InvalidArgumentError(
-                "`output_fn` needs a `loss_fn` beside it, whose slope along it says how much each "
-                "training example still has to say"
+                "`output_fn` requires `loss_fn`, whose slope along it replaces 1 - p; got "
+                "loss_fn=None"
             )
         super().__init__(
             model,
@@ -144,12 +143,12 @@ class TRAK(InfluenceFunction):
 
     @property
     def explains_output(self) -> bool:
-        """True: a positive score says that training raised an output, not lowered a loss."""
+        """True: a positive score means that training raised an output, not lowered a loss."""
         return True
 
     @property
     def ridge(self) -> DampingArgument:
-        """As given; setting it anew computes no features again."""
+        """The ridge as given; setting it does not compute features again."""
         return self.damping
 
     @ridge.setter
@@ -173,7 +172,7 @@ class TRAK(InfluenceFunction):
         slopes = self._mean_slopes() if inputs is None else self._slopes_of(inputs)
         return scores * slopes.to(scores)
 
-    # Where they meet.
+    # Slopes.
 
     def make_reducer(self, k: int | None, proponents: bool) -> Reducer:
         return Weighted(super().make_reducer(k, proponents), self._mean_slopes)
@@ -183,7 +182,7 @@ class TRAK(InfluenceFunction):
         return torch.stack([state[SLOPE] for state in self.fit_state.values()]).mean(0)
 
     def _slopes_of(self, inputs: Any) -> Tensor:
-        """The mean over checkpoints of the slopes of any examples, ``[n]``."""
+        """The mean over checkpoints of the slopes of given examples, ``[n]``."""
         assert isinstance(self._map, OutputFeatures)
         slopes_of = partial(self._map.slopes_alone, loss=self._train_loss)
         with self.session() as loader:

@@ -1,6 +1,7 @@
-"""Labels drawn from the model, for the Fisher matrix: a label depends on its example's place alone.
+"""Labels sampled from the model, for the Fisher matrix.
 
-A loss is compared with the negative log-likelihood that it is taken for; any other is refused.
+A label depends only on the seed, the example's index and the model's outputs for the example.
+The loss is compared with a negative log-likelihood; any other loss is refused.
 
 Shapes: n examples.
 """
@@ -22,7 +23,7 @@ from influence_kit.curvature.likelihoods import (
     factors_of,
     rounding_of,
 )
-from influence_kit.curvature.observations import LabelFacts
+from influence_kit.curvature.observations import LabelStatistics
 from influence_kit.curvature.passes import refuse_non_finite
 from influence_kit.data.batches import Batch, call_model, with_item
 from influence_kit.data.class_labels import label_key, labels_of, logits_of, with_logits
@@ -30,13 +31,13 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.losses.loss import Loss
 
 
-def uniform(seed: int, places: Tensor, each: int) -> Tensor:
-    """Numbers in (0, 1) for the examples at some places, float64 ``[n, each]``.
+def uniform(seed: int, indices: Tensor, each: int) -> Tensor:
+    """Uniform numbers in (0, 1) for the examples of given indices, float64 ``[n, each]``.
 
-    A hash (splitmix64) of seed, place and position: the same for any batch size, on any device.
+    A hash (splitmix64) of seed, index and position: the same for any batch size, on any device.
     """
-    state = places[:, None] * (1 << 32) + torch.arange(each, device=places.device)
-    state = state + torch.tensor(seed, device=places.device) * _signed(0xD1B54A32D192ED03)
+    state = indices[:, None] * (1 << 32) + torch.arange(each, device=indices.device)
+    state = state + torch.tensor(seed, device=indices.device) * _signed(0xD1B54A32D192ED03)
     state = (state + 1) * _signed(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
         state = (state ^ ((state >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
@@ -44,18 +45,18 @@ def uniform(seed: int, places: Tensor, each: int) -> Tensor:
 
 
 def _signed(value: int) -> int:
-    """An unsigned 64-bit number as the signed one of the same bits."""
+    """An unsigned 64-bit number as the signed one with the same bits."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
 @dataclass
 class ModelLabels:
-    """Puts labels that are drawn from the model in the place of the data's.
+    """Replaces the labels of the data by labels sampled from the model.
 
     Args:
         model: the model.
-        loss: the loss at the data's labels, settled.
-        seed: of the draws.
+        loss: the loss, with a known reduction.
+        seed: the seed of the samples.
     """
 
     model: nn.Module
@@ -63,46 +64,46 @@ class ModelLabels:
     seed: int
     likelihood: Likelihood | None = None
 
-    def __call__(self, places: Tensor, batch: Batch) -> Batch:
-        """The batch of the examples at some places ``[n]``, with other labels."""
-        _, logits, labels, likelihood = self._known(places, batch)
-        u = self._uniform(labels, places, self.seed)
+    def __call__(self, indices: Tensor, batch: Batch) -> Batch:
+        """The batch of the examples of indices ``[n]``, with sampled labels."""
+        _, logits, labels, likelihood = self._known(indices, batch)
+        u = self._uniform(labels, indices, self.seed)
         return self._with_labels(batch, likelihood.draw(logits, labels, u))
 
-    def drawn(self, places: Tensor, batch: Batch) -> tuple[Batch, LabelFacts]:
-        """The same, and what the labels say of the number of observations."""
-        outputs, logits, labels, likelihood = self._known(places, batch)
-        u = self._uniform(labels, places, self.seed)
+    def drawn(self, indices: Tensor, batch: Batch) -> tuple[Batch, LabelStatistics]:
+        """The same, and the statistics of the sampled labels."""
+        outputs, logits, labels, likelihood = self._known(indices, batch)
+        u = self._uniform(labels, indices, self.seed)
         drawn = self._with_labels(batch, likelihood.draw(logits, labels, u))
-        return drawn, self._facts(likelihood, outputs, drawn, labels)
+        return drawn, self._statistics(likelihood, outputs, drawn, labels)
 
-    def given(self, places: Tensor, batch: Batch) -> LabelFacts | None:
-        """What the labels of the data say; None where the loss is no known likelihood."""
+    def given(self, indices: Tensor, batch: Batch) -> LabelStatistics | None:
+        """The statistics of the data's labels; None if the loss is not a known likelihood."""
         try:
-            outputs, _, labels, likelihood = self._known(places, batch)
+            outputs, _, labels, likelihood = self._known(indices, batch)
         except InvalidArgumentError:
             return None
-        facts = self._facts(likelihood, outputs, batch, labels)
-        # their gradients stand for no others
-        return replace(facts, weights=torch.ones_like(facts.weights))
+        statistics = self._statistics(likelihood, outputs, batch, labels)
+        # gradients at the labels of the data are not rescaled
+        return replace(statistics, weights=torch.ones_like(statistics.weights))
 
-    def _known(self, places: Tensor, batch: Batch) -> tuple[Any, Tensor, Tensor, Likelihood]:
+    def _known(self, indices: Tensor, batch: Batch) -> tuple[Any, Tensor, Tensor, Likelihood]:
         """The model's outputs, the logits in them, the labels of the data, the likelihood."""
         with torch.no_grad():
             outputs = call_model(self.model, batch)
             logits, labels = self._found(logits_of, outputs), self._found(labels_of, batch)
-        # an infinite logit may say that a class is impossible
+        # an infinite logit may mean that a class is impossible
         refuse_non_finite(logits.nan_to_num(nan=torch.nan, posinf=0.0, neginf=0.0))
         if self.likelihood is None:
             likelihood = self._likelihood(logits, labels)
-            self._check(likelihood, outputs, batch, len(places))
+            self._check(likelihood, outputs, batch, len(indices))
             self.likelihood = likelihood
         return outputs, logits, labels, self.likelihood
 
-    def _facts(
+    def _statistics(
         self, likelihood: Likelihood, outputs: Any, batch: Batch, of_data: Tensor
-    ) -> LabelFacts:
-        """Of the labels in the batch; ``of_data`` are those of the data."""
+    ) -> LabelStatistics:
+        """The statistics of the labels in the batch; ``of_data`` are those of the data."""
         logits, labels = logits_of(outputs), labels_of(batch)
         n = len(labels)
         found = self._slopes(outputs, batch, n)
@@ -114,11 +115,11 @@ class ModelLabels:
         residuals = None
         if isinstance(likelihood, Normal):
             residuals = likelihood.precision * (logits - of_data).double().square().sum()
-        return LabelFacts(
+        return LabelStatistics(
             labels=(factors > 0).sum(),
             squares=squares.sum(),
             residuals=residuals,
-            # an example without any slope has no gradient that could stand for others
+            # an example without a slope has no gradient that could be rescaled
             weights=torch.where(seen > 0, expected / seen, torch.zeros_like(seen)),
         )
 
@@ -132,11 +133,11 @@ class ModelLabels:
             found = torch.autograd.grad(total, logits, materialize_grads=True)[0]
         return found
 
-    def _uniform(self, labels: Tensor, places: Tensor, seed: int) -> Tensor:
-        return uniform(seed, places, labels.numel() // len(places)).view(labels.shape)
+    def _uniform(self, labels: Tensor, indices: Tensor, seed: int) -> Tensor:
+        return uniform(seed, indices, labels.numel() // len(indices)).view(labels.shape)
 
     def _found(self, look: Callable[[Any], Tensor], where: Any) -> Tensor:
-        """What ``look`` finds; its error with what it means for the Fisher matrix."""
+        """The result of ``look``; its error, with the consequence for the Fisher matrix."""
         try:
             return look(where)
         except InvalidArgumentError as error:
@@ -164,19 +165,19 @@ class ModelLabels:
         return Sigmoid() if self.loss.is_binary else Normal()
 
     def _check(self, likelihood: Likelihood, outputs: Any, batch: Batch, n: int) -> None:
-        """Compare the loss's slope at some labels with that of the likelihood it is taken for."""
+        """Compare the slope of the loss at some labels with that of the likelihood."""
         logits = logits_of(outputs)
         factors: list[Tensor] = []
         for labels in likelihood.probes(logits, labels_of(batch)):
             try:
                 found = self._slopes(outputs, self._with_labels(batch, labels), n)
-            except Exception as error:  # any of a user's loss that is made for other labels
+            except Exception as error:  # any error of a loss that is made for other labels
                 raise self._refusal(f"it fails at other labels: {error}") from error
             expected = likelihood.slope(logits, labels)
             factors.append(factors_of(found, expected, likelihood.axis))
             rest, close = (found - factors[-1] * expected).abs().max(), rounding_of(found)
             if not bool((factors[-1] >= 0).all()) or rest > close * found.abs().max():
-                raise self._refusal("its slope is another")
+                raise self._refusal("its slope differs")
             if not torch.allclose(
                 factors[0], factors[-1], close, close * float(factors[0].abs().max())
             ):
@@ -186,15 +187,15 @@ class ModelLabels:
 
     def _refusal(self, why: str) -> InvalidArgumentError:
         return InvalidArgumentError(
-            f"no labels can be drawn from the model for curvature='fisher': `{self.loss.name}` is "
-            "not the negative log-likelihood of a softmax, sigmoid or normal distribution of the "
-            f"outputs ({why}); use curvature='empirical_fisher' (labels of the data), or 'ggn' "
-            "where the method has it"
+            f"no labels can be sampled from the model for curvature='fisher': `{self.loss.name}` "
+            "is not the negative log-likelihood of a softmax, sigmoid or normal distribution of "
+            f"the outputs ({why}); use curvature='empirical_fisher' (labels of the data), or 'ggn' "
+            "if the method has it"
         )
 
 
 def _class_axis(logits: Tensor, labels: Tensor, shift: int) -> int | None:
-    """The dimension of the logits that counts classes; None where the shapes do not fit."""
+    """The dimension of the logits that counts classes; None if the shapes do not fit."""
     if logits.dim() != labels.dim() + 1:
         return None
     if logits.shape[:-1] == labels.shape:

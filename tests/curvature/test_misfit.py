@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from influence_kit.curvature.alignment import misfit
+from influence_kit.curvature.misfit import misfit
 from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
 

@@ -1,4 +1,4 @@
-"""What everything that an object keeps was made of, so that it is not used with anything else."""
+"""Fingerprints of the weights, data, losses and outputs that cached results were computed from."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -23,10 +23,13 @@ class Given(NamedTuple):
 
 
 @dataclass
-class Origin:
-    """Fingerprints: of the weights of checkpoints by number, of data and losses by argument.
+class Fingerprints:
+    """What the caches of an object were computed from.
 
-    And what the model and the loss gave for a few examples, by number of the checkpoint.
+    Attributes:
+        weights: fingerprints of the weights, by index of the checkpoint.
+        sources: fingerprints of data sets and losses, by argument.
+        given: what model and loss return for a few examples, by index of the checkpoint.
     """
 
     weights: dict[int, Fingerprint] = field(default_factory=dict)
@@ -34,10 +37,10 @@ class Origin:
     given: dict[int, Given] = field(default_factory=dict)
 
     def record(self, weights: Mapping[int, Fingerprint], sources: Mapping[str, Source]) -> None:
-        """Note what has been used; what is known already stays.
+        """Add the fingerprints of what has been used; earlier entries stay.
 
-        What of a data set differs between two looks at it, with nothing done in between (a random
-        transform, a cache), says nothing of a change.
+        Each source is fingerprinted twice, and the parts that differ (a random transform, a cache)
+        are left out: they do not show a change.
         """
         self.weights = {**weights, **self.weights}
         for name, source in sources.items():
@@ -46,7 +49,7 @@ class Origin:
                 self.sources[name] = {key: v for key, v in found.items() if again.get(key) == v}
 
     def has_other_weights(self, number: int, fingerprint: Fingerprint) -> bool:
-        """Whether a checkpoint holds other weights than it did."""
+        """Whether the weights of a checkpoint differ from the recorded ones."""
         known = self.weights.get(number, fingerprint)
         return len(known) != len(fingerprint) or any(
             old != new and not (math.isnan(old) and math.isnan(new))
@@ -54,7 +57,7 @@ class Origin:
         )
 
     def other_source(self, sources: Mapping[str, Source]) -> str | None:
-        """Which data set or loss is not what it was, and how; None where there is none."""
+        """Which data set or loss has changed since it was recorded, and how; None if none has."""
         for name, source in sources.items():
             if name in self.sources:
                 change = what_changed(self.sources[name], source())

@@ -1,7 +1,7 @@
-"""How much of the curvature an approximation of it leaves out, seen along gradients.
+"""How much of the curvature a block-diagonal approximation leaves out, measured on gradients.
 
-Blocks that curve together (layers that can do the same to the outputs) and eigenvectors that are
-not quite those of the curvature leave out a part of it.
+It leaves out a part if blocks are coupled (layers with similar effects on the outputs), and if its
+eigenvectors are not exactly those of the curvature.
 
 Shapes: s examples of a sample.
 """
@@ -26,26 +26,25 @@ def misfit(
     damping: float,
     excess: float,
 ) -> float:
-    r"""The curvature that an approximation leaves out, over what it has; 1 at least.
+    r"""The curvature that an approximation leaves out, relative to the approximation; at least 1.
 
     .. math::
         \rho = \frac{\|M^{1/2} (C - A) M^{1/2}\|^2}{\|M^{1/2} A M^{1/2}\|^2}
             = \frac{E_{i \ne j} (g_i^T M g_j)^2}{\sum_p (l_p / (l_p + \lambda))^2} - 1, \qquad
         M = (A + \lambda)^{-1}
 
-    A is the part of C = E[g g^T] that is diagonal in a basis, l its eigenvalues there: what is left
-    out, C - A, is all that lies beside the diagonal. Of L layers that curve as one, of which A has
-    each by itself, rho is L - 1.
+    A is the part of C = E[g g^T] that is diagonal in a basis, with the eigenvalues l: C - A is the
+    part off the diagonal. For L perfectly coupled layers, which A treats separately, rho is L - 1.
 
     Args:
         sample: gradients of independent examples, in parts.
-        root: times the root of M.
-        eigenvalues: l.
+        root: multiplies gradients by the square root of M.
+        eigenvalues: l, the eigenvalues of A.
         damping: lambda.
-        excess: C over A where they are alike, by which A is multiplied here.
+        excess: the factor between the units of C and A, by which A is multiplied here.
 
     Returns:
-        1 also where there are no two examples.
+        The ratio; 1 also if there are fewer than two examples.
     """
     if not sample:
         return 1.0
@@ -58,7 +57,7 @@ def misfit(
 
 
 def _products(parts: Sequence[Gradients]) -> Tensor:
-    """The inner products of all examples of all parts, ``[s, s]``; of each piece in one product."""
+    """The inner products of all examples of all parts, ``[s, s]``, in one product per piece."""
     starts = [0, *accumulate(part.n for part in parts)]
     total = parts[0].sample.new_zeros(starts[-1], starts[-1])
     for name in dict.fromkeys(name for part in parts for name in part.forms):
@@ -70,9 +69,9 @@ def _products(parts: Sequence[Gradients]) -> Tensor:
         turned = [form.weighted for _, form in forms if isinstance(form, Preconditioned)]
         if len(turned) == len(forms):
             rows = torch.cat(turned).flatten(1)
-            places = torch.cat([torch.arange(own.start, own.stop) for own, _ in forms])
-            places = places.to(total.device)
-            total[places[:, None], places] += rows @ rows.T
+            indices = torch.cat([torch.arange(own.start, own.stop) for own, _ in forms])
+            indices = indices.to(total.device)
+            total[indices[:, None], indices] += rows @ rows.T
             continue
         for test, one in forms:
             for train, other in forms:

@@ -1,6 +1,6 @@
-"""A training side that is no function of examples, but looked up by their places.
+"""The term of ``DVEmb``: embeddings of training examples, read by index.
 
-Letters: n training examples.
+Shapes: n training examples.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,11 +16,11 @@ from influence_kit.scoring.term import Term
 
 
 @dataclass(frozen=True)
-class LookedUp(Term):
-    """A term whose training side is looked up.
+class EmbeddingTerm(Term):
+    """A term whose training features are embeddings read by index.
 
     Args:
-        own: gives the gradients of the same examples: their test side.
+        own: returns the gradients of the same examples, for self-influence.
     """
 
     own: Callable[[Batch], Gradients] = field(kw_only=True)
@@ -30,6 +30,6 @@ class LookedUp(Term):
         return train, self.own(batch).paired(train)
 
 
-def places_in_pieces(n: int, rows: int) -> Iterable[Batch]:
-    """What stands for the batches of n training examples, of at most so many each."""
-    return [Places((places,)) for places in torch.arange(n).split(rows)]
+def index_batches(n: int, rows: int) -> Iterable[Batch]:
+    """The indices of n training examples, in batches of at most ``rows``."""
+    return [Places((indices,)) for indices in torch.arange(n).split(rows)]

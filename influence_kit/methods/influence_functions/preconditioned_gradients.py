@@ -1,4 +1,4 @@
-"""Test gradients that were preconditioned before, in place of test examples.
+"""Preconditioned test gradients that a user passes instead of test examples.
 
 Shapes: m test examples, P entries of a gradient, C checkpoints.
 """
@@ -17,26 +17,26 @@ from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
 
 
-def check_ready(quantities: Tensor, each: int, count: int) -> None:
+def check_preconditioned(quantities: Tensor, each: int, count: int) -> None:
     """Refuse a tensor that is not ``[m, C * P]``.
 
     Args:
         quantities: the tensor.
-        each: the letter P.
-        count: the letter C.
+        each: P, the number of entries of a gradient.
+        count: C, the number of checkpoints.
     """
     if quantities.dim() != 2 or quantities.shape[1] != each * count:
         raise InvalidArgumentError(
-            f"`inputs` is a tensor of shape {list(quantities.shape)}; a test side made by "
-            f"`compute_intermediate_quantities` has shape [m, {each * count}] here ({count} "
-            f"checkpoints x {each} parameters). Examples are a tuple, list or dict"
+            f"`inputs` is a tensor of shape {list(quantities.shape)}; preconditioned gradients "
+            f"made by `compute_intermediate_quantities` have shape [m, {each * count}] here "
+            f"({count} checkpoints x {each} parameters). Pass examples as a tuple, list or dict"
         )
 
 
-def ready_features(
+def preconditioned_features(
     shapes: Mapping[str, torch.Size], count: int, sample: Tensor
 ) -> Callable[[int], Callable[[Any], Gradients]]:
-    """For each checkpoint what takes its part of ``[m, C * P]`` as gradients."""
+    """For each checkpoint, the function that returns its part of ``[m, C * P]`` as gradients."""
     sizes = [math.prod(shape) for shape in shapes.values()]
 
     def features(index: int) -> Callable[[Any], Gradients]:

@@ -1,4 +1,4 @@
-"""What questions share: their arguments, and what becomes of a pass that is in doubt."""
+"""Public calls that start again when a pass finds an earlier assumption wrong; shared checks."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ from typing import Any, Protocol, TypeVar, cast
 
 from influence_kit.errors import ChangedError, InvalidArgumentError, PassAgain
 
-Question = TypeVar("Question", bound=Callable[..., Any])
-# each time one more parameter is computed in a slower way, or one more shape of batches is known
+Call = TypeVar("Call", bound=Callable[..., Any])
+# each restart moves one more parameter to a slower way, or adds one more shape of batches
 MOST = 100
 
 
-class Asked(Protocol):
-    """What answers questions."""
+class Restartable(Protocol):
+    """An object whose calls can start again."""
 
     def forget(self) -> None:
-        """Drop all that is kept of earlier questions."""
+        """Drop everything that is cached from earlier calls."""
 
     def read_otherwise(self) -> bool:
-        """Take another axis for that of the examples; False where shapes leave no other."""
+        """Take another dimension as that of the examples; False if the shapes allow no other."""
 
 
-def starts_again(question: Question) -> Question:
-    """The method, asked again where it raises ``PassAgain``, with nothing kept of before.
+def starts_again(call: Call) -> Call:
+    """The method, called again with empty caches when it raises ``PassAgain``.
 
-    So also after an error, where the shapes of batches leave a choice of where examples stand.
+    Also after an error, if the shapes of batches allow another dimension of the examples.
     """
 
-    @wraps(question)
-    def asked(self: Asked, *args: Any, **kwargs: Any) -> Any:
+    @wraps(call)
+    def repeated(self: Restartable, *args: Any, **kwargs: Any) -> Any:
         reason, first = "", None
         for _ in range(MOST):
             try:
-                return question(self, *args, **kwargs)
+                return call(self, *args, **kwargs)
             except PassAgain as doubt:
                 reason = str(doubt)
                 self.forget()
             except ChangedError:
-                raise  # however the examples stand
+                raise  # another dimension of the examples would not change it
             except Exception as error:
-                # an axis of the batch may have been taken for that of the examples
+                # a wrong dimension may have been taken as that of the examples
                 first = first or error
                 if not self.read_otherwise():
                     raise first from None
@@ -51,18 +51,18 @@ def starts_again(question: Question) -> Question:
             "that stay the same from pass to pass"
         )
 
-    return cast(Question, asked)
+    return cast(Call, repeated)
 
 
 def given(inputs: Any) -> Any:
-    """The inputs, which must be there."""
+    """The inputs; an error if they are None."""
     if inputs is None:
         raise InvalidArgumentError("`inputs` argument is required.")
     return inputs
 
 
 def check_k(k: object) -> None:
-    """Refuse a k that is not a count."""
+    """Refuse a k that is not a non-negative int or None."""
     if k is not None and (isinstance(k, bool) or not isinstance(k, int)):
         raise TypeError(f"k must be an int or None; got {k!r} of type {type(k).__name__}")
     if k is not None and k < 0:

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import influence_kit
 from influence_kit.errors import DampingWarning
 from influence_kit.evaluation import half_subsets, tune_damping
-from influence_kit.methods.influence_functions import influence_function, plain_check
-from influence_kit.methods.influence_functions.plain_check import Figures, PlainCheck, figures
+from influence_kit.methods.influence_functions import damping_check, influence_function
+from influence_kit.methods.influence_functions.damping_check import DampingCheck, Figures, figures
 from influence_kit.scoring.reducers import AllScores
 from influence_kit.scoring.stream import Stream
 
@@ -175,7 +175,7 @@ def test_of_unknown_length_they_are_of_the_first_examples(monkeypatch: pytest.Mo
         def __iter__(self) -> Any:
             return iter(DataLoader(TRAIN, batch_size=50))
 
-    assert seen_by(make(train=Batches()), monkeypatch).sampled == 2 * plain_check.SAMPLED - 1
+    assert seen_by(make(train=Batches()), monkeypatch).sampled == 2 * damping_check.SAMPLED - 1
 
 
 def test_scores_and_everything_else_are_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,8 +287,8 @@ def test_only_the_first_rank_tells(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_of_several_ranks_the_first_takes_more_of_its_share(monkeypatch: Any) -> None:
-    monkeypatch.setattr(plain_check, "rank_count", lambda: 2)
-    assert PlainCheck(512, print)._every == 4
+    monkeypatch.setattr(damping_check, "rank_count", lambda: 2)
+    assert DampingCheck(512, print)._every == 4
 
 
 def test_captums_two_are_silent() -> None:

@@ -1,11 +1,11 @@
-"""Backwards over a training run: what leaving an example out of a step does to the end of it.
+"""A backward pass over a training run: how leaving an example out of a step moves the end.
 
-A step is theta <- theta - lr * (mean of g_i + weight_decay * theta); without example j it ends up
-lr / B * g_j away. Later steps carry a difference on, each by A = (1 - lr * weight_decay) I - lr H,
-with H the empirical Fisher matrix (1 / B) sum g_i g_i^T of the step's own examples. Going
-backwards, the product of all later A is at hand at every step.
+A step is theta <- theta - lr * (mean of g_i + weight_decay * theta); without example j its result
+differs by lr / B * g_j. Each later step multiplies a difference by A = (1 - lr * weight_decay) I -
+lr H, with H the empirical Fisher matrix (1 / B) sum g_i g_i^T of the step's own examples. Going
+backwards, the product of all later A is known at every step.
 
-Letters: n training examples, P parameters, B examples of a step.
+Shapes: n training examples, P parameters, B examples of a step.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -18,25 +18,25 @@ from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.training.step import Step
 
 
-def walk_back(
+def backward_pass(
     steps: Sequence[Step],
     gradients_of: Callable[[int], Tensor],
     embeddings: Tensor,
     epochs: Collection[int] | None,
     tick: Callable[[], object],
 ) -> Tensor:
-    """Add to ``embeddings`` ``[n, P]`` what each example's visits did to the weights at the end.
+    """Add to ``embeddings`` ``[n, P]`` the effect of each example's visits on the final weights.
 
     Args:
         steps: the steps, oldest first.
-        gradients_of: a step's gradients ``[B, P]``, of its number.
+        gradients_of: returns the gradients ``[B, P]`` of a step, given its index.
         embeddings: zeros.
         epochs: the epochs whose visits count; None for all.
         tick: called after each step.
     """
     counted = [epochs is None or step.epoch in epochs for step in steps]
     onward = torch.eye(embeddings.shape[1], dtype=embeddings.dtype, device=embeddings.device)
-    # steps before the first that counts change nothing
+    # steps before the first counted one have no effect
     for number in reversed(range(counted.index(True), len(steps))):
         step, gradients = steps[number], gradients_of(number)
         share = step.lr / (len(step.indices) if step.reduction == "mean" else 1)
@@ -44,15 +44,15 @@ def walk_back(
         if not torch.isfinite(visits.sum()):
             _refuse_non_finite(number, step, gradients)
         if counted[number]:
-            places = torch.tensor(step.indices, device=embeddings.device)
-            embeddings.index_add_(0, places, visits)
+            indices = torch.tensor(step.indices, device=embeddings.device)
+            embeddings.index_add_(0, indices, visits)
         onward.addmm_(visits.T, gradients, beta=1 - step.lr * step.weight_decay, alpha=-1)
         tick()
     return embeddings
 
 
 def check_epochs(epochs: Collection[int] | None, steps: Sequence[Step]) -> None:
-    """Refuse epochs that the steps do not have; None is all of them."""
+    """Refuse epochs that the steps do not have; None means all epochs."""
     known = {step.epoch for step in steps}
     if epochs is not None and (not epochs or not set(epochs) <= known):
         raise InvalidArgumentError(
@@ -62,16 +62,16 @@ def check_epochs(epochs: Collection[int] | None, steps: Sequence[Step]) -> None:
 
 
 def check_memory(n: int, size: int, steps: Sequence[Step], sample: Tensor) -> None:
-    """Refuse what does not fit: the product of steps, the embeddings, a step's gradients.
+    """Refuse sizes that exceed memory: the product of steps, the embeddings, a step's gradients.
 
     Args:
-        n: the letter n.
-        size: the letter P.
+        n: the number of training examples.
+        size: the number of parameters.
         steps: the steps.
         sample: a tensor with the dtype and device of the gradients.
     """
     batch = max(len(step.indices) for step in steps)
-    # of a step: its gradients, in pieces and together, and what they become
+    # of a step: its gradients, in pieces and joined, and their effects
     need = sample.element_size() * size * (size + n + 3 * batch)
     free = free_bytes(sample.device)
     if need > free:

@@ -1,7 +1,7 @@
-"""Whether a damping is far too small, seen at a question: its scores beside plain products.
+"""Checks for a damping that is far too small: compares scores with inner products of gradients.
 
-The larger the damping, the nearer the scores are to the inner products of the gradients themselves.
-Far below the damping that predicts best they have little to do with them.
+The larger the damping, the closer the scores are to the inner products of the gradients themselves.
+Far below the damping that predicts best, the two hardly agree.
 
 Shapes: q sampled test examples, s sampled training examples.
 """
@@ -17,18 +17,18 @@ from torch.nn.functional import cosine_similarity
 from influence_kit.core.distributed import rank_count
 from influence_kit.gradients.per_example import Gradients, join_examples
 
-# test examples that are looked at; fewer than the second may have low figures by chance
+# test examples that are compared; fewer than the second may have low figures by chance
 MOST_TESTS, FEWEST_TESTS = 32, 5
-# training examples, and fewer than twice as many, from all over the set; and those that must be
+# sampled training examples (up to twice as many), spread over the set; and the minimum
 SAMPLED, FEWEST_SAMPLED = 64, 20
-# one example of so many counts as leading, and as last
+# one in so many examples counts as leading, and as last
 LEADING = 16
-# Below these the figures are poor, for a curvature of all layers together, which takes more out of
-# gradients, and for one of each layer by itself. Over the settings of `benchmarks.settings` the
+# Figures below these are poor: for a curvature of all layers together, whose inverse changes
+# gradients more, and for a curvature by layer. Over the settings of `benchmarks.settings` the
 # defaults of all classes stay above them; scores that predict half as well as at the best damping
 # are mostly below.
 LEAST_OF_WHOLE, LEAST_OF_LAYERS = 0.28, 0.38
-ERRORS = 2.0  # standard errors that a mean must be below by
+ERRORS = 2.0  # a mean must be below by so many standard errors
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,14 @@ class Figures:
     """How far scores agree with the plain inner products of the same gradients.
 
     Attributes:
-        correlations: of the two over the training examples, ``[q]``.
-        spreads: by how much the examples with the highest scores exceed those with the lowest in
-            the plain product, over the same of the plain product's own highest and lowest, ``[q]``.
-        opponents: of how many test examples the highest score is that of a training example whose
-            plain product is negative.
-        sampled: the letter s.
+        correlations: the cosine of centred scores and inner products over the training examples,
+            ``[q]``.
+        spreads: the mean inner product of the examples with the highest scores less that of those
+            with the lowest, divided by the same difference for the highest and lowest inner
+            products, ``[q]``.
+        opponents: the number of test examples whose highest score is that of a training example
+            with a negative inner product.
+        sampled: s, the number of training examples.
     """
 
     correlations: Tensor
@@ -50,7 +52,7 @@ class Figures:
     sampled: int
 
     def are_below(self, least: float) -> bool:
-        """Whether both means are, by two standard errors."""
+        """Whether both means are below, by two standard errors."""
         return all(
             float(values.mean() + ERRORS * values.std() / math.sqrt(len(values))) < least
             for values in (self.correlations, self.spreads)
@@ -58,9 +60,9 @@ class Figures:
 
 
 def figures(scores: Tensor, plain: Tensor) -> Figures | None:
-    """How far scores ``[q, s]`` agree with plain products ``[q, s]``; None of too few to tell.
+    """How far scores ``[q, s]`` agree with inner products ``[q, s]``; None for too few examples.
 
-    Test examples whose scores or products are all the same do not count.
+    Test examples whose scores or products are all equal do not count.
     """
     centred, others = (x - x.mean(1, keepdim=True) for x in (scores, plain))
     varied = (scores.amax(1) > scores.amin(1)) & (plain.amax(1) > plain.amin(1))
@@ -80,13 +82,13 @@ def figures(scores: Tensor, plain: Tensor) -> Figures | None:
 
 
 def advice(figures: Figures, name: str, damping: str, is_auto: bool) -> str:
-    """What a warning says of poor figures.
+    """The text of the warning about poor figures.
 
     Args:
         figures: the figures.
-        name: of the method.
-        damping: what was given, and what was used.
-        is_auto: whether the damping is "auto", so that it cannot be what to try.
+        name: the name of the method.
+        damping: the damping as given, and the values used.
+        is_auto: whether the damping is "auto", which is then not suggested.
     """
     q, first = len(figures.correlations), "" if is_auto else 'damping="auto", another rule, or '
     return (
@@ -101,16 +103,16 @@ def advice(figures: Figures, name: str, damping: str, is_auto: bool) -> str:
 
 
 def _spread(products: Tensor, few: int) -> Tensor:
-    """The mean of the first few columns less that of the last few."""
+    """The mean of the first few columns minus that of the last few."""
     return products[:, :few].mean(1) - products[:, -few:].mean(1)
 
 
-class PlainCheck:
-    """Takes plain products of a sample beside a pass's scores, of gradients that are there.
+class DampingCheck:
+    """Observes a pass over the training set, and computes inner products of a sample of gradients.
 
     Args:
-        total: the number of training examples; 0 where unknown: then the first ones are taken.
-        tell: is given the figures when the pass is done; None where they tell nothing.
+        total: the number of training examples; 0 if unknown: then the first ones are sampled.
+        tell: called with the figures at the end of the pass; with None if they are not conclusive.
     """
 
     def __init__(self, total: int, tell: Callable[[Figures | None], None]) -> None:
@@ -121,7 +123,7 @@ class PlainCheck:
         self._parts: list[tuple[Tensor, Tensor]] = []
 
     def see_tests(self, gradients: Gradients) -> None:
-        """The test gradients, before they are solved for."""
+        """Get the test gradients, before the inverse curvature is applied."""
         n = gradients.n
         self._step = -(-n // MOST_TESTS)
         if n >= FEWEST_TESTS:
@@ -130,7 +132,7 @@ class PlainCheck:
             self._tests = join_examples(some)
 
     def see_scores(self, train: Gradients, scores: Tensor) -> None:
-        """The training side of a batch, and the scores ``[m, n]`` of its examples."""
+        """Get the training gradients of a batch, and the scores ``[m, n]`` of its examples."""
         first, every = -self._seen % self._every, self._every
         rows = slice(first, min(train.n, first + self._left * every), every)
         count = len(range(train.n)[rows])
@@ -141,12 +143,12 @@ class PlainCheck:
             self._parts.append((scores[:: self._step, rows].clone(), plain))
 
     def finish(self) -> None:
-        """The pass is done."""
+        """Report the figures at the end of the pass."""
         found = None
         if self._parts:
             both = (torch.cat(own, dim=1).double() for own in zip(*self._parts, strict=True))
             scores, plain = both
-            # a product may overflow where a score did not
+            # a product may overflow although the score did not
             if bool(plain.isfinite().all()):
                 found = figures(scores, plain)
         self._tell(found)
