@@ -21,6 +21,7 @@ from torch.utils.data import (
     Subset,
     TensorDataset,
 )
+from turns import in_turn
 
 from influence_kit import (
     DVEmb,
@@ -212,8 +213,7 @@ def appended(data: TensorDataset) -> None:
     data.tensors = tuple(torch.cat([t, t[:2]]) for t in data.tensors)
 
 
-@pytest.mark.parametrize("change", [flipped, appended])
-@pytest.mark.parametrize("method", METHODS)
+@in_turn("change, method", [flipped, appended], METHODS)
 def test_data_that_are_changed_in_place(method: str, change: Callable[[Any], None]) -> None:
     data, states = TensorDataset(*(t.clone() for t in MLP.train)), MLP.checkpoints()
     trace = {}
@@ -495,15 +495,17 @@ def other_names(model: TanhMLP) -> None:
 
 
 FEW = ("TracInCP", "TracInCPRandProj", "EKFACInfluenceFunction", "TRAK")
+# these look at the layers in their constructor
+OF_LAYERS = (*FEW, "TracInCPFast", "RepresenterPointSelection", "KNNShapley, of a layer", "LoGra")
 
 
-@pytest.mark.parametrize("asked_before", [False, True])
 @pytest.mark.parametrize(
-    ("method", "change"),
+    ("method", "asked_before", "change"),
     [
         # the trace of DVEmb has the weights of one structure
-        *((method, new_head) for method in METHODS if method != "DVEmb"),
-        *((method, change) for method in FEW for change in (new_activation, other_names)),
+        *((method, True, new_head) for method in METHODS if method != "DVEmb"),
+        *((method, False, new_head) for method in OF_LAYERS),
+        *((method, True, change) for method in FEW for change in (new_activation, other_names)),
     ],
 )
 def test_a_structure_that_is_changed_after_the_constructor(

@@ -19,6 +19,7 @@ from cases import CASES, Examples, TanhMLP, cross_entropy
 from contract import assert_close
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+from turns import in_turn
 
 import influence_kit
 from influence_kit import ExplicitInfluenceFunction, FactGraSS, GraSS, LoGra
@@ -142,10 +143,13 @@ def test_automatic_damping(method: str, name: str, blocks: str) -> None:
     assert list(used.values()) == pytest.approx(list(expected.values()), rel=1e-9)
 
 
-@every_method
-@pytest.mark.parametrize("name", ["mlp", "gpt"])
-@pytest.mark.parametrize("relative", [None, "l", "theta"])
-@pytest.mark.parametrize("blocks", ["layer", "full", "some"])
+@in_turn(
+    "method, name, relative, blocks",
+    SETTINGS,
+    ["mlp", "gpt"],
+    [None, "l", "theta"],
+    ["layer", "full", "some"],
+)
 def test_blocks_and_relative_influence(
     method: str, name: str, relative: str | None, blocks: Any
 ) -> None:
@@ -226,9 +230,7 @@ def test_quantities_are_the_projected_test_side(method: str, name: str) -> None:
     assert_close(found, expected, CLOSE)
 
 
-@every_method
-@every_case
-@pytest.mark.parametrize("of_test", [True, False])
+@in_turn("of_test, method, name", [True, False], SETTINGS, NAMES)
 def test_self_influence(method: str, name: str, of_test: bool) -> None:
     influence = fitted(method, name)
     formula = Formula(influence, name)
@@ -302,9 +304,12 @@ def test_perturbation_influence_is_not_relative(method: str) -> None:
 # The projections of LoGra.
 
 
-@pytest.mark.parametrize("projection", ["gaussian", "rademacher", "orthogonal"])
-@pytest.mark.parametrize("dim", [1, 6, 20, (1, 2), (2, 3), (50, 2), (50, 50)])
-@every_case
+@in_turn(
+    "projection, dim, name",
+    ["gaussian", "rademacher", "orthogonal"],
+    [1, 6, 20, (1, 2), (2, 3), (50, 2), (50, 50)],
+    NAMES,
+)
 def test_every_projection(projection: str, dim: Any, name: str) -> None:
     # the classes' gradients sum to zero, and so would a head's image under three equal signs
     influence = fitted("LoGra", name, projection=projection, projection_dim=dim, seed=2)
@@ -453,8 +458,7 @@ def test_training_gradients_are_computed_once(method: str, place: str, tmp_path:
 
 
 @every_method
-@every_case
-@pytest.mark.parametrize("relative", [None, "l"])
+@pytest.mark.parametrize(("name", "relative"), [("mlp", "l"), ("gpt", None)])
 def test_kept_in_memory_or_not(
     method: str, name: str, relative: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -499,8 +503,7 @@ def test_checkpoints_that_are_set_anew_are_projected_anew(method: str) -> None:
 # On disk.
 
 
-@every_method
-@every_case
+@in_turn("name, method", NAMES, SETTINGS)
 def test_saved_and_loaded(method: str, name: str, tmp_path: Path) -> None:
     case = CASES[name]
     influence = make(method, name, checkpoints=case.checkpoints()[:2])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from turns import in_turn
 
 import influence_kit
 from influence_kit.errors import CurvatureError, NonFiniteError
@@ -55,9 +56,7 @@ def built(name: str, **kwargs: Any) -> Any:
     return getattr(influence_kit, name)(model, TensorDataset(X, Y), states, **kwargs)
 
 
-@pytest.mark.parametrize("in_batches", [False, True])
-@pytest.mark.parametrize("question", QUESTIONS)
-@pytest.mark.parametrize("name", [*OF_GRADIENTS, *SOLVED])
+@in_turn("in_batches, name, question", [False, True], [*OF_GRADIENTS, *SOLVED], QUESTIONS)
 def test_a_test_example_that_is_not_finite(name: str, question: str, in_batches: bool) -> None:
     inputs: Any = (BAD, Y[:4])
     if in_batches:

@@ -16,6 +16,7 @@ from contract import assert_close
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from turns import in_turn
 
 from influence_kit import TRAK
 from influence_kit.errors import CurvatureError, InvalidArgumentError, NonFiniteError
@@ -146,9 +147,7 @@ def test_scores_are_the_formula(name: str, projection: str, share: float) -> Non
     assert cosine < 0.97, "the ridge must not hide the normal equations"
 
 
-@every_case
-@every_kind
-@pytest.mark.parametrize("dim", [1, 5, 30])
+@in_turn("dim, name, projection", [1, 5, 30], NAMES, KINDS)
 def test_automatic_ridge(name: str, projection: str, dim: int) -> None:
     trak = make(name, projection=projection, projection_dim=dim)
     assert_close(trak.influence(CASES[name].test), formula(trak, name, "auto"), CLOSE)
