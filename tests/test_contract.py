@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Iterable
 from inspect import signature
 from itertools import product
 from pathlib import Path
@@ -13,6 +14,7 @@ from captum.influence import DataInfluence
 from cases import SHORT, Case, Examples, reduced
 from contract import (
     METHODS,
+    applies,
     assert_close,
     assert_same,
     build,
@@ -33,11 +35,26 @@ every_case = pytest.mark.parametrize("case", SHORT.values(), ids=SHORT.keys())
 # "dict" is "mlp" with other batches, which is nothing to many a property
 MODELS = {name: case for name, case in SHORT.items() if name != "dict"}
 every_model = pytest.mark.parametrize("case", MODELS.values(), ids=MODELS.keys())
+
+
+def in_turn(methods: Iterable[str], cases: dict[str, Case], start: int = 0) -> pytest.MarkDecorator:
+    """Each method with one case, the cases in turn.
+
+    For what is computed alike for every method or alike for every model: an error there shows for
+    a method on every case, or for a case with every method. ``start`` is another one for each
+    property, so that a method meets every case.
+    """
+    pairs = []
+    for place, method in enumerate(methods, start):
+        fitting = [name for name in cases if applies(method, name)]
+        name = fitting[place % len(fitting)]
+        pairs.append(pytest.param(method, cases[name], id=f"{method}-{name}"))
+    return pytest.mark.parametrize(("method", "case"), pairs)
+
+
 with_oracle = pytest.mark.parametrize("method", [m for m, v in METHODS.items() if v.oracle])
-of_losses = pytest.mark.parametrize("method", [m for m, v in METHODS.items() if v.has_loss])
-of_test_losses = pytest.mark.parametrize(
-    "method", [m for m, v in METHODS.items() if v.has_loss and v.has_test_loss]
-)
+OF_LOSSES = [m for m, v in METHODS.items() if v.has_loss]
+OF_TEST_LOSSES = [m for m in OF_LOSSES if METHODS[m].has_test_loss]
 of_layers = pytest.mark.parametrize("method", [m for m, v in METHODS.items() if v.has_layers])
 of_vectors = pytest.mark.parametrize("method", [m for m, v in METHODS.items() if v.quantities])
 of_several = pytest.mark.parametrize(
@@ -64,8 +81,7 @@ def test_batch_size_does_not_matter(method: str, case: Case) -> None:
         assert_close(scores(build(method, case, batch_size=size), case.test), expected)
 
 
-@every_method
-@every_model
+@in_turn(METHODS, MODELS)
 def test_chunks_do_not_matter(method: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     indices, values = oracles.top_k(plain_scores(method, case), 3, True)
     monkeypatch.setattr("influence_kit.scoring.stream.CHUNK_BYTES", 1)
@@ -88,8 +104,7 @@ def test_a_small_workspace_does_not_matter(
     assert_close(plain_scores(method, case), expected)
 
 
-@every_method
-@every_case
+@in_turn(METHODS, SHORT)
 def test_more_tests_than_train_and_one_of_each(method: str, case: Case) -> None:
     whole = scores(build(method, case, data=Examples(case.test)), case.train)
     assert whole.shape == (case.n, case.m)
@@ -100,8 +115,7 @@ def test_more_tests_than_train_and_one_of_each(method: str, case: Case) -> None:
     assert_close(single, whole[5:6, 2:3], relative=1e-9)
 
 
-@every_method
-@every_model
+@in_turn(METHODS, MODELS, 1)
 def test_k_is_the_sorted_scores(method: str, case: Case) -> None:
     influence = build(method, case)
     for k, proponents in product((0, 1, 4, 50), (True, False)):
@@ -113,8 +127,7 @@ def test_k_is_the_sorted_scores(method: str, case: Case) -> None:
         assert torch.allclose(found.influence_scores, values, rtol=1e-10, atol=0)
 
 
-@every_method
-@every_model
+@in_turn(METHODS, MODELS, 2)
 def test_aggregate_is_the_sum_of_rows(method: str, case: Case) -> None:
     influence = build(method, case)
     whole = plain_scores(method, case).sum(0, keepdim=True)
@@ -141,8 +154,7 @@ def test_self_influence_is_the_diagonal(method: str, case: Case) -> None:
     assert_close(influence.self_influence(loader), on_test.self_influence())
 
 
-@of_losses
-@every_case
+@in_turn(OF_LOSSES, SHORT, 1)
 def test_reductions_agree(method: str, case: Case) -> None:
     expected = plain_scores(method, case)
     for reduction, declared in (("sum", True), ("mean", False)):
@@ -152,8 +164,7 @@ def test_reductions_agree(method: str, case: Case) -> None:
         assert_close(scores(build(method, case, loss_fn=loss), case.test), expected)
 
 
-@of_test_losses
-@every_model
+@in_turn(OF_TEST_LOSSES, MODELS)
 def test_test_loss(method: str, case: Case) -> None:
     def doubled(outputs: object, targets: object) -> torch.Tensor:
         return 2 * case.loss(outputs, targets)
@@ -175,8 +186,7 @@ def test_test_loss(method: str, case: Case) -> None:
         scores(build(method, case, test_loss_fn=detached), case.test)
 
 
-@of_test_losses
-@every_model
+@in_turn(OF_TEST_LOSSES, MODELS, 1)
 def test_test_output(method: str, case: Case) -> None:
     """What should rise has the scores of minus the same loss, in every answer."""
 
@@ -253,8 +263,7 @@ def test_the_users_objects_come_back(method: str, case: Case) -> None:
         assert_same(before, snapshot(model))
 
 
-@every_method
-@every_case
+@in_turn(METHODS, SHORT, 2)
 def test_kinds_of_data_and_inputs_agree(method: str, case: Case) -> None:
     expected = plain_scores(method, case)
     loader = DataLoader(Examples(case.train), batch_size=3)
@@ -269,8 +278,7 @@ def test_kinds_of_data_and_inputs_agree(method: str, case: Case) -> None:
         assert_close(scores(influence, list(case.test)), expected)
 
 
-@every_method
-@every_case
+@in_turn(METHODS, SHORT, 3)
 def test_permuting_the_training_set_permutes_columns(method: str, case: Case) -> None:
     order = torch.randperm(case.n, generator=torch.Generator().manual_seed(3))
     train = case.train

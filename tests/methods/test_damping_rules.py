@@ -14,6 +14,7 @@ from contract import assert_close
 from damping_oracle import Counted, Rule, root
 from torch import Tensor, nn
 from torch.nn import functional as F
+from turns import in_turn
 
 import influence_kit
 from influence_kit.curvature.fit_data import OTHER_DRAW
@@ -571,9 +572,12 @@ def test_rules_of_the_ridge(rule: str, dim: int, count: int) -> None:
         trak.ridge = "evidence"
 
 
-@both
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("curvature", ["fisher", "empirical_fisher"])
+@in_turn(
+    "curvature, method, dtype",
+    ["fisher", "empirical_fisher"],
+    METHODS,
+    [torch.float32, torch.bfloat16, torch.float16],
+)
 def test_models_of_other_precision(method: str, dtype: torch.dtype, curvature: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
@@ -627,9 +631,12 @@ def test_setting_the_damping_fits_nothing_again(
     assert explainer.damping_used == [by_block]
 
 
-@both
-@pytest.mark.parametrize("curvature", ["fisher", "empirical_fisher"])
-@pytest.mark.parametrize("saved_with", ["auto", "mean", 0.3])
+@in_turn(
+    "curvature, method, saved_with",
+    ["fisher", "empirical_fisher"],
+    METHODS,
+    ["auto", "mean", 0.3],
+)
 def test_a_saved_fit_has_the_same_damping(
     method: str, curvature: str, saved_with: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

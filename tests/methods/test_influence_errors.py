@@ -12,6 +12,7 @@ from contract import assert_close
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from turns import in_turn
 
 import influence_kit
 from influence_kit import (
@@ -85,24 +86,24 @@ def make(method: str, model: nn.Module, train: Any = DATA, **options: Any) -> An
 # Arguments of all.
 
 
-@ours
-@pytest.mark.parametrize(
-    ("damping", "match"),
-    [
-        (-0.1, r"`damping` must be a number that is not negative; got -0\.1"),
-        (float("nan"), "`damping` must be a number that is not negative; got nan"),
-        (float("inf"), "`damping` must be a number that is not negative; got inf"),
-        (True, "`damping` must be a number that is not negative; got True"),
-        (None, "`damping` must be a number that is not negative; got None"),
-        ([0.1, 0.2], r"`damping` must be a number that is not negative; got \[0\.1, 0\.2\]"),
-        ("big", r"`damping` must be a number, .* or one of \"auto\", .*; got 'big'"),
-        ({"0": 0.1}, r"`damping` names the blocks \['0'\]; there are \['.*'\], and each needs one"),
-        ({"a": 0.1, "0": 1, "2": 1}, r"`damping` names the blocks \['a', '0', '2'\]; there are"),
-    ],
-)
+NO_DAMPINGS = [
+    (-0.1, r"`damping` must be a number that is not negative; got -0\.1"),
+    (float("nan"), "`damping` must be a number that is not negative; got nan"),
+    (float("inf"), "`damping` must be a number that is not negative; got inf"),
+    (True, "`damping` must be a number that is not negative; got True"),
+    (None, "`damping` must be a number that is not negative; got None"),
+    ([0.1, 0.2], r"`damping` must be a number that is not negative; got \[0\.1, 0\.2\]"),
+    ("big", r"`damping` must be a number, .* or one of \"auto\", .*; got 'big'"),
+    ({"0": 0.1}, r"`damping` names the blocks \['0'\]; there are \['.*'\], and each needs one"),
+    ({"a": 0.1, "0": 1, "2": 1}, r"`damping` names the blocks \['a', '0', '2'\]; there are"),
+]
+
+
+@in_turn("method, wrong", OURS, NO_DAMPINGS)
 def test_a_damping_that_cannot_be_meant(
-    model: nn.Module, refused: Any, method: str, damping: Any, match: str
+    model: nn.Module, refused: Any, method: str, wrong: tuple[Any, str]
 ) -> None:
+    damping, match = wrong
     with refused(model, InvalidArgumentError, match):
         make(method, model, damping=damping)
     explainer = make(method, model, damping=0.3)
@@ -247,8 +248,7 @@ def spoiled(place: int) -> TensorDataset:
 
 
 @every_method
-@pytest.mark.parametrize("place", [0, 7])
-@pytest.mark.parametrize("damping", [0.1, "auto"])
+@pytest.mark.parametrize(("place", "damping"), [(0, 0.1), (7, "auto")])
 def test_hessian_data_with_a_gradient_that_is_not_finite(
     model: nn.Module, refused: Any, method: str, place: int, damping: Any
 ) -> None:
