@@ -1,6 +1,5 @@
 """The applied learning rate of a ``checkpoint-N`` folder of Hugging Face's Trainer."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from influence_kit.learning_rates.closed_forms import is_scheduler
 from influence_kit.learning_rates.interpolation import rate_at
 from influence_kit.learning_rates.rate import APPLIED, Rate, one_rate
 from influence_kit.learning_rates.siblings import folders_beside, numbered_folders, rates_of
+from influence_kit.storage.given_files import read_json
 from influence_kit.storage.torch_files import values_of
 
 TRAINER_STATE = "trainer_state.json"
@@ -22,7 +22,7 @@ def trainer_state(path: Path) -> dict[str, Any] | None:
     file = path / TRAINER_STATE
     if not file.is_file():
         return None
-    state = json.loads(file.read_text())
+    state = read_json(file)
     return state if isinstance(state, dict) else None
 
 
@@ -121,8 +121,8 @@ def _logged_late(path: Path, logs: Logs, step: int, following: float | None) -> 
 def _version(path: Path) -> tuple[int, ...] | None:
     file = path / "config.json"
     try:
-        numbers = re.findall(r"\d+", json.loads(file.read_text())["transformers_version"])
-    except (OSError, ValueError, KeyError, TypeError):
+        numbers = re.findall(r"\d+", read_json(file)["transformers_version"])
+    except (ValueError, KeyError, TypeError):  # a version that is not known is guessed
         return None
     return tuple(int(number) for number in numbers[:2]) or None
 

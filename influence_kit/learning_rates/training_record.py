@@ -101,6 +101,8 @@ def _of_values(saved: State, path: Path | None = None) -> TrainingRecord:
 
 def _metadata(path: Path) -> dict[str, float]:
     """The numbers in the metadata of a safetensors file."""
+    if not path.is_file():  # opening a FIFO would wait for ever
+        return {}
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}

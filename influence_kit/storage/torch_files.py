@@ -8,14 +8,17 @@ from typing import Any
 import torch
 
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.storage.given_files import check_regular, check_unpacked
 
 
 def load_file(path: Path) -> Any:
     """Read a file.
 
     Raises:
-        InvalidArgumentError: where it is damaged, or holds other Python objects.
+        InvalidArgumentError: where it is damaged, is not an ordinary file, would unpack to far
+            more than its size, or holds other Python objects.
     """
+    check_unpacked(check_regular(path))
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch raise anything
@@ -40,9 +43,10 @@ def values_of(path: Path, mapped: bool = False) -> dict[str, Any]:
 
     Files of old versions of torch cannot be left on disk: they are read whole, unless ``mapped``.
     """
-    if not path.is_file():
+    if not path.is_file():  # also a FIFO, whose opening would wait for ever
         return {}
     try:
+        check_unpacked(path)
         try:
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:

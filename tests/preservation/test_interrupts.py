@@ -117,6 +117,19 @@ def test_an_interrupt_at_any_moment_leaves_the_model_as_it_was(model, action, un
     assert sum(arrived) >= 0.95 * len(arrived)
 
 
+def test_hooks_of_the_package_that_an_interrupt_left_are_removed(model, unchanged):
+    def own(*args):
+        return None
+
+    with unchanged(model), borrowed(model):
+        model[0].register_forward_hook(partial(to_its_end))
+        model[3].register_forward_pre_hook(to_its_end, with_kwargs=True)
+    with borrowed(model):
+        handle = model[0].register_forward_hook(own)  # as the forward of a model may
+    assert list(model[0]._forward_hooks.values()) == [own]
+    handle.remove()
+
+
 @pytest.mark.parametrize("at", range(1, 8))
 def test_an_interrupt_raised_without_a_signal_does_not_stop_the_restoration(
     model, unchanged, monkeypatch, at
