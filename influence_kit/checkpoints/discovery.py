@@ -8,16 +8,20 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from influence_kit.checkpoints import files as checkpoint_files
 from influence_kit.checkpoints.files import Contents
+from influence_kit.core.arguments import shown
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.rate import Rate
-from influence_kit.preservation.dropout_masks import set_masks
+from influence_kit.preservation.dropout_masks import checked_masks, set_masks
+from influence_kit.preservation.restore import load_whole
 
 LoadFunction = Callable[[nn.Module, Any], float]
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
@@ -98,7 +102,8 @@ def load_checkpoint(model: nn.Module, checkpoint: Any) -> float:
 
     Raises:
         InvalidArgumentError: if keys, shapes or kinds of numbers (complex, real) do not fit, before
-            anything is loaded; if the learning rate is not one number.
+            anything is loaded; if the learning rate is not one number; for a file that cannot be
+            read. The model then has the weights that it had before, which are copied for that.
 
     Warns:
         UserWarning: if the applied learning rate could only be estimated, or if a checkpoint of a
@@ -121,14 +126,31 @@ def load_with_rate(model: nn.Module, checkpoint: Any) -> Rate:
     """``load_checkpoint`` without its warnings; the learning rate with where it was found."""
     contents = checkpoint_files.read(checkpoint)
     weights = _fitting(model, contents, label_of(checkpoint))
-    model.load_state_dict(weights, strict=False)
-    set_masks(model, contents.masks)
+    masks = checked_masks(model, contents.masks)
+    load_whole(model, partial(_load, model, weights))
+    set_masks(model, masks)
     return contents.rate
+
+
+def _load(model: nn.Module, weights: dict[str, Any]) -> None:
+    try:
+        model.load_state_dict(weights, strict=False)
+    except Exception as error:  # of a layer's own loading, or of a kind of tensor without copies
+        raise InvalidArgumentError(
+            f"the model did not load the checkpoint, and has the weights it had before ({error}); "
+            "load it with a `checkpoints_load_func` of your own"
+        ) from error
 
 
 def _fitting(model: nn.Module, contents: Contents, label: str) -> dict[str, Any]:
     """The weights under the model's own keys, checked to fit."""
     expected = model.state_dict(keep_vars=True)
+    odd = [key for key in contents.weights if not isinstance(key, str)]
+    if odd:
+        raise InvalidArgumentError(
+            f"checkpoint {label} has the key {shown(odd[0])}; the keys of a state dict are names "
+            f"of parameters, such as {shown(next(iter(expected), 'weight'))}: pass the state dict"
+        )
     given = _rename(contents, set(expected))
     pointers = {v.data_ptr() for k, v in expected.items() if k in given and isinstance(v, Tensor)}
     missing = [
@@ -142,12 +164,12 @@ def _fitting(model: nn.Module, contents: Contents, label: str) -> dict[str, Any]
     shapes = [
         f"{key}: {list(value.shape)} where the model has {list(expected[key].shape)}"
         for key, value in given.items()
-        if isinstance(value, Tensor) and key in expected and value.shape != expected[key].shape
+        if _is_dense(value) and key in expected and value.shape != expected[key].shape
     ]
     kinds = [
-        f"{key}: {value.dtype} where the model has {expected[key].dtype}"
+        f"{key}: {_kind(value)} where the model has {_kind(expected[key])}"
         for key, value in given.items()
-        if _loses_a_part(value, expected.get(key))
+        if _is_of_another_kind(value, expected.get(key))
     ]
     if missing or unexpected or shapes or kinds:
         more = f", other kinds of numbers {_shown(kinds)}" if kinds else ""
@@ -159,10 +181,26 @@ def _fitting(model: nn.Module, contents: Contents, label: str) -> dict[str, Any]
     return given
 
 
-def _loses_a_part(value: Any, into: Any) -> bool:
-    """Whether a complex tensor would be copied into a real one, or the other way round."""
-    both = isinstance(value, Tensor) and isinstance(into, Tensor)
-    return both and value.is_complex() != into.is_complex()
+def _is_dense(value: Any) -> bool:
+    dense = isinstance(value, Tensor) and value.layout == torch.strided
+    return dense and not (value.is_nested or value.is_quantized)
+
+
+def _is_of_another_kind(value: Any, into: Any) -> bool:
+    """Whether a value cannot be copied into a tensor, or not without its imaginary part."""
+    if not _is_dense(into):
+        return isinstance(into, Tensor) and _kind(value) != _kind(into)
+    if not _is_dense(value) or (value.is_meta and not into.is_meta):
+        return True
+    return bool(value.is_complex() != into.is_complex())
+
+
+def _kind(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    if value.is_meta:
+        return f"{value.dtype} without values (meta)"
+    return str(value.dtype) if _is_dense(value) else f"{value.dtype} ({value.layout})"
 
 
 def _shown(items: Sequence[str], most: int = 5) -> str:

@@ -15,7 +15,7 @@ from influence_kit.core.locks import alone_with
 from influence_kit.core.random_states import same_random_states
 from influence_kit.preservation.caches import empty_caches
 from influence_kit.preservation.interrupts import INTERRUPTS, to_its_end, uninterrupted
-from influence_kit.preservation.module_state import ModuleState
+from influence_kit.preservation.module_state import ModuleState, Values
 from influence_kit.preservation.root_hooks import RootHooks
 from influence_kit.preservation.training_flags import Probe, TrainingFlags
 
@@ -169,3 +169,20 @@ def load_into(model: nn.Module, load: Callable[[], Loaded]) -> Loaded:
     """Run a load function; on a borrowed model, remove what the previous checkpoint left first."""
     inside = _IN_USE.get(model)
     return load() if inside is None else inside.load(load)
+
+
+@uninterrupted
+def load_whole(model: nn.Module, load: Callable[[], object]) -> None:
+    """Run a load function to its end, also if Ctrl-C is pressed; after an error undo it.
+
+    Of a model in use nothing is undone here: the values of its start are restored later.
+    """
+    if model in _IN_USE:
+        load()
+        return
+    values = Values(list(model.modules()))
+    try:
+        load()
+    except BaseException:
+        to_its_end(values.restore)
+        raise

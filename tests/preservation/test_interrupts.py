@@ -15,8 +15,6 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from influence_kit import TracInCP
-from influence_kit.checkpoints.discovery import load_checkpoint
-from influence_kit.checkpoints.same_objects import SameObjects
 from influence_kit.preservation.interrupts import to_its_end, uninterrupted
 from influence_kit.preservation.restore import borrowed
 
