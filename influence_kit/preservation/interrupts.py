@@ -71,7 +71,8 @@ class Interrupts:
             finally:
                 self._end()
 
-        self._held = held.__code__  # the same of all functions
+        code: Any = held
+        self._held = code.__code__  # the same of all functions
         return held
 
     def _begin(self) -> None:
@@ -88,7 +89,8 @@ class Interrupts:
         if self._depth:
             return
         try:
-            if not self._in_use and signal.getsignal(signal.SIGINT) is self:
+            handler: Any = signal.getsignal(signal.SIGINT)
+            if not self._in_use and handler is self:
                 signal.signal(signal.SIGINT, self._users)
         finally:
             self._deliver()

@@ -42,8 +42,8 @@ def check_regular(path: Path) -> Path:
     if not stat.S_ISREG(mode):
         kind = KINDS.get(stat.S_IFMT(mode), "no ordinary file")
         raise InvalidArgumentError(
-            f"'{path}' is {kind}, which is not opened; only ordinary files are read as checkpoints: "
-            "copy the checkpoint into one"
+            f"'{path}' is {kind}, which is not opened; only ordinary files are read: copy the "
+            "checkpoint into one"
         )
     return path
 
@@ -98,8 +98,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except RecursionError as error:
         raise InvalidArgumentError(
-            f"'{path}' is nested too deeply to be read; a Trainer nests its JSON files a few levels "
-            "deep: write the file again"
+            f"'{path}' is nested too deeply to be read; a Trainer nests its JSON files a few "
+            "levels deep: write the file again"
         ) from error
     except (OSError, ValueError) as error:
         raise InvalidArgumentError(

@@ -140,11 +140,14 @@ def test_an_interrupt_raised_without_a_signal_does_not_stop_the_restoration(
             raise KeyboardInterrupt("at once")
         return original(tensor, *args, **kwargs)
 
-    with unchanged(model), pytest.raises(KeyboardInterrupt, match="at once"), borrowed(model):
-        with torch.no_grad():
+    def use():
+        with borrowed(model), torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.add_(1)
-        monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+            monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+
+    with unchanged(model), pytest.raises(KeyboardInterrupt, match="at once"):
+        use()
     assert len(calls) >= at
 
 
