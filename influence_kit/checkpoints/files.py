@@ -6,6 +6,7 @@ folders of Hugging Face's ``Trainer`` and the folders of accelerate's ``save_sta
 and plain values are unpickled.
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -104,8 +105,17 @@ def _read_safetensors(path: Path) -> Contents:
     except SafetensorError as error:
         raise damaged(path, error) from error
     rate = stored_rate({k: _number(metadata[k]) for k in RATE_KEYS if k in metadata})
-    steps = [int(float(metadata[key])) for key in STEP_KEYS if key in metadata]
+    steps = [_step(key, _number(metadata[key])) for key in STEP_KEYS if key in metadata]
     return Contents(weights, steps[0] if steps else None, rate or NO_RATE)
+
+
+def _step(key: str, value: float | str) -> int:
+    """The step or epoch at which a checkpoint was saved."""
+    if isinstance(value, str) or not math.isfinite(value):
+        raise InvalidArgumentError(
+            f"a checkpoint's '{key}' is {shown(value)}; it must be a finite number, or be left out"
+        )
+    return int(value)
 
 
 def _number(text: str) -> float | str:
@@ -147,7 +157,8 @@ def _shards(path: Path) -> list[str]:
             "and of the files that hold them: copy it again"
         )
     for name in listed.values():
-        if not isinstance(name, str) or Path(name).name != name or re.search(r"[\\/:\0]", name):
+        beside = isinstance(name, str) and name.strip(".") and Path(name).name == name
+        if not beside or re.search(r"[\\/:\0]", name):
             raise InvalidArgumentError(
                 f"the index '{path}' names the file {shown(name)}, which is not read: the files of "
                 "an index must lie beside it, and be named without a folder; correct the index, or "
@@ -180,7 +191,7 @@ def _unwrap(saved: Any, path: Path | None = None) -> Contents:
     rate = stored_rate(around)
     if rate is None and wrapped:
         rate = wrapped_rate(saved, path)
-    steps = [int(saved[key]) for key in STEP_KEYS if isinstance(saved.get(key), int | float)]
+    steps = [_step(k, saved[k]) for k in STEP_KEYS if isinstance(saved.get(k), int | float)]
     return Contents(weights, steps[0] if steps else None, rate or NO_RATE, masks=saved.get(MASKS))
 
 

@@ -1,5 +1,6 @@
 """The training steps before a checkpoint, read from it without its weights."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +90,11 @@ def record_of(checkpoint: Any) -> TrainingRecord:
 def _of_values(saved: State, path: Path | None = None) -> TrainingRecord:
     """The record of a dict; an array with one of the known names is taken to be a weight."""
     own = {k: v for k, v in saved.items() if not (isinstance(v, Tensor) and v.dim())}
-    steps = [int(own[key]) for key in UPDATE_KEYS if is_one_number(own.get(key))]
+    steps = [
+        int(own[key])
+        for key in UPDATE_KEYS
+        if is_one_number(own.get(key)) and math.isfinite(own[key])
+    ]
     return TrainingRecord(
         wrapped_state(own, path),
         steps[0] if steps else None,

@@ -205,10 +205,12 @@ def test_a_fifo_beside_the_weights_is_not_waited_for(tmp_path, name):
 def test_an_archive_that_would_fill_the_memory_is_refused_before(tmp_path, model):
     # 2 GiB of zeros, compressed to 2 MiB
     path = tmp_path / "x.pt"
-    with zipfile.ZipFile(archive(path, {}), "a", zipfile.ZIP_DEFLATED) as target:
-        with target.open("archive/data/1", "w", force_zip64=True) as entry:
-            for _ in range(2**7):
-                entry.write(bytes(2**24))
+    with (
+        zipfile.ZipFile(archive(path, {}), "a", zipfile.ZIP_DEFLATED) as target,
+        target.open("archive/data/1", "w", force_zip64=True) as entry,
+    ):
+        for _ in range(2**7):
+            entry.write(bytes(2**24))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     match = r"has 2\.\d MB and would unpack to 2,147.5 MB; torch.save does not compress"
     with pytest.raises(InvalidArgumentError, match=match):
@@ -347,3 +349,44 @@ def test_masks_that_are_no_dict_of_masks_are_refused(model, unchanged, masks):
         pytest.raises(InvalidArgumentError, match=r"must be what dropout_ensemble made"),
     ):
         load_checkpoint(model, checkpoint)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "last"])
+def test_a_step_that_is_no_number_is_refused(tmp_path, value):
+    save_file({"weight": torch.ones(2)}, tmp_path / "x.safetensors", metadata={"epoch": value})
+    with pytest.raises(InvalidArgumentError, match=r"'epoch' is .*; it must be a finite number"):
+        read(tmp_path / "x.safetensors")
+    if value != "last":
+        with pytest.raises(InvalidArgumentError, match=r"'step' is (nan|inf); it must be a finite"):
+            read({"state_dict": {}, "step": float(value)})
+        assert record_of({"state_dict": {}, "step": float(value)}).steps is None
+
+
+WRONG_STATES = [
+    {"global_step": "many"},
+    {"global_step": -1},
+    {"global_step": float("inf")},
+    {"global_step": True},
+    {"max_steps": "x"},
+    {"max_steps": [1]},
+    {"log_history": {}},
+    {"log_history": 3},
+    {"log_history": [3]},
+    {"log_history": [{"step": "a", "learning_rate": 0.1}]},
+    {"log_history": [{"step": None, "learning_rate": 0.1}]},
+    {"log_history": [{"step": 1, "learning_rate": "x"}]},
+    {"log_history": [{"step": 1, "learning_rate": [0.1]}]},
+    {"log_history": [{"step": 1, "learning_rate": float("nan")}]},
+    {"log_history": [{"step": [1], "eval_loss": 0.1}]},
+]
+
+
+@pytest.mark.parametrize("change", WRONG_STATES, ids=str)
+def test_a_trainers_state_of_another_kind_is_refused(tmp_path, change):
+    save_file({"weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    state = {"global_step": 2, "log_history": [], **change}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    match = r"trainer_state.json' has .* where a Trainer writes .*; copy the folder again, or"
+    for use in (read, record_of, lambda path: select_checkpoints([path, path / "a"], 1)):
+        with pytest.raises(InvalidArgumentError, match=match):
+            use(tmp_path)
