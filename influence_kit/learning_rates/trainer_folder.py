@@ -13,6 +13,7 @@ from influence_kit.learning_rates.closed_forms import is_scheduler
 from influence_kit.learning_rates.interpolation import rate_at
 from influence_kit.learning_rates.rate import APPLIED, Rate, one_rate
 from influence_kit.learning_rates.siblings import folders_beside, numbered_folders, rates_of
+from influence_kit.learning_rates.state_errors import of_given_states
 from influence_kit.storage.given_files import read_json
 from influence_kit.storage.torch_files import values_of
 
@@ -71,6 +72,7 @@ def logged_rates(state: Mapping[str, Any]) -> Logs:
     return {int(entry["step"]): float(entry["learning_rate"]) for entry in entries}
 
 
+@of_given_states
 def trainer_rate(path: Path, state: Mapping[str, Any]) -> Rate:
     """The learning rate of the last update before a folder was saved.
 

@@ -20,6 +20,7 @@ from influence_kit.learning_rates.combined_file import (
 )
 from influence_kit.learning_rates.rate import NO_RATE, NONE, RATE_KEYS, Rate, is_one_number
 from influence_kit.learning_rates.rate import stored_rate as rate_of
+from influence_kit.learning_rates.state_errors import of_given_states
 from influence_kit.learning_rates.trainer_folder import (
     TRAINER_STATE,
     logged_rates,
@@ -68,6 +69,7 @@ class TrainingRecord:
         return {**self.logged, self.steps - 1: self.rate.value}
 
 
+@of_given_states
 def record_of(checkpoint: Any) -> TrainingRecord:
     """The record of a path or a dict in memory; an empty one for anything else.
 

@@ -41,9 +41,12 @@ def _refuse_large(path: Path) -> None:
     """Refuse a file that would take far more memory than its size, before any of it is read."""
     check_unpacked(path)
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith(".pkl")]
-            found = any(BYTEARRAY.search(archive.read(name)) for name in names)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = [name for name in archive.namelist() if name.endswith(".pkl")]
+                found = any(BYTEARRAY.search(archive.read(name)) for name in names)
+        except Exception as error:  # whatever is wrong with the archive: zlib, encryption, ...
+            raise damaged(path, error) from error
     else:
         with path.open("rb") as file:
             empty = not path.stat().st_size

@@ -390,3 +390,52 @@ def test_a_trainers_state_of_another_kind_is_refused(tmp_path, change):
     for use in (read, record_of, lambda path: select_checkpoints([path, path / "a"], 1)):
         with pytest.raises(InvalidArgumentError, match=match):
             use(tmp_path)
+
+
+WRONG_GROUPS = [3, [], [3], [{}], [{"lr": "x", "params": [0]}], [{"lr": [0.1], "params": [0]}]]
+
+
+@pytest.mark.parametrize("groups", WRONG_GROUPS, ids=str)
+@pytest.mark.parametrize("kind", ["memory", "file", "accelerate", "trainer"])
+def test_an_optimizers_state_of_another_kind_ends_in_a_clear_error_or_none(
+    tmp_path, unchanged, kind, groups
+):
+    model = nn.Linear(2, 1)
+    optimizer = {"state": {}, "param_groups": groups}
+    saved = {"state_dict": model.state_dict(), "optimizer": optimizer}
+    checkpoint = saved if kind == "memory" else tmp_path
+    if kind == "file":
+        checkpoint = tmp_path / "x.pt"
+        torch.save(saved, checkpoint)
+    elif kind != "memory":
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+        torch.save(optimizer, tmp_path / ("optimizer.bin" if kind[0] == "a" else "optimizer.pt"))
+        if kind == "trainer":
+            (tmp_path / "trainer_state.json").write_text('{"global_step": 3}')
+    try:
+        with unchanged(model):
+            rate = load_checkpoint(model, checkpoint)
+    except InvalidArgumentError as error:
+        where = "in memory" if kind == "memory" else str(tmp_path)
+        assert f"of '{where}" in str(error) or where in str(error)
+        assert "is not as torch saves it" in str(error)
+    else:
+        assert rate == 1.0
+        assert groups in ([], [{}], 3)
+
+
+def test_an_optimizers_state_of_another_kind_is_refused(unchanged):
+    model = nn.Linear(2, 1)
+    saved = {"state_dict": model.state_dict(), "optimizer": {"param_groups": 3}}
+    match = r"of a checkpoint in memory is not as torch saves it \(TypeError: .*\), so its learning"
+    for use in (lambda: load_checkpoint(model, saved), lambda: record_of(saved)):
+        with unchanged(model), pytest.raises(InvalidArgumentError, match=match):
+            use()
+
+
+def test_a_damaged_pickle_in_an_archive_is_refused(tmp_path):
+    path = archive(tmp_path / "x.pt", {})
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"collections", b"collectionz", 1))
+    with pytest.raises(InvalidArgumentError, match=r"cannot be read as a checkpoint.*Bad CRC"):
+        read(path)
