@@ -8,19 +8,20 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from influence_kit.checkpoints import files as checkpoint_files
-from influence_kit.checkpoints.files import Contents
+from influence_kit.checkpoints.fitting import fitting
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.rate import Rate
-from influence_kit.preservation.dropout_masks import set_masks
+from influence_kit.preservation.dropout_masks import checked_masks, set_masks
+from influence_kit.preservation.restore import load_whole
 
 LoadFunction = Callable[[nn.Module, Any], float]
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 # folders that training scripts write next to the final model
 RUN_FOLDER = re.compile(r"checkpoint-.*|(checkpoint|step|epoch)[-_]\d+")
 
@@ -98,7 +99,8 @@ def load_checkpoint(model: nn.Module, checkpoint: Any) -> float:
 
     Raises:
         InvalidArgumentError: if keys, shapes or kinds of numbers (complex, real) do not fit, before
-            anything is loaded; if the learning rate is not one number.
+            anything is loaded; if the learning rate is not one number; for a file that cannot be
+            read. The model then has the weights that it had before, which are copied for that.
 
     Warns:
         UserWarning: if the applied learning rate could only be estimated, or if a checkpoint of a
@@ -120,75 +122,21 @@ def load_checkpoint(model: nn.Module, checkpoint: Any) -> float:
 def load_with_rate(model: nn.Module, checkpoint: Any) -> Rate:
     """``load_checkpoint`` without its warnings; the learning rate with where it was found."""
     contents = checkpoint_files.read(checkpoint)
-    weights = _fitting(model, contents, label_of(checkpoint))
-    model.load_state_dict(weights, strict=False)
-    set_masks(model, contents.masks)
+    weights = fitting(model, contents, label_of(checkpoint))
+    masks = checked_masks(model, contents.masks)
+    load_whole(model, partial(_load, model, weights))
+    set_masks(model, masks)
     return contents.rate
 
 
-def _fitting(model: nn.Module, contents: Contents, label: str) -> dict[str, Any]:
-    """The weights under the model's own keys, checked to fit."""
-    expected = model.state_dict(keep_vars=True)
-    given = _rename(contents, set(expected))
-    pointers = {v.data_ptr() for k, v in expected.items() if k in given and isinstance(v, Tensor)}
-    missing = [
-        key
-        for key, value in expected.items()
-        if key not in given
-        and not (isinstance(value, Tensor) and value.numel() and value.data_ptr() in pointers)
-        and not (contents.is_adapter and "lora_" not in key)
-    ]
-    unexpected = [key for key in given if key not in expected]
-    shapes = [
-        f"{key}: {list(value.shape)} where the model has {list(expected[key].shape)}"
-        for key, value in given.items()
-        if isinstance(value, Tensor) and key in expected and value.shape != expected[key].shape
-    ]
-    kinds = [
-        f"{key}: {value.dtype} where the model has {expected[key].dtype}"
-        for key, value in given.items()
-        if _loses_a_part(value, expected.get(key))
-    ]
-    if missing or unexpected or shapes or kinds:
-        more = f", other kinds of numbers {_shown(kinds)}" if kinds else ""
+def _load(model: nn.Module, weights: dict[str, Any]) -> None:
+    try:
+        model.load_state_dict(weights, strict=False)
+    except Exception as error:  # of a layer's own loading, or of a kind of tensor without copies
         raise InvalidArgumentError(
-            f"checkpoint {label} does not fit the model: missing keys {_shown(missing)}, "
-            f"unexpected keys {_shown(unexpected)}, other shapes {_shown(shapes)}{more}; "
-            "pass checkpoints of this model"
-        )
-    return given
-
-
-def _loses_a_part(value: Any, into: Any) -> bool:
-    """Whether a complex tensor would be copied into a real one, or the other way round."""
-    both = isinstance(value, Tensor) and isinstance(into, Tensor)
-    return both and value.is_complex() != into.is_complex()
-
-
-def _shown(items: Sequence[str], most: int = 5) -> str:
-    rest = f" and {len(items) - most} more" if len(items) > most else ""
-    return f"{list(items[:most])}{rest}"
-
-
-def _rename(contents: Contents, expected: set[str]) -> dict[str, Any]:
-    """The weights, with wrappers' prefixes stripped or added if more keys fit then."""
-    best = dict(contents.weights)
-    if contents.is_adapter:  # the file's keys lack the adapter's name
-        best = {
-            key if key in expected else re.sub(r"\.(\w+)$", r".default.\1", key): value
-            for key, value in best.items()
-        }
-    renamings, stripped = [best], best
-    while prefix := next((p for p in PREFIXES if stripped and _all_start(stripped, p)), None):
-        # wrappers may be nested
-        stripped = {key.removeprefix(prefix): value for key, value in stripped.items()}
-        renamings.append(stripped)
-    renamings += [{p + key: value for key, value in best.items()} for p in PREFIXES]
-    return max(renamings, key=lambda weights: len(expected & set(weights)))
-
-
-def _all_start(weights: Mapping[str, Any], prefix: str) -> bool:
-    return all(key.startswith(prefix) for key in weights)
+            f"the model did not load the checkpoint, and has the weights it had before ({error}); "
+            "load it with a `checkpoints_load_func` of your own"
+        ) from error
 
 
 def label_of(checkpoint: Any) -> str:

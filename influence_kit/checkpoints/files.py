@@ -6,7 +6,8 @@ folders of Hugging Face's ``Trainer`` and the folders of accelerate's ``save_sta
 and plain values are unpickled.
 """
 
-import json
+import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,12 +17,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from influence_kit.core.arguments import shown
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.accelerate_folder import accelerate_rate
 from influence_kit.learning_rates.combined_file import wrapped_rate
 from influence_kit.learning_rates.rate import NO_RATE, RATE_KEYS, Rate, stored_rate
 from influence_kit.learning_rates.trainer_folder import trainer_rate, trainer_state
 from influence_kit.preservation.dropout_masks import MASKS
+from influence_kit.storage.given_files import check_regular, read_json
 from influence_kit.storage.tensor_files import UnreadableFileError, check_if_own
 from influence_kit.storage.torch_files import damaged, load_file
 
@@ -75,36 +78,46 @@ def read(checkpoint: Any) -> Contents:
             "rate"
         )
     path = Path(checkpoint)
-    if not path.exists():
+    if not os.path.lexists(path):
         raise InvalidArgumentError(f"there is no checkpoint '{path}'")
-    if path.is_dir():
-        contents = _read_folder(path)
-    elif path.suffix == ".safetensors":
-        contents = _read_safetensors(path)
-    elif path.suffix in TORCH_SUFFIXES:
-        contents = _unwrap(load_file(path), path)
-    else:
-        raise InvalidArgumentError(
-            f"'{path}' is not a checkpoint that can be read: its ending is not one of "
-            f"{', '.join(SUFFIXES)}; pass a `checkpoints_load_func` for your own file formats"
-        )
+    contents = _read_folder(path) if path.is_dir() else _read_file(path)
     if contents.step is None:
         numbers = re.findall(r"\d+", path.stem)
         contents = replace(contents, step=int(numbers[-1]) if numbers else None)
     return contents
 
 
+def _read_file(path: Path) -> Contents:
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in TORCH_SUFFIXES:
+        return _unwrap(load_file(path), path)
+    raise InvalidArgumentError(
+        f"'{path}' is not a checkpoint that can be read: its ending is not one of "
+        f"{', '.join(SUFFIXES)}; pass a `checkpoints_load_func` for your own file formats"
+    )
+
+
 def _read_safetensors(path: Path) -> Contents:
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with safe_open(check_regular(path), framework="pt", device="cpu") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
             metadata = file.metadata() or {}
         check_if_own(path, weights)
     except (SafetensorError, UnreadableFileError) as error:
         raise damaged(path, error) from error
     rate = stored_rate({k: _number(metadata[k]) for k in RATE_KEYS if k in metadata})
-    steps = [int(float(metadata[key])) for key in STEP_KEYS if key in metadata]
+    steps = [_step(key, _number(metadata[key])) for key in STEP_KEYS if key in metadata]
     return Contents(weights, steps[0] if steps else None, rate or NO_RATE)
+
+
+def _step(key: str, value: float | str) -> int:
+    """The step or epoch at which a checkpoint was saved."""
+    if isinstance(value, str) or not math.isfinite(value):
+        raise InvalidArgumentError(
+            f"a checkpoint's '{key}' is {shown(value)}; it must be a finite number, or be left out"
+        )
+    return int(value)
 
 
 def _number(text: str) -> float | str:
@@ -125,16 +138,42 @@ def _read_folder(path: Path) -> Contents:
     if not present:
         files = [ADAPTER_WEIGHTS]
     elif present[0].endswith(".json"):
-        index = json.loads((path / present[0]).read_text())
-        files = sorted(set(index["weight_map"].values()))
+        files = _shards(path / present[0])
     else:
         files = present[:1]
     for name in files:
-        weights.update(read(path / name).weights)
+        weights.update(_read_part(path / name).weights)
     state = trainer_state(path)
     rate = accelerate_rate(path) if state is None else trainer_rate(path, state)
     step = None if state is None else state.get("global_step")
     return Contents(weights, step, rate, is_adapter=not present)
+
+
+def _shards(path: Path) -> list[str]:
+    """The files that an index lists, which must be in its own folder."""
+    index = read_json(path)
+    listed = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(listed, dict) or not listed:
+        raise InvalidArgumentError(
+            f"the index '{path}' holds no 'weight_map'; it must be a dict of the names of weights "
+            "and of the files that hold them: copy it again"
+        )
+    for name in listed.values():
+        beside = isinstance(name, str) and name.strip(".") and Path(name).name == name
+        if not beside or re.search(r"[\\/:\0]", name):
+            raise InvalidArgumentError(
+                f"the index '{path}' names the file {shown(name)}, which is not read: the files of "
+                "an index must lie beside it, and be named without a folder; correct the index, or "
+                "remove it"
+            )
+    return sorted(set(listed.values()))
+
+
+def _read_part(path: Path) -> Contents:
+    """Read one of the files of a folder."""
+    if not os.path.lexists(path):
+        raise InvalidArgumentError(f"there is no checkpoint '{path}'")
+    return _read_file(path)
 
 
 def _unwrap(saved: Any, path: Path | None = None) -> Contents:
@@ -154,7 +193,7 @@ def _unwrap(saved: Any, path: Path | None = None) -> Contents:
     rate = stored_rate(around)
     if rate is None and wrapped:
         rate = wrapped_rate(saved, path)
-    steps = [int(saved[key]) for key in STEP_KEYS if isinstance(saved.get(key), int | float)]
+    steps = [_step(k, saved[k]) for k in STEP_KEYS if isinstance(saved.get(k), int | float)]
     return Contents(weights, steps[0] if steps else None, rate or NO_RATE, masks=saved.get(MASKS))
 
 

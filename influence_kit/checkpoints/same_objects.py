@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.preservation.interrupts import uninterrupted
 
 PARTS = {"modules": "_modules", "parameters": "_parameters", "buffers": "_buffers"}
 
@@ -47,6 +48,7 @@ class SameObjects:
     def __enter__(self) -> None:
         return
 
+    @uninterrupted
     def __exit__(
         self,
         kind: type[BaseException] | None,

@@ -9,11 +9,13 @@ from influence_kit.learning_rates.applied import TrainingState, applied_rate
 from influence_kit.learning_rates.closed_forms import is_scheduler
 from influence_kit.learning_rates.rate import Rate
 from influence_kit.learning_rates.siblings import folders_beside, rates_of
+from influence_kit.learning_rates.state_errors import of_given_states
 from influence_kit.storage.torch_files import values_of
 
 States = dict[str, Mapping[str, Any]]
 
 
+@of_given_states
 def accelerate_rate(path: Path) -> Rate:
     """From ``optimizer.bin`` and ``scheduler.bin``, or a scheduler registered for saving."""
     return applied_rate(accelerate_state(path)) or Rate(expected=_processes(path) > 0)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from influence_kit.core.arguments import shown
 from influence_kit.errors import InvalidArgumentError
 
 STORED, APPLIED, ESTIMATED, NONE = "stored", "applied", "estimated", "none"
@@ -88,8 +89,8 @@ def stored_rate(saved: Mapping[str, Any]) -> Rate | None:
             continue
         if not is_one_number(value):
             raise InvalidArgumentError(
-                f"a checkpoint's '{key}' is {value!r}; it must be the learning rate, one number "
-                "(with several parameter groups, the one that weights the checkpoint)"
+                f"a checkpoint's '{key}' is {shown(value)}; it must be the learning rate, one "
+                "number (with several parameter groups, the one that weights the checkpoint)"
             )
         return Rate(float(value), f"stored as '{key}'", STORED)
     return None

@@ -1,16 +1,20 @@
 """The applied learning rate of a ``checkpoint-N`` folder of Hugging Face's Trainer."""
 
-import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from influence_kit.core.arguments import shown
+from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.applied import TrainingState, applied_rate
 from influence_kit.learning_rates.closed_forms import is_scheduler
 from influence_kit.learning_rates.interpolation import rate_at
 from influence_kit.learning_rates.rate import APPLIED, Rate, one_rate
 from influence_kit.learning_rates.siblings import folders_beside, numbered_folders, rates_of
+from influence_kit.learning_rates.state_errors import of_given_states
+from influence_kit.storage.given_files import read_json
 from influence_kit.storage.torch_files import values_of
 
 TRAINER_STATE = "trainer_state.json"
@@ -22,8 +26,44 @@ def trainer_state(path: Path) -> dict[str, Any] | None:
     file = path / TRAINER_STATE
     if not file.is_file():
         return None
-    state = json.loads(file.read_text())
-    return state if isinstance(state, dict) else None
+    state = read_json(file)
+    if not isinstance(state, dict):
+        return None
+    _check_state(file, state)
+    return state
+
+
+def _check_state(file: Path, state: Mapping[str, Any]) -> None:
+    """Refuse a state whose steps and rates are not of the kinds that a Trainer writes."""
+    wrong = [
+        f"'{key}' {shown(state[key])} where a Trainer writes the number of a step"
+        for key in ("global_step", "max_steps")
+        if state.get(key) is not None and not _is_step(state[key], least=-1 if key[0] == "m" else 0)
+    ]
+    logs = state.get("log_history", [])
+    if not isinstance(logs, list) or not all(isinstance(entry, dict) for entry in logs):
+        wrong.append(f"'log_history' {shown(logs)} where a Trainer writes a list of dicts")
+    else:
+        wrong += [
+            f"the log {shown(entry)} where a Trainer writes a step and finite numbers"
+            for entry in logs
+            if ("step" in entry and not _is_step(entry["step"]))
+            or ("learning_rate" in entry and not _is_finite(entry["learning_rate"]))
+        ]
+    if wrong:
+        raise InvalidArgumentError(
+            f"'{file}' has {wrong[0]}; copy the folder again, or pass a `checkpoints_load_func` "
+            "that returns the learning rate"
+        )
+
+
+def _is_step(value: Any, least: int = 0) -> bool:
+    return _is_finite(value) and int(value) == value and value >= least
+
+
+def _is_finite(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def logged_rates(state: Mapping[str, Any]) -> Logs:
@@ -32,6 +72,7 @@ def logged_rates(state: Mapping[str, Any]) -> Logs:
     return {int(entry["step"]): float(entry["learning_rate"]) for entry in entries}
 
 
+@of_given_states
 def trainer_rate(path: Path, state: Mapping[str, Any]) -> Rate:
     """The learning rate of the last update before a folder was saved.
 
@@ -121,8 +162,8 @@ def _logged_late(path: Path, logs: Logs, step: int, following: float | None) -> 
 def _version(path: Path) -> tuple[int, ...] | None:
     file = path / "config.json"
     try:
-        numbers = re.findall(r"\d+", json.loads(file.read_text())["transformers_version"])
-    except (OSError, ValueError, KeyError, TypeError):
+        numbers = re.findall(r"\d+", read_json(file)["transformers_version"])
+    except (ValueError, KeyError, TypeError):  # a version that is not known is guessed
         return None
     return tuple(int(number) for number in numbers[:2]) or None
 

@@ -1,5 +1,6 @@
 """The training steps before a checkpoint, read from it without its weights."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from influence_kit.learning_rates.combined_file import (
 )
 from influence_kit.learning_rates.rate import NO_RATE, NONE, RATE_KEYS, Rate, is_one_number
 from influence_kit.learning_rates.rate import stored_rate as rate_of
+from influence_kit.learning_rates.state_errors import of_given_states
 from influence_kit.learning_rates.trainer_folder import (
     TRAINER_STATE,
     logged_rates,
@@ -67,6 +69,7 @@ class TrainingRecord:
         return {**self.logged, self.steps - 1: self.rate.value}
 
 
+@of_given_states
 def record_of(checkpoint: Any) -> TrainingRecord:
     """The record of a path or a dict in memory; an empty one for anything else.
 
@@ -89,7 +92,11 @@ def record_of(checkpoint: Any) -> TrainingRecord:
 def _of_values(saved: State, path: Path | None = None) -> TrainingRecord:
     """The record of a dict; an array with one of the known names is taken to be a weight."""
     own = {k: v for k, v in saved.items() if not (isinstance(v, Tensor) and v.dim())}
-    steps = [int(own[key]) for key in UPDATE_KEYS if is_one_number(own.get(key))]
+    steps = [
+        int(own[key])
+        for key in UPDATE_KEYS
+        if is_one_number(own.get(key)) and math.isfinite(own[key])
+    ]
     return TrainingRecord(
         wrapped_state(own, path),
         steps[0] if steps else None,
@@ -101,6 +108,8 @@ def _of_values(saved: State, path: Path | None = None) -> TrainingRecord:
 
 def _metadata(path: Path) -> dict[str, float]:
     """The numbers in the metadata of a safetensors file."""
+    if not path.is_file():  # opening a FIFO would wait for ever
+        return {}
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}

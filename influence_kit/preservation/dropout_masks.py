@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from influence_kit.core.arguments import shown
 from influence_kit.errors import InvalidArgumentError
 
 # the key of a checkpoint's masks
@@ -87,14 +88,46 @@ def set_masks(model: nn.Module, masks: Mapping[str, Any] | None) -> None:
         return
     layers = dict(model.named_modules())
     for name, rate in masks["rates"].items():
+        axis = masks["axes"].get(name)
+        hook = FixedMask(name, rate, masks["seed"], masks["member"], axis)
+        layers[name].register_forward_hook(hook)
+
+
+def checked_masks(model: nn.Module, masks: Any) -> Mapping[str, Any] | None:
+    """The masks of a checkpoint, if any, which must be those of ``dropout_ensemble`` for the model.
+
+    Raises:
+        InvalidArgumentError: for anything else.
+    """
+    if masks is None:
+        return None
+    if not _are_masks(masks):
+        raise InvalidArgumentError(
+            f"the checkpoint's '{MASKS}' is {shown(masks)}; it must be what dropout_ensemble "
+            "made: a dict with 'seed', 'member', 'rates' and 'axes'. Make the ensemble again"
+        )
+    layers = dict(model.named_modules())
+    for name in masks["rates"]:
         if name not in layers:
             raise InvalidArgumentError(
                 f"the checkpoint has a dropout mask for '{name}', a layer that the model does not "
                 "have; use the model that the ensemble was made of"
             )
-        axis = masks["axes"].get(name)
-        hook = FixedMask(name, rate, masks["seed"], masks["member"], axis)
-        layers[name].register_forward_hook(hook)
+    return dict(masks)
+
+
+def _are_masks(masks: Any) -> bool:
+    if not isinstance(masks, Mapping) or not {"seed", "member", "rates", "axes"} <= masks.keys():
+        return False
+    rates, axes = masks["rates"], masks["axes"]
+    numbers = isinstance(masks["seed"], int) and isinstance(masks["member"], int)
+    dicts = isinstance(rates, Mapping) and isinstance(axes, Mapping)
+    return (
+        numbers
+        and dicts
+        and all(isinstance(rate, float | int) and 0 <= rate < 1 for rate in rates.values())
+        and all(isinstance(axis, int) for axis in axes.values())
+    )
 
 
 def mask_numbers(model: nn.Module) -> list[float]:

@@ -8,7 +8,6 @@ from torch import nn
 
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.preservation.attributes import Attributes
-from influence_kit.preservation.dropout_masks import FixedMask
 
 HOOK_TABLES = (
     "_forward_hooks",
@@ -19,6 +18,7 @@ HOOK_TABLES = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+PACKAGE = f"{__name__.partition('.')[0]}."
 Table = dict[int, Any]
 Loaded = TypeVar("Loaded")
 
@@ -130,13 +130,20 @@ class Hooks:
 
     def restore(self) -> None:
         """Restore the hooks of the start; keep those that the model's forward installed since."""
+        # the key of a hook is the same in the tables of its options, and in no other
+        ours = {key for table in self._tables for key, hook in table.items() if _is_ours(hook)}
         for table, known, loaded in zip(self._tables, self._start, self._of_loads, strict=True):
-            ours = {key for key, hook in table.items() if isinstance(hook, FixedMask)}
             later = table.keys() - known.keys() - loaded.keys() - ours
             kept = {**known, **{key: table[key] for key in table if key in later}}
             if list(table) != list(kept):
                 table.clear()
                 table.update(kept)
+
+
+def _is_ours(hook: Any) -> bool:
+    """Whether a hook is of this package: one whose removal an interrupt prevented, or a mask."""
+    function = getattr(hook, "func", hook)  # of a partial
+    return str(getattr(function, "__module__", "")).startswith(PACKAGE)
 
 
 def _refuse_inference(model: nn.Module) -> None:

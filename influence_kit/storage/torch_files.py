@@ -2,20 +2,28 @@
 
 import pickle
 import re
+import zipfile
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.storage.given_files import check_regular, check_unpacked
+
+# the one type that torch unpickles and that takes its size from a number
+BYTEARRAY = re.compile(rb"c(__builtin__|builtins)\nbytearray\n")
 
 
 def load_file(path: Path) -> Any:
     """Read a file.
 
     Raises:
-        InvalidArgumentError: where it is damaged, or holds other Python objects.
+        InvalidArgumentError: where it is damaged, is not an ordinary file, would unpack to far
+            more than its size, or holds other Python objects.
     """
+    _refuse_large(check_regular(path))
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch raise anything
@@ -29,6 +37,27 @@ def load_file(path: Path) -> Any:
         ) from error
 
 
+def _refuse_large(path: Path) -> None:
+    """Refuse a file that would take far more memory than its size, before any of it is read."""
+    check_unpacked(path)
+    if zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = [name for name in archive.namelist() if name.endswith(".pkl")]
+                found = any(BYTEARRAY.search(archive.read(name)) for name in names)
+        except Exception as error:  # whatever is wrong with the archive: zlib, encryption, ...
+            raise damaged(path, error) from error
+    else:
+        with path.open("rb") as file:
+            empty = not path.stat().st_size
+            found = not empty and bool(BYTEARRAY.search(mmap(file.fileno(), 0, access=ACCESS_READ)))
+    if found:
+        raise InvalidArgumentError(
+            f"'{path}' holds a bytearray, which may take any amount of memory and is not made from "
+            "a file; save tensors and plain values, or pass a `checkpoints_load_func`"
+        )
+
+
 def damaged(path: Path, error: Exception) -> InvalidArgumentError:
     """The error about a file that cannot be read."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -40,9 +69,10 @@ def values_of(path: Path, mapped: bool = False) -> dict[str, Any]:
 
     Files of old versions of torch cannot be left on disk: they are read whole, unless ``mapped``.
     """
-    if not path.is_file():
+    if not path.is_file():  # also a FIFO, whose opening would wait for ever
         return {}
     try:
+        _refuse_large(path)
         try:
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:

@@ -1,9 +1,12 @@
 """Scores, labels and column heads as text."""
 
+import re
 from typing import Any
 
 from torch import Tensor
 
+# all but tab, line feed and carriage return; pages and fonts have nothing for them
+CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 Heads = tuple[str, str]
 
 # the defaults: what proponents and opponents did
@@ -30,4 +33,14 @@ def score_text(score: float) -> str:
 
 def label_text(label: Any) -> str:
     """A label as ``str`` shows its value, in its own precision."""
-    return str(label.numpy(force=True) if isinstance(label, Tensor) else label)
+    return plain_text(label.numpy(force=True) if isinstance(label, Tensor) else label)
+
+
+def plain_text(value: Any) -> str:
+    """A text of the type ``str`` itself, with control characters shown as U+FFFD.
+
+    A subclass may claim, by ``__html__``, to be HTML that is safe.
+    """
+    # `str` of a subclass of it may return that subclass
+    text = str.__str__(value if isinstance(value, str) else str(value))
+    return CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)

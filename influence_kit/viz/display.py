@@ -75,7 +75,7 @@ class Display:
                 and names differ.
         """
         if isinstance(example, str):
-            return self._text(example)
+            return self._text(str.__str__(example))
         try:
             values = as_tensor(example, "an example", "numbers")
         except InvalidArgumentError as error:

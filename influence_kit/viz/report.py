@@ -22,7 +22,12 @@ from influence_kit.core.arguments import (
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, numbers
 from influence_kit.scoring.reducers import KMostInfluentialResults
-from influence_kit.viz.captions import Heads, explains_output, heads_of, label_text
+from influence_kit.viz.captions import (
+    Heads,
+    explains_output,
+    heads_of,
+    label_text,
+)
 from influence_kit.viz.colours import NEGATIVE, POSITIVE
 from influence_kit.viz.display import QUERY_SIDE, Display, figure_address
 from influence_kit.viz.images import check_cmap
@@ -32,7 +37,14 @@ from influence_kit.viz.report_texts import (
     SUSPICION,
     name_and_formula,
 )
-from influence_kit.viz.sections import ExplainedTest, Labels, Section, TrainingSet, check_counts
+from influence_kit.viz.sections import (
+    ExplainedTest,
+    Labels,
+    Section,
+    TrainingSet,
+    check_counts,
+    plain_contents,
+)
 from influence_kit.viz.top_results import checked_heads
 
 CSS_PIXELS_PER_INCH = 96
@@ -249,7 +261,9 @@ class Report:
         )
         colours = {"positive": POSITIVE, "negative": NEGATIVE}
         page = environment.get_template("report.html")
-        return page.render(**self._head, sections=self._sections, colours=colours)
+        return page.render(
+            **plain_contents(self._head), sections=plain_contents(self._sections), colours=colours
+        )
 
     def write(self, path: str | Path) -> Path:
         """Write the page into a file, in UTF-8, and return the file's path.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from influence_kit.core.arguments import check_sequence
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.viz.captions import label_text, score_text
+from influence_kit.viz.captions import label_text, plain_text, score_text
 from influence_kit.viz.display import Display, Shown
 from influence_kit.viz.top_results import checked_results
 
@@ -140,3 +140,18 @@ def check_counts(count: int, kind: str, **given: Any) -> None:
             f"got {count} {kind} examples, and {counts}; there must be at least one, and one of "
             "each per example"
         )
+
+
+def plain_contents(item: Any) -> Any:
+    """The contents of the page with every text as a plain one, which the template escapes."""
+    if item is None or isinstance(item, bool | int | float):
+        return item
+    if isinstance(item, Mapping):
+        return {plain_text(key): plain_contents(value) for key, value in item.items()}
+    if isinstance(item, tuple) and hasattr(item, "_fields"):
+        return type(item)(*map(plain_contents, item))
+    return (
+        [plain_contents(part) for part in item]
+        if isinstance(item, list | tuple)
+        else plain_text(item)
+    )

@@ -16,7 +16,7 @@ from torch import Tensor
 from influence_kit.core.arguments import check_count, check_sequence, check_texts
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.scoring.reducers import KMostInfluentialResults
-from influence_kit.viz.captions import Heads, heads_of, label_text, score_text
+from influence_kit.viz.captions import Heads, heads_of, label_text, plain_text, score_text
 from influence_kit.viz.colours import NEGATIVE, NEUTRAL, POSITIVE
 from influence_kit.viz.top_results import checked_heads, checked_results
 
@@ -120,7 +120,7 @@ def influential_texts(
 
 def _wrapped(text: str, width: int, lines: int) -> list[str]:
     """The beginning of a text, its white space collapsed."""
-    wrapped = textwrap.wrap(" ".join(text.split()), width)
+    wrapped = textwrap.wrap(" ".join(plain_text(text).split()), width)
     shown = wrapped[:lines]
     if len(shown) < len(wrapped):
         # not textwrap's `max_lines`, which drops a long word altogether

@@ -1,0 +1,107 @@
+"""Files that users give, and that others may have made: looked at before they are opened or read.
+
+Opening a FIFO waits for ever, a small file may unpack to more than the memory, and JSON may be
+nested beyond what Python can parse.
+"""
+
+import json
+import os
+import stat
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from influence_kit.errors import InvalidArgumentError
+
+KINDS = {
+    stat.S_IFIFO: "a FIFO (named pipe)",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+# what a file may unpack to: torch.save does not compress, so these are generous
+MOST_TIMES, ALWAYS_BYTES = 8, 2**26
+MOST_JSON_BYTES = 2**26
+
+
+def check_regular(path: Path) -> Path:
+    """The path, which must lead to an ordinary file; links are followed.
+
+    Raises:
+        InvalidArgumentError: where there is none, or a FIFO, socket, device or folder, whose
+            opening could wait for ever; for a link to itself.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InvalidArgumentError(
+            f"'{path}' cannot be opened ({reason}); pass the path of a file that exists"
+        ) from error
+    if not stat.S_ISREG(mode):
+        kind = KINDS.get(stat.S_IFMT(mode), "no ordinary file")
+        raise InvalidArgumentError(
+            f"'{path}' is {kind}, which is not opened; only ordinary files are read: copy the "
+            "checkpoint into one"
+        )
+    return path
+
+
+def check_unpacked(path: Path) -> Path:
+    """The path of a file, which must not unpack to far more than its own size.
+
+    Only the directory of a zip archive is read. A file that is not an archive is not unpacked.
+
+    Raises:
+        InvalidArgumentError: for an archive that would take more than 64 MiB and 8 times its size.
+    """
+    if not zipfile.is_zipfile(path):
+        return path
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise InvalidArgumentError(
+            f"'{path}' cannot be read as a checkpoint: the directory of its archive is damaged "
+            f"({error}); copy or save it again"
+        ) from error
+    size = path.stat().st_size
+    if unpacked > max(ALWAYS_BYTES, MOST_TIMES * size):
+        raise InvalidArgumentError(
+            f"'{path}' has {_megabytes(size)} and would unpack to {_megabytes(unpacked)}; "
+            f"torch.save does not compress, so at most {MOST_TIMES} times the size of the file (or "
+            f"{_megabytes(ALWAYS_BYTES)}) is unpacked. If you trust the file, load it with "
+            "torch.load and save it again with torch.save"
+        )
+    return path
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def read_json(path: Path) -> Any:
+    """The contents of a JSON file.
+
+    Raises:
+        InvalidArgumentError: for a file that is not JSON in UTF-8, is larger than 64 MiB, or is
+            nested too deeply.
+    """
+    size = check_regular(path).stat().st_size
+    if size > MOST_JSON_BYTES:
+        raise InvalidArgumentError(
+            f"'{path}' has {_megabytes(size)}; JSON files of at most {_megabytes(MOST_JSON_BYTES)} "
+            "are read. Remove what is not needed from it (a Trainer's 'log_history', say)"
+        )
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise InvalidArgumentError(
+            f"'{path}' is nested too deeply to be read; a Trainer nests its JSON files a few "
+            "levels deep: write the file again"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise InvalidArgumentError(
+            f"'{path}' cannot be read as JSON ({error}); copy it again, or write it again"
+        ) from error
