@@ -412,13 +412,15 @@ def test_an_optimizers_state_of_another_kind_ends_in_a_clear_error_or_none(
         torch.save(optimizer, tmp_path / ("optimizer.bin" if kind[0] == "a" else "optimizer.pt"))
         if kind == "trainer":
             (tmp_path / "trainer_state.json").write_text('{"global_step": 3}')
+    refusal, rate = "", None
     try:
         with unchanged(model):
             rate = load_checkpoint(model, checkpoint)
     except InvalidArgumentError as error:
-        where = "in memory" if kind == "memory" else str(tmp_path)
-        assert f"of '{where}" in str(error) or where in str(error)
-        assert "is not as torch saves it" in str(error)
+        refusal = str(error)
+    if rate is None:
+        assert ("in memory" if kind == "memory" else str(tmp_path)) in refusal
+        assert "is not as torch saves it" in refusal
     else:
         assert rate == 1.0
         assert groups in ([], [{}], 3)
