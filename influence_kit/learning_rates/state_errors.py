@@ -10,7 +10,15 @@ from influence_kit.errors import InvalidArgumentError
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 # what reading a value of another kind raises; a state has too many entries to check each before
-OTHER_KINDS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+OTHER_KINDS = (
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    NameError,  # a loop over nothing
+)
 
 
 def of_given_states(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

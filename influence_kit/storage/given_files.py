@@ -22,6 +22,7 @@ KINDS = {
 }
 # what a file may unpack to: torch.save does not compress, so these are generous
 MOST_TIMES, ALWAYS_BYTES = 8, 2**26
+ARCHIVE = b"PK\x03\x04"
 MOST_JSON_BYTES = 2**26
 
 
@@ -56,15 +57,15 @@ def check_unpacked(path: Path) -> Path:
     Raises:
         InvalidArgumentError: for an archive that would take more than 64 MiB and 8 times its size.
     """
-    if not zipfile.is_zipfile(path):
+    if not is_archive(path):
         return path
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise InvalidArgumentError(
-            f"'{path}' cannot be read as a checkpoint: the directory of its archive is damaged "
-            f"({error}); copy or save it again"
+            f"'{path}' cannot be read as a checkpoint: is it whole? (the directory of its archive "
+            f"is damaged: {error}); copy or save it again"
         ) from error
     size = path.stat().st_size
     if unpacked > max(ALWAYS_BYTES, MOST_TIMES * size):
@@ -75,6 +76,12 @@ def check_unpacked(path: Path) -> Path:
             "torch.load and save it again with torch.save"
         )
     return path
+
+
+def is_archive(path: Path) -> bool:
+    """Whether torch reads a file as a zip archive: by its first bytes, unlike ``zipfile``."""
+    with path.open("rb") as file:
+        return file.read(len(ARCHIVE)) == ARCHIVE
 
 
 def _megabytes(count: int) -> str:

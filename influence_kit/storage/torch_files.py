@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.storage.given_files import check_regular, check_unpacked
+from influence_kit.storage.given_files import check_regular, check_unpacked, is_archive
 
 # the one type that torch unpickles and that takes its size from a number
 BYTEARRAY = re.compile(rb"c(__builtin__|builtins)\nbytearray\n")
@@ -40,11 +40,12 @@ def load_file(path: Path) -> Any:
 def _refuse_large(path: Path) -> None:
     """Refuse a file that would take far more memory than its size, before any of it is read."""
     check_unpacked(path)
-    if zipfile.is_zipfile(path):
+    if is_archive(path):
         try:
             with zipfile.ZipFile(path) as archive:
-                names = [name for name in archive.namelist() if name.endswith(".pkl")]
-                found = any(BYTEARRAY.search(archive.read(name)) for name in names)
+                # entries, not names: of two with one name each may be read
+                pickles = [e for e in archive.infolist() if e.filename.endswith(".pkl")]
+                found = any(BYTEARRAY.search(archive.read(entry)) for entry in pickles)
         except Exception as error:  # whatever is wrong with the archive: zlib, encryption, ...
             raise damaged(path, error) from error
     else:

@@ -574,7 +574,11 @@ def _text(path: Path) -> None:
             _whole,
             r"a.pt' holds a torch.nn.modules.container.Sequential beside tensors and is",
         ),
-        ("a.ckpt", _cut, r"a.ckpt' cannot be read as a checkpoint: is it whole\? \(PytorchStream"),
+        (
+            "a.ckpt",
+            _cut,
+            r"a.ckpt' cannot be read as a checkpoint: is it whole\? \(the directory of its archive",
+        ),
         ("a.pt", _text, r"a.pt' cannot be read as a checkpoint"),
         ("a.pt", Path.touch, r"a.pt' cannot be read as a checkpoint"),
         ("a.safetensors", _text, r"a.safetensors' cannot be read as a checkpoint: is it whole"),
