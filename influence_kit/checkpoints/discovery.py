@@ -6,20 +6,25 @@
 import glob
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from influence_kit.checkpoints import files as checkpoint_files
 from influence_kit.checkpoints.files import Contents
+from influence_kit.core.arguments import shown
+from influence_kit.core.objects import check_model
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.rate import Rate
 from influence_kit.preservation.dropout_masks import set_masks
 
 LoadFunction = Callable[[nn.Module, Any], float]
+# what can be iterated over and is no list of checkpoints, or has no order
+NO_LISTS = (Mapping, Set, bytes, Tensor, nn.Module)
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 # folders that training scripts write next to the final model
 RUN_FOLDER = re.compile(r"checkpoint-.*|(checkpoint|step|epoch)[-_]\d+")
@@ -38,11 +43,16 @@ def find_checkpoints(checkpoints: Any, any_file: bool = False) -> list[Any]:
     """
     if isinstance(checkpoints, str | Path):
         return _find_paths(checkpoints, any_file)
-    if isinstance(checkpoints, Mapping) or not isinstance(checkpoints, Iterable):
+    if isinstance(checkpoints, NO_LISTS) or not isinstance(checkpoints, Iterable):
         raise InvalidArgumentError(
             "Invalid checkpoints provided for TracIn class: expected a folder, a glob or an "
             f"iterable of checkpoints, got a {type(checkpoints).__name__}; put a single one into a "
             "list"
+        )
+    if getattr(checkpoints, "ndim", 1) == 0:
+        raise InvalidArgumentError(
+            "Invalid checkpoints provided for TracIn class: a single value, "
+            f"{shown(checkpoints)}; put a single checkpoint into a list"
         )
     found = list(checkpoints)
     if not found:
@@ -119,6 +129,7 @@ def load_checkpoint(model: nn.Module, checkpoint: Any) -> float:
 
 def load_with_rate(model: nn.Module, checkpoint: Any) -> Rate:
     """``load_checkpoint`` without its warnings; the learning rate with where it was found."""
+    check_model(model)
     contents = checkpoint_files.read(checkpoint)
     weights = _fitting(model, contents, label_of(checkpoint))
     model.load_state_dict(weights, strict=False)
@@ -140,9 +151,9 @@ def _fitting(model: nn.Module, contents: Contents, label: str) -> dict[str, Any]
     ]
     unexpected = [key for key in given if key not in expected]
     shapes = [
-        f"{key}: {list(value.shape)} where the model has {list(expected[key].shape)}"
+        f"{key}: {_shape_of(value)} where the model has {list(expected[key].shape)}"
         for key, value in given.items()
-        if isinstance(value, Tensor) and key in expected and value.shape != expected[key].shape
+        if isinstance(expected.get(key), Tensor) and not _has_shape(value, expected[key].shape)
     ]
     kinds = [
         f"{key}: {value.dtype} where the model has {expected[key].dtype}"
@@ -157,6 +168,19 @@ def _fitting(model: nn.Module, contents: Contents, label: str) -> dict[str, Any]
             "pass checkpoints of this model"
         )
     return given
+
+
+def _has_shape(value: Any, shape: Sequence[int]) -> bool:
+    """Whether a value is a tensor of that shape whose numbers can be copied."""
+    is_held = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    return is_held and value.shape == shape
+
+
+def _shape_of(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    kind = "meta " if value.is_meta else "" if value.layout == torch.strided else "sparse "
+    return f"{kind}{list(value.shape)}"
 
 
 def _loses_a_part(value: Any, into: Any) -> bool:

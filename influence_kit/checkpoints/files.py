@@ -6,7 +6,7 @@ folders of Hugging Face's ``Trainer`` and the folders of accelerate's ``save_sta
 and plain values are unpickled.
 """
 
-import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,13 +16,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from influence_kit.core.arguments import shown
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.accelerate_folder import accelerate_rate
 from influence_kit.learning_rates.combined_file import wrapped_rate
 from influence_kit.learning_rates.rate import NO_RATE, RATE_KEYS, Rate, stored_rate
 from influence_kit.learning_rates.trainer_folder import trainer_rate, trainer_state
 from influence_kit.preservation.dropout_masks import MASKS
-from influence_kit.storage.torch_files import damaged, load_file
+from influence_kit.storage.torch_files import damaged, load_file, read_json
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")
@@ -101,8 +102,8 @@ def _read_safetensors(path: Path) -> Contents:
     except SafetensorError as error:
         raise damaged(path, error) from error
     rate = stored_rate({k: _number(metadata[k]) for k in RATE_KEYS if k in metadata})
-    steps = [int(float(metadata[key])) for key in STEP_KEYS if key in metadata]
-    return Contents(weights, steps[0] if steps else None, rate or NO_RATE)
+    step = step_of({key: _number(metadata[key]) for key in STEP_KEYS if key in metadata})
+    return Contents(weights, step, rate or NO_RATE)
 
 
 def _number(text: str) -> float | str:
@@ -123,16 +124,34 @@ def _read_folder(path: Path) -> Contents:
     if not present:
         files = [ADAPTER_WEIGHTS]
     elif present[0].endswith(".json"):
-        index = json.loads((path / present[0]).read_text())
-        files = sorted(set(index["weight_map"].values()))
+        files = _listed(path / present[0])
     else:
         files = present[:1]
     for name in files:
         weights.update(read(path / name).weights)
     state = trainer_state(path)
     rate = accelerate_rate(path) if state is None else trainer_rate(path, state)
-    step = None if state is None else state.get("global_step")
+    step = None if state is None else step_of(state)
     return Contents(weights, step, rate, is_adapter=not present)
+
+
+def _listed(index: Path) -> list[str]:
+    """The files of a sharded model: names in the folder of their index, and no others."""
+    held = read_json(index)
+    files = held.get("weight_map") if isinstance(held, dict) else None
+    names = list(files.values()) if isinstance(files, dict) else []
+    wrong = [name for name in names if not _is_shard(name)]
+    if not names or wrong:
+        what = f"names {shown(wrong[0])}" if wrong else "has no `weight_map` {weight: file}"
+        raise InvalidArgumentError(
+            f"'{index}' {what}; an index lists files in its own folder, which end in "
+            f"{', '.join(SUFFIXES)}: save the model again, or pass a `checkpoints_load_func`"
+        )
+    return sorted(set(names))
+
+
+def _is_shard(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name and Path(name).suffix in SUFFIXES
 
 
 def _unwrap(saved: Any, path: Path | None = None) -> Contents:
@@ -152,8 +171,30 @@ def _unwrap(saved: Any, path: Path | None = None) -> Contents:
     rate = stored_rate(around)
     if rate is None and wrapped:
         rate = wrapped_rate(saved, path)
-    steps = [int(saved[key]) for key in STEP_KEYS if isinstance(saved.get(key), int | float)]
-    return Contents(weights, steps[0] if steps else None, rate or NO_RATE, masks=saved.get(MASKS))
+    _refuse_odd_keys(weights, path)
+    return Contents(weights, step_of(saved), rate or NO_RATE, masks=saved.get(MASKS))
+
+
+def step_of(saved: Mapping[str, Any]) -> int | None:
+    """The step or epoch in a dict; None where there is no finite number."""
+    values = (saved.get(key) for key in STEP_KEYS)
+    found = (value for value in values if type(value) is int or _is_finite(value))
+    step = next(found, None)
+    return None if step is None else int(step)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _refuse_odd_keys(weights: Mapping[Any, Any], path: Path | None) -> None:
+    odd = [key for key in weights if not isinstance(key, str)]
+    if odd:
+        raise InvalidArgumentError(
+            f"the checkpoint {'in memory' if path is None else repr(str(path))} has the key "
+            f"{shown(odd[0])} among its weights; keys must be str, the names of a model's "
+            "parameters: save `model.state_dict()`"
+        )
 
 
 def _is_array(value: Any) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate
 
 from influence_kit.core.arguments import check_count, check_number
+from influence_kit.core.objects import is_one_of
 from influence_kit.curvature.curvature import Curvature
 from influence_kit.curvature.damping import DampingArgument
 from influence_kit.curvature.fit_data import FitData
@@ -53,7 +54,7 @@ class LiSSA(OperatorInverse):
         if hessian_batch_size is not None:
             hessian_batch_size = check_count(hessian_batch_size, "hessian_batch_size")
         self.hessian_batch_size = hessian_batch_size
-        if scale != "auto":
+        if not is_one_of(scale, ("auto",)):
             scale = check_number(scale, "scale", above=0, instead='"auto"')
         self.scale = scale
 

@@ -11,7 +11,8 @@ from influence_kit.learning_rates.closed_forms import is_scheduler
 from influence_kit.learning_rates.interpolation import rate_at
 from influence_kit.learning_rates.rate import APPLIED, Rate, one_rate
 from influence_kit.learning_rates.siblings import folders_beside, numbered_folders, rates_of
-from influence_kit.storage.torch_files import values_of
+from influence_kit.learning_rates.state_checks import check_states, check_trainer_state
+from influence_kit.storage.torch_files import read_json, values_of
 
 TRAINER_STATE = "trainer_state.json"
 Logs = dict[int, float]
@@ -22,8 +23,9 @@ def trainer_state(path: Path) -> dict[str, Any] | None:
     file = path / TRAINER_STATE
     if not file.is_file():
         return None
-    state = json.loads(file.read_text())
-    return state if isinstance(state, dict) else None
+    state = read_json(file)
+    check_trainer_state(state, file)
+    return dict(state)
 
 
 def logged_rates(state: Mapping[str, Any]) -> Logs:
@@ -43,6 +45,7 @@ def trainer_rate(path: Path, state: Mapping[str, Any]) -> Rate:
         InvalidArgumentError: if parameter groups have different rates.
     """
     scheduler, logs = values_of(path / "scheduler.pt"), logged_rates(state)
+    check_states([], [scheduler], f"'{path / 'scheduler.pt'}'")
     step = int(state.get("global_step") or max(logs, default=0))
     following = one_rate(scheduler["_last_lr"]) if scheduler.get("_last_lr") else None
     evaluated = _from_scheduler(path, state, scheduler)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from influence_kit.core.dtypes import as_bytes
+from influence_kit.core.objects import check_path
 from influence_kit.data.batches import Batch, map_tensors
 from influence_kit.errors import InvalidArgumentError
 
@@ -36,7 +37,7 @@ def write_folder(
     folder: str | Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
 ) -> None:
     """Write tensors and what they belong to; a folder written before is replaced."""
-    path = Path(folder)
+    path = check_path(folder, "folder")
     path.mkdir(parents=True, exist_ok=True)
     (path / MANIFEST).unlink(missing_ok=True)
     part = path / f"{TENSORS}.part"
@@ -81,7 +82,7 @@ def read_folder(folder: str | Path, description: Mapping[str, Any]) -> dict[str,
         InvalidArgumentError: where there is no such folder, or it belongs to something else; with
             every difference.
     """
-    manifest = read_manifest(Path(folder), "save it again")
+    manifest = read_manifest(check_path(folder, "folder"), "save it again")
     found = differences(manifest, {"format": FORMAT, **description})
     if found:
         raise InvalidArgumentError(

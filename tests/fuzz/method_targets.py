@@ -452,7 +452,11 @@ def _parts() -> list[Target]:
         def call(**given: Any) -> Any:
             return question(
                 ik.InfluenceFunction(
-                    network(), train(), checkpoints(), inverse=part(**given), loss_fn=nn.CrossEntropyLoss()
+                    network(),
+                    train(),
+                    checkpoints(),
+                    inverse=part(**given),
+                    loss_fn=nn.CrossEntropyLoss(),
                 )
             )
 
@@ -527,12 +531,12 @@ def _operators() -> list[Target]:
         "NystromPreconditioner",
     ):
         call = getattr(operators, name)
-        good = arguments_of(call) | {k: own[k] for k in inspect.signature(call).parameters if k in own}
+        good = arguments_of(call) | {
+            k: own[k] for k in inspect.signature(call).parameters if k in own
+        }
         if name == "lissa":
             good["steps"] = is_(None)
-        targets.append(
-            target(name, lambda call=call, **given: used(call, given), good, fine)
-        )
+        targets.append(target(name, lambda call=call, **given: used(call, given), good, fine))
     return targets
 
 

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from influence_kit.core.arguments import shown
 from influence_kit.core.dtypes import exact
 from influence_kit.core.scaling import powers_of, times_powers, unit_rows
 from influence_kit.errors import InvalidArgumentError
@@ -76,6 +77,9 @@ def zero_pairs(test: Tensor, train: Tensor) -> Tensor:
 
 
 def _flat(vectors: Tensor) -> Tensor:
+    is_dense = isinstance(vectors, Tensor) and vectors.layout == torch.strided
+    if not is_dense or vectors.is_meta or vectors.dim() == 0:
+        raise InvalidArgumentError(f"distances are of dense tensors [n, *]; got {shown(vectors)}")
     if vectors.is_complex():
         raise InvalidArgumentError(
             f"activations of {vectors.dtype} have no distance here: name a layer whose output is "
