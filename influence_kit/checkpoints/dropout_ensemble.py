@@ -17,6 +17,8 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.preservation.dropout_masks import MASKS
 from influence_kit.preservation.restore import borrowed
 
+# members, each a dict in the list that is returned
+MOST = 10**6
 Rates = float | Mapping[str, float] | None
 
 
@@ -75,7 +77,7 @@ def dropout_ensemble(
         torch.Size([4, 8])
     """
     check_model(model)
-    n, seed = check_count(n, "n"), check_count(seed, "seed", least=0)
+    n, seed = check_count(n, "n", most=MOST), check_count(seed, "seed", least=0)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, _DropoutNd)}
     rates = _rates(model, layers, p)
     chosen = _axes(axes)

@@ -29,6 +29,11 @@ def check_model(value: Any, name: str = "model") -> nn.Module:
 def check_functions(values: Mapping[str, Any], call: str) -> None:
     """Refuse what is neither None nor callable, by the argument's name."""
     for name, value in values.items():
+        if isinstance(value, type):
+            raise InvalidArgumentError(
+                f"`{name}` must be a function, called as {call}; got the class {value.__name__}: "
+                f"pass an object of it, {value.__name__}()"
+            )
         if value is not None:
             check_function(value, name, call)
 

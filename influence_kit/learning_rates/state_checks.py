@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from torch import Tensor
+
 from influence_kit.core.arguments import shown
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.rate import is_one_number
@@ -60,8 +62,11 @@ def _check_scheduler(scheduler: State, where: str, depth: int = 0) -> None:
         if key in scheduler and not _is_finite(scheduler[key]):
             _refuse(where, key, scheduler[key], "a finite number")
     for key in LISTS:
-        if not _are_numbers(scheduler.get(key)):
+        if not _are_numbers(scheduler.get(key, [])):
             _refuse(where, key, scheduler[key], "a list of finite numbers")
+    for key, value in scheduler.items():
+        if isinstance(value, Tensor) and not _is_finite(value):
+            _refuse(where, key, value, "a number")
     parts = scheduler.get("_schedulers", [])
     fine = isinstance(parts, list | tuple) and all(isinstance(part, Mapping) for part in parts)
     if not fine or ("_schedulers" in scheduler and not parts) or depth > DEEPEST:
@@ -74,13 +79,13 @@ def _check_scheduler(scheduler: State, where: str, depth: int = 0) -> None:
 
 def _check_milestones(scheduler: State, parts: int, where: str) -> None:
     milestones = scheduler["_milestones"]
-    if milestones is None or not _are_numbers(milestones) or parts != len(milestones) + 1:
+    if not _are_numbers(milestones) or parts != len(milestones) + 1:
         _refuse(where, "_milestones", milestones, f"a list of {max(parts - 1, 0)} numbers")
 
 
 def has_usual_rates(scheduler: State) -> bool:
     """Whether another checkpoint's scheduler can be compared: its rates are lists of numbers."""
-    return _are_numbers(scheduler.get("_last_lr")) and _are_numbers(scheduler.get("base_lrs"))
+    return all(_are_numbers(scheduler.get(key, [])) for key in ("_last_lr", "base_lrs"))
 
 
 def check_trainer_state(state: Any, file: Path) -> None:
@@ -112,8 +117,6 @@ def _is_finite(value: Any) -> bool:
 
 
 def _are_numbers(values: Any) -> bool:
-    if values is None:
-        return True
     return isinstance(values, list | tuple) and all(_is_finite(value) for value in values)
 
 

@@ -126,7 +126,7 @@ class Loss:
         while isinstance(formula, partial):
             formula = formula.func
         named = formula if hasattr(formula, "__qualname__") else type(formula)
-        home = str(named.__module__)
+        home = str(getattr(named, "__module__", None))
         return self._is_models_own or home.startswith(("torch.nn.", "influence_kit."))
 
     def returned(self, outputs: Any, targets: Any) -> Tensor:

@@ -67,7 +67,7 @@ def _margins(outputs: Any, targets: Any, shift: int | None) -> tuple[Tensor, Ten
         raise _refusal(str(error)) from None
     if any(t.is_meta or t.layout != torch.strided for t in (logits, labels)):
         raise _refusal("the outputs or targets are a sparse or meta tensor")
-    if logits.is_complex():
+    if not logits.is_floating_point():
         raise _refusal(f"the outputs are {logits.dtype}, for which there is no softmax")
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise _refusal(f"the targets are {labels.dtype}, not class labels")

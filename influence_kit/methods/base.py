@@ -391,6 +391,8 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
 
 
 def _check_functions(load: Any, loss: Any, test_loss: Any, test_output: Any) -> None:
-    check_function(load, "checkpoints_load_func", "checkpoints_load_func(model, checkpoint)")
+    if load is None:
+        check_function(load, "checkpoints_load_func", "checkpoints_load_func(model, checkpoint)")
+    check_functions({"checkpoints_load_func": load}, "checkpoints_load_func(model, checkpoint)")
     losses = {"loss_fn": loss, "test_loss_fn": test_loss, "test_output_fn": test_output}
     check_functions(losses, "fn(outputs, targets)")

@@ -108,6 +108,7 @@ class ExampleBatches:
 
     def add_given(self, data: Any, name: str) -> None:
         """Check the data of an argument at once, where it is in batches already."""
+        refuse_no_data(data, name)
         if not is_dataset(data):
             self.add(as_loader(data, None, name), name)
 

@@ -16,7 +16,7 @@ from influence_kit.core.arguments import check_function, shown
 from influence_kit.core.objects import is_one_of
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.operators.low_rank import LowRank, arnoldi, nystrom
-from influence_kit.operators.operator import Operator, check_operator
+from influence_kit.operators.operator import Operator, check_operator, check_vectors
 from influence_kit.operators.partition import Partition
 from influence_kit.operators.products import (
     Mode,
@@ -57,6 +57,7 @@ class FunctionOperator(Operator):
         super().__init__(self.partition.sizes, next(iter(self.tree.values())))
 
     def product(self, vectors: Tensor) -> Tensor:
+        check_vectors(vectors, self.size)
         found = self.tree_product(self.tree, self.partition.split(vectors))
         return torch.cat([found[name].reshape(len(vectors), -1) for name in self.tree], dim=1)
 

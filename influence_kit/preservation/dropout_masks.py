@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from influence_kit.core.arguments import shown
 from influence_kit.errors import InvalidArgumentError
 
 # the key of a checkpoint's masks
@@ -85,6 +86,7 @@ def set_masks(model: nn.Module, masks: Mapping[str, Any] | None) -> None:
                 del module._forward_hooks[key]
     if masks is None:
         return
+    _check_masks(masks)
     layers = dict(model.named_modules())
     for name, rate in masks["rates"].items():
         if name not in layers:
@@ -95,6 +97,21 @@ def set_masks(model: nn.Module, masks: Mapping[str, Any] | None) -> None:
         axis = masks["axes"].get(name)
         hook = FixedMask(name, rate, masks["seed"], masks["member"], axis)
         layers[name].register_forward_hook(hook)
+
+
+def _check_masks(masks: Any) -> None:
+    """Refuse masks that are not as ``dropout_ensemble`` makes them."""
+    held = masks if isinstance(masks, Mapping) else {}
+    rates, axes = held.get("rates"), held.get("axes")
+    if isinstance(rates, Mapping) and isinstance(axes, Mapping):
+        whole = (held.get("seed"), held.get("member"), *axes.values())
+        shares = (isinstance(rate, float | int) and 0 <= rate < 1 for rate in rates.values())
+        if all(type(number) is int for number in whole) and all(shares):
+            return
+    raise InvalidArgumentError(
+        f"the checkpoint's '{MASKS}' must be a dict of seed, member, rates and axes, as "
+        f"`dropout_ensemble` makes it; got {shown(masks)}"
+    )
 
 
 def mask_numbers(model: nn.Module) -> list[float]:

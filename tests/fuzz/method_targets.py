@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import influence_kit as ik
-from fuzz.bad_input import FLAGS, NONE, Changed, Target
+from fuzz.bad_input import BAD, FLAGS, NONE, Changed, Target
 from influence_kit import curvature, operators, projections
 
 N = 6
@@ -94,9 +94,9 @@ FINE: dict[str, set[str]] = {
     "loss_fn": set(),
     "layers": {"None", "empty text"},
     "layer": {"None", "empty text"},
-    "batch_size": TWO | LARGE,
+    "batch_size": TWO,
     "eval_mode": FLAGS,
-    "batch_axes": NONE,
+    "batch_axes": NONE | ZERO,
     "test_loss_fn": NONE,
     "test_output_fn": NONE,
     "output_fn": NONE,
@@ -338,14 +338,22 @@ NEED_INPUTS = ("influence_by_layer", "perturbation_influence")
 def _checkpoints() -> list[Target]:
     def held(**changed: Any) -> Any:
         saved = checkpoint() | changed
-        if "weight" in changed:
-            saved["state_dict"] = {**saved["state_dict"], "0.weight": saved.pop("weight")}
+        if isinstance(saved["state_dict"], dict):
+            saved["state_dict"] = {**saved["state_dict"], "0.weight": saved["weight"]}
+        del saved["weight"]
         return ik.load_checkpoint(network(), saved)
 
     def margin(**given: Any) -> Any:
         return ik.classification_margin(**given)
 
     step = {"step": is_(3), "lr": is_(0.1)}
+    # beside a learning rate that is stored, the others are not looked at
+    unread = ("epoch", "step", "lr", "optimizer", "lr_scheduler")
+    fine_of_a_dict = {
+        **{key: set(BAD) for key in unread},
+        "learning_rate": {"0", "-1", "2", "1.5", "-0.5", "nan", "inf", "None", "10**30"}
+        | {"0-d tensor"},
+    }
     optimizer = torch.optim.SGD(network().parameters(), lr=0.1)
     loaded = {
         "state_dict": lambda: network(1).state_dict(),
@@ -358,13 +366,14 @@ def _checkpoints() -> list[Target]:
     }
     return [
         Target("load_checkpoint", _loads, {"model": network, "checkpoint": checkpoint}),
-        Target("load_checkpoint of a dict", held, loaded, {"step": set(ANY_VALUE)}),
+        Target("load_checkpoint of a dict", held, loaded, fine_of_a_dict),
         target("checkpoint_table", ik.checkpoint_table, {"checkpoints": checkpoints}),
         target(
             "select_checkpoints",
             ik.select_checkpoints,
             {"checkpoints": checkpoints, "count": is_(2)},
-            {"count": TWO | LARGE},
+            # anything may be a checkpoint to a user's load function
+            {"count": TWO | LARGE, "checkpoints": set(BAD)},
         ),
         target(
             "dropout_ensemble",
@@ -401,9 +410,6 @@ def _checkpoints() -> list[Target]:
     ]
 
 
-ANY_VALUE: set[str] = set()
-
-
 def _loads(model: Any, checkpoint: Any) -> Any:
     return ik.load_checkpoint(model, checkpoint)
 
@@ -427,6 +433,7 @@ def _traces() -> list[Target]:
             recorded,
             {"indices": is_([0, 1]), "lr": is_(0.1), "epoch": is_(1), "weight_decay": is_(0.0)},
             {
+                "indices": {"tensor of 2**62"},
                 "epoch": NONE | ZERO | TWO | NEGATIVE | LARGE,
                 "lr": {"0", "-1", "2", "1.5", "-0.5", "10**30", "0-d tensor", "0-d array"},
                 "weight_decay": {"0", "-1", "2", "1.5", "-0.5", "10**30", "0-d tensor", "None"},
