@@ -23,7 +23,7 @@ from influence_kit.curvature.operator_inverses import (
 from influence_kit.data.batches import to_device
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Transform
-from influence_kit.operators.solvers import lissa
+from influence_kit.operators.solvers import MOST, lissa
 
 
 class LiSSA(OperatorInverse):
@@ -49,8 +49,8 @@ class LiSSA(OperatorInverse):
         hessian_batch_size: int | None = 64,
     ) -> None:
         super().__init__(damping, curvature, blocks, seed)
-        self.recursion_depth = check_count(recursion_depth, "recursion_depth")
-        self.num_repeat = check_count(num_repeat, "num_repeat")
+        self.recursion_depth = check_count(recursion_depth, "recursion_depth", most=MOST)
+        self.num_repeat = check_count(num_repeat, "num_repeat", most=MOST)
         if hessian_batch_size is not None:
             hessian_batch_size = check_count(hessian_batch_size, "hessian_batch_size")
         self.hessian_batch_size = hessian_batch_size

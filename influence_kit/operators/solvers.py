@@ -8,6 +8,7 @@ Shapes: k vectors, P rows of C, B blocks.
 
 import warnings
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from influence_kit.operators.wording import OF_CURVATURE, Wording
 
 Damping = float | Tensor | Sequence[float]
 Solve = Callable[[Tensor], Tensor]
+# rounds that would never end
+MOST = 10**9
 REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 # an iteration that has grown by this factor will not converge
 DIVERGED = 1e6
@@ -50,15 +53,21 @@ def damping_by_block(damping: Damping, blocks: int, positive: bool = False) -> T
 
 def _as_numbers(damping: Any) -> Tensor:
     """The damping in float64: of a number, a tensor or array of real numbers, or a sequence."""
-    if isinstance(damping, list | tuple):
-        damping = [check_number(value, "damping", least=0) for value in damping]
-    elif not isinstance(damping, Tensor | np.ndarray):
-        damping = check_number(damping, "damping", least=0)
-    elif not _is_real(damping):
+    if isinstance(damping, Tensor | np.ndarray):
+        usable = _is_real(damping)
+    else:
+        values = damping if isinstance(damping, list | tuple) else [damping]
+        usable = all(_is_number(value) for value in values)
+    if not usable:
         raise InvalidArgumentError(
-            f"`damping` must be a number, or one per block; got {shown(damping)}"
+            f"damping must be a number, or one per block; got {shown(damping)}"
         )
     return torch.as_tensor(damping, dtype=torch.float64)
+
+
+def _is_number(value: Any) -> bool:
+    fits = not isinstance(value, Integral) or abs(int(value)) < 2**63
+    return isinstance(value, Real) and not isinstance(value, bool) and fits
 
 
 def _is_real(values: Tensor | np.ndarray[Any, Any]) -> bool:
@@ -270,8 +279,8 @@ def lissa(
     """
     check_vectors(vectors, check_operator(operator).size)
     check_functions({"steps": steps}, "steps(repeat)")
-    check_count(depth, "depth")
-    check_count(repeats, "repeats")
+    check_count(depth, "depth", most=MOST)
+    check_count(repeats, "repeats", most=MOST)
     check_number(tol, "tol", least=0, below=1)
     vectors, powers = balanced(refuse_non_finite_rows(vectors))
     by_block = damping_by_block(damping, len(operator.sizes))
@@ -305,7 +314,7 @@ def lissa(
 
 def largest_eigenvalue(operator: Operator, iterations: int = 20, seed: int = 0) -> float:
     """The largest absolute eigenvalue, estimated from below by power iteration."""
-    check_count(iterations, "iterations")
+    check_count(iterations, "iterations", most=MOST)
     vector = check_operator(operator).normal(1, seed)
     vector /= vector.norm()
     value = 0.0

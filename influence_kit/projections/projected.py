@@ -259,7 +259,7 @@ def check_dim(dim: Any) -> Any:
 
 def check_kind(projection: Any) -> Any:
     """The argument ``projection``, a kind of random maps."""
-    if projection not in KINDS:
+    if not is_one_of(projection, list(KINDS)):
         raise InvalidArgumentError(
             f"`projection` must be one of {', '.join(KINDS)}; got {projection!r}"
         )

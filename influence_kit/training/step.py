@@ -61,7 +61,7 @@ def steps_of(trace: Any, count: int) -> list[Step]:
     if not isinstance(trace, Sequence) or isinstance(trace, str) or not len(trace):
         raise InvalidArgumentError(
             "`trace` must be a TrainingTrace or a list of steps, one or more; got a "
-            f"{type(trace).__name__}{'' if trace else ' without any'}"
+            f"{type(trace).__name__}{' without any' if isinstance(trace, list | tuple) else ''}"
         )
     steps = [Step.of(step, f"step {number}") for number, step in enumerate(trace)]
     for number, step in enumerate(steps):

@@ -1,7 +1,8 @@
 """Every argument of every public function, replaced by bad values in turn.
 
 ``python -m fuzz.bad_input`` (with ``PYTHONPATH=tests:.``) tries the functions of ``evaluation``,
-``valuation`` and ``viz``, counts how they ended, and prints the calls that ended badly. Endings:
+``valuation`` and ``viz``, the classes and functions of the package itself, and damaged folders of
+checkpoints, counts how they ended, and prints the calls that ended badly. Endings:
 
 - clear: an error raised by a ``raise`` of this package, or of the user's own function;
 - theirs: an error from inside the user's own model, loss or function;
@@ -22,6 +23,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +41,7 @@ CALL = str(Path("torch", "nn", "modules", "module.py"))
 
 LIMIT = 5
 MOST_RAW = 0.02  # of the bad values
+OF_METHODS = 0.2  # of all calls of methods, as many as take a few minutes
 BADLY = ("let in", "hung", "changed")
 
 
@@ -187,10 +190,10 @@ def _kind_of(error: BaseException) -> str:
     return "clear" if files[-1].startswith(PACKAGE) and is_raise else "raw"
 
 
-def main(targets: Iterable[Target], share: float = 1.0) -> int:
-    """Print the counts, and the calls that ended raw or were let in."""
+def main(parts: Iterable[tuple[Iterable[Target], float]]) -> int:
+    """Print the counts, and the calls that ended badly, of a share of each part's targets."""
     found = []
-    for ending in endings(targets, share=share):
+    for ending in chain.from_iterable(endings(some, share=share) for some, share in parts):
         found.append(ending)
         if ending.kind in (*BADLY, "raw"):
             where = f"{ending.target}({ending.argument}={ending.value})"
@@ -203,7 +206,8 @@ def main(targets: Iterable[Target], share: float = 1.0) -> int:
 
 if __name__ == "__main__":
     from fuzz.evaluation_targets import TARGETS
+    from fuzz.folder_targets import TARGETS as FOLDERS
     from fuzz.method_targets import TARGETS as METHODS
 
     torch.set_num_threads(1)
-    sys.exit(main([*TARGETS, *METHODS]))
+    sys.exit(main([(TARGETS, 1.0), (FOLDERS, 1.0), (METHODS, OF_METHODS)]))

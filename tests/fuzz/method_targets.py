@@ -277,7 +277,14 @@ REFUSED = {
     "TRAK.perturbation_influence",
     "RepresenterPointSelection.compute_intermediate_quantities",
 }
+# masks keep at most as many entries as a layer has
+MASKED = {"projection_dim": TWO | LARGE, "blow_up": TWO | LARGE}
 OF_CLASSES: dict[str, dict[str, set[str]]] = {
+    "FactGraSS": MASKED,
+    "GraSS": MASKED,
+    # the margin is used in place of the loss, unless there is an `output_fn`
+    "TRAK": {"loss_fn": {"nn.Module", "None"}},
+    "SimilarityInfluence": {"batch_size": TWO | LARGE},
     "ArnoldiInfluenceFunction": {"projection_dim": NONE | TWO},
     "NaiveInfluenceFunction": {"projection_dim": NONE | TWO},
     "DVEmb": {"projection_dim": NONE | TWO, "checkpoints": NONE},
@@ -488,7 +495,7 @@ def _parts() -> list[Target]:
     for name in (*inverses, *maps):
         part = getattr(curvature if name in inverses else projections, name)
         call = solved(part) if name in inverses else projected(part)
-        targets.append(target(name, call, arguments_of(part)))
+        targets.append(target(name, call, arguments_of(part), MASKED if "ask" in name else None))
     return targets
 
 
