@@ -40,7 +40,7 @@ def _kind_of_no_data(data: Any, has_targets: bool) -> str | None:
         return f"a {type(data).__name__}, which has no order"
     if isinstance(data, Mapping) and 0 not in data:
         return f"a dict of {_keys(data)}"
-    if getattr(data, "dtype", None) == object:
+    if getattr(getattr(data, "dtype", None), "kind", None) == "O":
         return f"a {type(data).__name__} of Python objects"
     if isinstance(data, tuple | list) and data and data[0] is None:
         return f"a {type(data).__name__} that begins with None"
