@@ -89,7 +89,8 @@ def test_values_that_are_taken():
     assert check_dtype(torch.float16, "store_dtype") is torch.float16
     check_functions({"loss_fn": None, "other": len}, "fn(outputs, targets)")
     check_flags({"a": True, "b": np.False_})
-    assert is_one_of("a", ("a", None)) and is_one_of(None, ("a", None))
+    assert is_one_of("a", ("a", None))
+    assert is_one_of(None, ("a", None))
     assert not is_one_of(np.array(["a", "a"]), ("a", None))
 
 
@@ -103,7 +104,7 @@ def test_an_index_that_is_none():
     model = nn.Linear(3, 2)
     with (
         pytest.warns(UserWarning, match="stores quantities"),
-        pytest.raises(InvalidArgumentError, match="must be a NearestNeighbors, such as .*got 3"),
+        pytest.raises(InvalidArgumentError, match=r"must be a NearestNeighbors, such as .*got 3"),
     ):
         TracInCPFastRandProj(
             model,

@@ -56,12 +56,11 @@ def test_epochs_of_a_trace(epochs):
     step = {"state_dict": model.state_dict(), "indices": [0, 1], "lr": 0.1, "epoch": 0}
     data, loss = TensorDataset(X, Y), nn.CrossEntropyLoss()
     with pytest.raises(InvalidArgumentError, match="`epochs` must be epochs of the trace"):
-        method = DVEmb(model, data, [model.state_dict()], trace=[step], loss_fn=loss, epochs=epochs)
-        method.influence((X, Y))
+        DVEmb(model, data, [model.state_dict()], trace=[step], loss_fn=loss, epochs=epochs)
 
 
 def test_an_optimizer_that_is_none():
-    with pytest.raises(InvalidArgumentError, match="`optimizer` must be a torch.optim.Optimizer"):
+    with pytest.raises(InvalidArgumentError, match=r"`optimizer` must be a torch.optim.Optimizer"):
         TrainingTrace(nn.Linear(3, 2), 0.1)
 
 
