@@ -23,7 +23,7 @@ from influence_kit.learning_rates.rate import Rate
 from influence_kit.preservation.dropout_masks import set_masks
 
 LoadFunction = Callable[[nn.Module, Any], float]
-# what can be iterated over and is no list of checkpoints, or has no order
+# what can be iterated over and is not a list of checkpoints, or has no order
 NO_LISTS = (Mapping, Set, bytes, Tensor, nn.Module)
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 # folders that training scripts write next to the final model

@@ -1,4 +1,4 @@
-"""Checks of arguments that are no numbers: models, functions, words, paths, flags of a call."""
+"""Checks of arguments that are not numbers: models, functions, words, paths, flags of a call."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence

@@ -51,7 +51,7 @@ def _kind_of_no_data(data: Any, has_targets: bool) -> str | None:
     if isinstance(data, tuple | list) and data and all(isinstance(item, Tensor) for item in data):
         return f"a {type(data).__name__} of {len(data)} tensors"
     if isinstance(data, tuple | list) and data and not isinstance(data[0], EXAMPLES):
-        return f"a {type(data).__name__} that begins with {shown(data[0])}, which is no example"
+        return f"a {type(data).__name__} that begins with {shown(data[0])}, which is not an example"
     return None
 
 

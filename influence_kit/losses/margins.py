@@ -56,7 +56,7 @@ def _margins(outputs: Any, targets: Any, shift: int | None) -> tuple[Tensor, Ten
     """The margin of each label, and 1 if it counts, else 0, ``[n, 1]`` or ``[n, t]``."""
     if shift is not None and (type(shift) is not int or shift < 0):
         raise InvalidArgumentError(
-            f"`shift` must be None, or a number of positions of at least 0; got {shown(shift)}"
+            f"`shift` must be None, or a number of positions for labels [n, t]; got {shown(shift)}"
         )
     if not isinstance(targets, Tensor | Mapping):
         raise _refusal(f"the targets are a {type(targets).__name__}, not a tensor of labels")

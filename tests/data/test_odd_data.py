@@ -35,7 +35,7 @@ class Numbers:
     [
         ({1.0, 2.0}, "`train_dataset` is a set, which has no order"),
         ([None], "is a list that begins with None; it must be a Dataset"),
-        ([3, 4], "is a list that begins with 3, which is no example"),
+        ([3, 4], "is a list that begins with 3, which is not an example"),
         (np.array([None, 1]), "is a ndarray of Python objects"),
         (Numbers(), r"a batch must be a tuple or list `\(\*model_inputs, targets\)`, .*got 1.0"),
     ],
@@ -67,7 +67,10 @@ def test_an_optimizer_that_is_none():
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        ({"shift": -1}, "`shift` must be None, or a number of positions of at least 0; got -1"),
+        (
+            {"shift": -1},
+            r"`shift` must be None, or a number of positions for labels",
+        ),
         ({"targets": 3}, "the targets are a int, not a tensor of labels"),
         ({"outputs": torch.ones(4, 2, dtype=torch.bool)}, "the outputs are torch.bool"),
         ({"outputs": torch.ones(4, 2, device="meta")}, "a sparse or meta tensor"),

@@ -220,7 +220,9 @@ class TracInCPFastRandProj(TracInCPFast):
 def _checked(index: NearestNeighbors | None) -> NearestNeighbors:
     if index is None:
         return ExactNearestNeighbors()
-    if not isinstance(index, NearestNeighbors):
+    # also Captum's, which are not subclasses
+    methods = (getattr(index, name, None) for name in ("setup", "get_nearest_neighbors"))
+    if not all(map(callable, methods)):
         raise InvalidArgumentError(
             "`nearest_neighbors` must be a NearestNeighbors, such as `ExactNearestNeighbors()`, or "
             f"None; got {shown(index)}"
