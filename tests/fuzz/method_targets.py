@@ -521,6 +521,7 @@ def _operators() -> list[Target]:
         "depth": TWO,
         "repeats": TWO,
         "iterations": TWO,
+        "damping": ZERO | NUMBERS | {"0-d tensor", "0-d array"},
         "preconditioner": NONE,
     }
 
