@@ -125,10 +125,10 @@ FINE: dict[str, set[str]] = {
     "train_indices": NONE,
     "nearest_neighbors": NONE,
     "preconditioner": NONE,
-    "projection_dim": TWO,
+    "projection_dim": TWO | LARGE,
     "n_neighbors": TWO,
     "max_iter": TWO | LARGE,
-    "rank": TWO,
+    "rank": TWO | LARGE,
     "recursion_depth": TWO,
     "num_repeat": TWO,
     "arnoldi_dim": TWO | LARGE,
@@ -284,11 +284,13 @@ OF_CLASSES: dict[str, dict[str, set[str]]] = {
     "GraSS": MASKED,
     # the margin is used in place of the loss, unless there is an `output_fn`
     "TRAK": {"loss_fn": {"nn.Module", "None"}},
+    # it looks at labels of neighbours alone
+    "KNNShapley": {name: {"function", "nn.Module", "None"} for name in ("loss_fn", "test_loss_fn")},
     "SimilarityInfluence": {"batch_size": TWO | LARGE},
-    "ArnoldiInfluenceFunction": {"projection_dim": NONE | TWO},
-    "NaiveInfluenceFunction": {"projection_dim": NONE | TWO},
-    "DVEmb": {"projection_dim": NONE | TWO, "checkpoints": NONE},
-    "TracInCPFastRandProj": {"projection_dim": NONE | TWO},
+    "ArnoldiInfluenceFunction": {"projection_dim": NONE | TWO | LARGE},
+    "NaiveInfluenceFunction": {"projection_dim": NONE | TWO | LARGE},
+    "DVEmb": {"projection_dim": NONE | TWO | LARGE, "checkpoints": NONE},
+    "TracInCPFastRandProj": {"projection_dim": NONE | TWO | LARGE},
 }
 ASKED = (
     "influence",
@@ -517,7 +519,8 @@ def _operators() -> list[Target]:
     own |= {"parameters": lambda: torch.zeros(4), "losses": is_(output), "outputs": is_(output)}
     own |= {"loss": is_(torch.sum), "solver": is_("cholesky")}
     fine = {
-        "steps": TWO | LARGE,
+        "steps": TWO | LARGE | NONE,
+        "rank": TWO | LARGE,
         "depth": TWO,
         "repeats": TWO,
         "iterations": TWO,
