@@ -6,22 +6,26 @@
 import glob
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from influence_kit.checkpoints import files as checkpoint_files
 from influence_kit.checkpoints.fitting import fitting
+from influence_kit.core.arguments import shown
+from influence_kit.core.objects import check_model
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.rate import Rate
 from influence_kit.preservation.dropout_masks import checked_masks, set_masks
 from influence_kit.preservation.restore import load_whole
 
 LoadFunction = Callable[[nn.Module, Any], float]
+# what can be iterated over and is not a list of checkpoints, or has no order
+NO_LISTS = (Mapping, Set, bytes, Tensor, nn.Module)
 # folders that training scripts write next to the final model
 RUN_FOLDER = re.compile(r"checkpoint-.*|(checkpoint|step|epoch)[-_]\d+")
 
@@ -39,11 +43,16 @@ def find_checkpoints(checkpoints: Any, any_file: bool = False) -> list[Any]:
     """
     if isinstance(checkpoints, str | Path):
         return _find_paths(checkpoints, any_file)
-    if isinstance(checkpoints, Mapping) or not isinstance(checkpoints, Iterable):
+    if isinstance(checkpoints, NO_LISTS) or not isinstance(checkpoints, Iterable):
         raise InvalidArgumentError(
             "Invalid checkpoints provided for TracIn class: expected a folder, a glob or an "
             f"iterable of checkpoints, got a {type(checkpoints).__name__}; put a single one into a "
             "list"
+        )
+    if getattr(checkpoints, "ndim", 1) == 0:
+        raise InvalidArgumentError(
+            "Invalid checkpoints provided for TracIn class: a single value, "
+            f"{shown(checkpoints)}; put a single checkpoint into a list"
         )
     found = list(checkpoints)
     if not found:
@@ -121,6 +130,7 @@ def load_checkpoint(model: nn.Module, checkpoint: Any) -> float:
 
 def load_with_rate(model: nn.Module, checkpoint: Any) -> Rate:
     """``load_checkpoint`` without its warnings; the learning rate with where it was found."""
+    check_model(model)
     contents = checkpoint_files.read(checkpoint)
     weights = fitting(model, contents, label_of(checkpoint))
     masks = checked_masks(model, contents.masks)

@@ -11,11 +11,14 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from influence_kit.checkpoints.discovery import load_checkpoint
-from influence_kit.core.arguments import check_count
+from influence_kit.core.arguments import check_count, shown
+from influence_kit.core.objects import check_model
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.preservation.dropout_masks import MASKS
 from influence_kit.preservation.restore import borrowed
 
+# members, each a dict in the list that is returned
+MOST = 10**6
 Rates = float | Mapping[str, float] | None
 
 
@@ -73,10 +76,11 @@ def dropout_ensemble(
         >>> dot.influence((x[:4], y[:4])).shape
         torch.Size([4, 8])
     """
-    n, seed = check_count(n, "n"), check_count(seed, "seed", least=0)
+    check_model(model)
+    n, seed = check_count(n, "n", most=MOST), check_count(seed, "seed", least=0)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, _DropoutNd)}
     rates = _rates(model, layers, p)
-    chosen = dict(axes or {})
+    chosen = _axes(axes)
     _check_names("axes", chosen, layers)
     with borrowed(model) as inside:
         inside.in_training()
@@ -87,6 +91,18 @@ def dropout_ensemble(
         {"state_dict": weights, "learning_rate": rate, MASKS: {**masks, "member": member}}
         for member in range(n)
     ]
+
+
+def _axes(axes: Any) -> dict[str, int]:
+    if axes is not None and not isinstance(axes, Mapping):
+        raise InvalidArgumentError(
+            f"`axes` must be a dict {{name of a layer: dimension}}, or None; got {shown(axes)}"
+        )
+    given = dict(axes or {})
+    for name, axis in given.items():
+        if isinstance(axis, bool) or not isinstance(axis, int):
+            raise InvalidArgumentError(f"`axes[{name!r}]` must be an int; got {shown(axis)}")
+    return given
 
 
 def _rates(model: nn.Module, layers: Mapping[str, _DropoutNd], p: Rates) -> dict[str, float]:

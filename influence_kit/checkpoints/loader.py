@@ -140,7 +140,7 @@ def is_live(item: Any, own: set[int]) -> bool:
     if isinstance(item, Mapping | list | tuple):
         parts = item.values() if isinstance(item, Mapping) else item
         return any(is_live(part, own) for part in parts)
-    return isinstance(item, Tensor) and item.data_ptr() in own
+    return isinstance(item, Tensor) and item.layout == torch.strided and item.data_ptr() in own
 
 
 def _copied(item: Any, own: set[int]) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_kit.core.arguments import check_count, check_number
+from influence_kit.core.objects import check_flags
 from influence_kit.curvature.curvature import HessianOfLoss
 from influence_kit.curvature.fit_data import FitData
 from influence_kit.curvature.inverse_curvature import (
@@ -50,6 +51,7 @@ class HessianEigenpairs(InverseCurvature):
             projection_dim = check_count(projection_dim, "projection_dim", instead="None")
         self.projection_dim = projection_dim
         self.hessian_inverse_tol = check_number(hessian_inverse_tol, "hessian_inverse_tol", least=0)
+        check_flags({"projection_on_cpu": projection_on_cpu})
         self.projection_on_cpu = projection_on_cpu
 
     @abstractmethod

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from influence_kit.core.arguments import check_number
 from influence_kit.core.distributed import is_first_rank
+from influence_kit.core.objects import is_one_of
 from influence_kit.curvature.damping import EVIDENCE, LEARNING_RATES, MEAN, TRACE, DampingArgument
 from influence_kit.curvature.evidence import evidence_damping
 from influence_kit.curvature.fit_data import FitData
@@ -77,11 +78,11 @@ class KroneckerCurvature(InverseCurvature):
         layers_without_kronecker: WithoutForm = "diagonal",
     ) -> None:
         super().__init__(damping, seed)
-        if curvature not in ("fisher", "empirical_fisher"):
+        if not is_one_of(curvature, ("fisher", "empirical_fisher")):
             raise InvalidArgumentError(
                 f'`curvature` must be "fisher" or "empirical_fisher"; got {curvature!r}'
             )
-        if layers_without_kronecker not in WITHOUT:
+        if not is_one_of(layers_without_kronecker, list(WITHOUT)):
             raise InvalidArgumentError(
                 '`layers_without_kronecker` must be "diagonal", "leave_out" or "error"; got '
                 f"{layers_without_kronecker!r}"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from influence_kit.core.arguments import check_count, check_number
 from influence_kit.core.memory import free_bytes
+from influence_kit.core.objects import is_one_of
 from influence_kit.curvature.curvature import Curvature, GaussNewton, HessianOfLoss
 from influence_kit.curvature.damping import LEARNING_RATES, MEAN, TRACE, DampingArgument
 from influence_kit.curvature.fit_data import FitData
@@ -70,7 +71,7 @@ class OperatorInverse(InverseCurvature):
         blocks: BlockArgument = "full",
         seed: int = 0,
     ) -> None:
-        if curvature not in CURVATURES:
+        if not is_one_of(curvature, list(CURVATURES)):
             raise InvalidArgumentError(
                 f"`curvature` must be one of {', '.join(CURVATURES)}; got {curvature!r}"
             )

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate
 
 from influence_kit.core.arguments import check_count, check_number
+from influence_kit.core.objects import is_one_of
 from influence_kit.curvature.curvature import Curvature
 from influence_kit.curvature.damping import DampingArgument
 from influence_kit.curvature.fit_data import FitData
@@ -22,7 +23,7 @@ from influence_kit.curvature.operator_inverses import (
 from influence_kit.data.batches import to_device
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Transform
-from influence_kit.operators.solvers import lissa
+from influence_kit.operators.solvers import MOST, lissa
 
 
 class LiSSA(OperatorInverse):
@@ -48,12 +49,12 @@ class LiSSA(OperatorInverse):
         hessian_batch_size: int | None = 64,
     ) -> None:
         super().__init__(damping, curvature, blocks, seed)
-        self.recursion_depth = check_count(recursion_depth, "recursion_depth")
-        self.num_repeat = check_count(num_repeat, "num_repeat")
+        self.recursion_depth = check_count(recursion_depth, "recursion_depth", most=MOST)
+        self.num_repeat = check_count(num_repeat, "num_repeat", most=MOST)
         if hessian_batch_size is not None:
             hessian_batch_size = check_count(hessian_batch_size, "hessian_batch_size")
         self.hessian_batch_size = hessian_batch_size
-        if scale != "auto":
+        if not is_one_of(scale, ("auto",)):
             scale = check_number(scale, "scale", above=0, instead='"auto"')
         self.scale = scale
 

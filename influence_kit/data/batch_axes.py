@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
+from influence_kit.core.arguments import shown
 from influence_kit.data.axis_search import (
     given_axes,
     grows,
@@ -89,6 +90,11 @@ class BatchAxes:
         """
         if isinstance(batch, Known):
             return batch
+        if not isinstance(batch, tuple | list | Mapping | Tensor):
+            raise InvalidArgumentError(
+                "a batch must be a tuple or list `(*model_inputs, targets)`, or a dict of tensors; "
+                f"got {shown(batch)}"
+            )
         count = in_lists(batch) if count is None and self.is_inferred else count
         seen = self._seen.setdefault(structure_of(batch), _Seen())
         shapes: tuple[tuple[int, ...], ...] = tuple(shape_of(leaf) for leaf in leaves(batch))

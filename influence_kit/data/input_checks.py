@@ -1,6 +1,6 @@
 """Checks of data and inputs: what is not usable is refused, with what to pass instead."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from numbers import Number
 from types import FunctionType
 from typing import Any
@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from influence_kit.core.arguments import shown
 from influence_kit.data.batches import call_arguments, is_batch, is_dataset
 from influence_kit.errors import InvalidArgumentError
 
+EXAMPLES = (tuple, list, Mapping)
 LOADER = "DataLoader(data, batch_size=...)"
 
 
@@ -34,14 +36,22 @@ def _kind_of_no_data(data: Any, has_targets: bool) -> str | None:
         return f"a {type(data).__name__}"
     if hasattr(data, "iloc"):
         return f"a {type(data).__name__}, whose columns cannot be assigned to inputs and targets"
+    if isinstance(data, Set):
+        return f"a {type(data).__name__}, which has no order"
     if isinstance(data, Mapping) and 0 not in data:
         return f"a dict of {_keys(data)}"
+    if getattr(getattr(data, "dtype", None), "kind", None) == "O":
+        return f"a {type(data).__name__} of Python objects"
+    if isinstance(data, tuple | list) and data and data[0] is None:
+        return f"a {type(data).__name__} that begins with None"
     if not has_targets:
         return None
     if isinstance(data, Tensor) or hasattr(data, "__array_interface__"):
         return f"a {type(data).__name__}, whose rows have no targets"
     if isinstance(data, tuple | list) and data and all(isinstance(item, Tensor) for item in data):
         return f"a {type(data).__name__} of {len(data)} tensors"
+    if isinstance(data, tuple | list) and data and not isinstance(data[0], EXAMPLES):
+        return f"a {type(data).__name__} that begins with {shown(data[0])}, which is not an example"
     return None
 
 
@@ -73,6 +83,8 @@ def refuse_inputs(inputs: Any) -> None:
         advice = "convert it to a tensor, `(torch.as_tensor(inputs), targets)`"
     elif isinstance(inputs, str | bytes):
         advice = "tokenize it, and pass what the model takes"
+    elif isinstance(inputs, Set):
+        advice = "which has no order; pass a list of examples"
     elif reads_once(inputs):
         advice = (
             "which can be read only once, but methods read it several times: pass a DataLoader, a "

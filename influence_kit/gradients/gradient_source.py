@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_kit.core.memory import rows_within, workspace_bytes
+from influence_kit.core.objects import is_one_of
 from influence_kit.data.batches import Batch, call_model, example_count, example_lengths, take
 from influence_kit.errors import InvalidArgumentError, LabelError, PassAgain
 from influence_kit.gradients import functional
@@ -36,7 +37,7 @@ def check_verify(verify: Any) -> Verify:
     Raises:
         InvalidArgumentError: for anything but "repeated" and "once".
     """
-    if verify not in ("repeated", "once"):
+    if not is_one_of(verify, ("repeated", "once")):
         raise InvalidArgumentError(f'`verify` must be "repeated" or "once"; got {verify!r}')
     found: Verify = verify
     return found

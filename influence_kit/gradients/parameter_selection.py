@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from influence_kit.core.objects import is_one_of
 from influence_kit.errors import InvalidArgumentError
 
 
@@ -71,11 +72,11 @@ def choose_blocks(model: nn.Module, names: Sequence[str], blocks: Any) -> Mappin
         names: the chosen parameters.
         blocks: "full", "layer" (the modules that own parameters), "parameter", or names by block.
     """
-    if blocks == "full":
+    if is_one_of(blocks, ("full",)):
         return {"full": list(names)}
-    if blocks == "layer":
+    if is_one_of(blocks, ("layer",)):
         return group_by_layer(model, names, None)
-    if blocks == "parameter":
+    if is_one_of(blocks, ("parameter",)):
         return {name: [name] for name in names}
     if not isinstance(blocks, Mapping) or not blocks:
         raise InvalidArgumentError(
@@ -84,8 +85,8 @@ def choose_blocks(model: nn.Module, names: Sequence[str], blocks: Any) -> Mappin
         )
     seen: list[str] = []
     for block, own in blocks.items():
-        unknown = [own] if isinstance(own, str) else [name for name in own if name not in names]
-        if unknown or not own:
+        known = isinstance(own, list | tuple) and all(name in names for name in own)
+        if not known or not own:
             raise InvalidArgumentError(
                 f"block '{block}' must be a list of names of chosen parameters; got {own!r}, and "
                 f"there are {list(names)}"

@@ -18,6 +18,7 @@ from influence_kit.learning_rates.closed_forms import (
 )
 from influence_kit.learning_rates.interpolation import rate_at
 from influence_kit.learning_rates.rate import APPLIED, ESTIMATED, Rate, one_rate
+from influence_kit.learning_rates.state_checks import check_states
 
 State = Mapping[str, Any]
 NEXT = "the rate of the next step"
@@ -48,6 +49,9 @@ class TrainingState:
     back: int | None = None
     per_step: int = 1
     others: Callable[[], Mapping[int, float]] = field(default=dict)
+
+    def __post_init__(self) -> None:
+        check_states(self.optimizers, self.schedulers, self.where)
 
 
 def applied_rate(state: TrainingState) -> Rate | None:

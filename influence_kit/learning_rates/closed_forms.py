@@ -35,7 +35,7 @@ def closed_form(state: State, epoch: int, index: int, group: State) -> float | N
         return None
     try:
         return FORMS[name](state, epoch, index, group)
-    except (KeyError, TypeError, ZeroDivisionError, IndexError):
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError):
         return None  # a state of another version
 
 
@@ -130,9 +130,13 @@ def _cosine(state: State, epoch: int, index: int, group: State) -> float:
 
 
 def _warm_restarts(state: State, epoch: int, index: int, group: State) -> float:
-    period = state["T_0"]
+    period, growth = state["T_0"], state["T_mult"]
+    if period < 1 or growth < 1:
+        raise ValueError  # periods would never reach the epoch
+    if growth == 1:
+        return _cosine({**state, "T_max": period}, epoch % period, index, group)
     while epoch >= period:
-        epoch, period = epoch - period, period * state["T_mult"]
+        epoch, period = epoch - period, period * growth
     return _cosine({**state, "T_max": period}, epoch, index, group)
 
 

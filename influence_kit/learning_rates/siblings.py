@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from influence_kit.learning_rates.state_checks import has_usual_rates
+
 MOST_OTHERS = 3  # how many checkpoints are read before and after one
 
 
@@ -37,7 +39,8 @@ def rates_of(others: Sequence[Mapping[str, Any]], own: Mapping[str, Any]) -> dic
     return {
         other["last_epoch"]: float(other["_last_lr"][0])
         for other in others
-        if other.keys() == own.keys()
+        if has_usual_rates(other)
+        and other.keys() == own.keys()
         and other.get("base_lrs") == own.get("base_lrs")
         and other.get("_last_lr")
         and isinstance(other.get("last_epoch"), int)

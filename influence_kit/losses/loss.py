@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from influence_kit.core.arguments import check_flag
 from influence_kit.data.batches import Batch, map_outputs, map_tensors, targets_of
 from influence_kit.data.class_labels import IGNORED_LABEL, check_labels, label_in
 from influence_kit.errors import InvalidArgumentError, LabelError
@@ -46,6 +47,8 @@ def declared_reduction(
     With ``sample_wise`` None any loss is accepted; True and False follow the rules of Captum's
     ``sample_wise_grads_per_batch``.
     """
+    if sample_wise is not None:
+        check_flag(sample_wise, "sample_wise_grads_per_batch")
     if loss_fn is None:
         return None
     known = getattr(loss_fn, "reduction", None)
@@ -123,7 +126,7 @@ class Loss:
         while isinstance(formula, partial):
             formula = formula.func
         named = formula if hasattr(formula, "__qualname__") else type(formula)
-        home = str(named.__module__)
+        home = str(getattr(named, "__module__", None))
         return self._is_models_own or home.startswith(("torch.nn.", "influence_kit."))
 
     def returned(self, outputs: Any, targets: Any) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from influence_kit.core.arguments import shown
 from influence_kit.core.dtypes import exact
 from influence_kit.core.scaling import balanced, times_powers
 from influence_kit.data.batches import Batch, map_tensors, targets_of
@@ -53,12 +54,20 @@ def one_minus_probability(outputs: Any, targets: Any, shift: int | None = None) 
 
 def _margins(outputs: Any, targets: Any, shift: int | None) -> tuple[Tensor, Tensor]:
     """The margin of each label, and 1 if it counts, else 0, ``[n, 1]`` or ``[n, t]``."""
+    if shift is not None and (type(shift) is not int or shift < 0):
+        raise InvalidArgumentError(
+            f"`shift` must be None, or a number of positions for labels [n, t]; got {shown(shift)}"
+        )
+    if not isinstance(targets, Tensor | Mapping):
+        raise _refusal(f"the targets are a {type(targets).__name__}, not a tensor of labels")
     try:
         logits = exact(logits_of(outputs))
         labels = targets if isinstance(targets, Tensor) else labels_of(targets)
     except InvalidArgumentError as error:
         raise _refusal(str(error)) from None
-    if logits.is_complex():
+    if any(t.is_meta or t.layout != torch.strided for t in (logits, labels)):
+        raise _refusal("the outputs or targets are a sparse or meta tensor")
+    if not logits.is_floating_point():
         raise _refusal(f"the outputs are {logits.dtype}, for which there is no softmax")
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise _refusal(f"the targets are {labels.dtype}, not class labels")
@@ -76,7 +85,7 @@ def _margins(outputs: Any, targets: Any, shift: int | None) -> tuple[Tensor, Ten
             "labels of the tokens themselves"
         )
     if shift not in (None, 0):
-        if isinstance(shift, bool) or not isinstance(shift, int) or shift < 0 or labels.dim() != 2:
+        if labels.dim() != 2:
             raise InvalidArgumentError(
                 f"`shift` must be None, or a number of positions for labels [n, t]; got {shift!r} "
                 f"for labels of shape {list(labels.shape)}"

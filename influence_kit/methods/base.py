@@ -17,8 +17,10 @@ from tqdm.auto import tqdm
 
 from influence_kit.checkpoints.discovery import LoadFunction, find_checkpoints, load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader, Fingerprint
+from influence_kit.core.arguments import check_function
 from influence_kit.core.dtypes import exact_dtype
 from influence_kit.core.locks import alone_with
+from influence_kit.core.objects import check_flags, check_functions, check_model
 from influence_kit.core.summary import counted, summary
 from influence_kit.data.batches import Batch, call_model
 from influence_kit.data.checked_batches import CheckedBatches
@@ -78,8 +80,10 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
         select: Selection = choose_parameters,
         differentiates: bool = True,
     ) -> None:
+        self.model = check_model(model)
+        check_flags({"eval_mode": eval_mode})
+        _check_functions(checkpoints_load_func, loss_fn, test_loss_fn, test_output_fn)
         refuse_both(test_loss_fn, test_output_fn)
-        self.model = model
         self.verify = check_verify(verify)
         self.batch_axes = batch_axes
         self.checkpoints_load_func = checkpoints_load_func
@@ -385,3 +389,11 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
     def progress(self, doing: str, total: int | None, show: bool) -> "tqdm[Any]":
         text = f"Using {self.get_name()} to {doing}"
         return tqdm(desc=text, total=total, disable=not show)
+
+
+def _check_functions(load: Any, loss: Any, test_loss: Any, test_output: Any) -> None:
+    if load is None:
+        check_function(load, "checkpoints_load_func", "checkpoints_load_func(model, checkpoint)")
+    check_functions({"checkpoints_load_func": load}, "checkpoints_load_func(model, checkpoint)")
+    losses = {"loss_fn": loss, "test_loss_fn": test_loss, "test_output_fn": test_output}
+    check_functions(losses, "fn(outputs, targets)")

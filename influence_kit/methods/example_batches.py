@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from influence_kit.core.arguments import check_count
+from influence_kit.core.objects import is_one_of
 from influence_kit.data.batch_axes import BatchAxes
 from influence_kit.data.batches import (
     Batch,
@@ -39,6 +40,8 @@ from influence_kit.preservation.restore import borrowed
 
 BatchSize = int | Literal["auto"] | None
 TRAIN = "train_dataset"
+# what torch takes for a length
+MOST_ROWS = 2**63 - 1
 # the batch size of data sets whose examples cannot be read in advance
 ROWS_OF_ITERABLE = 64
 
@@ -105,6 +108,7 @@ class ExampleBatches:
 
     def add_given(self, data: Any, name: str) -> None:
         """Check the data of an argument immediately if it is already in batches."""
+        refuse_no_data(data, name)
         if not is_dataset(data):
             self.add(as_loader(data, None, name), name)
 
@@ -181,4 +185,6 @@ def _check_batch_size(batch_size: BatchSize, train_dataset: Any) -> BatchSize:
         raise InvalidArgumentError(
             "since the `train_dataset` argument was a `Dataset`, `batch_size` must be an int."
         )
-    return "auto" if batch_size == "auto" else check_count(batch_size, "batch_size", 1, '"auto"')
+    if is_one_of(batch_size, ("auto",)):
+        return "auto"
+    return check_count(batch_size, "batch_size", 1, '"auto"', most=MOST_ROWS)

@@ -18,6 +18,7 @@ from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.core.distributed import is_alone
 from influence_kit.core.memory import resident_bytes
+from influence_kit.core.objects import check_dtype, check_path
 from influence_kit.data.batches import Batch, example_count, take, to_device
 from influence_kit.data.loaders import loader_length
 from influence_kit.errors import InvalidArgumentError
@@ -133,6 +134,10 @@ class InnerProductInfluence(ExampleInfluence):
             batch_axes=batch_axes,
             verify=verify,
         )
+        if store is not None:
+            check_path(store, "store", "None")
+        if store_dtype is not None:
+            check_dtype(store_dtype, "store_dtype")
         self.features = _checked(features)
         self.store, self.store_dtype = store, store_dtype
         self._cache = self._caches.add(GradientCache(store))

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from influence_kit.core.objects import check_model
 from influence_kit.errors import InvalidArgumentError, UnknownLayerError
 
 Layers = str | nn.Module | Sequence[str | nn.Module]
@@ -30,6 +31,7 @@ def check_layers(model: nn.Module, layers: Any) -> list[str] | None:
         >>> check_layers(model, ["[02]"]), check_layers(model, model[1])
         (['0', '2'], ['1'])
     """
+    check_model(model)
     if layers is None:
         return None
     if isinstance(layers, str | nn.Module):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, Protocol, TypeVar, cast
 
+from influence_kit.core.objects import check_flags_of_call
 from influence_kit.errors import ChangedError, InvalidArgumentError, PassAgain
 
 Call = TypeVar("Call", bound=Callable[..., Any])
@@ -31,6 +32,7 @@ def starts_again(call: Call) -> Call:
 
     @wraps(call)
     def repeated(self: Restartable, *args: Any, **kwargs: Any) -> Any:
+        check_flags_of_call(call, args, kwargs)
         reason, first = "", None
         for _ in range(MOST):
             try:

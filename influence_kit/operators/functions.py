@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
+from influence_kit.core.arguments import check_function, shown
+from influence_kit.core.objects import is_one_of
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.operators.low_rank import LowRank, arnoldi, nystrom
-from influence_kit.operators.operator import Operator
+from influence_kit.operators.operator import Operator, check_operator, check_vectors
 from influence_kit.operators.partition import Partition
 from influence_kit.operators.products import (
     Mode,
@@ -23,9 +25,17 @@ from influence_kit.operators.products import (
     gauss_newton_product,
     hessian_product,
 )
-from influence_kit.operators.solvers import Cholesky, Damping, Solve, conjugate_gradients, lissa
+from influence_kit.operators.solvers import (
+    Cholesky,
+    Damping,
+    Solve,
+    conjugate_gradients,
+    damping_by_block,
+    lissa,
+)
 
 Parameters = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+SOLVERS = ("cholesky", "cg", "lissa", "arnoldi", "nystrom")
 Solver = Literal["cholesky", "cg", "lissa", "arnoldi", "nystrom"]
 
 
@@ -47,6 +57,7 @@ class FunctionOperator(Operator):
         super().__init__(self.partition.sizes, next(iter(self.tree.values())))
 
     def product(self, vectors: Tensor) -> Tensor:
+        check_vectors(vectors, self.size)
         found = self.tree_product(self.tree, self.partition.split(vectors))
         return torch.cat([found[name].reshape(len(vectors), -1) for name in self.tree], dim=1)
 
@@ -54,14 +65,27 @@ class FunctionOperator(Operator):
 def named(parameters: Parameters) -> dict[str, Tensor]:
     """The tensors by name; by index if they have no names."""
     if isinstance(parameters, Tensor):
-        return {"0": parameters}
-    if isinstance(parameters, Mapping):
-        return dict(parameters)
-    return {str(index): value for index, value in enumerate(parameters)}
+        tree: Mapping[str, Any] = {"0": parameters}
+    elif isinstance(parameters, Mapping):
+        tree = parameters
+    else:
+        values = parameters if isinstance(parameters, list | tuple) else ()
+        tree = {str(index): value for index, value in enumerate(values)}
+    if not tree or not all(isinstance(k, str) and _is_point(v) for k, v in tree.items()):
+        raise InvalidArgumentError(
+            "`parameters` must be a tensor of floats, or a tuple, list or dict by name of such "
+            f"tensors; got {shown(parameters)}"
+        )
+    return dict(tree)
+
+
+def _is_point(value: Any) -> bool:
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    return dense and value.is_floating_point() and value.numel() > 0
 
 
 def _check_mode(mode: str) -> None:
-    if mode not in ("forward", "reverse"):
+    if not is_one_of(mode, ("forward", "reverse")):
         raise InvalidArgumentError(f'`mode` must be "forward" or "reverse"; got {mode!r}')
 
 
@@ -91,6 +115,7 @@ def hessian(
         tensor([-0.4794, -0.8415])
     """
     _check_mode(mode)
+    check_function(function, "function", "function(parameters)")
 
     def product(tree: Tree, vectors: Tree) -> dict[str, Tensor]:
         return hessian_product(
@@ -115,6 +140,8 @@ def gauss_newton(
         mode: "forward" or "reverse" over reverse.
     """
     _check_mode(mode)
+    check_function(outputs, "outputs", "outputs(parameters)")
+    check_function(loss, "loss", "loss(outputs)")
 
     def product(tree: Tree, vectors: Tree) -> dict[str, Tensor]:
         return gauss_newton_product(
@@ -146,6 +173,7 @@ def fisher(losses: Callable[[Any], Tensor], parameters: Parameters) -> Operator:
         tensor([[0.5000, 0.0000],
                 [0.0000, 2.0000]])
     """
+    check_function(losses, "losses", "losses(parameters)")
 
     def product(tree: Tree, vectors: Tree) -> dict[str, Tensor]:
         def function(values: Tree) -> Tensor:
@@ -183,6 +211,12 @@ def inverse(
         >>> inverse(operator, "cg", damping=2.0)(torch.ones(1, 3))
         tensor([[0.2500, 0.2500, 0.2500]])
     """
+    check_operator(operator)
+    if not is_one_of(solver, SOLVERS):
+        raise InvalidArgumentError(
+            f'`solver` must be "cholesky", "cg", "lissa", "arnoldi" or "nystrom"; got {solver!r}'
+        )
+    damping_by_block(damping, len(operator.sizes))
     if solver == "cholesky":
         return Cholesky(operator.dense(), damping, **options)
     if solver == "cg":
@@ -192,8 +226,4 @@ def inverse(
     if solver == "arnoldi":
         complement = options.pop("complement", False)
         return LowRank(arnoldi(operator, **options), damping, complement)
-    if solver == "nystrom":
-        return LowRank(nystrom(operator, **options), damping, complement=True)
-    raise InvalidArgumentError(
-        f'`solver` must be "cholesky", "cg", "lissa", "arnoldi" or "nystrom"; got {solver!r}'
-    )
+    return LowRank(nystrom(operator, **options), damping, complement=True)

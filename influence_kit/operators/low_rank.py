@@ -11,7 +11,7 @@ from torch import Tensor
 
 from influence_kit.core.arguments import check_count, check_number
 from influence_kit.errors import CurvatureError
-from influence_kit.operators.operator import Operator
+from influence_kit.operators.operator import Operator, check_operator
 from influence_kit.operators.partition import spread
 from influence_kit.operators.solvers import Damping, damping_by_block
 
@@ -94,6 +94,7 @@ def nystrom(operator: Operator, rank: int, seed: int = 0) -> list[EigenPairs]:
         CurvatureError: if C is indefinite on the directions: the approximation requires a positive
             semi-definite C.
     """
+    check_operator(operator)
     check_count(rank, "rank")
     ranks = [min(rank, size) for size in operator.sizes]
     probes = operator.normal(max(ranks), seed).double().split(operator.sizes, dim=1)
@@ -135,6 +136,7 @@ def arnoldi(operator: Operator, steps: int, tol: float = 0.0, seed: int = 0) -> 
     is symmetric, so its eigenpairs are those of ``eigh``. A block stops when the orthogonal rest of
     an image, the next direction, is shorter than ``tol`` or lost in rounding.
     """
+    check_operator(operator)
     check_count(steps, "steps")
     check_number(tol, "tol", least=0)
     start = operator.normal(1, seed).split(operator.sizes, dim=1)
@@ -182,7 +184,8 @@ class NystromPreconditioner:
     """(s_r + damping) U (S + damping)^-1 U^T + (I - U U^T), s_r the least eigenvalue found."""
 
     def __init__(self, operator: Operator, damping: Damping, rank: int, seed: int = 0) -> None:
-        self.damping = damping_by_block(damping, len(operator.sizes), positive=True)
+        sizes = check_operator(operator).sizes
+        self.damping = damping_by_block(damping, len(sizes), positive=True)
         self.pairs = nystrom(operator, rank, seed)
 
     def __call__(self, vectors: Tensor) -> Tensor:
@@ -201,6 +204,7 @@ class JacobiPreconditioner:
     """(diagonal of C + damping)^-1, the diagonal estimated by probes if it is not known."""
 
     def __init__(self, operator: Operator, damping: Damping, seed: int = 0) -> None:
+        check_operator(operator)
         values = damping_by_block(damping, len(operator.sizes), positive=True)
         lift = spread(values, operator.sizes).to(operator.sample.device)
         # an estimate may be negative although the diagonal is not

@@ -5,11 +5,14 @@ Shapes: k vectors, P rows of the matrix, B blocks on its diagonal.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from influence_kit.core.arguments import check_seed, shown
 from influence_kit.core.memory import rows_within, workspace_bytes
+from influence_kit.errors import InvalidArgumentError
 
 # how many probes the Hutchinson estimates of traces and diagonals use
 PROBES = 32
@@ -66,7 +69,7 @@ class Operator(ABC):
 
     def normal(self, count: int, seed: int) -> Tensor:
         """Random normal vectors, the same on every device."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(check_seed(seed))
         shape = (count, self.size)
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(self.sample)
 
@@ -89,3 +92,36 @@ class Scaled(Operator):
 
     def product(self, vectors: Tensor) -> Tensor:
         return self.operator.product(vectors) * self.factor
+
+
+def check_operator(operator: Any) -> Operator:
+    """The argument, which must be an ``Operator``.
+
+    Raises:
+        InvalidArgumentError: for anything else, also a matrix.
+    """
+    if not isinstance(operator, Operator):
+        raise InvalidArgumentError(
+            "`operator` must be an influence_kit.operators.Operator, as `hessian`, `gauss_newton` "
+            f"and `fisher` return it; got {shown(operator)}"
+        )
+    return operator
+
+
+def check_vectors(vectors: Any, size: int) -> Tensor:
+    """The argument, which must be dense real vectors ``[k, P]`` for an operator of that size.
+
+    Raises:
+        InvalidArgumentError: for anything else.
+    """
+    is_dense = isinstance(vectors, Tensor) and vectors.layout == torch.strided
+    if not is_dense or vectors.is_meta or not vectors.is_floating_point():
+        raise InvalidArgumentError(
+            f"`vectors` must be a tensor [k, {size}] of floats; got {shown(vectors)}"
+        )
+    if vectors.dim() != 2 or vectors.shape[1] != size:
+        raise InvalidArgumentError(
+            f"`vectors` must have shape [k, {size}]; got {list(vectors.shape)}"
+        )
+    found: Tensor = vectors
+    return found

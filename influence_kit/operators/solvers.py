@@ -8,29 +8,34 @@ Shapes: k vectors, P rows of C, B blocks.
 
 import warnings
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from influence_kit.core.arguments import check_count, check_number
+from influence_kit.core.arguments import check_count, check_number, shown
+from influence_kit.core.objects import check_functions, is_one_of
 from influence_kit.core.scaling import balanced, times_powers
 from influence_kit.errors import CurvatureError, InvalidArgumentError, NonFiniteError
 from influence_kit.operators.block import Block
-from influence_kit.operators.operator import Operator
+from influence_kit.operators.operator import Operator, check_operator, check_vectors
 from influence_kit.operators.partition import dots, spread
 from influence_kit.operators.wording import OF_CURVATURE, Wording
 
 Damping = float | Tensor | Sequence[float]
 Solve = Callable[[Tensor], Tensor]
+# rounds that would never end
+MOST = 10**9
+REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 # an iteration that has grown by this factor will not converge
 DIVERGED = 1e6
 
 
 def damping_by_block(damping: Damping, blocks: int, positive: bool = False) -> Tensor:
     """The damping of each block, float64 ``[B]``, checked."""
-    if isinstance(damping, bool):
-        raise InvalidArgumentError(f"damping must be a number; got {damping}")
-    values = torch.as_tensor(damping, dtype=torch.float64)
+    values = _as_numbers(damping)
     values = values.expand(blocks) if values.dim() == 0 else values
     if values.shape != (blocks,):
         raise InvalidArgumentError(
@@ -44,6 +49,31 @@ def damping_by_block(damping: Damping, blocks: int, positive: bool = False) -> T
             f"it; got {values.tolist()}"
         )
     return values
+
+
+def _as_numbers(damping: Any) -> Tensor:
+    """The damping in float64: of a number, a tensor or array of real numbers, or a sequence."""
+    if isinstance(damping, Tensor | np.ndarray):
+        usable = _is_real(damping)
+    else:
+        values = damping if isinstance(damping, list | tuple) else [damping]
+        usable = all(_is_number(value) for value in values)
+    if not usable:
+        raise InvalidArgumentError(
+            f"damping must be a number, or one per block; got {shown(damping)}"
+        )
+    return torch.as_tensor(damping, dtype=torch.float64)
+
+
+def _is_number(value: Any) -> bool:
+    fits = not isinstance(value, Integral) or abs(int(value)) < 2**63
+    return isinstance(value, Real) and not isinstance(value, bool) and fits
+
+
+def _is_real(values: Tensor | np.ndarray[Any, Any]) -> bool:
+    if isinstance(values, np.ndarray):
+        return values.dtype.kind in "iuf"
+    return values.dtype in REAL and values.layout == torch.strided and not values.is_meta
 
 
 def refuse_non_finite_rows(vectors: Tensor) -> Tensor:
@@ -124,6 +154,8 @@ def conjugate_gradients(
         NonFiniteError: for a row that is NaN or infinite.
         InvalidArgumentError: for an invalid ``max_iter`` or ``tol``.
     """
+    check_vectors(vectors, check_operator(operator).size)
+    check_functions({"preconditioner": preconditioner}, "preconditioner(vectors)")
     check_count(max_iter, "max_iter")
     check_number(tol, "tol", least=0, below=1)
     by_block = damping_by_block(damping, len(operator.sizes))
@@ -245,13 +277,15 @@ def lissa(
         NonFiniteError: for a row that is NaN or infinite.
         InvalidArgumentError: for an invalid ``scale``, ``depth``, ``repeats`` or ``tol``.
     """
-    check_count(depth, "depth")
-    check_count(repeats, "repeats")
+    check_vectors(vectors, check_operator(operator).size)
+    check_functions({"steps": steps}, "steps(repeat)")
+    check_count(depth, "depth", most=MOST)
+    check_count(repeats, "repeats", most=MOST)
     check_number(tol, "tol", least=0, below=1)
     vectors, powers = balanced(refuse_non_finite_rows(vectors))
     by_block = damping_by_block(damping, len(operator.sizes))
     lift = spread(by_block, operator.sizes).to(vectors)
-    if scale == "auto":
+    if is_one_of(scale, ("auto",)):
         scale = 1.1 * (largest_eigenvalue(operator) + float(lift.max()))
     scale = check_number(scale, "scale", above=0, instead='"auto"')
     total = torch.zeros_like(vectors)
@@ -280,7 +314,8 @@ def lissa(
 
 def largest_eigenvalue(operator: Operator, iterations: int = 20, seed: int = 0) -> float:
     """The largest absolute eigenvalue, estimated from below by power iteration."""
-    vector = operator.normal(1, seed)
+    check_count(iterations, "iterations", most=MOST)
+    vector = check_operator(operator).normal(1, seed)
     vector /= vector.norm()
     value = 0.0
     for _ in range(iterations):

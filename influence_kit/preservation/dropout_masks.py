@@ -86,6 +86,7 @@ def set_masks(model: nn.Module, masks: Mapping[str, Any] | None) -> None:
                 del module._forward_hooks[key]
     if masks is None:
         return
+    _check_masks(masks)
     layers = dict(model.named_modules())
     for name, rate in masks["rates"].items():
         axis = masks["axes"].get(name)
@@ -127,6 +128,21 @@ def _are_masks(masks: Any) -> bool:
         and dicts
         and all(isinstance(rate, float | int) and 0 <= rate < 1 for rate in rates.values())
         and all(isinstance(axis, int) for axis in axes.values())
+    )
+
+
+def _check_masks(masks: Any) -> None:
+    """Refuse masks that are not as ``dropout_ensemble`` makes them."""
+    held = masks if isinstance(masks, Mapping) else {}
+    rates, axes = held.get("rates"), held.get("axes")
+    if isinstance(rates, Mapping) and isinstance(axes, Mapping):
+        whole = (held.get("seed"), held.get("member"), *axes.values())
+        shares = (isinstance(rate, float | int) and 0 <= rate < 1 for rate in rates.values())
+        if all(type(number) is int for number in whole) and all(shares):
+            return
+    raise InvalidArgumentError(
+        f"the checkpoint's '{MASKS}' must be a dict of seed, member, rates and axes, as "
+        f"`dropout_ensemble` makes it; got {shown(masks)}"
     )
 
 

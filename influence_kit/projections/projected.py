@@ -13,6 +13,7 @@ from influence_kit.core.arguments import check_count
 from influence_kit.core.distributed import from_first_rank
 from influence_kit.core.draws import check_seed, key_of
 from influence_kit.core.dtypes import real_shape
+from influence_kit.core.objects import is_one_of
 from influence_kit.data.batches import Batch
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.feature_map import FeatureMap
@@ -157,7 +158,7 @@ class Masked(FactMasked):
         blow_up: int = 4,
         seed: int = 0,
     ) -> None:
-        if mask not in ("random", "learnt"):
+        if not is_one_of(mask, ("random", "learnt")):
             raise InvalidArgumentError(f'`mask` must be "random" or "learnt"; got {mask!r}')
         self.mask = mask
         super().__init__(projection_dim, blow_up, seed)
@@ -262,7 +263,7 @@ def check_dim(dim: Any) -> Any:
 
 def check_kind(projection: Any) -> Any:
     """The argument ``projection``, a kind of random maps."""
-    if projection not in KINDS:
+    if not is_one_of(projection, list(KINDS)):
         raise InvalidArgumentError(
             f"`projection` must be one of {', '.join(KINDS)}; got {projection!r}"
         )

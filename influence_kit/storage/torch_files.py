@@ -1,5 +1,6 @@
 """Reading files of ``torch.save``: nothing is unpickled but tensors and plain values."""
 
+import json
 import pickle
 import re
 import zipfile
@@ -63,6 +64,18 @@ def damaged(path: Path, error: Exception) -> InvalidArgumentError:
     """The error about a file that cannot be read."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
     return InvalidArgumentError(f"'{path}' cannot be read as a checkpoint: is it whole? ({reason})")
+
+
+def read_json(path: Path) -> Any:
+    """The contents of a JSON file.
+
+    Raises:
+        InvalidArgumentError: where it cannot be read as one.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(path, error) from error
 
 
 def values_of(path: Path, mapped: bool = False) -> dict[str, Any]:

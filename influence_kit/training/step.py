@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from influence_kit.core.objects import is_one_of
 from influence_kit.errors import InvalidArgumentError
 
 Reduction = Literal["mean", "sum"]
@@ -44,7 +45,7 @@ class Step:
                 f"and lr, and, if known, epoch, weight_decay and reduction; got {there}"
             )
         reduction, epoch = step.get("reduction", "mean"), step.get("epoch")
-        if reduction not in ("mean", "sum"):
+        if not is_one_of(reduction, ("mean", "sum")):
             raise InvalidArgumentError(
                 f'the reduction of {name} must be "mean" or "sum"; got {reduction!r}'
             )
@@ -60,7 +61,7 @@ def steps_of(trace: Any, count: int) -> list[Step]:
     if not isinstance(trace, Sequence) or isinstance(trace, str) or not len(trace):
         raise InvalidArgumentError(
             "`trace` must be a TrainingTrace or a list of steps, one or more; got a "
-            f"{type(trace).__name__}{'' if trace else ' without any'}"
+            f"{type(trace).__name__}{' without any' if isinstance(trace, list | tuple) else ''}"
         )
     steps = [Step.of(step, f"step {number}") for number, step in enumerate(trace)]
     for number, step in enumerate(steps):

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from typing_extensions import Self
 
+from influence_kit.core.arguments import shown
+from influence_kit.core.objects import check_model, check_path
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.training.step import Reduction, Step
 from influence_kit.training.trace_store import State, TraceInFolder, TraceInMemory
@@ -88,9 +90,16 @@ class TrainingTrace(Sequence[Mapping[str, Any]]):
         reduction: Reduction = "mean",
         resume_at: int | None = None,
     ) -> None:
+        if model is not None:
+            check_model(model)
+        if optimizer is not None and not isinstance(optimizer, Optimizer):
+            raise InvalidArgumentError(
+                f"`optimizer` must be a torch.optim.Optimizer, or None; got {shown(optimizer)}"
+            )
+        path = None if folder is None else check_path(folder, "folder", "None")
         self._model, self._optimizer, self._reduction = model, optimizer, reduction
         self._store: TraceInFolder | TraceInMemory
-        self._store = TraceInMemory() if folder is None else TraceInFolder(Path(folder))
+        self._store = TraceInMemory() if path is None else TraceInFolder(path)
         if model is not None and (len(self._store) or resume_at is not None):
             self._resume(resume_at)
         self._first: State = self._store.state(0) if len(self._store) else {}

@@ -1,11 +1,14 @@
 """Every argument of every public function, replaced by bad values in turn.
 
 ``python -m fuzz.bad_input`` (with ``PYTHONPATH=tests:.``) tries the functions of ``evaluation``,
-``valuation`` and ``viz``, counts how they ended, and prints the calls that ended badly. Endings:
+``valuation`` and ``viz``, the classes and functions of the package itself, and damaged folders of
+checkpoints, counts how they ended, and prints the calls that ended badly. Endings:
 
 - clear: an error raised by a ``raise`` of this package, or of the user's own function;
+- theirs: an error from inside the user's own model, loss or function;
 - raw: an error from inside torch, numpy, matplotlib or an expression of this package;
 - fine: the bad value is a good one for this argument (``None`` where an argument may be left out);
+- changed: objects that were given are not what they were before the call;
 - let in: the call returned, though the value means nothing there;
 - hung: it took longer than ``LIMIT`` seconds.
 """
@@ -14,11 +17,13 @@ import linecache
 import random
 import signal
 import sys
+import traceback
 import types
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,14 +35,22 @@ import influence_kit
 
 PACKAGE = str(Path(influence_kit.__file__).parent)
 HERE = str(Path(__file__).parent)
+# torch's code that calls a model or a loss
+CALL = str(Path("torch", "nn", "modules", "module.py"))
 
 
 LIMIT = 5
 MOST_RAW = 0.02  # of the bad values
+OF_METHODS = 0.2  # of all calls of methods, as many as take a few minutes
+BADLY = ("let in", "hung", "changed")
 
 
 class Hung(BaseException):
     """Raised in a call that takes too long."""
+
+
+class Changed(BaseException):
+    """Raised after a call that changed the objects that it was given."""
 
 
 class Plain:
@@ -153,6 +166,9 @@ def _ending(target: Target, argument: str, name: str, make: Callable[[], Any]) -
             signal.alarm(0)
         except Hung:
             kind, what = "hung", ""
+        except Changed as change:
+            signal.alarm(0)
+            kind, what = "changed", str(change)
         except Exception as error:
             signal.alarm(0)
             kind, what = _kind_of(error), f"{type(error).__name__}: {error}"
@@ -164,35 +180,34 @@ def _ending(target: Target, argument: str, name: str, make: Callable[[], Any]) -
 
 def _kind_of(error: BaseException) -> str:
     """Whether an error was raised by a ``raise`` of the package or by the user's own code."""
-    frames = []
-    trace = error.__traceback__
-    while trace is not None:
-        frames.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
-        trace = trace.tb_next
-    file, line = frames[-1]
-    ours = any(place.startswith(PACKAGE) for place, _ in frames)
-    if ours and file.startswith(HERE):  # a user's function, called by the package
-        return "clear"
-    is_raise = linecache.getline(file, line).strip().startswith("raise")
-    return "clear" if file.startswith(PACKAGE) and is_raise else "raw"
+    frames = list(traceback.walk_tb(error.__traceback__))
+    files = [frame.f_code.co_filename for frame, _ in frames]
+    if any(file.startswith(PACKAGE) for file in files) and (
+        files[-1].startswith(HERE) or any(file.endswith(CALL) for file in files)
+    ):
+        return "theirs"
+    is_raise = linecache.getline(files[-1], frames[-1][1]).strip().startswith("raise")
+    return "clear" if files[-1].startswith(PACKAGE) and is_raise else "raw"
 
 
-def main(targets: Iterable[Target]) -> int:
-    """Print the counts, and the calls that ended raw or were let in."""
+def main(parts: Iterable[tuple[Iterable[Target], float]]) -> int:
+    """Print the counts, and the calls that ended badly, of a share of each part's targets."""
     found = []
-    for ending in endings(targets):
+    for ending in chain.from_iterable(endings(some, share=share) for some, share in parts):
         found.append(ending)
-        if ending.kind in ("raw", "let in", "hung"):
+        if ending.kind in (*BADLY, "raw"):
             where = f"{ending.target}({ending.argument}={ending.value})"
             print(f"{ending.kind}: {where}: {ending.what}", flush=True)
     counts = Counter(ending.kind for ending in found)
     bad = len(found) - counts["fine"]
     print(f"{len(found)} calls: {dict(counts)}; raw {counts['raw'] / bad:.1%} of {bad} bad ones")
-    return int(counts["raw"] > MOST_RAW * bad or counts["let in"] + counts["hung"] > 0)
+    return int(counts["raw"] > MOST_RAW * bad or sum(counts[kind] for kind in BADLY) > 0)
 
 
 if __name__ == "__main__":
     from fuzz.evaluation_targets import TARGETS
+    from fuzz.folder_targets import TARGETS as FOLDERS
+    from fuzz.method_targets import TARGETS as METHODS
 
     torch.set_num_threads(1)
-    sys.exit(main(TARGETS))
+    sys.exit(main([(TARGETS, 1.0), (FOLDERS, 1.0), (METHODS, OF_METHODS)]))

@@ -54,11 +54,17 @@ def backward_pass(
 def check_epochs(epochs: Collection[int] | None, steps: Sequence[Step]) -> None:
     """Refuse epochs that the steps do not have; None means all epochs."""
     known = {step.epoch for step in steps}
-    if epochs is not None and (not epochs or not set(epochs) <= known):
+    if epochs is not None and not _are_among(epochs, known):
         raise InvalidArgumentError(
             f"`epochs` must be epochs of the trace, which has {sorted(known, key=str)}; got "
             f"{epochs!r}"
         )
+
+
+def _are_among(epochs: object, known: Collection[int | None]) -> bool:
+    if not isinstance(epochs, list | tuple | set | frozenset | range) or not epochs:
+        return False
+    return all((e is None or type(e) is int) and e in known for e in epochs)
 
 
 def check_memory(n: int, size: int, steps: Sequence[Step], sample: Tensor) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.checkpoints.discovery import LoadFunction
+from influence_kit.core.objects import check_flags
 from influence_kit.curvature.hessian_eigenpairs import HessianEigenpairs
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.forms import Dense
@@ -53,6 +54,7 @@ class EmbeddingInfluence(InfluenceFunction):
         verify: Verify,
         show_progress: bool,
     ) -> None:
+        check_flags({"show_progress": show_progress})
         self.checkpoint = checkpoint
         super().__init__(
             model,

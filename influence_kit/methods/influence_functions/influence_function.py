@@ -20,6 +20,7 @@ from typing_extensions import Self
 from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.core.distributed import is_first_rank
+from influence_kit.core.objects import is_one_of
 from influence_kit.curvature.damping import DampingArgument
 from influence_kit.curvature.fit_data import FitData
 from influence_kit.curvature.inverse_curvature import InverseCurvature, State
@@ -140,7 +141,7 @@ class InfluenceFunction(InnerProductInfluence):
         store: str | Path | None = None,
         store_dtype: torch.dtype | None = None,
     ) -> None:
-        if relative not in (None, "theta", "l"):
+        if not is_one_of(relative, (None, "theta", "l")):
             raise InvalidArgumentError(f'`relative` must be None, "theta" or "l"; got {relative!r}')
         super().__init__(
             model,

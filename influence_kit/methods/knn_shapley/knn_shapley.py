@@ -17,6 +17,7 @@ from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.core.arguments import check_count
 from influence_kit.core.distributed import is_mine, sum_over_ranks
 from influence_kit.core.memory import rows_within, workspace_bytes
+from influence_kit.core.objects import is_one_of
 from influence_kit.data.batches import Batch
 from influence_kit.data.loaders import loader_length
 from influence_kit.errors import InvalidArgumentError
@@ -109,9 +110,9 @@ class KNNShapley(ExampleInfluence):
         batch_axes: Any = None,
         verify: Verify = "repeated",
     ) -> None:
-        if metric not in ("euclidean", "cosine"):
+        if not is_one_of(metric, ("euclidean", "cosine")):
             raise InvalidArgumentError(f'`metric` must be "euclidean" or "cosine"; got {metric!r}')
-        if utility not in ("accuracy", "squared_error"):
+        if not is_one_of(utility, ("accuracy", "squared_error")):
             raise InvalidArgumentError(
                 f'`utility` must be "accuracy" or "squared_error"; got {utility!r}'
             )

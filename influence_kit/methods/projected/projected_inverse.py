@@ -1,5 +1,6 @@
 """The explicit inverse curvature of projected gradients."""
 
+from influence_kit.core.objects import is_one_of
 from influence_kit.curvature.damping import MEAN, TRACE, DampingArgument
 from influence_kit.curvature.kronecker_curvature import FisherName
 from influence_kit.curvature.operator_inverses import BlockArgument, Explicit
@@ -19,7 +20,7 @@ class ProjectedInverse(Explicit):
         blocks: BlockArgument = "layer",
         seed: int = 0,
     ) -> None:
-        if curvature not in ("fisher", "empirical_fisher"):
+        if not is_one_of(curvature, ("fisher", "empirical_fisher")):
             raise InvalidArgumentError(
                 '`curvature` must be "fisher" or "empirical_fisher" for projected gradients; got '
                 f"{curvature!r}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from influence_kit.core.arguments import check_count, check_number
+from influence_kit.core.objects import check_flags
 from influence_kit.core.scaling import unit_rows
 from influence_kit.data.batches import Batch, example_count, take, to_device
 from influence_kit.data.class_labels import logits_of
@@ -34,6 +35,7 @@ class Settings:
     max_iter: int
 
     def __post_init__(self) -> None:
+        check_flags({"normalize": self.normalize, "count_bias": self.count_bias})
         check_number(self.l2, "l2", above=0)
         check_number(self.tol, "tol", above=0, below=1)
         check_count(self.max_iter, "max_iter")

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from influence_kit.core.arguments import check_number, shown
 from influence_kit.core.dtypes import exact
 from influence_kit.core.scaling import powers_of, times_powers, unit_rows
 from influence_kit.errors import InvalidArgumentError
@@ -23,7 +24,7 @@ def euclidean_distance(test: Tensor, train: Tensor) -> Tensor:
         >>> euclidean_distance(torch.zeros(1, 2), torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
         tensor([[0., 5.]])
     """
-    return _distances(_flat(test), _flat(train))
+    return _distances(*_both_flat(test, train))
 
 
 def _distances(test: Tensor, train: Tensor) -> Tensor:
@@ -62,9 +63,8 @@ def cosine_similarity(test: Tensor, train: Tensor, replace_nan: float = 0) -> Te
         >>> cosine_similarity(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
         tensor([[1., 0.]])
     """
-    units = []
-    for vectors in (_flat(test), _flat(train)):
-        units.append(unit_rows(vectors))
+    check_number(replace_nan, "replace_nan")
+    units = [unit_rows(vectors) for vectors in _both_flat(test, train)]
     cosines: Tensor = units[0] @ units[1].T
     return cosines.masked_fill(zero_pairs(test, train), replace_nan)
 
@@ -75,7 +75,21 @@ def zero_pairs(test: Tensor, train: Tensor) -> Tensor:
     return tests[:, None] | trains[None, :]
 
 
+def _both_flat(test: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
+    """Both, flattened, which must have as many numbers per example."""
+    tests, trains = _flat(test), _flat(train)
+    if tests.shape[1] != trains.shape[1]:
+        raise InvalidArgumentError(
+            f"test and train have {tests.shape[1]} and {trains.shape[1]} numbers per example; "
+            "distances are of the same layer's outputs"
+        )
+    return tests, trains
+
+
 def _flat(vectors: Tensor) -> Tensor:
+    is_dense = isinstance(vectors, Tensor) and vectors.layout == torch.strided
+    if not is_dense or vectors.is_meta or vectors.dim() == 0:
+        raise InvalidArgumentError(f"distances are of dense tensors [n, *]; got {shown(vectors)}")
     if vectors.is_complex():
         raise InvalidArgumentError(
             f"activations of {vectors.dtype} have no distance here: name a layer whose output is "

@@ -15,8 +15,9 @@ from captum.influence import DataInfluence
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from influence_kit.core.arguments import check_count, check_number
+from influence_kit.core.arguments import check_count, check_function, check_number, check_text
 from influence_kit.core.memory import rows_within, workspace_bytes
+from influence_kit.core.objects import check_flags, check_model, check_path, is_one_of
 from influence_kit.core.summary import summary
 from influence_kit.data.batches import Batch, example_count
 from influence_kit.data.checked_batches import CheckedBatches
@@ -113,7 +114,13 @@ class SimilarityInfluence(DataInfluence, metaclass=Made):
         **kwargs: Any,
     ) -> None:
         _refuse_unknown(kwargs, "replace_nan, eval_mode")
-        if similarity_direction not in ("max", "min"):
+        check_model(module, "module")
+        check_flags({"eval_mode": eval_mode})
+        check_path(activation_dir, "activation_dir")
+        check_text(model_id, "model_id")
+        check_function(similarity_metric, "similarity_metric", "metric(test, train)")
+        batch_size = check_count(batch_size, "batch_size")
+        if not is_one_of(similarity_direction, ("max", "min")):
             raise InvalidArgumentError(
                 f"{similarity_direction} is not a valid value. Must be either 'max' or 'min'"
             )
@@ -130,7 +137,7 @@ class SimilarityInfluence(DataInfluence, metaclass=Made):
             rows=lambda batch: example_count(inputs_of(batch)),
         )
         self.activation_dir, self.model_id = activation_dir, model_id
-        self.batch_size = check_count(batch_size, "batch_size")
+        self.batch_size = batch_size
         self.similarity_direction = similarity_direction
         self.similarity_metric = similarity_metric
         self._is_cosine = similarity_metric is cosine_similarity
@@ -178,6 +185,7 @@ class SimilarityInfluence(DataInfluence, metaclass=Made):
         """
         _refuse_unknown(kwargs, "top_k, additional_forward_args, load_src_from_disk")
         top_k = check_count(top_k, "top_k", least=0)
+        check_flags({"load_src_from_disk": load_src_from_disk})
         more = additional_forward_args
         more = () if more is None else more if isinstance(more, tuple) else (more,)
         tests, folder = as_inputs(inputs), Path(self.activation_dir) / self.model_id / "src"

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.core.locks import alone_with
+from influence_kit.core.objects import check_flags, check_model
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.gradient_source import Verify
 from influence_kit.gradients.parameter_selection import choose_parameters
@@ -72,6 +73,7 @@ class TracInCPFast(TracInCPBase):
             raise InvalidArgumentError(
                 "loss function must not be none: the gradient at the last layer needs one"
             )
+        check_flags({"vectorize": vectorize, "count_bias": count_bias})
         self.vectorize = vectorize
         self._count_bias = count_bias
         super().__init__(
@@ -105,8 +107,8 @@ class TracInCPFast(TracInCPBase):
 
 
 def _name_of(model: nn.Module, layer: str | nn.Module) -> str:
-    for name, module in model.named_modules():
-        if module is layer or name == layer:
+    for name, module in check_model(model).named_modules():
+        if module is layer or (isinstance(layer, str) and name == layer):
             return str(name)
     there = [name for name, _ in model.named_modules() if name]
     raise InvalidArgumentError(

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
-from influence_kit.core.arguments import check_count
+from influence_kit.core.arguments import check_count, shown
 from influence_kit.core.draws import check_seed
 from influence_kit.core.memory import rows_within, workspace_bytes
-from influence_kit.errors import NonFiniteError
+from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.gradients.gradient_source import Verify
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
@@ -102,7 +102,7 @@ class TracInCPFastRandProj(TracInCPFast):
         )
         if projection_dim is not None:
             projection_dim = check_count(projection_dim, "projection_dim", instead="None")
-        self.nearest_neighbors = nearest_neighbors or ExactNearestNeighbors()
+        self.nearest_neighbors = _checked(nearest_neighbors)
         self.projection_dim = projection_dim
         self.seed = check_seed(seed)
         super().__init__(
@@ -217,3 +217,16 @@ class TracInCPFastRandProj(TracInCPFast):
         )
         warnings.warn(message, stacklevel=2)
         raise NotImplementedError(message)
+
+
+def _checked(index: NearestNeighbors | None) -> NearestNeighbors:
+    if index is None:
+        return ExactNearestNeighbors()
+    # also Captum's, which are not subclasses
+    methods = (getattr(index, name, None) for name in ("setup", "get_nearest_neighbors"))
+    if not all(map(callable, methods)):
+        raise InvalidArgumentError(
+            "`nearest_neighbors` must be a NearestNeighbors, such as `ExactNearestNeighbors()`, or "
+            f"None; got {shown(index)}"
+        )
+    return index

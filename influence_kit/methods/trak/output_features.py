@@ -13,6 +13,7 @@ from torch import Tensor
 from influence_kit.core.arguments import check_count
 from influence_kit.core.draws import check_seed
 from influence_kit.core.dtypes import exact_dtype
+from influence_kit.core.objects import check_functions, is_one_of
 from influence_kit.data.batches import Batch, call_model, example_count, targets_of
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.feature_map import FeatureMap
@@ -57,15 +58,16 @@ class OutputFeatures(FeatureMap):
         output_fn: OutputFunction | None = None,
         test_output_fn: OutputFunction | None = None,
     ) -> None:
-        if projection not in KINDS:
+        if not is_one_of(projection, list(KINDS)):
             raise InvalidArgumentError(
                 f"`projection` must be one of {', '.join(KINDS)}; got {projection!r}"
             )
-        if shift is not None and (isinstance(shift, bool) or shift not in (0, 1)):
+        if shift is not None and (type(shift) is not int or shift not in (0, 1)):
             raise InvalidArgumentError(f"`shift` must be None, 0 or 1; got {shift!r}")
         self.projection, self.shift = projection, shift
         self.projection_dim = check_count(projection_dim, "projection_dim")
         self.seed = check_seed(seed)
+        check_functions({"output_fn": output_fn}, "output_fn(outputs, targets)")
         self.output_fn = output_fn
         margin = partial(classification_margin, shift=shift)
         self._output = Loss(output_fn or margin, "none", "output_fn")
