@@ -51,7 +51,7 @@ class TrainingState:
     others: Callable[[], Mapping[int, float]] = field(default=dict)
 
     def __post_init__(self) -> None:
-        check_states(self.optimizers, self.schedulers, self.where)
+        check_states(self.optimizers, self.schedulers)
 
 
 def applied_rate(state: TrainingState) -> Rate | None:

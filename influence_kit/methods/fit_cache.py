@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from influence_kit.checkpoints.loader import CheckpointLoader
+from influence_kit.core.objects import check_path
 from influence_kit.gradients.per_example import Transform
 from influence_kit.methods.caches import Cache, Caches
 from influence_kit.storage.folders import read_folder, write_folder
@@ -61,7 +62,7 @@ class FitCache(Cache):
             for index, state in self.states.items()
             for name, value in state.items()
         }
-        write_folder(folder, tensors, description)
+        write_folder(check_path(folder, "folder"), tensors, description)
 
     def load(
         self,
@@ -85,7 +86,7 @@ class FitCache(Cache):
         Raises:
             InvalidArgumentError: if the saved states have another description.
         """
-        tensors = read_folder(folder, description)
+        tensors = read_folder(check_path(folder, "folder"), description)
         caches.clear()
         for index in range(count):
             loader.load(index)
