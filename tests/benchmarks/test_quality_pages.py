@@ -40,21 +40,48 @@ def test_no_figure_of_quality_stands_beside_those_that_are_made():
     assert re.findall(r"\.\d\d", before + after) == []
 
 
-# of the settings that were run
-SCORED = [study for study in score_studies(1) if study.setting in FIGURES.scores]
-JUDGED = [study for study in metric_studies(1) if study.setting in FIGURES.metrics]
+# the slowest methods of the slowest settings, which have not been measured with today's defaults
+NOT_MEASURED = {
+    "cifar2-cnn": {"CGInfluenceFunction"},
+    "help-gpt": {"CGInfluenceFunction", "LoGra", "GraSS", "FactGraSS", "TRAK"},
+    "digits-mlp": {
+        "ArnoldiInfluenceFunction",
+        "ExplicitInfluenceFunction",
+        "LiSSAInfluenceFunction",
+        "NystromInfluenceFunction",
+        "TRAK-10",
+        "TracInCPFast",
+    },
+}
+NOT_JUDGED = {
+    "digits-mlp": {
+        "DataInf",
+        "FactGraSS",
+        "GraSS",
+        "GradCos",
+        "GradDot",
+        "KNNShapley",
+        "LoGra",
+        "RepresenterPointSelection",
+        "TRAK",
+        "TracInCP",
+    }
+}
 
 
-@pytest.mark.parametrize("study", SCORED, ids=lambda study: study.setting)
+@pytest.mark.parametrize("study", score_studies(1), ids=lambda study: study.setting)
 def test_all_methods_have_figures(study):
     scores = FIGURES.scores[study.setting]
-    assert {"EKFACInfluenceFunction"} <= set(scores.rows) <= set(study.plan.methods)
+    missing = NOT_MEASURED.get(study.setting, set())
+    assert set(study.plan.methods) - set(scores.rows) == missing
+    assert set(scores.rows) <= set(study.plan.methods)
     assert scores.remark == study.remark
 
 
-def test_all_methods_have_other_metrics():
-    for study in JUDGED:
-        assert set(study.plan.methods) <= set(FIGURES.metrics[study.setting].rows)
+@pytest.mark.parametrize("study", metric_studies(1), ids=lambda study: study.setting)
+def test_all_methods_have_other_metrics(study):
+    missing = NOT_JUDGED.get(study.setting, set())
+    assert set(study.plan.methods) - set(FIGURES.metrics[study.setting].rows) == missing
 
 
 def test_shares_of_the_summary_are_scores_by_ceilings():
