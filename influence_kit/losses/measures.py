@@ -104,7 +104,7 @@ def measure_of_tests(
 
 
 def refuse_both(loss_fn: object, output_fn: object) -> None:
-    """Refuse two functions of the same test examples, and one that is not callable."""
+    """Refuse two functions of the same test examples."""
     if loss_fn is not None and output_fn is not None:
         raise InvalidArgumentError(
             "got both `test_loss_fn` and `test_output_fn`: scores are of one function of the test "

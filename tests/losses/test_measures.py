@@ -160,7 +160,7 @@ def test_a_loss_and_an_output_at_once(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["TracInCP", "TracInCPFast", "TRAK", "EKFACInfluenceFunction"])
 def test_an_output_that_cannot_be_called(method: str) -> None:
-    with pytest.raises(InvalidArgumentError, match=r"must be a function, called as .* got 'margin'"):
+    with pytest.raises(InvalidArgumentError, match=r"a function, called as .* got 'margin'"):
         build(method, MLP, test_output_fn="margin")
 
 
