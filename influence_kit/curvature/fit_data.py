@@ -6,7 +6,7 @@ Shapes: n examples of a batch, k vectors of P entries.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class FitData:
         checkpoints: all checkpoints of the method.
         loader: the data loader of the examples.
         argument: the damping as given, for errors.
+        said: the warnings that the method has given; a fit adds its own, and repeats none.
     """
 
     examples: DataSet
@@ -58,6 +59,7 @@ class FitData:
     loader: Any
     is_of_training: bool = True
     argument: str = "damping"
+    said: set[str] = field(default_factory=set)
 
     @property
     def source(self) -> GradientSource:

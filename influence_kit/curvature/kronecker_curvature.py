@@ -90,7 +90,6 @@ class KroneckerCurvature(InverseCurvature):
         self.curvature = curvature
         self.rtol = check_number(rtol, "rtol", least=0, below=1)
         self.layers_without_kronecker = layers_without_kronecker
-        self._said_left_out: set[str] = set()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -107,13 +106,13 @@ class KroneckerCurvature(InverseCurvature):
             data, self.curvature, self.corrected, self.seed, self.layers_without_kronecker
         )
         state = fit()
-        if fit.left_out and is_first_rank() and self._said_left_out != set(fit.left_out):
-            self._said_left_out = set(fit.left_out)
-            warnings.warn(
-                f"{len(fit.left_out)} of {fit.count} parameters have no Kronecker form and are "
-                f"left out, as if they were frozen: {named(fit.left_out)}",
-                stacklevel=2,
-            )
+        text = (
+            f"{len(fit.left_out)} of {fit.count} parameters have no Kronecker form and are left "
+            f"out, as if they were frozen: {named(fit.left_out)}"
+        )
+        if fit.left_out and is_first_rank() and text not in data.said:
+            data.said.add(text)
+            warnings.warn(text, stacklevel=2)
         return state
 
     # The damping.

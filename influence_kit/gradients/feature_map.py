@@ -62,6 +62,11 @@ class FeatureMap:
     @property
     def shapes(self) -> Mapping[str, torch.Size]:
         """The shapes of an example's features, by name."""
+        return self.gradient_shapes
+
+    @property
+    def gradient_shapes(self) -> Mapping[str, torch.Size]:
+        """The shapes of an example's gradients, by parameter."""
         parameters = self.source.capture.parameters
         return {name: real_shape(parameter) for name, parameter in parameters.items()}
 

@@ -9,7 +9,7 @@ from influence_kit.learning_rates.applied import TrainingState, applied_rate
 from influence_kit.learning_rates.closed_forms import is_scheduler
 from influence_kit.learning_rates.rate import Rate
 from influence_kit.learning_rates.siblings import folders_beside, rates_of
-from influence_kit.learning_rates.state_errors import of_given_states
+from influence_kit.learning_rates.state_checks import of_given_states
 from influence_kit.storage.torch_files import values_of
 
 States = dict[str, Mapping[str, Any]]

@@ -11,7 +11,7 @@ from influence_kit.learning_rates.applied import TrainingState, applied_rate
 from influence_kit.learning_rates.closed_forms import is_scheduler, steps_taken
 from influence_kit.learning_rates.rate import Rate
 from influence_kit.learning_rates.siblings import files_beside, rates_of
-from influence_kit.learning_rates.state_errors import of_given_states
+from influence_kit.learning_rates.state_checks import of_given_states
 from influence_kit.storage.torch_files import values_of
 
 OPTIMIZER_KEYS = (

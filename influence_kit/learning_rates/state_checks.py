@@ -4,20 +4,52 @@ They are read for the learning rate alone. ``of_given_states`` says of which fil
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from torch import Tensor
 
 from influence_kit.core.arguments import shown
+from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.rate import is_one_number
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 State = Mapping[str, Any]
 # numbers in a scheduler's state, and lists of one number per parameter group
 NUMBERS = ("last_epoch", "cooldown", "cooldown_counter", "num_bad_epochs", "factor")
 LISTS = ("_last_lr", "base_lrs", "max_lrs", "base_momentums", "max_momentums")
 # deeper than any chain of schedulers
 DEEPEST = 20
+
+
+class DamagedState(Exception):  # noqa: N818 - becomes the error that names the file
+    """A state is not built as torch builds it."""
+
+
+def of_given_states(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The function, with an error that names the file where ``check_states`` refuses a state."""
+
+    @wraps(function)
+    def read(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        try:
+            return function(*args, **kwargs)
+        except DamagedState as error:
+            raise InvalidArgumentError(
+                f"the state of an optimizer or scheduler {_place(args)} is not as torch saves it "
+                f"({error}), so its learning rate is not known; store it "
+                "with the weights as 'learning_rate', without that state, or pass a "
+                "`checkpoints_load_func` that returns it"
+            ) from error
+
+    return read
+
+
+def _place(args: tuple[Any, ...]) -> str:
+    path = next((arg for arg in args if isinstance(arg, str | Path)), None)
+    return "of a checkpoint in memory" if path is None else f"of '{path}'"
 
 
 def check_states(optimizers: Sequence[State], schedulers: Sequence[State]) -> None:
@@ -28,7 +60,7 @@ def check_states(optimizers: Sequence[State], schedulers: Sequence[State]) -> No
         schedulers: the state dicts of the schedulers.
 
     Raises:
-        ValueError: with the key and what is there.
+        DamagedState: with the key and what is there.
     """
     for optimizer in optimizers:
         _check_optimizer(optimizer)
@@ -95,4 +127,4 @@ def _are_numbers(values: Any) -> bool:
 
 
 def _refuse(key: str, value: Any, wanted: str) -> NoReturn:
-    raise ValueError(f"{key} must be {wanted}; got {shown(value)}")
+    raise DamagedState(f"{key} must be {wanted}; got {shown(value)}")

@@ -13,7 +13,7 @@ from influence_kit.learning_rates.closed_forms import is_scheduler
 from influence_kit.learning_rates.interpolation import rate_at
 from influence_kit.learning_rates.rate import APPLIED, Rate, one_rate
 from influence_kit.learning_rates.siblings import folders_beside, numbered_folders, rates_of
-from influence_kit.learning_rates.state_errors import of_given_states
+from influence_kit.learning_rates.state_checks import check_states, of_given_states
 from influence_kit.storage.given_files import read_json
 from influence_kit.storage.torch_files import values_of
 
@@ -84,6 +84,7 @@ def trainer_rate(path: Path, state: Mapping[str, Any]) -> Rate:
         InvalidArgumentError: if parameter groups have different rates.
     """
     scheduler, logs = values_of(path / "scheduler.pt"), logged_rates(state)
+    check_states((), [scheduler])
     step = int(state.get("global_step") or max(logs, default=0))
     following = one_rate(scheduler["_last_lr"]) if scheduler.get("_last_lr") else None
     evaluated = _from_scheduler(path, state, scheduler)

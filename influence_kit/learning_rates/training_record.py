@@ -20,7 +20,7 @@ from influence_kit.learning_rates.combined_file import (
 )
 from influence_kit.learning_rates.rate import NO_RATE, NONE, RATE_KEYS, Rate, is_one_number
 from influence_kit.learning_rates.rate import stored_rate as rate_of
-from influence_kit.learning_rates.state_errors import of_given_states
+from influence_kit.learning_rates.state_checks import of_given_states
 from influence_kit.learning_rates.trainer_folder import (
     TRAINER_STATE,
     logged_rates,

@@ -45,6 +45,7 @@ from influence_kit.preservation.training_flags import outputs_of
 from influence_kit.scoring.reducers import AllScores, KMostInfluentialResults, Reducer, TopK
 
 Selection = Callable[[nn.Module, Sequence[str] | None], Mapping[str, nn.Parameter]]
+Finding = Callable[[Any, bool], list[Any]]
 # examples whose outputs and losses show whether a model or loss has changed
 FEW = 8
 
@@ -57,6 +58,7 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
         select: returns the parameters whose gradients count, given the model and names of layers.
         differentiates: whether gradients are computed; if not, the parameters only determine device
             and precision.
+        find: gives the checkpoints in order, from the argument and whether any file may be one.
 
     See ``InnerProductInfluence`` for the other arguments.
     """
@@ -79,6 +81,7 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
         verify: Verify = "repeated",
         select: Selection = choose_parameters,
         differentiates: bool = True,
+        find: Finding = find_checkpoints,
     ) -> None:
         self.model = check_model(model)
         check_flags({"eval_mode": eval_mode})
@@ -88,6 +91,7 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
         self.batch_axes = batch_axes
         self.checkpoints_load_func = checkpoints_load_func
         self._caches = Caches()
+        self._find = find
         self._checkpoints = self._found_checkpoints(checkpoints)
         self.loss_fn = loss_fn
         self.test_output_fn = test_output_fn
@@ -235,7 +239,7 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
 
     def _found_checkpoints(self, checkpoints: Any) -> list[Any]:
         any_file = self.checkpoints_load_func is not load_checkpoint
-        return find_checkpoints(checkpoints, any_file)
+        return self._find(checkpoints, any_file)
 
     def forget(self) -> None:
         """Drop everything that is cached from earlier calls: gradients, fits, embeddings."""

@@ -25,7 +25,7 @@ def identity(
 ) -> dict[str, Any]:
     """Weights, parameters, examples, losses and gradients: what kept numbers belong to.
 
-    Two passes over the data, and the gradients of a few examples from all over it. All of the data
+    One pass over the data, and the gradients of a few examples from all over it. All of the data
     is hashed, so that no other data is taken for it: a second per gigabyte of tensors, far less
     than it takes most data sets to make them.
 

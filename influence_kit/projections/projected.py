@@ -86,8 +86,7 @@ class Projected(FeatureMap):
         return self.maps(super().features(checkpoint, batch, loss))
 
     def transpose(self, features: Gradients) -> Gradients:
-        shapes = FeatureMap.shapes.fget(self)  # type: ignore[attr-defined]
-        sample = features.sample
+        shapes, sample = self.gradient_shapes, features.sample
         with torch.enable_grad():
             forms = {
                 name: Dense(sample.new_zeros(features.n, shape.numel()).requires_grad_(), shape)

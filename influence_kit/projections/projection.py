@@ -11,15 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from influence_kit.core.dtypes import real_shape
 from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.projections.maps import Identity
 from influence_kit.projections.random_maps import shortened
 from influence_kit.projections.unit_maps import TwoSided, UnitMap, WrittenOut
-from influence_kit.projections.units import Unit, units_of
+from influence_kit.projections.units import Unit
 
 
 @dataclass(frozen=True)
@@ -69,24 +67,6 @@ def from_both_sides(
         unit,
         shortened(kind, unit.outputs, left, seed, name, "outputs"),
         shortened(kind, unit.inputs, right, seed, name, "inputs"),
-    )
-
-
-def layer_by_layer(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    dim: int | Sequence[int],
-    seed: int,
-    kind: str = "gaussian",
-) -> Projection:
-    """The projection of the chosen parameters, separately per group and from both sides."""
-    return Projection(
-        {
-            unit.names[0]: from_both_sides(
-                unit, real_shape(parameters[unit.names[0]]), kind, dim, seed
-            )
-            for unit in units_of(model, parameters)
-        }
     )
 
 

@@ -416,7 +416,7 @@ def test_the_file_of_an_optimizers_state_of_another_kind_is_named(tmp_path, kind
 def test_an_optimizers_state_of_another_kind_is_refused(unchanged):
     model = nn.Linear(2, 1)
     saved = {"state_dict": model.state_dict(), "optimizer": {"param_groups": 3}}
-    match = r"of a checkpoint in memory is not as torch saves it \(ValueError: .*\), so its"
+    match = r"of a checkpoint in memory is not as torch saves it \(.*\), so its"
     for use in (lambda: load_checkpoint(model, saved), lambda: record_of(saved)):
         with unchanged(model), pytest.raises(InvalidArgumentError, match=match):
             use()

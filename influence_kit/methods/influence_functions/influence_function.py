@@ -169,6 +169,7 @@ class InfluenceFunction(InnerProductInfluence):
         self._fitted = FittedInverse(inverse, self._caches.add(cache, first=True))
         self._cache.remedy = self._learnt.remedy = cache.remedy
         self._memory = Memory()
+        self._said: set[str] = set()
         # whether preconditioned test gradients that a user passes still need a fit
         self._always_fits = relative is not None
         # whether to warn of a damping that is far too small
@@ -403,9 +404,8 @@ class InfluenceFunction(InnerProductInfluence):
     ) -> tuple[list[Term], Iterable[Batch]]:
         if not isinstance(inputs, Tensor):
             return super()._plan(loader, inputs, ordered, show_progress)
-        if self._always_fits:
-            self.prepare(loader, show_progress)
-        super().prepare(loader, show_progress)
+        prepare = self.prepare if self._always_fits else super().prepare
+        prepare(loader, show_progress)
         quantities: Any = self._checked_quantities(inputs)
         count = len(self.checkpoints)
         features = preconditioned_features(self._map.shapes, count, self._sample)
@@ -453,6 +453,7 @@ class InfluenceFunction(InnerProductInfluence):
             self._hessian_loader,
             of_training,
             f'{inverse.wording.damping}="{self.damping}"',
+            self._said,
         )
 
     @property

@@ -14,6 +14,7 @@ from influence_kit.curvature.kronecker_curvature import (
     EKFAC,
     KFAC,
     FisherName,
+    KroneckerCurvature,
     WithoutForm,
     block_forms,
 )
@@ -26,8 +27,84 @@ from influence_kit.methods.influence_functions.influence_function import Influen
 from influence_kit.methods.layer_names import Layers
 
 
+class KroneckerInfluence(InfluenceFunction):
+    """The arguments and results that K-FAC and EK-FAC share."""
+
+    _part: type[KroneckerCurvature]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: Dataset[Any] | DataLoader[Any],
+        checkpoints: Any,
+        checkpoints_load_func: LoadFunction = load_checkpoint,
+        layers: Layers | None = None,
+        loss_fn: LossFunction | None = None,
+        batch_size: BatchSize = "auto",
+        test_loss_fn: LossFunction | None = None,
+        sample_wise_grads_per_batch: bool | None = None,
+        *,
+        damping: DampingArgument = "auto",
+        curvature: FisherName = "fisher",
+        hessian_dataset: Dataset[Any] | DataLoader[Any] | None = None,
+        relative: Literal["theta", "l"] | None = None,
+        rtol: float = 1e-5,
+        layers_without_kronecker: WithoutForm = "diagonal",
+        seed: int = 0,
+        test_output_fn: OutputFunction | None = None,
+        eval_mode: bool = True,
+        batch_axes: Any = None,
+        verify: Verify = "repeated",
+        store: str | Path | None = None,
+        store_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            train_dataset,
+            checkpoints,
+            checkpoints_load_func,
+            layers,
+            loss_fn,
+            batch_size,
+            test_loss_fn,
+            sample_wise_grads_per_batch,
+            inverse=self._part(damping, curvature, seed, rtol, layers_without_kronecker),
+            hessian_dataset=hessian_dataset,
+            relative=relative,
+            test_output_fn=test_output_fn,
+            eval_mode=eval_mode,
+            batch_axes=batch_axes,
+            verify=verify,
+            store=store,
+            store_dtype=store_dtype,
+        )
+
+    @property
+    def block_forms(self) -> dict[str, str]:
+        """The form of the curvature of each block, after the fit; empty before.
+
+        "Kronecker", "diagonal" ("diagonal (zero)" if no example has a gradient) or "left out";
+        "Kronecker, diagonal over its 50,257 outputs" if a side of a weight is longer than 8,192;
+        by parameter if those of a block differ: "weight: Kronecker; bias: diagonal". If
+        checkpoints differ, their forms joined by "or".
+        """
+        return block_forms(self.model, self.fit_state, self._fitted.partition)
+
+    @property
+    def damping_used(self) -> list[dict[str, float]]:
+        """The damping of each block that takes part, at each checkpoint that is fitted.
+
+        With "auto" all blocks of a checkpoint have the same damping.
+        """
+        forms = self.block_forms
+        return [
+            {block: value for block, value in values.items() if forms[block] != LEFT_OUT}
+            for values in super().damping_used
+        ]
+
+
 @documented
-class KFACInfluenceFunction(InfluenceFunction):
+class KFACInfluenceFunction(KroneckerInfluence):
     r"""score = sum over layers of <G_test, (S (x) A + damping)^-1 G_train>.
 
     .. math::
@@ -103,79 +180,11 @@ class KFACInfluenceFunction(InfluenceFunction):
         torch.Size([4, 8])
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        train_dataset: Dataset[Any] | DataLoader[Any],
-        checkpoints: Any,
-        checkpoints_load_func: LoadFunction = load_checkpoint,
-        layers: Layers | None = None,
-        loss_fn: LossFunction | None = None,
-        batch_size: BatchSize = "auto",
-        test_loss_fn: LossFunction | None = None,
-        sample_wise_grads_per_batch: bool | None = None,
-        *,
-        damping: DampingArgument = "auto",
-        curvature: FisherName = "fisher",
-        hessian_dataset: Dataset[Any] | DataLoader[Any] | None = None,
-        relative: Literal["theta", "l"] | None = None,
-        rtol: float = 1e-5,
-        layers_without_kronecker: WithoutForm = "diagonal",
-        seed: int = 0,
-        test_output_fn: OutputFunction | None = None,
-        eval_mode: bool = True,
-        batch_axes: Any = None,
-        verify: Verify = "repeated",
-        store: str | Path | None = None,
-        store_dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            model,
-            train_dataset,
-            checkpoints,
-            checkpoints_load_func,
-            layers,
-            loss_fn,
-            batch_size,
-            test_loss_fn,
-            sample_wise_grads_per_batch,
-            inverse=KFAC(damping, curvature, seed, rtol, layers_without_kronecker),
-            hessian_dataset=hessian_dataset,
-            relative=relative,
-            test_output_fn=test_output_fn,
-            eval_mode=eval_mode,
-            batch_axes=batch_axes,
-            verify=verify,
-            store=store,
-            store_dtype=store_dtype,
-        )
-
-    @property
-    def block_forms(self) -> dict[str, str]:
-        """The form of the curvature of each block, after the fit; empty before.
-
-        "Kronecker", "diagonal" ("diagonal (zero)" if no example has a gradient) or "left out";
-        "Kronecker, diagonal over its 50,257 outputs" if a side of a weight is longer than 8,192;
-        by parameter if those of a block differ: "weight: Kronecker; bias: diagonal". If
-        checkpoints differ, their forms joined by "or".
-        """
-        return block_forms(self.model, self.fit_state, self._fitted.partition)
-
-    @property
-    def damping_used(self) -> list[dict[str, float]]:
-        """The damping of each block that takes part, at each checkpoint that is fitted.
-
-        With "auto" all blocks of a checkpoint have the same damping.
-        """
-        forms = self.block_forms
-        return [
-            {block: value for block, value in values.items() if forms[block] != LEFT_OUT}
-            for values in super().damping_used
-        ]
+    _part = KFAC
 
 
 @documented
-class EKFACInfluenceFunction(InfluenceFunction):
+class EKFACInfluenceFunction(KroneckerInfluence):
     r"""score = sum over layers of <G_test, Q_S [(Q_S^T G_train Q_A) / (Lambda + damping)] Q_A^T>.
 
     .. math::
@@ -224,72 +233,4 @@ class EKFACInfluenceFunction(InfluenceFunction):
         {'0': 'Kronecker', '2': 'Kronecker'}
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        train_dataset: Dataset[Any] | DataLoader[Any],
-        checkpoints: Any,
-        checkpoints_load_func: LoadFunction = load_checkpoint,
-        layers: Layers | None = None,
-        loss_fn: LossFunction | None = None,
-        batch_size: BatchSize = "auto",
-        test_loss_fn: LossFunction | None = None,
-        sample_wise_grads_per_batch: bool | None = None,
-        *,
-        damping: DampingArgument = "auto",
-        curvature: FisherName = "fisher",
-        hessian_dataset: Dataset[Any] | DataLoader[Any] | None = None,
-        relative: Literal["theta", "l"] | None = None,
-        rtol: float = 1e-5,
-        layers_without_kronecker: WithoutForm = "diagonal",
-        seed: int = 0,
-        test_output_fn: OutputFunction | None = None,
-        eval_mode: bool = True,
-        batch_axes: Any = None,
-        verify: Verify = "repeated",
-        store: str | Path | None = None,
-        store_dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            model,
-            train_dataset,
-            checkpoints,
-            checkpoints_load_func,
-            layers,
-            loss_fn,
-            batch_size,
-            test_loss_fn,
-            sample_wise_grads_per_batch,
-            inverse=EKFAC(damping, curvature, seed, rtol, layers_without_kronecker),
-            hessian_dataset=hessian_dataset,
-            relative=relative,
-            test_output_fn=test_output_fn,
-            eval_mode=eval_mode,
-            batch_axes=batch_axes,
-            verify=verify,
-            store=store,
-            store_dtype=store_dtype,
-        )
-
-    @property
-    def block_forms(self) -> dict[str, str]:
-        """The form of the curvature of each block, after the fit; empty before.
-
-        "Kronecker", "diagonal" ("diagonal (zero)" if no example has a gradient) or "left out";
-        "Kronecker, diagonal over its 50,257 outputs" if a side of a weight is longer than 8,192;
-        by parameter if those of a block differ: "weight: Kronecker; bias: diagonal". If
-        checkpoints differ, their forms joined by "or".
-        """
-        return block_forms(self.model, self.fit_state, self._fitted.partition)
-
-    @property
-    def damping_used(self) -> list[dict[str, float]]:
-        """The damping of each block that takes part, at each checkpoint that is fitted.
-
-        With "auto" all blocks of a checkpoint have the same damping.
-        """
-        forms = self.block_forms
-        return [
-            {block: value for block, value in values.items() if forms[block] != LEFT_OUT}
-            for values in super().damping_used
-        ]
+    _part = EKFAC

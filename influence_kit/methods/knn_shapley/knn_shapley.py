@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
+from influence_kit.checkpoints.discovery import LoadFunction, find_checkpoints, load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.core.arguments import check_count
 from influence_kit.core.distributed import is_mine, sum_over_ranks
@@ -144,11 +144,8 @@ class KNNShapley(ExampleInfluence):
             verify=verify,
             select=partial(_all_parameters, layer=self.layer),
             differentiates=False,
+            find=partial(_found, layer=self.layer),
         )
-
-    def _found_checkpoints(self, checkpoints: Any) -> list[Any]:
-        checkpoints = _used(checkpoints, self.layer)
-        return [] if checkpoints is None else super()._found_checkpoints(checkpoints)
 
     # What a user calls.
 
@@ -253,14 +250,16 @@ class KNNShapley(ExampleInfluence):
         return torch.empty_like(values).scatter_(1, order, values)
 
 
-def _used(checkpoints: Any, layer: str | None) -> Any:
-    """The argument ``checkpoints``, which is needed only with a layer."""
-    if checkpoints is None and layer is not None:
+def _found(checkpoints: Any, any_file: bool, layer: str | None) -> list[Any]:
+    """The checkpoints, which only a layer needs."""
+    if checkpoints is not None:
+        return find_checkpoints(checkpoints, any_file)
+    if layer is not None:
         raise InvalidArgumentError(
             f"`checkpoints` is None: the output of layer '{layer}' is compared at each checkpoint; "
             "[model.state_dict()] is the model as it is now"
         )
-    return checkpoints
+    return []
 
 
 def _all_parameters(model: nn.Module, layers: Any, layer: str | None) -> Mapping[str, nn.Parameter]:
