@@ -84,14 +84,12 @@ class FittedPiece:
 def fitted_pieces(
     tensors: Mapping[str, Tensor],
     blocks: Mapping[str, Sequence[str]],
-    shapes: Mapping[str, torch.Size],
 ) -> dict[str, list[FittedPiece]]:
     """The pieces of each block; an empty list for a block that is left out.
 
     Args:
         tensors: the state of the fit, by name.
         blocks: names of parameters by block.
-        shapes: the shapes of the parameters.
     """
     by_key: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, value in tensors.items():
@@ -101,17 +99,10 @@ def fitted_pieces(
     for block, names in blocks.items():
         keys = [block, *(own_key(block, name) for name in names)]
         owns = [by_key[key] for key in keys if "grid" in by_key.get(key, {})]
-        found[block] = [FittedPiece(_members(names, own, shapes), own) for own in owns]
+        found[block] = [
+            FittedPiece(tuple(names[i] for i in own["members"].tolist()), own) for own in owns
+        ]
     return found
-
-
-def _members(
-    names: Sequence[str], own: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
-) -> tuple[str, ...]:
-    if "members" in own:
-        return tuple(names[i] for i in own["members"].tolist())
-    # saved by a version in which a block had one piece: the weight is the matrix
-    return tuple(sorted(names, key=lambda name: len(shapes[name]), reverse=True))
 
 
 def form_of_block(names: Sequence[str], pieces: Sequence[FittedPiece], swapped: bool) -> str:

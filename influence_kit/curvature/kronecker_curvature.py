@@ -93,10 +93,8 @@ class KroneckerCurvature(InverseCurvature):
 
     @property
     def settings(self) -> dict[str, Any]:
-        settings = {**super().settings, "curvature": self.curvature}
-        if self.layers_without_kronecker != "diagonal":  # as in fits of earlier versions
-            settings["layers_without_kronecker"] = self.layers_without_kronecker
-        return settings
+        own = {"layers_without_kronecker": self.layers_without_kronecker}
+        return {**super().settings, "curvature": self.curvature, **own}
 
     def check_features(self, features: FeatureMap) -> None:
         refuse_all_but_gradients(features, type(self).__name__)
@@ -134,7 +132,6 @@ class KroneckerCurvature(InverseCurvature):
     def auto_damping(self, rule: str, state: State, data: FitData) -> Tensor:
         if rule not in (EVIDENCE, LEARNING_RATES):
             return super().auto_damping(rule, state, data)
-        _refuse_old(state, data)
         fitted = _fitted(state, data.partition)
         pieces = [piece for own in fitted.values() for piece in own]
         if rule == EVIDENCE:
@@ -227,13 +224,4 @@ def block_forms(
 
 def _fitted(state: State, partition: Partition) -> dict[str, list[FittedPiece]]:
     """The fitted pieces by block; a block that is left out has none."""
-    return fitted_pieces(state, partition.blocks, partition.shapes)
-
-
-def _refuse_old(state: State, data: FitData) -> None:
-    if OBSERVATIONS not in state:
-        raise InvalidArgumentError(
-            f"{data.argument} needs the evidence, which a fit saved by an earlier version does not "
-            "contain: call `fit()` again, give a number, or use "
-            'damping="mean", the "auto" of that version'
-        )
+    return fitted_pieces(state, partition.blocks)

@@ -18,7 +18,7 @@ from turns import in_turn
 
 import influence_kit
 from influence_kit.curvature.fit_data import OTHER_DRAW
-from influence_kit.curvature.kronecker_fit import OBSERVATIONS, KroneckerFit
+from influence_kit.curvature.kronecker_fit import KroneckerFit
 from influence_kit.curvature.model_labels import uniform
 from influence_kit.errors import InvalidArgumentError
 
@@ -652,39 +652,6 @@ def test_a_saved_fit_has_the_same_damping(
     assert_close(loaded.influence(case.test), expected, 1e-10)
     for found, wanted in zip(loaded.damping_used, whole.damping_used, strict=True):
         assert found == {block: pytest.approx(v, rel=1e-10) for block, v in wanted.items()}
-
-
-@both
-def test_a_fit_of_an_earlier_version(method: str, tmp_path: Path) -> None:
-    """It has no number of observations, and no squared weights."""
-    case, model = CASES["mlp"], CASES["mlp"].model()
-    first = make(method, model, case.train, damping="mean", **EMPIRICAL)
-    expected = first.influence(case.test)
-    (facts,) = first.fit_state.values()
-    for key in [k for k in facts if k == OBSERVATIONS or k.endswith("squared_weights")]:
-        del facts[key]
-    first.save(tmp_path)
-    assert not any(OBSERVATIONS in key for own in first.fit_state.values() for key in own)
-    loaded = make(method, model, case.train, **EMPIRICAL).load(tmp_path)
-    for rule in ("auto", "evidence"):
-        loaded.damping = rule
-        match = (
-            rf'damping="{rule}" needs the evidence, which a fit saved by an earlier version does '
-            r'not contain: call `fit\(\)` again, give a number, or use damping="mean", the "auto"'
-        )
-        for question in (lambda: loaded.influence(case.test), loaded.self_influence):
-            with pytest.raises(InvalidArgumentError, match=match):
-                question()
-        assert loaded.damping_used == []
-    loaded.damping = "mean"
-    assert torch.equal(loaded.influence(case.test), expected)
-    for damping in ("trace", 1.0):
-        loaded.damping = damping
-        own = make(method, model, case.train, damping=damping, **EMPIRICAL)
-        assert_close(loaded.influence(case.test), own.influence(case.test), 1e-10)
-    loaded.damping = "auto"
-    fresh = make(method, model, case.train, **EMPIRICAL).influence(case.test)
-    assert_close(loaded.fit().influence(case.test), fresh, 1e-10)
 
 
 @both

@@ -256,21 +256,6 @@ def test_a_fit_is_saved_and_loaded(method: str, tmp_path: Path) -> None:
         third.load(tmp_path)
 
 
-@both
-def test_a_fit_that_was_saved_before_blocks_had_pieces(method: str, tmp_path: Path) -> None:
-    """It has no `members`, and the weight is the parameter with more dimensions."""
-    train, test = WHOLE["bare"].data(N, 1), WHOLE["bare"].data(M, 2)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-    first = make(method, WHOLE["bare"], model, train, **EMPIRICAL)
-    scores = first.influence(test)
-    first.fit_state[0] = {k: v for k, v in first.fit_state[0].items() if not k.endswith("members")}
-    first.save(tmp_path)
-    second = make(method, WHOLE["bare"], model, train, **EMPIRICAL).load(tmp_path)
-    assert torch.equal(second.influence(test), scores)
-    assert set(second.block_forms.values()) == {"Kronecker"}
-
-
 # What is asked of the parameters without such a form.
 
 LEFT = "2 of 6 parameters have no Kronecker form and are left out, as if they were frozen: 'norm.w"

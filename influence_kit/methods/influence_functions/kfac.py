@@ -163,7 +163,7 @@ class KFACInfluenceFunction(KroneckerInfluence):
 
     Raises:
         InvalidArgumentError: for ``damping="auto"`` if the evidence has no maximum (all weights,
-            gradients or squared errors are zero), or for a fit that an earlier version saved.
+            gradients or squared errors are zero).
 
     Example:
         >>> import torch
