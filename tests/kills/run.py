@@ -38,7 +38,8 @@ class Outcome:
 
 
 def work(name: str, folder: str, progress: Any) -> None:
-    """In a process of its own."""
+    """In a process of its own, which leads a group with the workers that it starts."""
+    os.setsid()
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     code = FINISHED
@@ -88,11 +89,12 @@ class Server:
                 last, done = receiver.recv()
             except EOFError:
                 break
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            return None, done, PATIENCE
-        return process.exitcode, done, last - begun
+        code, seconds = process.exitcode, last - begun
+        if process.pid is not None:
+            with suppress(ProcessLookupError):  # workers outlive a killed parent by minutes
+                os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        return (None, done, PATIENCE) if code is None else (code, done, seconds)
 
 
 @dataclass
