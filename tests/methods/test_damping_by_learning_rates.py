@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import influence_kit
-from influence_kit import EKFACInfluenceFunction, KFACInfluenceFunction
+from influence_kit import KFACInfluenceFunction
 from influence_kit.curvature import kronecker_curvature
 from influence_kit.curvature.observations import curvature_factor
 from influence_kit.errors import InvalidArgumentError
@@ -190,15 +190,3 @@ def test_classes_whose_units_are_others_do_not_know_the_rule(method: str) -> Non
     match = r'must be a number, a dict by block or one of "auto", "mean", "trace"; got'
     with pytest.raises(InvalidArgumentError, match=match):
         make(method, model, checkpoints, **own)
-
-
-def test_a_fit_of_an_old_version_is_refused() -> None:
-    model, checkpoints, _ = trained()
-    found = EKFACInfluenceFunction(
-        model, DATA, checkpoints, loss_fn=nn.CrossEntropyLoss(), damping=1.0
-    ).fit()
-    for facts in found.fit_state.values():
-        del facts["observations"]
-    found.damping = RULE
-    with pytest.raises(InvalidArgumentError, match=r'damping="learning_rates" .* call `fit\(\)`'):
-        found.influence(TEST)
