@@ -1,18 +1,17 @@
 """Inverse curvatures from products of the curvature with vectors.
 
-Explicit (Cholesky factors), conjugate gradients, and the Nystroem approximation.
+Explicit (Cholesky factors) and the Nystroem approximation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from influence_kit.core.arguments import check_count, check_number
+from influence_kit.core.arguments import check_count
 from influence_kit.core.memory import free_bytes
 from influence_kit.core.objects import is_one_of
 from influence_kit.curvature.curvature import Curvature, GaussNewton, HessianOfLoss
@@ -30,20 +29,16 @@ from influence_kit.gradients.parameter_selection import choose_blocks
 from influence_kit.gradients.per_example import Transform
 from influence_kit.operators.block import Block
 from influence_kit.operators.low_rank import (
-    JacobiPreconditioner,
     LowRank,
-    NystromPreconditioner,
     as_tensors,
     from_tensors,
     nystrom,
 )
-from influence_kit.operators.solvers import Cholesky, Solve, conjugate_gradients
+from influence_kit.operators.solvers import Cholesky
 
 CurvatureName = Literal["ggn", "hessian", "fisher", "empirical_fisher"]
 BlockArgument = Literal["full", "layer", "parameter"] | Mapping[str, Sequence[str]]
 CURVATURES = ("ggn", "hessian", "fisher", "empirical_fisher")
-# the rank of the Nystroem preconditioner
-RANK = 50
 
 
 class OperatorInverse(InverseCurvature):
@@ -148,54 +143,6 @@ def _check_memory(curvature: Curvature) -> None:
             f'matrices; {free / 2**30:.1f} GiB are free. Use blocks="layer", `layers`, or '
             "`EKFACInfluenceFunction` or `CGInfluenceFunction`, which form no such matrix"
         )
-
-
-class ConjugateGradients(OperatorInverse):
-    """Solves for all vectors together, one pass per iteration; see ``CGInfluenceFunction``.
-
-    Args:
-        damping, curvature, blocks, seed: as in ``OperatorInverse``.
-        max_iter: the largest number of iterations.
-        tol: a vector is done when the norm of its residual, relative to that of its right-hand
-            side, is at most this.
-        preconditioner: None, "jacobi" (the diagonal of C) or "nystrom" (50 eigenpairs of C).
-    """
-
-    def __init__(
-        self,
-        damping: DampingArgument = "auto",
-        curvature: CurvatureName = "ggn",
-        blocks: BlockArgument = "full",
-        seed: int = 0,
-        max_iter: int = 100,
-        tol: float = 1e-6,
-        preconditioner: Literal["jacobi", "nystrom"] | None = None,
-    ) -> None:
-        super().__init__(damping, curvature, blocks, seed)
-        if preconditioner not in (None, "jacobi", "nystrom"):
-            raise InvalidArgumentError(
-                f'`preconditioner` must be None, "jacobi" or "nystrom"; got {preconditioner!r}'
-            )
-        self.max_iter = check_count(max_iter, "max_iter")
-        self.tol = check_number(tol, "tol", least=0, below=1)
-        self.preconditioner = preconditioner
-
-    def inverse(self, state: State, damping: Tensor, data: FitData) -> Transform:
-        operator = self.operator(data)
-        conditioner: Solve | None = None
-        if self.preconditioner == "jacobi":
-            conditioner = JacobiPreconditioner(operator, damping, self.seed)
-        elif self.preconditioner == "nystrom":
-            conditioner = NystromPreconditioner(operator, damping, RANK, self.seed)
-        solve = partial(
-            conjugate_gradients,
-            operator,
-            damping=damping,
-            max_iter=self.max_iter,
-            tol=self.tol,
-            preconditioner=conditioner,
-        )
-        return data.through(solve)
 
 
 class Nystrom(OperatorInverse):

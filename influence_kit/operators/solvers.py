@@ -26,6 +26,7 @@ from influence_kit.operators.wording import OF_CURVATURE, Wording
 
 Damping = float | Tensor | Sequence[float]
 Solve = Callable[[Tensor], Tensor]
+Report = Callable[[Tensor, Tensor], object]
 # rounds that would never end
 MOST = 10**9
 REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
@@ -135,6 +136,7 @@ def conjugate_gradients(
     max_iter: int = 100,
     tol: float = 1e-6,
     preconditioner: Solve | None = None,
+    report: Report | None = None,
 ) -> Tensor:
     """(C + damping)^-1 v by conjugate gradients, for all rows at once (Martens 2010).
 
@@ -147,7 +149,10 @@ def conjugate_gradients(
         damping: added to C.
         max_iter: the most iterations; rows that are not done by then cause a warning.
         tol: the relative residual.
-        preconditioner: a cheap approximation of (C + damping)^-1.
+        preconditioner: a cheap approximation of (C + damping)^-1, symmetric and positive definite.
+            The first iterate is its solution, times the best factor.
+        report: is called at the end with the number of iterations of each row and the relative
+            residual reached, both ``[k]``.
 
     Raises:
         CurvatureError: if C + damping has a direction of negative curvature.
@@ -160,31 +165,41 @@ def conjugate_gradients(
     check_number(tol, "tol", least=0, below=1)
     by_block = damping_by_block(damping, len(operator.sizes))
     vectors, powers = balanced(refuse_non_finite_rows(vectors))
-    solution = torch.zeros_like(vectors)
     # a residual below rounding carries no information, and its directions vanish
     tol = max(tol, torch.finfo(vectors.dtype).eps)
     state = _Descent(operator, vectors, by_block, preconditioner)
-    for _ in range(max_iter):
+    solution = torch.zeros_like(vectors)
+    iterations = torch.zeros(len(vectors), dtype=torch.long, device=vectors.device)
+    residuals = torch.zeros(len(vectors), dtype=torch.float64, device=vectors.device)
+    for iteration in range(max_iter + 1):
         # written so that a NaN residual counts as not done
-        going = ~(state.relative() <= tol)
-        keep = going.any(dim=1)
+        left = state.relative()
+        going = ~(left <= tol)
+        keep = going.any(dim=1) if iteration < max_iter else going.new_zeros(len(going))
         if not bool(keep.all()):
-            solution[state.rows] = state.x
+            rows = state.rows[~keep]
+            solution[rows], residuals[rows] = state.x[~keep], left[~keep].amax(dim=1)
+            iterations[rows] = iteration
             state.leave(keep)
         if not len(state.rows):
-            return times_powers(solution, powers)
+            break
         # a block that is done does not change while another of its row continues
         state.step(going[keep])
-    solution[state.rows] = state.x
-    left = state.relative()
-    if bool((left > tol).any()):
+    if report is not None:
+        report(iterations, residuals)
+    _warn_of_residuals(residuals, tol, max_iter)
+    return times_powers(solution, powers)
+
+
+def _warn_of_residuals(residuals: Tensor, tol: float, max_iter: int) -> None:
+    unfinished = ~(residuals <= tol)
+    if bool(unfinished.any()):
         warnings.warn(
             f"conjugate gradients stopped after {max_iter} iterations with relative residuals up "
-            f"to {float(left.max()):.2g} (tol: {tol:.2g}) in {int((left > tol).any(1).sum())} of "
-            f"{len(vectors)} rows: raise `max_iter` or the damping, or use a preconditioner",
-            stacklevel=2,
+            f"to {float(residuals.max()):.2g} (tol: {tol:.2g}) in {int(unfinished.sum())} of "
+            f"{len(residuals)} rows: raise `max_iter` or the damping, or use a preconditioner",
+            stacklevel=3,
         )
-    return times_powers(solution, powers)
 
 
 class _Descent:

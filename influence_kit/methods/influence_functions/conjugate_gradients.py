@@ -8,12 +8,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
+from influence_kit.curvature.conjugate_gradients import ConjugateGradients, Preconditioner
 from influence_kit.curvature.damping import DampingArgument
-from influence_kit.curvature.operator_inverses import (
-    BlockArgument,
-    ConjugateGradients,
-    CurvatureName,
-)
+from influence_kit.curvature.operator_inverses import BlockArgument, CurvatureName
 from influence_kit.gradients.gradient_source import Verify
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
@@ -81,7 +78,7 @@ class CGInfluenceFunction(InfluenceFunction):
         seed: int = 0,
         max_iter: int = 100,
         tol: float = 1e-6,
-        preconditioner: Literal["jacobi", "nystrom"] | None = None,
+        preconditioner: Preconditioner = None,
         test_output_fn: OutputFunction | None = None,
         eval_mode: bool = True,
         batch_axes: Any = None,
