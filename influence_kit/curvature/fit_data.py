@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from influence_kit.curvature.model_labels import ModelLabels
 from influence_kit.curvature.observed_gradients import ObservedGradients
 from influence_kit.curvature.passes import DataSet, Features, Memory, Remembered
+from influence_kit.curvature.sampled_slopes import OF_SLOPES, SampledSlopes
 from influence_kit.data.batches import Batch
 from influence_kit.gradients.feature_map import FeatureMap
 from influence_kit.gradients.gradient_source import GradientSource
@@ -91,38 +92,37 @@ class FitData:
         """The number of examples."""
         return self.examples.count
 
-    def labels(self, seed: int, draw: int = 0) -> ModelLabels:
-        """Samples labels from the model; those of another draw are independent."""
-        return ModelLabels(self.model, self.loss, (seed + draw * OTHER_DRAW) % 2**63)
+    def slopes(self, seed: int, draw: int = 0) -> SampledSlopes:
+        """Samples slopes from the model; those of another draw are independent."""
+        return SampledSlopes(self.model, self.loss, (seed + draw * OTHER_DRAW) % 2**63)
 
     def features(self, curvature: str, seed: int, draw: int = 0) -> Features:
         """The gradients whose outer products are the empirical Fisher, or the Fisher.
 
         Args:
-            curvature: "empirical_fisher" (labels of the data) or "fisher" (sampled from the model).
-            seed: the seed of the sampled labels.
-            draw: the number of the draw; labels of different draws are independent.
+            curvature: "empirical_fisher" (labels of the data) or "fisher" (slopes sampled from the
+                model).
+            seed: the seed of the sampled slopes.
+            draw: the number of the draw; slopes of different draws are independent.
         """
-        labels = self.labels(seed, draw)
+        slopes = self.slopes(seed, draw)
 
         def features(indices: Tensor, batch: Batch) -> Gradients:
             if curvature == "empirical_fisher":
                 return self.map.of_cached(self.cached(batch))
             self.source.prepare(batch, self.loss, int(indices[0]))
-            return self.map.features(self.checkpoint, labels(indices, batch), self.loss)
+            return self.map.features(self.checkpoint, slopes(indices, batch), OF_SLOPES)
 
         return self.remembered(features)
 
     def observed(self, seed: int, draw: int, at_data: bool) -> ObservedGradients:
-        """Gradients at labels of a draw, or of the data, with the statistics of the labels."""
+        """Gradients at slopes of a draw, or at labels of the data, with the labels' statistics."""
 
         def prepare(indices: Tensor, batch: Batch) -> None:
             self.source.prepare(batch, self.loss, int(indices[0]))
 
-        def features(indices: Tensor, batch: Batch) -> Gradients:
-            return self.map.features(self.checkpoint, batch, self.loss)
-
-        return ObservedGradients(prepare, features, self.labels(seed, draw), at_data)
+        gradients = partial(self.map.features, self.checkpoint)
+        return ObservedGradients(prepare, gradients, self.slopes(seed, draw), at_data)
 
     def remembered(self, features: Features) -> Features:
         """The same features, cached for further passes while memory lasts."""

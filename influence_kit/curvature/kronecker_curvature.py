@@ -146,7 +146,6 @@ class KroneckerCurvature(InverseCurvature):
             self._inverse(state, every, data, power=0.5),
             [piece.grid for piece in pieces],
             found,
-            float(state[OBSERVATIONS][2]),
         )
         return every / left_out
 
@@ -166,9 +165,9 @@ class KroneckerCurvature(InverseCurvature):
         return min(MOST_SAMPLED, max(LEAST_SAMPLED, within))
 
     def _sample_of(self, data: FitData) -> list[Gradients]:
-        """Gradients of a sample of examples, at labels sampled independently."""
+        """Gradients of a sample of examples, at slopes sampled independently."""
         observed = data.observed(self.seed, draw=2, at_data=self.curvature != "fisher")
-        return list(observed.weighted(data.examples.sample, sum(data.partition.sizes)))
+        return list(observed.in_chunks(data.examples.sample, sum(data.partition.sizes)))
 
     # The inverse.
 

@@ -1,15 +1,15 @@
-"""Distributions of labels given a model's outputs, to sample from and to compare with a loss.
+"""Distributions of labels given a model's outputs: their Fisher matrix, and the losses they fit.
 
 Supported are the softmax (integer labels), independent sigmoids (``BCEWithLogitsLoss``), and the
 normal distribution with fixed variance (squared error).
 
-Shapes: n examples, c classes.
+Shapes: n examples, T positions of an example, c classes.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,10 @@ from torch import Tensor
 
 # the number of classes at which a loss is compared, for few and for many logits
 MANY_PROBES, FEW_PROBES, MANY_LOGITS = 64, 8, 10**6
+# a class whose root of a probability is at least this share of the largest is a likeliest one
+TIE = 0.99
+# makes random signs for each example: ``signs(T, c)`` is ``[n, T, c]``
+Signs = Callable[[int, int], Tensor]
 
 
 def factors_of(found: Tensor, expected: Tensor, axis: int | None) -> Tensor:
@@ -38,12 +42,20 @@ def rounding_of(slopes: Tensor) -> float:
 class Likelihood(ABC):
     """A distribution of the labels, given the logits."""
 
-    # the dimension of the logits over which one label is sampled; None if each has its own
+    # the dimension of the logits that one label belongs to; None if each logit has its own
     axis: int | None = None
 
     @abstractmethod
-    def draw(self, logits: Tensor, labels: Tensor, u: Tensor) -> Tensor:
-        """Sampled labels of the shape and dtype of ``labels``, from uniform numbers."""
+    def sample(self, logits: Tensor, labels: Tensor, signs: Signs) -> Tensor:
+        """Vectors like the logits: random signs times a root of the covariance of ``slope``.
+
+        The covariance is that over labels distributed as the model predicts; 0 for positions
+        without a label.
+        """
+
+    @abstractmethod
+    def unlikely(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Labels like ``labels`` at which ``slope`` is far from 0."""
 
     @abstractmethod
     def probes(self, logits: Tensor, labels: Tensor) -> Iterable[Tensor]:
@@ -52,10 +64,6 @@ class Likelihood(ABC):
     @abstractmethod
     def slope(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The gradient of -log likelihood in the logits, up to one factor per position."""
-
-    @abstractmethod
-    def mean_squares(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean square of ``slope`` over sampled labels, one per label."""
 
     def settles(self, factors: Tensor) -> bool:
         """Record the loss's slope divided by ``slope``; whether the loss fits the likelihood."""
@@ -80,17 +88,33 @@ class Softmax(Likelihood):
             targets[:, : -self.shift] = labels[:, self.shift :]
         return targets
 
-    def draw(self, logits: Tensor, labels: Tensor, u: Tensor) -> Tensor:
-        """By the inverse cumulative distribution; negative labels stay (they are ignored)."""
-        cumulative = self._log_probabilities(logits).double().exp().cumsum(-1)
+    def sample(self, logits: Tensor, labels: Tensor, signs: Signs) -> Tensor:
+        """The covariance of p - onehot(y) is diag(p) - p p^T = diag(u) (I - u u^T) diag(u).
+
+        u is the root of p. A Householder reflection turns the unit vector of the likeliest class
+        into -u, and those of the other classes, which get the signs, into a basis of what is
+        orthogonal to u.
+        """
+        u = self._log_probabilities(logits).mul(0.5).exp()
+        classes = u.shape[-1]
+        # the first of those that are as likely: rounding does not decide which
+        likeliest = (u >= TIE * u.amax(-1, keepdim=True)).int().argmax(-1, keepdim=True)
+        largest = u.gather(-1, likeliest)
+        random = signs(u[0].numel() // classes, classes).to(u).view_as(u)
+        random = random.scatter(-1, likeliest, 0.0)
+        along = (u * random).sum(-1, keepdim=True)
+        slopes = u * (random - u * along / (1 + largest))
+        slopes = slopes.scatter(-1, likeliest, -largest * along)
+        slopes = slopes * (self._targets(labels) >= 0).unsqueeze(-1)
+        return slopes.movedim(-1, self.axis)
+
+    def unlikely(self, logits: Tensor, labels: Tensor) -> Tensor:
+        # the least likely of the possible classes
+        possible = torch.where(torch.isneginf(logits), torch.inf, logits).movedim(self.axis, -1)
+        least = possible.argmin(-1).to(labels.dtype)
         if self.shift:
-            cumulative, u = cumulative[:, : -self.shift], u[:, self.shift :]
-        levels = u.unsqueeze(-1) * cumulative[..., -1:]
-        drawn = torch.searchsorted(cumulative.contiguous(), levels.contiguous()).squeeze(-1)
-        drawn = drawn.clamp(max=logits.shape[self.axis] - 1).to(labels.dtype)
-        if self.shift:
-            drawn = torch.cat([labels[:, : self.shift], drawn], dim=1)
-        return torch.where(labels < 0, labels, drawn)
+            least = torch.cat([labels[:, : self.shift], least[:, : -self.shift]], dim=1)
+        return torch.where(labels < 0, labels, least)
 
     def probes(self, logits: Tensor, labels: Tensor) -> Iterable[Tensor]:
         classes = logits.shape[self.axis]
@@ -106,29 +130,22 @@ class Softmax(Likelihood):
         slope = (probabilities - chosen) * (targets >= 0).unsqueeze(-1)
         return slope.movedim(-1, self.axis)
 
-    def mean_squares(self, logits: Tensor, labels: Tensor) -> Tensor:
-        # the sum of p (1 - p); if a probability rounds to 1, 1 - p is the sum of the others
-        others = self._log_probabilities(logits).exp()
-        others = others.scatter(-1, others.argmax(-1, keepdim=True), 0.0)
-        rest = others.sum(-1)
-        squares = (1 - rest) * rest + (others * (1 - others)).sum(-1)
-        return squares * (self._targets(labels) >= 0)
-
 
 class Sigmoid(Likelihood):
     """Independent labels 0 and 1."""
 
-    def draw(self, logits: Tensor, labels: Tensor, u: Tensor) -> Tensor:
-        return (u < logits.double().sigmoid()).to(labels.dtype)
+    def sample(self, logits: Tensor, labels: Tensor, signs: Signs) -> Tensor:
+        deviation: Tensor = (logits.sigmoid() * (-logits).sigmoid()).sqrt()
+        return deviation * signs(1, logits[0].numel()).to(logits).view_as(logits)
+
+    def unlikely(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return (logits < 0).to(labels.dtype)
 
     def probes(self, logits: Tensor, labels: Tensor) -> Iterable[Tensor]:
         return torch.zeros_like(labels), torch.ones_like(labels)
 
     def slope(self, logits: Tensor, labels: Tensor) -> Tensor:
         return logits.sigmoid() - labels
-
-    def mean_squares(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return logits.sigmoid() * (-logits).sigmoid()
 
 
 @dataclass
@@ -137,18 +154,18 @@ class Normal(Likelihood):
 
     precision: float = 1.0
 
-    def draw(self, logits: Tensor, labels: Tensor, u: Tensor) -> Tensor:
-        noise: Tensor = torch.special.ndtri(u).to(logits) / self.precision**0.5
-        return (logits + noise).to(labels.dtype)
+    def sample(self, logits: Tensor, labels: Tensor, signs: Signs) -> Tensor:
+        random = signs(1, logits[0].numel()).to(logits).view_as(logits)
+        return random / self.precision**0.5
+
+    def unlikely(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return (logits + 1).to(labels.dtype)
 
     def probes(self, logits: Tensor, labels: Tensor) -> Iterable[Tensor]:
         return ((logits + step).to(labels.dtype) for step in (1.0, -1.0, 2.0))
 
     def slope(self, logits: Tensor, labels: Tensor) -> Tensor:
         return logits - labels
-
-    def mean_squares(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return torch.full_like(logits, 1 / self.precision)
 
     def settles(self, factors: Tensor) -> bool:
         self.precision = float(factors.median())

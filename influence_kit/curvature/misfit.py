@@ -24,7 +24,6 @@ def misfit(
     root: Callable[[Gradients], Gradients],
     eigenvalues: Sequence[Tensor],
     damping: float,
-    excess: float,
 ) -> float:
     r"""The curvature that an approximation leaves out, relative to the approximation; at least 1.
 
@@ -41,7 +40,6 @@ def misfit(
         root: multiplies gradients by the square root of M.
         eigenvalues: l, the eigenvalues of A.
         damping: lambda.
-        excess: the factor between the units of C and A, by which A is multiplied here.
 
     Returns:
         The ratio; 1 also if there are fewer than two examples.
@@ -52,7 +50,7 @@ def misfit(
     pairs = max(1, len(squares) * (len(squares) - 1))
     found = float(from_first_rank(squares.sum())) / pairs
     shares = (values / (values + damping) for values in eigenvalues)
-    expected = sum(float(share.double().square().sum()) for share in shares) * excess**2
+    expected = sum(float(share.double().square().sum()) for share in shares)
     return max(1.0, found / expected - 1) if expected else 1.0
 
 

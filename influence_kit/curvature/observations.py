@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from influence_kit.core.distributed import is_first_rank, sum_over_ranks
-from influence_kit.gradients.per_example import Gradients
 
 
 @dataclass(frozen=True)
@@ -29,14 +28,11 @@ class LabelStatistics:
             log-likelihood (1 / T for a mean over T tokens).
         residuals: the sum over labels of the squared error over the variance at which the loss is a
             negative log-likelihood; None if the likelihood has no variance.
-        weights: for each example ``[n]``: the mean squared slope over labels of the likelihood,
-            divided by the squared slope at its labels.
     """
 
     labels: Tensor
     squares: Tensor
     residuals: Tensor | None
-    weights: Tensor
 
 
 @dataclass(frozen=True)
@@ -56,94 +52,72 @@ class Observations:
     @staticmethod
     def of(totals: Tensor, n: int) -> Observations:
         """The observations of ``n`` training examples, given the result of ``Tally.result``."""
-        count, values, excess = totals.tolist()
-        return Observations(n * count * excess, n * values)
+        count, values = totals.tolist()
+        return Observations(n * count, n * values)
 
 
 def curvature_factor(totals: Tensor, of_data: bool) -> float:
     """The curvature of the mean loss, over the mean of the outer products of its gradients.
 
-    T times the excess for a mean over T tokens; without the excess for outer products at the labels
-    of the data, which are assumed to be distributed as the model predicts.
+    T for a mean over T tokens. Labels of the data are assumed to be distributed as the model
+    predicts.
 
     Args:
         totals: the result of ``Tally.result``.
         of_data: whether gradients were taken at the labels of the data.
     """
-    count, values, excess = totals.tolist()
-    # labels sampled with the variance at which the loss is -log likelihood are in its units
-    return float(excess * (math.sqrt(count) if math.isinf(values) or of_data else 1.0))
+    count, values = totals.tolist()
+    # slopes sampled with the variance at which the loss is -log likelihood are in its units
+    return math.sqrt(count) if math.isinf(values) or of_data else 1.0
 
 
-SUMS = (
-    "examples",
-    "labels",
-    "squares",
-    "residuals",
-    "with_variance",
-    "seen",
-    "expected",
-    "unknown",
-)
+SUMS = ("examples", "labels", "squares", "residuals", "with_variance", "unknown")
 
 
 class Tally:
     """Sums over the batches of a pass; a batch that is added twice counts once.
 
     Args:
-        of_data: whether gradients are taken at the labels of the data, not at sampled ones.
+        of_data: whether gradients are taken at the labels of the data, not at sampled slopes.
     """
 
     def __init__(self, of_data: bool) -> None:
         self.of_data = of_data
         self._parts: dict[int, Tensor] = {}
 
-    def add(self, start: int, statistics: LabelStatistics | None, gradients: Gradients) -> None:
-        """Add the batch whose first example has the index ``start``.
-
-        A label that is unlikely under the model is sampled rarely, and its gradient is large: for a
-        confident model a few samples have nearly all of the curvature, or there are none. Each
-        example's squared gradient times its weight is its mean over labels.
+    def add(self, start: int, n: int, statistics: LabelStatistics | None) -> None:
+        """Add a batch.
 
         Args:
             start: index of the first example.
+            n: the number of examples.
             statistics: of the labels; None if the loss is not a known likelihood.
-            gradients: the gradients of the examples.
         """
-        squares = gradients.squared_norms().double()
         own: dict[str, Tensor | float] = dict.fromkeys(SUMS, 0.0)
-        own["examples"] = gradients.n
+        own["examples"] = n
         if statistics is None:
             own["unknown"] = 1.0
         else:
             own |= {"labels": statistics.labels, "squares": statistics.squares}
-            own |= {"seen": squares.sum(), "expected": squares @ statistics.weights}
             if statistics.residuals is not None:
                 own |= {"residuals": statistics.residuals, "with_variance": 1.0}
-        self._parts[start] = torch.stack(
-            [
-                torch.as_tensor(own[name], dtype=torch.float64, device=squares.device)
-                for name in SUMS
-            ]
-        )
+        self._parts[start] = torch.tensor([float(own[name]) for name in SUMS], dtype=torch.float64)
 
     def result(self, sample: Tensor) -> Tensor:
-        """N and the values with a variance, per example, and the curvature's excess: ``[3]``.
+        """N and the values with a variance, per example: ``[2]``.
 
-        The excess is the mean curvature over labels, divided by that at the sampled labels. If the
-        loss is not a known likelihood, each example is one observation.
+        If the loss is not a known likelihood, each example is one observation.
         """
         total = sample.new_zeros(len(SUMS), dtype=torch.float64)
         for start, own in self._parts.items():
             if start or is_first_rank():  # all ranks read the first batch
-                total += own
+                total += own.to(total)
         of = dict(zip(SUMS, sum_over_ranks(total).tolist(), strict=True))
         if of["unknown"]:
-            return torch.tensor([1.0, math.inf, 1.0], dtype=torch.float64)
-        excess = of["expected"] / of["seen"] if of["seen"] else 1.0
+            return torch.tensor([1.0, math.inf], dtype=torch.float64)
         values = of["labels"] / of["examples"] if of["with_variance"] else math.inf
         scale = of["residuals"] if of["with_variance"] else of["squares"]
         count = of["labels"] / scale if scale else math.inf
         if self.of_data and of["with_variance"]:
             count *= count  # the labels have the variance of the errors, not that of the loss
-        return torch.tensor([count, values, excess], dtype=torch.float64)
+        return torch.tensor([count, values], dtype=torch.float64)

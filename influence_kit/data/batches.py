@@ -27,6 +27,9 @@ from influence_kit.data.marked_batch import (
 
 Batch = tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
+# an item that the loss of a dict batch reads, and the model is not given
+SLOPES = "influence_kit.slopes"
+
 
 def is_batch(inputs: object) -> bool:
     """Whether ``inputs`` is one batch (rather than a loader of batches)."""
@@ -52,7 +55,8 @@ def call_arguments(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dic
         return tuple(batch[:-1]), {}
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return (), {key: value for key, value in batch.items() if takes_any or key in parameters}
+    given = {key: value for key, value in batch.items() if key != SLOPES}
+    return (), {key: value for key, value in given.items() if takes_any or key in parameters}
 
 
 def call_model(model: nn.Module, batch: Batch) -> Any:
@@ -173,9 +177,13 @@ def _cut(item: Any, rows: slice | Tensor, axes: Iterator[int | None]) -> Any:
 
 
 def with_item(batch: Batch, key: Any, value: Any) -> Batch:
-    """The batch with its item at a key (of a dict) or index (of a tuple or list) replaced."""
+    """The batch with its item at a key (of a dict) or index (of a tuple or list) replaced.
+
+    A key that the dict lacks is added, for a tensor whose first dimension counts examples.
+    """
     if isinstance(batch, Known):
-        return known(with_item(batch.given, key, value), batch.n, batch.axes)
+        added = (0,) if isinstance(batch, Mapping) and key not in batch else ()
+        return known(with_item(batch.given, key, value), batch.n, (*batch.axes, *added))
     if isinstance(batch, Mapping):
         return {**batch, key: value}
     return tuple(value if index == key else item for index, item in enumerate(batch))

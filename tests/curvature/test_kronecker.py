@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import CASES, Examples, cross_entropy
 from contract import assert_close, build
+from influence_kit.curvature.model_labels import uniform
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -17,7 +18,6 @@ from influence_kit.curvature import eigenbasis
 from influence_kit.curvature.eigenbasis import Eigenbasis
 from influence_kit.curvature.fit_data import OTHER_DRAW
 from influence_kit.curvature.kronecker import MatrixLayer
-from influence_kit.curvature.model_labels import uniform
 from influence_kit.errors import InvalidArgumentError
 
 N, M, DAMPING = 12, 4, 0.02

@@ -7,12 +7,12 @@ import pytest
 import torch
 from cases import Examples
 from contract import assert_close
+from influence_kit.curvature.model_labels import ModelLabels, uniform
 from torch import Tensor, nn
 from torch.autograd.functional import hessian
 from torch.nn import functional as F
 
 from influence_kit import ExplicitInfluenceFunction
-from influence_kit.curvature.model_labels import ModelLabels, uniform
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.losses.loss import Loss
 

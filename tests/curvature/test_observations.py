@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from influence_kit.curvature.model_labels import ModelLabels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from influence_kit.curvature.model_labels import ModelLabels
 from influence_kit.curvature.observations import LabelStatistics, Tally
 from influence_kit.data.class_labels import with_logits
 from influence_kit.gradients.forms import Dense

@@ -12,6 +12,7 @@ import torch
 from cases import CASES, Examples, cross_entropy
 from contract import assert_close
 from damping_oracle import Counted, Rule, root
+from influence_kit.curvature.model_labels import uniform
 from torch import Tensor, nn
 from torch.nn import functional as F
 from turns import in_turn
@@ -19,7 +20,6 @@ from turns import in_turn
 import influence_kit
 from influence_kit.curvature.fit_data import OTHER_DRAW
 from influence_kit.curvature.kronecker_fit import KroneckerFit
-from influence_kit.curvature.model_labels import uniform
 from influence_kit.errors import InvalidArgumentError
 
 METHODS = ["KFACInfluenceFunction", "EKFACInfluenceFunction"]

@@ -17,13 +17,13 @@ import pytest
 import torch
 from cases import CASES, Examples, TanhMLP, cross_entropy
 from contract import assert_close
+from influence_kit.curvature.model_labels import ModelLabels
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from turns import in_turn
 
 import influence_kit
 from influence_kit import ExplicitInfluenceFunction, FactGraSS, GraSS, LoGra
-from influence_kit.curvature.model_labels import ModelLabels
 from influence_kit.errors import CurvatureError, InvalidArgumentError
 from influence_kit.losses.loss import Loss
 from influence_kit.projections.maps import Identity

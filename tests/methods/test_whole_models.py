@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import Examples, cross_entropy
 from contract import assert_close
+from influence_kit.curvature.model_labels import uniform
 from torch import Tensor, nn
 from torch.nn import functional as F
 from whole_model_oracle import Oracle, look
@@ -18,7 +19,6 @@ import influence_kit
 from influence_kit.curvature import factor_sums
 from influence_kit.curvature.fit_data import OTHER_DRAW
 from influence_kit.curvature.kronecker_curvature import eigenvalues
-from influence_kit.curvature.model_labels import uniform
 from influence_kit.errors import InvalidArgumentError
 
 pytest.importorskip("transformers")

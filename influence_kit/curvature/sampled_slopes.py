@@ -1,20 +1,29 @@
-"""Labels sampled from the model, for the Fisher matrix.
+"""Gradients in the model's outputs whose outer products have the Fisher matrix as their mean.
 
-A label depends only on the seed, the example's index and the model's outputs for the example.
+The Fisher matrix is the mean of g g^T over labels sampled from the model. If the model is sure,
+nearly all of it comes from labels that are hardly ever sampled, so that the gradients at sampled
+labels may show a hundredth of it. A sampled slope (``Likelihood.sample``) is random signs times a
+root of the covariance of those slopes: the mean of its outer product is the same, and its norm
+hardly varies.
+
+A slope depends only on the seed, the example's index and the model's outputs for the example.
 The loss is compared with a negative log-likelihood; any other loss is refused.
 
-Shapes: n examples.
+Shapes: n examples, T positions (tokens) of an example, c classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from influence_kit.core.dtypes import exact
 from influence_kit.curvature.likelihoods import (
     Likelihood,
     Normal,
@@ -25,23 +34,37 @@ from influence_kit.curvature.likelihoods import (
 )
 from influence_kit.curvature.observations import LabelStatistics
 from influence_kit.curvature.passes import refuse_non_finite
-from influence_kit.data.batches import Batch, call_model, with_item
+from influence_kit.data.batches import SLOPES, Batch, call_model, with_item
 from influence_kit.data.class_labels import label_key, labels_of, logits_of, with_logits
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.losses.loss import Loss
 
+BITS = 64
 
-def uniform(seed: int, indices: Tensor, each: int) -> Tensor:
-    """Uniform numbers in (0, 1) for the examples of given indices, float64 ``[n, each]``.
 
-    A hash (splitmix64) of seed, index and position: the same for any batch size, on any device.
+def signs(seed: int, indices: Tensor, positions: int, each: int) -> Tensor:
+    """Random signs for the examples of given indices, float32 ``[n, positions, each]``.
+
+    They depend on seed, index and position only: the same for any batch size and number of
+    positions, on any device.
     """
+    words = -(-each // BITS)
+    hashed = hashes(seed, indices, positions * words)
+    octets = hashed.view(torch.uint8).int().view(len(indices), positions, 8 * words)
+    # the eight signs of each byte
+    table = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
+    found = F.embedding(octets, (2 * table - 1).to(hashed.device, torch.float32))
+    return found.flatten(2)[..., :each]
+
+
+def hashes(seed: int, indices: Tensor, each: int) -> Tensor:
+    """Hashes (splitmix64) of seed, index and position, int64 ``[n, each]``."""
     state = indices[:, None] * (1 << 32) + torch.arange(each, device=indices.device)
     state = state + torch.tensor(seed, device=indices.device) * _signed(0xD1B54A32D192ED03)
     state = (state + 1) * _signed(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
         state = (state ^ ((state >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
-    return (((state >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53
+    return state
 
 
 def _signed(value: int) -> int:
@@ -49,9 +72,20 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
+def _products(outputs: Any, targets: Any) -> Tensor:
+    """The inner product of the logits with the slopes of a batch, whose gradient they are."""
+    slopes = targets[SLOPES] if isinstance(targets, Mapping) else targets
+    product: Tensor = (exact(logits_of(outputs)) * slopes).sum()
+    return product
+
+
+# one object: gradients at a loss that has been checked are not checked again
+OF_SLOPES = Loss(_products, "sum", "loss_fn")
+
+
 @dataclass
-class ModelLabels:
-    """Replaces the labels of the data by labels sampled from the model.
+class SampledSlopes:
+    """Puts sampled slopes into batches; ``OF_SLOPES`` is the loss of such batches.
 
     Args:
         model: the model.
@@ -65,30 +99,28 @@ class ModelLabels:
     likelihood: Likelihood | None = None
 
     def __call__(self, indices: Tensor, batch: Batch) -> Batch:
-        """The batch of the examples of indices ``[n]``, with sampled labels."""
-        _, logits, labels, likelihood = self._known(indices, batch)
-        u = self._uniform(labels, indices, self.seed)
-        return self._with_labels(batch, likelihood.draw(logits, labels, u))
+        """The batch of the examples of indices ``[n]``, with sampled slopes."""
+        return self.sampled(indices, batch)[0]
 
-    def drawn(self, indices: Tensor, batch: Batch) -> tuple[Batch, LabelStatistics]:
-        """The same, and the statistics of the sampled labels."""
+    def sampled(self, indices: Tensor, batch: Batch) -> tuple[Batch, LabelStatistics]:
+        """The same, and the statistics of the labels."""
         outputs, logits, labels, likelihood = self._known(indices, batch)
-        u = self._uniform(labels, indices, self.seed)
-        drawn = self._with_labels(batch, likelihood.draw(logits, labels, u))
-        return drawn, self._statistics(likelihood, outputs, drawn, labels)
+        factors = self._factors(likelihood, outputs, batch)
+        slopes = likelihood.sample(exact(logits), labels, partial(signs, self.seed, indices))
+        statistics = self._statistics(likelihood, factors, logits, labels)
+        return _with_slopes(batch, slopes * exact(factors)), statistics
 
     def given(self, indices: Tensor, batch: Batch) -> LabelStatistics | None:
-        """The statistics of the data's labels; None if the loss is not a known likelihood."""
+        """The statistics of the labels; None if the loss is not a known likelihood."""
         try:
-            outputs, _, labels, likelihood = self._known(indices, batch)
+            outputs, logits, labels, likelihood = self._known(indices, batch)
         except InvalidArgumentError:
             return None
-        statistics = self._statistics(likelihood, outputs, batch, labels)
-        # gradients at the labels of the data are not rescaled
-        return replace(statistics, weights=torch.ones_like(statistics.weights))
+        factors = self._factors(likelihood, outputs, batch)
+        return self._statistics(likelihood, factors, logits, labels)
 
     def _known(self, indices: Tensor, batch: Batch) -> tuple[Any, Tensor, Tensor, Likelihood]:
-        """The model's outputs, the logits in them, the labels of the data, the likelihood."""
+        """The model's outputs, the logits in them, the labels, the likelihood."""
         with torch.no_grad():
             outputs = call_model(self.model, batch)
             logits, labels = self._found(logits_of, outputs), self._found(labels_of, batch)
@@ -96,45 +128,34 @@ class ModelLabels:
         refuse_non_finite(logits.nan_to_num(nan=torch.nan, posinf=0.0, neginf=0.0))
         if self.likelihood is None:
             likelihood = self._likelihood(logits, labels)
-            self._check(likelihood, outputs, batch, len(indices))
+            self._check(likelihood, outputs, batch)
             self.likelihood = likelihood
         return outputs, logits, labels, self.likelihood
 
+    def _factors(self, likelihood: Likelihood, outputs: Any, batch: Batch) -> Tensor:
+        """The loss's slope over that of the likelihood, one per label; 0 where there is none."""
+        labels = likelihood.unlikely(logits_of(outputs), labels_of(batch))
+        found = self._slopes(outputs, self._with_labels(batch, labels))
+        return factors_of(found, likelihood.slope(logits_of(outputs), labels), likelihood.axis)
+
     def _statistics(
-        self, likelihood: Likelihood, outputs: Any, batch: Batch, of_data: Tensor
+        self, likelihood: Likelihood, factors: Tensor, logits: Tensor, labels: Tensor
     ) -> LabelStatistics:
-        """The statistics of the labels in the batch; ``of_data`` are those of the data."""
-        logits, labels = logits_of(outputs), labels_of(batch)
-        n = len(labels)
-        found = self._slopes(outputs, batch, n)
-        factors = factors_of(found, likelihood.slope(logits, labels), likelihood.axis)
-        factors = factors if likelihood.axis is None else factors.squeeze(likelihood.axis)
-        squares = factors.double().square()
-        expected = (squares * likelihood.mean_squares(logits, labels)).reshape(n, -1).sum(1)
-        seen = torch.linalg.vector_norm(found.reshape(n, -1), dim=1).double().square()
         residuals = None
         if isinstance(likelihood, Normal):
-            residuals = likelihood.precision * (logits - of_data).double().square().sum()
-        return LabelStatistics(
-            labels=(factors > 0).sum(),
-            squares=squares.sum(),
-            residuals=residuals,
-            # an example without a slope has no gradient that could be rescaled
-            weights=torch.where(seen > 0, expected / seen, torch.zeros_like(seen)),
-        )
+            residuals = likelihood.precision * (logits - labels).double().square().sum()
+        squares = factors.double().square().sum()
+        return LabelStatistics((factors > 0).sum(), squares, residuals)
 
-    def _slopes(self, outputs: Any, batch: Batch, n: int) -> Tensor:
+    def _slopes(self, outputs: Any, batch: Batch) -> Tensor:
         """The gradient of the loss in the logits."""
         logits = logits_of(outputs).detach().requires_grad_()
         with torch.enable_grad():
-            total = self.loss.total(with_logits(outputs, logits), batch, n)
+            total = self.loss.total(with_logits(outputs, logits), batch, len(labels_of(batch)))
         found = torch.zeros_like(logits)
         if total.requires_grad:
             found = torch.autograd.grad(total, logits, materialize_grads=True)[0]
         return found
-
-    def _uniform(self, labels: Tensor, indices: Tensor, seed: int) -> Tensor:
-        return uniform(seed, indices, labels.numel() // len(indices)).view(labels.shape)
 
     def _found(self, look: Callable[[Any], Tensor], where: Any) -> Tensor:
         """The result of ``look``; its error, with the consequence for the Fisher matrix."""
@@ -164,13 +185,13 @@ class ModelLabels:
             )
         return Sigmoid() if self.loss.is_binary else Normal()
 
-    def _check(self, likelihood: Likelihood, outputs: Any, batch: Batch, n: int) -> None:
+    def _check(self, likelihood: Likelihood, outputs: Any, batch: Batch) -> None:
         """Compare the slope of the loss at some labels with that of the likelihood."""
         logits = logits_of(outputs)
         factors: list[Tensor] = []
         for labels in likelihood.probes(logits, labels_of(batch)):
             try:
-                found = self._slopes(outputs, self._with_labels(batch, labels), n)
+                found = self._slopes(outputs, self._with_labels(batch, labels))
             except Exception as error:  # any error of a loss that is made for other labels
                 raise self._refusal(f"it fails at other labels: {error}") from error
             expected = likelihood.slope(logits, labels)
@@ -192,6 +213,11 @@ class ModelLabels:
             f"the outputs ({why}); use curvature='empirical_fisher' (labels of the data), or 'ggn' "
             "if the method has it"
         )
+
+
+def _with_slopes(batch: Batch, slopes: Tensor) -> Batch:
+    """The batch with slopes in place of the targets, or, in a dict, beside them."""
+    return with_item(batch, SLOPES if isinstance(batch, Mapping) else len(batch) - 1, slopes)
 
 
 def _class_axis(logits: Tensor, labels: Tensor, shift: int) -> int | None:
