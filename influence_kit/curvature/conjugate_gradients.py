@@ -24,15 +24,20 @@ from influence_kit.curvature.operator_inverses import (
     CurvatureName,
     OperatorInverse,
 )
+from influence_kit.curvature.sample_preconditioner import (
+    MOST_GRADIENTS,
+    SamplePreconditioner,
+    sample_gradients,
+)
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients, Transform
 from influence_kit.operators.low_rank import JacobiPreconditioner, NystromPreconditioner
 from influence_kit.operators.partition import Partition
-from influence_kit.operators.solvers import Solve, conjugate_gradients
+from influence_kit.operators.solvers import Solve, conjugate_gradients, damping_by_block
 
-PreconditionerName = Literal["jacobi", "nystrom", "kfac", "ekfac"]
+PreconditionerName = Literal["auto", "sample", "jacobi", "nystrom", "kfac", "ekfac"]
 Preconditioner = PreconditionerName | InverseCurvature | None
-NAMES = ("jacobi", "nystrom", "kfac", "ekfac")
+NAMES = ("auto", "sample", "jacobi", "nystrom", "kfac", "ekfac")
 # the rank of the Nystroem preconditioner
 RANK = 50
 # what is fitted for the preconditioner, in the state of a fit
@@ -47,9 +52,10 @@ class ConjugateGradients(OperatorInverse):
         max_iter: the largest number of iterations.
         tol: a vector is done when the norm of its residual, relative to that of its right-hand
             side, is at most this.
-        preconditioner: None, "jacobi" (the diagonal of C), "nystrom" (50 eigenpairs of C), "kfac",
-            "ekfac", or an inverse curvature, which is fitted to the same data and has the same
-            damping.
+        preconditioner: None, "sample" (gradients of up to 2,048 examples), "jacobi" (the diagonal
+            of C), "nystrom" (50 eigenpairs of C), "kfac", "ekfac", or an inverse curvature, which
+            is fitted to the same data and has the same damping. "auto" is "sample", and None if the
+            damping is 0.
     """
 
     def __init__(
@@ -60,14 +66,14 @@ class ConjugateGradients(OperatorInverse):
         seed: int = 0,
         max_iter: int = 100,
         tol: float = 1e-6,
-        preconditioner: Preconditioner = None,
+        preconditioner: Preconditioner = "auto",
     ) -> None:
         super().__init__(damping, curvature, blocks, seed)
         is_given = isinstance(preconditioner, InverseCurvature)
         if not (is_given or is_one_of(preconditioner, (None, *NAMES))):
             raise InvalidArgumentError(
-                '`preconditioner` must be None, "jacobi", "nystrom", "kfac", "ekfac" or an inverse '
-                f"curvature such as EKFAC(); got {shown(preconditioner)}"
+                '`preconditioner` must be None, "auto", "sample", "jacobi", "nystrom", "kfac", '
+                f'"ekfac" or an inverse curvature such as EKFAC(); got {shown(preconditioner)}'
             )
         self.max_iter = check_count(max_iter, "max_iter")
         self.tol = check_number(tol, "tol", least=0, below=1)
@@ -87,6 +93,10 @@ class ConjugateGradients(OperatorInverse):
         own = {"class": type(self._fitted).__name__, **self._fitted.settings}
         return {**super().settings, "preconditioner": own}
 
+    def sample_size(self, partition: Partition) -> int:
+        # up to twice as many are sampled
+        return MOST_GRADIENTS // 2 if self.preconditioner in ("auto", "sample") else 1
+
     def fit(self, data: FitData) -> State:
         if self._fitted is None:
             return {}
@@ -96,7 +106,16 @@ class ConjugateGradients(OperatorInverse):
     def inverse(self, state: State, damping: Tensor, data: FitData) -> Transform:
         operator = self.operator(data)
         found = Solved(operator, damping, data.partition, self.max_iter, self.tol)
-        if self.preconditioner == "jacobi":
+        is_damped = bool((damping > 0).all())
+        if self.preconditioner == "sample" or (self.preconditioner == "auto" and is_damped):
+            sample = sample_gradients(data, self.seed, self.curvature == "empirical_fisher")
+            made = SamplePreconditioner(
+                sample,
+                data.partition,
+                damping_by_block(damping, len(data.partition.blocks), positive=True),
+            )
+            found.preconditioner = lambda _: made
+        elif self.preconditioner == "jacobi":
             jacobi = JacobiPreconditioner(operator, damping, self.seed)
             found.preconditioner = lambda _: jacobi
         elif self.preconditioner == "nystrom":
@@ -179,12 +198,13 @@ class Fitted:
 
         def solve(vectors: Tensor) -> Tensor:
             found = self.transform(self.partition.gradients(vectors, like))
-            result = self.partition.flat(found)
-            left = self.partition.split(vectors)
-            for name, columns in self.partition.columns(result).items():
-                if name not in found.forms:
-                    columns.copy_(left[name].flatten(1) / self._damping_of(name))
-            return result
+            columns: dict[str, Tensor] = {}
+            for name, form in found.forms.items():
+                columns.update(form.by_parameter(name))
+            for name, own in self.partition.columns(vectors).items():
+                if name not in columns:
+                    columns[name] = own / self._damping_of(name)
+            return torch.cat([columns[name] for name in self.partition.names], dim=1)
 
         return solve
 

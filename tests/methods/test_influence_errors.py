@@ -133,7 +133,7 @@ def test_a_damping_of_zero_where_it_must_be_positive(
     assert explainer.influence(TEST).shape == (4, N)
 
 
-@pytest.mark.parametrize("preconditioner", ["jacobi", "nystrom"])
+@pytest.mark.parametrize("preconditioner", ["sample", "jacobi", "nystrom", "kfac", "ekfac"])
 def test_preconditioners_want_a_positive_damping(
     model: nn.Module, refused: Any, preconditioner: str
 ) -> None:
@@ -203,7 +203,7 @@ def test_blocks_of_parameters_that_were_not_chosen(model: nn.Module, refused: An
             "CGInfluenceFunction",
             "preconditioner",
             ["ilu", True],
-            'must be None, "jacobi" or "nystrom"',
+            'must be None, "auto", "sample", "jacobi", "nystrom", "kfac", "ekfac" or an inverse',
         ),
         ("LiSSAInfluenceFunction", "recursion_depth", [0, 1.5, True], "must be a positive int"),
         ("LiSSAInfluenceFunction", "num_repeat", [0, -2, "3"], "must be a positive int"),

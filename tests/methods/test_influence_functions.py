@@ -358,7 +358,7 @@ def test_batch_sizes(method: str, name: str, size: int) -> None:
     check(method, name, influence, inverse_for(method, name, damping))
 
 
-@pytest.mark.parametrize("preconditioner", ["jacobi", "nystrom"])
+@pytest.mark.parametrize("preconditioner", [None, "sample", "jacobi", "nystrom", "kfac", "ekfac"])
 @pytest.mark.parametrize("blocks", ["full", "layer"])
 def test_preconditioners_of_cg_do_not_change_scores(preconditioner: str, blocks: str) -> None:
     method = "CGInfluenceFunction"
