@@ -1,4 +1,4 @@
-"""Selects a few of the many checkpoints of a run, evenly over its steps."""
+"""Selects a few of the many checkpoints of a run, spaced over its steps."""
 
 import math
 import re
@@ -6,11 +6,13 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from influence_kit.checkpoints.discovery import find_checkpoints, label_of
 from influence_kit.checkpoints.files import STEP_KEYS
-from influence_kit.core.arguments import check_count
+from influence_kit.core.arguments import check_count, shown
+from influence_kit.core.objects import is_one_of
+from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.trainer_folder import TRAINER_STATE, trainer_state
 from influence_kit.storage.torch_files import values_of
 
@@ -24,14 +26,22 @@ LABELS = {
     EPOCH: re.compile(r"(?<![a-z])epochs?[-_=]?(\d+)(?![a-z\d])", re.I),
 }
 Numbers = dict[str, float]
+Spacing = Literal["even", "geometric"]
+# the share of the run after which the first checkpoint of a geometric selection is wanted
+FIRST = 0.05
 
 
-def select_checkpoints(checkpoints: Any, count: int) -> list[Any]:
-    r"""Choose ``count`` checkpoints of one run, evenly over its steps, always with the last one.
+def select_checkpoints(checkpoints: Any, count: int, spacing: Spacing = "even") -> list[Any]:
+    r"""Choose ``count`` checkpoints of one run, spaced over its steps, always with the last one.
 
     .. math::
         t_j = s_0 + (s_C - s_0) \, \frac{j}{\mathrm{count}}, \qquad
         s_0 = \max \Bigl( 0, \; s_1 - \frac{s_C - s_1}{C - 1} \Bigr)
+
+    or, if ``spacing`` is "geometric",
+
+    .. math::
+        t_j = s_C \cdot 0.05^{(\mathrm{count} - j) / (\mathrm{count} - 1)}
 
     for C checkpoints at the steps s_1 <= ... <= s_C: each target t_j, j = 1 ... count, gets a
     different checkpoint, such that the distances have the least sum. s_0 is 0 for a run that was
@@ -56,12 +66,17 @@ def select_checkpoints(checkpoints: Any, count: int) -> list[Any]:
         checkpoints: a folder, a glob, a list of paths, or any iterable of paths or state dicts, as
             for any method.
         count: how many to choose; all are returned if there are no more.
+        spacing: "even", or "geometric": from 5% of the run to its end, each by the same factor
+            later than the one before. Early checkpoints are often the better ones for methods that
+            take the mean over checkpoints (influence functions, TRAK), and few runs save them:
+            save some in the first epochs.
 
     Returns:
         A list for the ``checkpoints`` of any method, in the order of ``find_checkpoints``.
 
     Raises:
-        InvalidArgumentError: if ``count`` is not a positive int, or there are no checkpoints.
+        InvalidArgumentError: if ``count`` is not a positive int, for another ``spacing``, or if
+            there are no checkpoints.
 
     Warns:
         UserWarning: if only some checkpoints have a step, so that positions are used.
@@ -70,25 +85,40 @@ def select_checkpoints(checkpoints: Any, count: int) -> list[Any]:
         >>> run = [{"state_dict": {}, "step": step} for step in (10, 20, 30, 40, 100, 200, 300)]
         >>> [checkpoint["step"] for checkpoint in select_checkpoints(run, 3)]
         [100, 200, 300]
+        >>> [c["step"] for c in select_checkpoints(run, 3, spacing="geometric")]
+        [20, 40, 300]
     """
     count = check_count(count, "count")
+    if not is_one_of(spacing, ("even", "geometric")):
+        raise InvalidArgumentError(f'`spacing` must be "even" or "geometric"; got {shown(spacing)}')
     found = find_checkpoints(checkpoints)
     if count >= len(found):
         return found
     steps = _steps(found)
     order = sorted(range(len(found)), key=steps.__getitem__)
-    chosen = _nearest([steps[i] for i in order], count)
+    ordered = [steps[i] for i in order]
+    targets = _even(ordered, count) if spacing == "even" else _geometric(ordered, count)
+    chosen = _nearest(ordered, targets)
     return [found[i] for i in sorted(order[index] for index in chosen)]
 
 
-def _nearest(steps: Sequence[float], count: int) -> list[int]:
-    """Indices of ``count`` of the sorted steps, nearest to even targets, including the last.
+def _even(steps: Sequence[float], count: int) -> list[float]:
+    """The targets before the last step, at equal distances."""
+    first, last = steps[0], steps[-1]
+    start = max(0.0, first - (last - first) / (len(steps) - 1))
+    return [start + (last - start) * j / count for j in range(1, count)]
+
+
+def _geometric(steps: Sequence[float], count: int) -> list[float]:
+    """The targets before the last step, at equal ratios."""
+    return [steps[-1] * FIRST ** ((count - j) / (count - 1)) for j in range(1, count)]
+
+
+def _nearest(steps: Sequence[float], targets: Sequence[float]) -> list[int]:
+    """Indices of the sorted steps that are nearest to the targets, and of the last step.
 
     Of two equally near steps the later one is taken.
     """
-    first, last = steps[0], steps[-1]
-    start = max(0.0, first - (last - first) / (len(steps) - 1))
-    targets = [start + (last - start) * j / count for j in range(1, count)]
     # the best choice for the targets so far among the first i checkpoints, and its distance
     best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())] * len(steps)
     for target in targets:
