@@ -40,6 +40,13 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.losses.loss import Loss
 
 BITS = 64
+# how the Fisher matrix is estimated, which a saved fit names
+ESTIMATE = "random signs times a root of the slopes' covariance"
+
+
+def settings_of(curvature: str) -> dict[str, str]:
+    """The settings that a fit of a curvature depends on, beside its seed."""
+    return {"fisher": ESTIMATE} if curvature == "fisher" else {}
 
 
 def signs(seed: int, indices: Tensor, positions: int, each: int) -> Tensor:
@@ -108,7 +115,7 @@ class SampledSlopes:
         factors = self._factors(likelihood, outputs, batch)
         slopes = likelihood.sample(exact(logits), labels, partial(signs, self.seed, indices))
         statistics = self._statistics(likelihood, factors, logits, labels)
-        return _with_slopes(batch, slopes * exact(factors)), statistics
+        return _with_slopes(batch, slopes.mul_(factors)), statistics
 
     def given(self, indices: Tensor, batch: Batch) -> LabelStatistics | None:
         """The statistics of the labels; None if the loss is not a known likelihood."""
@@ -134,9 +141,10 @@ class SampledSlopes:
 
     def _factors(self, likelihood: Likelihood, outputs: Any, batch: Batch) -> Tensor:
         """The loss's slope over that of the likelihood, one per label; 0 where there is none."""
-        labels = likelihood.unlikely(logits_of(outputs), labels_of(batch))
+        logits = logits_of(outputs)
+        labels = likelihood.unlikely(logits, labels_of(batch))
         found = self._slopes(outputs, self._with_labels(batch, labels))
-        return factors_of(found, likelihood.slope(logits_of(outputs), labels), likelihood.axis)
+        return likelihood.factors(exact(found), exact(logits), labels)
 
     def _statistics(
         self, likelihood: Likelihood, factors: Tensor, logits: Tensor, labels: Tensor
