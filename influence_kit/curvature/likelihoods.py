@@ -8,6 +8,7 @@ Shapes: n examples, T positions of an example, c classes.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -170,11 +171,12 @@ class Normal(Likelihood):
 
     def sample(self, logits: Tensor, labels: Tensor, signs: Signs) -> Tensor:
         random = signs(1, logits[0].numel()).to(logits).view_as(logits)
-        return random / self.precision**0.5
+        return random / math.sqrt(self.precision)
 
     def unlikely(self, logits: Tensor, labels: Tensor) -> Tensor:
         # in half precision a large output plus 1 would be the same
-        return (logits + logits.abs() + 1).to(labels.dtype)
+        far: Tensor = logits + logits.abs() + 1
+        return far.to(labels.dtype)
 
     def probes(self, logits: Tensor, labels: Tensor) -> Iterable[Tensor]:
         return ((logits + step).to(labels.dtype) for step in (1.0, -1.0, 2.0))

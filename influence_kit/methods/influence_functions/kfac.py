@@ -125,11 +125,12 @@ class KFACInfluenceFunction(KroneckerInfluence):
     weight longer than 8,192 has a diagonal on that side. ``block_forms`` shows the form of each
     block.
 
-    "fisher" is the mean of J^T H J: J is the Jacobian of the outputs, H the covariance of the loss's
-    slope in them over labels distributed as the model predicts (diag(p) - p p^T for a softmax).
-    It is estimated by outer products of g = J^T s, where the slopes s of an example are random signs
-    times a root of H: their mean is the Fisher matrix, and they vary less than gradients at sampled
-    labels, of which only the unlikely ones show the curvature of a confident model.
+    "fisher" is the mean of J^T H J: J is the Jacobian of the outputs, H the covariance of the
+    loss's slope in them over labels distributed as the model predicts (diag(p) - p p^T for a
+    softmax). It is estimated by outer products of g = J^T s, where the slopes s of an example are
+    random signs times a root of H: their mean is the Fisher matrix, and they vary less than those
+    of gradients at sampled labels, of which only the unlikely ones show a confident model's
+    curvature.
 
     With ``damping="auto"`` all layers have one lambda:
 
