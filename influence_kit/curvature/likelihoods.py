@@ -20,7 +20,7 @@ from torch import Tensor
 MANY_PROBES, FEW_PROBES, MANY_LOGITS = 64, 8, 10**6
 # a class whose root of a probability is at least this share of the largest is a likeliest one
 TIE = 0.99
-# makes random signs for each example: ``signs(T, c)`` is ``[n, T, c]``
+# makes random signs for each example: ``signs(T, c)`` is a new tensor ``[n, T, c]``
 Signs = Callable[[int, int], Tensor]
 
 
