@@ -41,7 +41,7 @@ from influence_kit.losses.loss import Loss
 
 BITS = 64
 # how the Fisher matrix is estimated, which a saved fit names
-ESTIMATE = "random signs times a root of the slopes' covariance"
+ESTIMATE = "at sampled slopes"
 
 
 def settings_of(curvature: str) -> dict[str, str]:
