@@ -40,6 +40,8 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.losses.loss import Loss
 
 BITS = 64
+# float32 ``[256, 8]``
+SIGNS_OF_BYTES = (((torch.arange(256)[:, None] >> torch.arange(8)) & 1) * 2 - 1).float()
 # how the Fisher matrix is estimated, which a saved fit names
 ESTIMATE = "at sampled slopes"
 
@@ -58,9 +60,7 @@ def signs(seed: int, indices: Tensor, positions: int, each: int) -> Tensor:
     words = -(-each // BITS)
     hashed = hashes(seed, indices, positions * words)
     octets = hashed.view(torch.uint8).int().view(len(indices), positions, 8 * words)
-    # the eight signs of each byte
-    table = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
-    found = F.embedding(octets, (2 * table - 1).to(hashed.device, torch.float32))
+    found = F.embedding(octets, SIGNS_OF_BYTES.to(hashed.device))
     return found.flatten(2)[..., :each]
 
 
@@ -80,14 +80,14 @@ def _signed(value: int) -> int:
 
 
 def _products(outputs: Any, targets: Any) -> Tensor:
-    """The inner product of the logits with the slopes of a batch, whose gradient they are."""
+    """The inner product ``[n]`` of each example's logits and slopes, whose gradient they are."""
     slopes = targets[SLOPES] if isinstance(targets, Mapping) else targets
-    product: Tensor = (exact(logits_of(outputs)) * slopes).sum()
-    return product
+    products: Tensor = exact(logits_of(outputs)) * slopes
+    return products.reshape(len(slopes), -1).sum(1)
 
 
 # one object: gradients at a loss that has been checked are not checked again
-OF_SLOPES = Loss(_products, "sum", "loss_fn")
+OF_SLOPES = Loss(_products, "none", "loss_fn")
 
 
 @dataclass
