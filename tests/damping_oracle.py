@@ -36,11 +36,10 @@ def root(eigenvalues: Tensor, squared_norm: float, count: float, values: float =
 
 @dataclass(frozen=True)
 class Counted:
-    """N in the units of the loss, how many values have an estimated variance, the excess."""
+    """N in the units of the loss, and how many values have an estimated variance."""
 
     count: float
     values: float = math.inf
-    excess: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Rule:
     names: Sequence[str] | None = None
 
     def evidence(self, first: Any, counted: Counted, second: Any = None) -> float:
-        """Of factors at the labels of ``first`` and squares at those of ``second``."""
+        """Of factors at the labels (or slopes) of ``first``, squares at those of ``second``."""
         curvature = self.curvature(first, second)
         blocks = [self._index(layer) for layer in self.matrices]
         values = torch.cat([dense.eigenvalues(curvature[i][:, i]) for i in blocks])
@@ -75,7 +74,6 @@ class Rule:
         self,
         damping: float,
         first: Any,
-        counted: Counted,
         second: Any = None,
         rows: Tensor | None = None,
     ) -> float:
@@ -89,13 +87,13 @@ class Rule:
         m = torch.linalg.inv(a + damping * torch.eye(len(own), dtype=a.dtype))
         products = (g[:, own] @ m @ g[:, own].T).square()
         found = float(products.sum() - products.diagonal().sum()) / (n * (n - 1))
-        return found / (counted.excess**2 * float(torch.trace(m @ a @ m @ a))) - 1
+        return found / float(torch.trace(m @ a @ m @ a)) - 1
 
     def damping(
         self, first: Any, counted: Counted, second: Any = None, rows: Tensor | None = None
     ) -> float:
         found = self.evidence(first, counted, second)
-        return found / max(1.0, self.rho(found, first, counted, second, rows))
+        return found / max(1.0, self.rho(found, first, second, rows))
 
     def curvature(self, first: Any, second: Any = None) -> Tensor:
         """The layers' matrices, and the mean squared gradients of all other parameters."""

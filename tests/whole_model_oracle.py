@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import oracles
+import slope_oracle
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -120,11 +121,15 @@ class Oracle:
     left_out: bool = False
 
     def scores(self, test: Any, train: Any, first: Any = None, second: Any = None) -> Tensor:
-        """``[m, n]``; factors of the labels of ``first``, squares of those of ``second``."""
+        """``[m, n]``; factors at the slopes of ``first``, squares at those of ``second``.
+
+        The targets of those two are slopes; without them, both are at the labels of ``train``.
+        """
+        loss = self.loss if first is None else slope_oracle.products
         first = train if first is None else first
         second = first if second is None or not self.corrected else second
-        seen = look(self.model, first, self.loss, list(self.layers))
-        squares = look(self.model, second, self.loss).gradients
+        seen = look(self.model, first, loss, list(self.layers))
+        squares = look(self.model, second, loss).gradients
         g, h = (look(self.model, batch, self.loss).gradients for batch in (train, test))
         total, done = torch.zeros((), dtype=torch.float64), set()
         for layer, joins in self.layers.items():

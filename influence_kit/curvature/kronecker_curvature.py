@@ -35,7 +35,8 @@ from influence_kit.curvature.kronecker_fit import OBSERVATIONS, KroneckerFit, is
 from influence_kit.curvature.kronecker_inverse import KroneckerInverse
 from influence_kit.curvature.layer_forms import named
 from influence_kit.curvature.misfit import misfit
-from influence_kit.curvature.observations import Observations, curvature_factor
+from influence_kit.curvature.observations import TOTALS, Observations, curvature_factor
+from influence_kit.curvature.sampled_slopes import settings_of
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.feature_map import FeatureMap
 from influence_kit.gradients.per_example import Gradients, Transform
@@ -55,9 +56,9 @@ class KroneckerCurvature(InverseCurvature):
 
     Args:
         damping: a positive number, a dict by layer, or a rule by name.
-        curvature: "fisher" (at labels sampled from the model) or "empirical_fisher" (at the labels
+        curvature: "fisher" (at slopes sampled from the model) or "empirical_fisher" (at the labels
             of the data).
-        seed: the seed of the sampled labels.
+        seed: the seed of the sampled slopes.
         rtol: the largest relative error of a cheaper form of a layer's products, for layers whose
             examples have one position; it is measured, and 0 makes all products exact.
         layers_without_kronecker: how to treat parameters without a Kronecker form: "diagonal",
@@ -93,8 +94,14 @@ class KroneckerCurvature(InverseCurvature):
 
     @property
     def settings(self) -> dict[str, Any]:
-        own = {"layers_without_kronecker": self.layers_without_kronecker}
-        return {**super().settings, "curvature": self.curvature, **own}
+        return {
+            **super().settings,
+            "curvature": self.curvature,
+            **settings_of(self.curvature),
+            "layers_without_kronecker": self.layers_without_kronecker,
+            # a state of an earlier version holds other numbers
+            OBSERVATIONS: list(TOTALS),
+        }
 
     def check_features(self, features: FeatureMap) -> None:
         refuse_all_but_gradients(features, type(self).__name__)

@@ -36,7 +36,7 @@ class KroneckerFit:
         data: the data of the fit.
         curvature: "fisher" or "empirical_fisher".
         corrected: whether eigenvalues are measured in the factors' eigenbasis (EK-FAC).
-        seed: the seed of the sampled labels.
+        seed: the seed of the sampled slopes.
         without_form: how to treat parameters without a Kronecker form.
 
     Attributes:
@@ -54,12 +54,12 @@ class KroneckerFit:
 
     def __call__(self) -> dict[str, Tensor]:
         """The factors' eigenpairs, by the names of ``fitted_pieces``, and the observations."""
-        data, drawn = self.data, self.curvature == "fisher"
-        tally = Tally(of_data=not drawn)
-        # eigenvalues at independent labels: at those of the eigenvectors they would be biased
-        again = self.corrected and drawn
-        observed_labels = data.observed(self.seed, draw=1 if again else 0, at_data=not drawn)
-        features = data.remembered(observed_labels.tallied(tally))
+        data, at_data = self.data, self.curvature != "fisher"
+        tally = Tally(of_data=at_data)
+        # eigenvalues at independent slopes: at those of the eigenvectors they would be biased
+        again = self.corrected and not at_data
+        eigenvalues_at = data.observed(self.seed, draw=1 if again else 0, at_data=at_data)
+        features = data.remembered(eigenvalues_at.tallied(tally))
         first = data.features(self.curvature, self.seed) if again else features
         observed = ObservedForms(data.partition.blocks)
         pieces, measured = self._factors(first, observed)

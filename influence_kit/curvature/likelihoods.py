@@ -8,6 +8,7 @@ Shapes: n examples, T positions of an example, c classes.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor
 MANY_PROBES, FEW_PROBES, MANY_LOGITS = 64, 8, 10**6
 # a class whose root of a probability is at least this share of the largest is a likeliest one
 TIE = 0.99
-# makes random signs for each example: ``signs(T, c)`` is ``[n, T, c]``
+# makes random signs for each example: ``signs(T, c)`` is a new tensor ``[n, T, c]``
 Signs = Callable[[int, int], Tensor]
 
 
@@ -56,6 +57,10 @@ class Likelihood(ABC):
     @abstractmethod
     def unlikely(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Labels like ``labels`` at which ``slope`` is far from 0."""
+
+    def factors(self, found: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        """The factor between the slopes of a loss that fits and ``slope``, one per label."""
+        return factors_of(found, self.slope(logits, labels), self.axis)
 
     @abstractmethod
     def probes(self, logits: Tensor, labels: Tensor) -> Iterable[Tensor]:
@@ -95,17 +100,18 @@ class Softmax(Likelihood):
         into -u, and those of the other classes, which get the signs, into a basis of what is
         orthogonal to u.
         """
-        u = self._log_probabilities(logits).mul(0.5).exp()
+        # in place: for a language model these are the largest tensors
+        u = self._log_probabilities(logits).mul_(0.5).exp_()
+        u.mul_((self._targets(labels) >= 0).unsqueeze(-1))
         classes = u.shape[-1]
         # the first of those that are as likely: rounding does not decide which
-        likeliest = (u >= TIE * u.amax(-1, keepdim=True)).int().argmax(-1, keepdim=True)
+        likeliest = (u >= TIE * u.amax(-1, keepdim=True)).byte().argmax(-1, keepdim=True)
         largest = u.gather(-1, likeliest)
-        random = signs(u[0].numel() // classes, classes).to(u).view_as(u)
-        random = random.scatter(-1, likeliest, 0.0)
-        along = (u * random).sum(-1, keepdim=True)
-        slopes = u * (random - u * along / (1 + largest))
-        slopes = slopes.scatter(-1, likeliest, -largest * along)
-        slopes = slopes * (self._targets(labels) >= 0).unsqueeze(-1)
+        slopes = signs(u[0].numel() // classes, classes).to(u).view_as(u)
+        slopes.scatter_(-1, likeliest, 0.0)
+        along = (u * slopes).sum(-1, keepdim=True)
+        slopes.addcmul_(u, along / (1 + largest), value=-1).mul_(u)
+        slopes.scatter_(-1, likeliest, -largest * along)
         return slopes.movedim(-1, self.axis)
 
     def unlikely(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -115,6 +121,15 @@ class Softmax(Likelihood):
         if self.shift:
             least = torch.cat([labels[:, : self.shift], least[:, : -self.shift]], dim=1)
         return torch.where(labels < 0, labels, least)
+
+    def factors(self, found: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        # at the label's own class: all classes would take several times the memory of the logits
+        targets = self._targets(labels).unsqueeze(-1)
+        own = targets.clamp(min=0)
+        slope = self._log_probabilities(logits).gather(-1, own).expm1()
+        ratio = found.movedim(self.axis, -1).gather(-1, own) / slope
+        ratio = torch.where((targets >= 0) & (slope != 0), ratio, 0.0)
+        return ratio.movedim(-1, self.axis)
 
     def probes(self, logits: Tensor, labels: Tensor) -> Iterable[Tensor]:
         classes = logits.shape[self.axis]
@@ -156,10 +171,12 @@ class Normal(Likelihood):
 
     def sample(self, logits: Tensor, labels: Tensor, signs: Signs) -> Tensor:
         random = signs(1, logits[0].numel()).to(logits).view_as(logits)
-        return random / self.precision**0.5
+        return random / math.sqrt(self.precision)
 
     def unlikely(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return (logits + 1).to(labels.dtype)
+        # in half precision a large output plus 1 would be the same
+        far: Tensor = logits + logits.abs() + 1
+        return far.to(labels.dtype)
 
     def probes(self, logits: Tensor, labels: Tensor) -> Iterable[Tensor]:
         return ((logits + step).to(labels.dtype) for step in (1.0, -1.0, 2.0))

@@ -71,6 +71,8 @@ def curvature_factor(totals: Tensor, of_data: bool) -> float:
     return math.sqrt(count) if math.isinf(values) or of_data else 1.0
 
 
+# the entries of ``Tally.result``
+TOTALS = ("count", "values")
 SUMS = ("examples", "labels", "squares", "residuals", "with_variance", "unknown")
 
 
@@ -104,7 +106,7 @@ class Tally:
         self._parts[start] = torch.tensor([float(own[name]) for name in SUMS], dtype=torch.float64)
 
     def result(self, sample: Tensor) -> Tensor:
-        """N and the values with a variance, per example: ``[2]``.
+        """N and the number of values with a variance, per example: ``[2]``.
 
         If the loss is not a known likelihood, each example is one observation.
         """

@@ -23,6 +23,7 @@ from influence_kit.curvature.inverse_curvature import (
     refuse_all_but_gradients,
 )
 from influence_kit.curvature.outer_products import OuterProducts
+from influence_kit.curvature.sampled_slopes import settings_of
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.feature_map import FeatureMap
 from influence_kit.gradients.parameter_selection import choose_blocks
@@ -48,8 +49,9 @@ class OperatorInverse(InverseCurvature):
         damping: see ``InfluenceFunction``.
         curvature: "ggn" (Gauss-Newton, J^T H J: the Hessian for models that are linear in their
             parameters, and never negative for a loss that is convex in the outputs), "hessian" (may
-            be indefinite away from a minimum), "fisher" (outer products of gradients at labels
-            sampled from the model) or "empirical_fisher" (at the labels of the data).
+            be indefinite away from a minimum), "fisher" (J^T H J again, estimated by outer products
+            of gradients at sampled slopes; see ``KFACInfluenceFunction``) or "empirical_fisher"
+            (outer products of gradients at the labels of the data).
         blocks: "full", "layer", "parameter", or names of parameters by block: entries of C between
             blocks are taken as zero, and parameters in no block as frozen.
         seed: the seed of all random numbers.
@@ -76,7 +78,8 @@ class OperatorInverse(InverseCurvature):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {**super().settings, "curvature": self.curvature}
+        own = {"curvature": self.curvature, **settings_of(self.curvature)}
+        return {**super().settings, **own}
 
     @property
     def takes_own_labels(self) -> bool:

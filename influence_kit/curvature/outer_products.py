@@ -20,7 +20,7 @@ from influence_kit.operators.partition import Partition
 class OuterProducts(Curvature):
     """C_j = g_j g_j^T: the empirical Fisher for gradients at the labels of the data.
 
-    The Fisher for gradients at labels sampled from the model.
+    An estimate of the Fisher for gradients at labels, or slopes, sampled from the model.
 
     Args:
         features: returns the gradients g of a batch, given the indices of its examples.

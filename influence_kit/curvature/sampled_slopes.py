@@ -40,6 +40,15 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.losses.loss import Loss
 
 BITS = 64
+# float32 ``[256, 8]``
+SIGNS_OF_BYTES = (((torch.arange(256)[:, None] >> torch.arange(8)) & 1) * 2 - 1).float()
+# how the Fisher matrix is estimated, which a saved fit names
+ESTIMATE = "at sampled slopes"
+
+
+def settings_of(curvature: str) -> dict[str, str]:
+    """The settings that a fit of a curvature depends on, beside its seed."""
+    return {"fisher": ESTIMATE} if curvature == "fisher" else {}
 
 
 def signs(seed: int, indices: Tensor, positions: int, each: int) -> Tensor:
@@ -51,9 +60,7 @@ def signs(seed: int, indices: Tensor, positions: int, each: int) -> Tensor:
     words = -(-each // BITS)
     hashed = hashes(seed, indices, positions * words)
     octets = hashed.view(torch.uint8).int().view(len(indices), positions, 8 * words)
-    # the eight signs of each byte
-    table = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
-    found = F.embedding(octets, (2 * table - 1).to(hashed.device, torch.float32))
+    found = F.embedding(octets, SIGNS_OF_BYTES.to(hashed.device))
     return found.flatten(2)[..., :each]
 
 
@@ -73,14 +80,14 @@ def _signed(value: int) -> int:
 
 
 def _products(outputs: Any, targets: Any) -> Tensor:
-    """The inner product of the logits with the slopes of a batch, whose gradient they are."""
+    """The inner product ``[n]`` of each example's logits and slopes, whose gradient they are."""
     slopes = targets[SLOPES] if isinstance(targets, Mapping) else targets
-    product: Tensor = (exact(logits_of(outputs)) * slopes).sum()
-    return product
+    products: Tensor = exact(logits_of(outputs)) * slopes
+    return products.reshape(len(slopes), -1).sum(1)
 
 
 # one object: gradients at a loss that has been checked are not checked again
-OF_SLOPES = Loss(_products, "sum", "loss_fn")
+OF_SLOPES = Loss(_products, "none", "loss_fn")
 
 
 @dataclass
@@ -108,7 +115,7 @@ class SampledSlopes:
         factors = self._factors(likelihood, outputs, batch)
         slopes = likelihood.sample(exact(logits), labels, partial(signs, self.seed, indices))
         statistics = self._statistics(likelihood, factors, logits, labels)
-        return _with_slopes(batch, slopes * exact(factors)), statistics
+        return _with_slopes(batch, slopes.mul_(factors)), statistics
 
     def given(self, indices: Tensor, batch: Batch) -> LabelStatistics | None:
         """The statistics of the labels; None if the loss is not a known likelihood."""
@@ -134,9 +141,10 @@ class SampledSlopes:
 
     def _factors(self, likelihood: Likelihood, outputs: Any, batch: Batch) -> Tensor:
         """The loss's slope over that of the likelihood, one per label; 0 where there is none."""
-        labels = likelihood.unlikely(logits_of(outputs), labels_of(batch))
+        logits = logits_of(outputs)
+        labels = likelihood.unlikely(logits, labels_of(batch))
         found = self._slopes(outputs, self._with_labels(batch, labels))
-        return factors_of(found, likelihood.slope(logits_of(outputs), labels), likelihood.axis)
+        return likelihood.factors(exact(found), exact(logits), labels)
 
     def _statistics(
         self, likelihood: Likelihood, factors: Tensor, logits: Tensor, labels: Tensor

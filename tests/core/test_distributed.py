@@ -78,7 +78,7 @@ def _results_of_whole(method: str, name: str) -> dict[str, torch.Tensor]:
 
 @cache
 def _dampings(method: str, name: str) -> dict[str, torch.Tensor]:
-    """The damping by evidence and what is counted for it, at labels of the data and drawn ones."""
+    """The damping by evidence and what is counted for it, at labels and at sampled slopes."""
     case, found = SHORT["gpt" if name == "tokens" else "mlp"], {}
     loss = _token_means if name == "tokens" else _squares
     (inputs, targets), model = case.train, case.model()

@@ -117,7 +117,7 @@ def test_where_there_is_no_solution(
 
 
 def test_observations_of_a_training_set() -> None:
-    facts = torch.tensor([16.0, 3.0, 2.5]).double()
-    assert Observations.of(facts, 10) == Observations(400.0, 30.0)
+    facts = torch.tensor([16.0, 3.0]).double()
+    assert Observations.of(facts, 10) == Observations(160.0, 30.0)
     facts[1] = math.inf
-    assert Observations.of(facts, 10) == Observations(400.0)
+    assert Observations.of(facts, 10) == Observations(160.0)

@@ -5,10 +5,10 @@ from typing import Any
 import influence_oracles as dense
 import oracles
 import pytest
+import slope_oracle
 import torch
 from cases import CASES, Examples, cross_entropy
 from contract import assert_close, build
-from influence_kit.curvature.model_labels import uniform
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -16,7 +16,6 @@ import influence_kit
 from influence_kit import EKFACInfluenceFunction
 from influence_kit.curvature import eigenbasis
 from influence_kit.curvature.eigenbasis import Eigenbasis
-from influence_kit.curvature.fit_data import OTHER_DRAW
 from influence_kit.curvature.kronecker import MatrixLayer
 from influence_kit.errors import InvalidArgumentError
 
@@ -390,7 +389,7 @@ def test_a_curvature_without_outer_products_is_refused() -> None:
         explain("KFACInfluenceFunction", wide(), wide_data(5, 0), curvature="ggn")
 
 
-def test_eigenvalues_are_measured_at_labels_that_the_eigenvectors_did_not_see() -> None:
+def test_eigenvalues_are_measured_at_slopes_that_the_eigenvectors_did_not_see() -> None:
     """Each basis diagonalises the covariances at the first draw; Lambda is of the second."""
     case = CASES["mlp"]
     ekfac = build("EKFACInfluenceFunction", case, curvature="fisher", seed=7)
@@ -398,23 +397,16 @@ def test_eigenvalues_are_measured_at_labels_that_the_eigenvectors_did_not_see() 
     ekfac.fit()
     model = case.model()
     model.load_state_dict(case.states[0])
-    inputs, targets = case.train
-
-    def drawn(seed: int) -> Tensor:
-        with torch.no_grad():
-            cumulative = model(inputs).softmax(1).cumsum(1)
-        u = uniform(seed, torch.arange(len(inputs)), 1)
-        return (u > cumulative).sum(1).to(targets)
-
-    first, second = drawn(7), drawn((7 + OTHER_DRAW) % 2**63)
-    assert not torch.equal(first, second)
+    seeds = slope_oracle.seeds(7)[:2]
+    first, second = (slope_oracle.with_slopes(model, case.train, seed) for seed in seeds)
+    assert not torch.equal(first[1], second[1])
     facts = ekfac.fit_state[0]
     for layer in ("body.0", "body.2", "head"):
         left, right = facts[f"{layer}.left"][0], facts[f"{layer}.right"][0]
 
-        def rotated(labels: Tensor, layer: str, *bases: Tensor) -> Tensor:
+        def rotated(batch: Any, layer: str, *bases: Tensor) -> Tensor:
             names = [f"{layer}.weight", f"{layer}.bias"]
-            flat = [oracles.gradients(model, (inputs, labels), case.loss, [n]) for n in names]
+            flat = [oracles.gradients(model, batch, slope_oracle.products, [n]) for n in names]
             matrix = flat[0].view(len(flat[0]), flat[1].shape[1], -1)
             joined = torch.cat([matrix, flat[1].unsqueeze(-1)], dim=2)
             return bases[0].T @ joined @ bases[1]
@@ -422,7 +414,7 @@ def test_eigenvalues_are_measured_at_labels_that_the_eigenvectors_did_not_see() 
         grid = rotated(second, layer, left, right).square().mean(0)
         assert_close(facts[f"{layer}.grid"].view_as(grid), grid)
         # of a layer with one position the bias column is the output gradient
-        deltas = oracles.gradients(model, (inputs, first), case.loss, [f"{layer}.bias"])
+        deltas = oracles.gradients(model, first, slope_oracle.products, [f"{layer}.bias"])
         covariance = left.T @ deltas.T @ deltas @ left
         off = covariance - covariance.diagonal().diag()
         assert off.abs().max() < 1e-10 * covariance.abs().max()

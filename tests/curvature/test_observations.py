@@ -1,4 +1,4 @@
-"""What labels say of the number of observations, against all labels that there are."""
+"""The number of observations that labels show, and slopes against all labels that there are."""
 
 import itertools
 import math
@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from influence_kit.curvature.model_labels import ModelLabels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from influence_kit.curvature.observations import LabelStatistics, Tally
+from influence_kit.curvature import sampled_slopes
+from influence_kit.curvature.observations import LabelStatistics, Tally, curvature_factor
+from influence_kit.curvature.sampled_slopes import SampledSlopes
+from influence_kit.data.batches import SLOPES
 from influence_kit.data.class_labels import with_logits
-from influence_kit.gradients.forms import Dense
-from influence_kit.gradients.per_example import Gradients
 from influence_kit.losses.loss import Loss
 from influence_kit.losses.model_losses import example_means, next_token_losses
 
@@ -217,22 +217,16 @@ def expected_square(kind: Kind, logits: Tensor, labels: Tensor) -> float:
     return total
 
 
-def facts_of(kind: Kind, given: Any, drawn: Any) -> dict[str, Any]:
-    """Of drawn labels, where those of the data are ``given``."""
-    (logits, of_data), (_, labels) = parts(kind, given), parts(kind, drawn)
-    factors = torch.stack([kind.factor(own).double() for own in of_data])
-    weights = []
-    for z, data, own in zip(logits, of_data, labels, strict=True):
-        seen = squared_slope(kind, z, own)
-        weights.append(expected_square(kind, z, data) / seen if seen else 0.0)
+def facts_of(kind: Kind, batch: Any) -> dict[str, Any]:
+    logits, labels = parts(kind, batch)
+    factors = torch.stack([kind.factor(own).double() for own in labels])
     residuals = None
     if kind.precision is not None:
-        residuals = kind.precision * float((logits - of_data).square().sum())
+        residuals = kind.precision * float((logits - labels).square().sum())
     return {
         "labels": int((factors > 0).sum()),
         "squares": float(factors.square().sum()),
         "residuals": residuals,
-        "weights": torch.tensor(weights, dtype=torch.float64),
     }
 
 
@@ -243,53 +237,63 @@ def assert_facts(found: LabelStatistics, expected: dict[str, Any], close: float 
         assert found.residuals is None
     else:
         assert float(found.residuals) == pytest.approx(expected["residuals"], rel=close)
-    torch.testing.assert_close(found.weights, expected["weights"], rtol=close, atol=0)
 
 
-def setting(name: str) -> tuple[Kind, Any, ModelLabels]:
+def setting(name: str) -> tuple[Kind, Any, SampledSlopes]:
     kind = KINDS[name]
     torch.manual_seed(1)
     batch = kind.batch(N)
-    return kind, batch, ModelLabels(kind.model(), kind.known, 3)
+    return kind, batch, SampledSlopes(kind.model(), kind.known, 3)
+
+
+def slopes_in(batch: Any) -> Tensor:
+    return batch[SLOPES] if isinstance(batch, dict) else batch[-1]
 
 
 # Facts of labels.
 
 
 @every_kind
-def test_drawn_labels(name: str) -> None:
-    kind, batch, labels = setting(name)
-    drawn, facts = labels.drawn(torch.arange(N), batch)
-    assert not torch.equal(parts(kind, drawn)[1], parts(kind, batch)[1])
-    assert_facts(facts, facts_of(kind, batch, drawn))
-    assert facts.weights.std() > 0.01, "weights that are alike tell nothing"
+def test_facts_of_labels(name: str) -> None:
+    """Of the labels of the data, whatever is sampled."""
+    kind, batch, sampled = setting(name)
+    expected = facts_of(kind, batch)
+    assert expected["labels"] > 0
+    assert_facts(sampled.sampled(torch.arange(N), batch)[1], expected)
+    given = sampled.given(torch.arange(N), batch)
+    assert given is not None
+    assert_facts(given, expected)
+
+
+def mean_squares(
+    sampled: SampledSlopes, batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Tensor, Tensor]:
+    """The mean squared slope of each example over all vectors of signs, and its deviation."""
+    found = []
+    for pattern in itertools.product((-1.0, 1.0), repeat=C):
+
+        def chosen(_: int, indices: Tensor, positions: int, __: int, own: Any = pattern) -> Tensor:
+            return torch.tensor(own).repeat(len(indices), positions, 1)
+
+        monkeypatch.setattr(sampled_slopes, "signs", chosen)
+        slopes = slopes_in(sampled(torch.arange(N), batch))
+        found.append(slopes.reshape(N, -1).double().square().sum(1))
+    return torch.stack(found).mean(0), torch.stack(found).std(0)
 
 
 @every_kind
-def test_labels_of_the_data(name: str) -> None:
-    """Their gradients stand for no others."""
-    kind, batch, labels = setting(name)
-    facts = labels.given(torch.arange(N), batch)
-    assert facts is not None
-    expected = facts_of(kind, batch, batch) | {"weights": torch.ones(N).double()}
-    assert_facts(facts, expected)
-
-
-@every_kind
-def test_weights_are_one_on_average_over_drawn_labels_times_their_squares(name: str) -> None:
-    """E[weight * squared slope] is the expected squared slope, whatever was drawn."""
-    kind, batch, labels = setting(name)
-    logits, of_data = parts(kind, batch)
-    expected = [expected_square(kind, z, own) for z, own in zip(logits, of_data, strict=True)]
-    for seed in range(3):
-        labels.seed = seed
-        drawn, facts = labels.drawn(torch.arange(N), batch)
-        own = parts(kind, drawn)[1]
-        seen = [squared_slope(kind, z, y) for z, y in zip(logits, own, strict=True)]
-        found = facts.weights * torch.tensor(seen, dtype=torch.float64)
-        torch.testing.assert_close(
-            found, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-14
-        )
+def test_the_mean_squared_slope_is_that_over_all_labels(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, batch, sampled = setting(name)
+    logits, labels = parts(kind, batch)
+    found, deviation = mean_squares(sampled, batch, monkeypatch)
+    expected = [expected_square(kind, z, own) for z, own in zip(logits, labels, strict=True)]
+    torch.testing.assert_close(
+        found, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-14
+    )
+    if kind.axis is None:
+        assert deviation.max() < 1e-9, "signs do not change a square"
 
 
 def saturated(kind: Kind, batch: Any, scale: float, dtype: torch.dtype) -> Any:
@@ -306,50 +310,58 @@ def saturated(kind: Kind, batch: Any, scale: float, dtype: torch.dtype) -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["classes, none", "tokens, mean", "bits", "next tokens"])
-@pytest.mark.parametrize("scale", [10.0, 40.0, 100.0, 1e4])
-def test_saturated_logits_have_finite_weights(name: str, dtype: torch.dtype, scale: float) -> None:
-    """Where every other label's probability rounds to nothing, nothing stands for others."""
-    kind, given, labels = setting(name)
-    labels.drawn(torch.arange(N), given)  # which shows what the loss is
+@pytest.mark.parametrize("scale", [10.0, 40.0, 80.0, 1e4])
+def test_saturated_logits(
+    name: str, dtype: torch.dtype, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where every other label's probability rounds to nothing, there are slopes all the same."""
+    kind, given, sampled = setting(name)
+    sampled.sampled(torch.arange(N), given)  # which shows what the loss is
     batch = saturated(kind, given, scale, dtype)
-    drawn, facts = labels.drawn(torch.arange(N), batch)
-    assert bool(torch.isfinite(facts.weights).all())
-    assert bool((facts.weights >= 0).all())
-    assert math.isfinite(float(facts.squares))
+    exact = saturated(kind, given, scale, torch.float64)
+    assert_facts(sampled.sampled(torch.arange(N), batch)[1], facts_of(kind, exact), 1e-6)
+    found, _ = mean_squares(sampled, batch, monkeypatch)
+    assert bool(torch.isfinite(found).all())
     if scale == 1e4:
-        assert not facts.weights.any()
-    if scale == 40.0:
-        assert torch.equal(parts(kind, drawn)[1], parts(kind, batch)[1])
-        assert facts.weights.max() > 1e10
-        # the oracle's slopes round as those of the loss, but for float32 numbers near 1
-        if kind.axis is not None or dtype == torch.float64:
-            expected = facts_of(kind, batch, drawn)
-            torch.testing.assert_close(facts.weights, expected["weights"], rtol=1e-4, atol=0)
+        assert not found.any()
+        return
+    logits, labels = parts(kind, batch)
+    pairs = zip(logits.double(), labels, strict=True)
+    expected = torch.tensor([stable_square(kind, z, own) for z, own in pairs]).double()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    assert found.max() > 0
+
+
+def stable_square(kind: Kind, logits: Tensor, labels: Tensor) -> float:
+    """The sum over positions of the squared factor times sum_c p_c (1 - p_c), without 1 - p."""
+    factors = kind.factor(labels.double() if kind.axis is None else labels).reshape(-1)
+    if kind.axis is None:
+        return float((factors.square() * logits.sigmoid() * (-logits).sigmoid()).sum())
+    shift, total = int(kind.model is Named), 0.0
+    for position, factor in enumerate(factors.tolist()):
+        if factor:
+            p = logits.reshape(-1, C)[position - shift].softmax(0).tolist()
+            pairs = itertools.permutations(range(C), 2)
+            total += factor**2 * sum(p[i] * p[j] for i, j in pairs)
+    return total
 
 
 def test_a_loss_that_is_no_likelihood_has_no_facts() -> None:
     batch = of_classes(N)
     focal = Loss(lambda o, t: F.cross_entropy(o, t, reduction="none").square(), "none", "loss_fn")
-    assert ModelLabels(Outputs(), focal, 0).given(torch.arange(N), batch) is None
+    assert SampledSlopes(Outputs(), focal, 0).given(torch.arange(N), batch) is None
 
 
 # Sums of batches.
 
 
-def of_rows(rows: Tensor) -> Gradients:
-    form = Dense(rows, rows.shape[1:])
-    return Gradients(len(rows), {"weight": form}, {"weight": rows.shape[1:]}, rows)
-
-
-def made_up(n: int, residuals: bool) -> tuple[Gradients, LabelStatistics]:
+def made_up(n: int, residuals: bool) -> LabelStatistics:
     own = torch.rand(n, 2).double()
-    facts = LabelStatistics(
+    return LabelStatistics(
         labels=torch.tensor(3 * n),
         squares=own.sum() * 5,
         residuals=own.square().sum() if residuals else None,
-        weights=torch.rand(n).double(),
     )
-    return of_rows(own), facts
 
 
 @pytest.mark.parametrize("of_data", [False, True])
@@ -360,17 +372,14 @@ def test_a_tally_sums_over_batches_that_count_once(of_data: bool, residuals: boo
     for place, n in ((0, 4), (4, 4), (8, 3), (4, 4), (0, 4)):
         # what came last is what counts
         batches[place] = made_up(n, residuals)
-        tally.add(place, batches[place][1], batches[place][0])
+        tally.add(place, n, batches[place])
     every = list(batches.values())
-    squares = torch.cat([g.flat().square().sum(1) for g, _ in every])
-    weights = torch.cat([facts.weights for _, facts in every])
-    labels = sum(int(facts.labels) for _, facts in every)
+    labels = sum(int(facts.labels) for facts in every)
     if residuals:
-        count = labels / float(sum(facts.residuals for _, facts in every))
+        count = labels / float(sum(facts.residuals for facts in every))
         expected = [count**2 if of_data else count, labels / 11]
     else:
-        expected = [labels / float(sum(facts.squares for _, facts in every)), math.inf]
-    expected.append(float(squares @ weights / squares.sum()))
+        expected = [labels / float(sum(facts.squares for facts in every)), math.inf]
     found = tally.result(torch.zeros(()))
     assert found.dtype == torch.float64
     torch.testing.assert_close(
@@ -380,18 +389,30 @@ def test_a_tally_sums_over_batches_that_count_once(of_data: bool, residuals: boo
 
 def test_one_batch_without_facts_has_every_example_as_an_observation() -> None:
     tally = Tally(of_data=True)
-    gradients, facts = made_up(4, residuals=True)
-    tally.add(0, facts, gradients)
-    tally.add(4, None, gradients)
-    assert tally.result(torch.zeros(())).tolist() == [1.0, math.inf, 1.0]
+    tally.add(0, 4, made_up(4, residuals=True))
+    tally.add(4, 4, None)
+    assert tally.result(torch.zeros(())).tolist() == [1.0, math.inf]
 
 
-def test_no_gradient_and_no_residual() -> None:
-    _, facts = made_up(4, residuals=True)
+def test_no_residual() -> None:
+    facts = made_up(4, residuals=True)
     tally = Tally(of_data=False)
-    nothing = LabelStatistics(facts.labels, facts.squares, torch.zeros(()).double(), facts.weights)
-    tally.add(0, nothing, of_rows(torch.zeros(4, 2).double()))
-    assert tally.result(torch.zeros(())).tolist() == [math.inf, 3.0, 1.0]
+    tally.add(0, 4, LabelStatistics(facts.labels, facts.squares, torch.zeros(()).double()))
+    assert tally.result(torch.zeros(())).tolist() == [math.inf, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("totals", "of_data", "factor"),
+    [
+        ([16.0, math.inf], False, 4.0),
+        ([16.0, math.inf], True, 4.0),
+        ([16.0, 3.0], True, 4.0),
+        ([16.0, 3.0], False, 1.0),
+    ],
+)
+def test_the_units_of_a_curvature(totals: list[float], of_data: bool, factor: float) -> None:
+    """T for a mean over T tokens, whose N is T^2 n; 1 for slopes of a known variance."""
+    assert curvature_factor(torch.tensor(totals), of_data) == factor
 
 
 @every_kind
@@ -399,26 +420,22 @@ def test_no_gradient_and_no_residual() -> None:
 def test_a_tally_does_not_see_the_batch_size(name: str, of_data: bool) -> None:
     """N per example: labels over the sum of squared factors; of errors over their variance."""
     kind, batch, _ = setting(name)
-    gradients = torch.randn(N, 2).double()
     results = []
     for size in (1, 3, N):
-        labels, tally = ModelLabels(kind.model(), kind.known, 3), Tally(of_data)
+        sampled, tally = SampledSlopes(kind.model(), kind.known, 3), Tally(of_data)
         for rows in torch.arange(N).split(size):
             part = {k: v[rows] for k, v in batch.items()} if isinstance(batch, dict) else None
             part = tuple(v[rows] for v in batch) if part is None else part
-            facts = labels.given(rows, part) if of_data else labels.drawn(rows, part)[1]
-            tally.add(int(rows[0]), facts, of_rows(gradients[rows]))
+            facts = sampled.given(rows, part) if of_data else sampled.sampled(rows, part)[1]
+            tally.add(int(rows[0]), len(rows), facts)
         results.append(tally.result(torch.zeros(())))
     for found in results:
         torch.testing.assert_close(found, results[0], rtol=1e-12, atol=0)
-    given = batch if of_data else ModelLabels(kind.model(), kind.known, 3)(torch.arange(N), batch)
-    facts = facts_of(kind, batch, given)
+    facts = facts_of(kind, batch)
     assert int(facts["labels"]) > 0
     scale = facts["squares"] if kind.precision is None else facts["residuals"]
     count = facts["labels"] / scale
     count = count**2 if of_data and kind.precision is not None else count
     values = math.inf if kind.precision is None else facts["labels"] / N
-    norms = gradients.square().sum(1)
-    excess = 1.0 if of_data else float(norms @ facts["weights"] / norms.sum())
-    expected = torch.tensor([count, values, excess], dtype=torch.float64)
+    expected = torch.tensor([count, values], dtype=torch.float64)
     torch.testing.assert_close(results[0], expected, rtol=1e-9, atol=0)

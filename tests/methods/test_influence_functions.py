@@ -4,6 +4,7 @@ A damping that is large against the curvature hides it: where not said otherwise
 median eigenvalue.
 """
 
+import copy
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import influence_oracles as dense
 import oracles
 import pytest
+import slope_oracle
 import torch
 from cases import CASES, Examples, TanhMLP, cross_entropy, reduced
 from contract import assert_close
@@ -24,7 +26,7 @@ from turns import in_turn
 import influence_kit
 
 NAMES = ["mlp", "cnn", "gpt"]
-EXACT = ["hessian", "ggn", "empirical_fisher"]  # the Fisher is drawn
+EXACT = ["hessian", "ggn", "empirical_fisher"]  # the Fisher is sampled
 BLOCKS: dict[str, Any] = {
     "mlp": {"first": ["body.0.weight", "body.0.bias"], "last": ["head.bias", "head.weight"]},
     "cnn": {"one": ["0.weight", "3.bias"], "two": ["6.weight"]},
@@ -478,46 +480,70 @@ def sequences(n: int, padded: bool) -> tuple[Tensor, Tensor]:
     return ids, torch.where(torch.arange(6) < lengths, tags, -100) if padded else tags
 
 
-# The Fisher of drawn labels.
+# The Fisher of sampled slopes.
 
 
-def drawn_fisher(name: str, repeats: int, seed: int) -> Tensor:
-    """The Fisher of labels drawn here, ``repeats`` times for each example."""
-    case, model = CASES[name], model_at(name)
+def sampled_slopes(logits: Tensor, repeats: int, generator: torch.Generator) -> Tensor:
+    """Slopes ``[repeats, T, c]`` of an example with logits ``[T, c]``, of signs drawn here."""
+    found = []
+    for p in logits.double().softmax(-1):
+        root = slope_oracle.root(p, slope_oracle.pivot_of(p))
+        signs = torch.randint(2, (repeats, root.shape[1]), generator=generator) * 2.0 - 1
+        found.append(signs.double() @ root.T)
+    return torch.stack(found, dim=1)
+
+
+def label_slopes(logits: Tensor, repeats: int, generator: torch.Generator) -> Tensor:
+    """The same at labels drawn from the softmax."""
+    p = logits.double().softmax(-1)
+    labels = p.multinomial(repeats, True, generator=generator).T
+    return p - F.one_hot(labels, p.shape[-1])
+
+
+def fisher_of(name: str, sample: Any, repeats: int, seed: int) -> Tensor:
+    """The Fisher of sampled slopes or labels, ``repeats`` for each example."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
-    for i in range(case.n):
-        all_labels, weights = label_gradients(name, i)
-        classes = oracles.forward(model, oracles.one(case.train, i)).shape[-1]
-        draws = weights.view(-1, classes).multinomial(repeats, True, generator=generator)
-        by_position = all_labels.view(-1, classes, all_labels.shape[1])
-        rows.append(sum(g[d] for g, d in zip(by_position, draws, strict=True)))
+    for i in range(CASES[name].n):
+        jacobian_, logits = output_gradients(name, i)
+        rows.append(sample(logits, repeats, generator).flatten(1) @ jacobian_)
     g = torch.cat(rows)
     return g.T @ g / len(g)
 
 
 @cache
-def label_gradients(name: str, i: int) -> tuple[Tensor, Tensor]:
-    return dense.label_gradients(model_at(name), oracles.one(CASES[name].train, i))
+def output_gradients(name: str, i: int) -> tuple[Tensor, Tensor]:
+    """The Jacobian ``[T * c, P]`` of an example's logits, and the logits ``[T, c]``."""
+    model, example = model_at(name), oracles.one(CASES[name].train, i)
+    found = jacobian(lambda v: dense.outputs_at(model, v, example), dense.flat(model))
+    logits = oracles.forward(model, example).detach()
+    return found.flatten(0, -2), logits.reshape(-1, logits.shape[-1])
 
 
 def repeated(name: str, times: int) -> Examples:
-    """The training set so many times over: each copy draws its own labels."""
+    """The training set so many times over: each copy has its own samples."""
     return Examples(tuple(torch.cat([part] * times) for part in CASES[name].train))
 
 
 def within_sampling(found: Tensor, drawn: Tensor, exact: Tensor) -> None:
-    """Scores of drawn labels are where other draws ``[draws, m, n]`` are, around the exact ones."""
+    """Scores of a sample are where other draws ``[draws, m, n]`` are, around the exact ones."""
     mean, deviation = drawn.mean(0), drawn.std(0)
     assert deviation.max() < 0.1 * exact.abs().max(), "too few draws to tell"
     assert ((mean - exact).abs() < deviation + 1e-12).all()
     # one of 44 normal deviates is beyond 5 in 40 000 runs
     assert ((found - mean).abs() <= 5 * deviation + 1e-12).all()
-    assert not torch.allclose(found, exact, rtol=1e-6), "not drawn at all"
+    assert not torch.allclose(found, exact, rtol=1e-6), "not sampled at all"
+
+
+def closer_than_labels(slopes: Tensor, labels: Tensor, share: float) -> None:
+    """Scores ``[draws, m, n]`` of sampled slopes vary by a share of those of labels at most."""
+    found, expected = (float(one.var(0).mean().sqrt()) for one in (slopes, labels))
+    assert found < share * expected
 
 
 @pytest.mark.parametrize("name", ["mlp", "gpt"])
-def test_drawn_fisher_approaches_the_sum_over_all_labels(name: str) -> None:
+def test_sampled_fisher_approaches_the_sum_over_all_labels(name: str) -> None:
+    """Closer than that of sampled labels, or (mlp, whose classes are all as likely) as close."""
     times, exact = 60, curvature_of(name, "fisher")
     damping = dense.eigenvalues(exact).max().item() / 10
     h, g, blocks = query_gradients(name), train_gradients(name), named_blocks(name, "full")
@@ -525,7 +551,10 @@ def test_drawn_fisher_approaches_the_sum_over_all_labels(name: str) -> None:
     def scores(curvature: Tensor) -> Tensor:
         return dense.scores(dense.block_inverse(model_at(name), curvature, blocks, damping), h, g)
 
-    drawn = torch.stack([scores(drawn_fisher(name, times, seed)) for seed in range(60)])
+    slopes, labels = (
+        torch.stack([scores(fisher_of(name, sample, times, seed)) for seed in range(60)])
+        for sample in (sampled_slopes, label_slopes)
+    )
     influence = make(
         "ExplicitInfluenceFunction",
         name,
@@ -534,7 +563,46 @@ def test_drawn_fisher_approaches_the_sum_over_all_labels(name: str) -> None:
         hessian_dataset=repeated(name, times),
         batch_size=64,
     )
-    within_sampling(influence.influence(CASES[name].test), drawn, scores(exact))
+    within_sampling(influence.influence(CASES[name].test), slopes, scores(exact))
+    closer_than_labels(slopes, labels, 0.8 if name == "gpt" else 1.1)
+
+
+@pytest.mark.parametrize(("confidence", "share"), [(12.0, 0.6), (40.0, 0.2)])
+def test_slopes_of_a_confident_model_vary_far_less_than_labels(
+    confidence: float, share: float
+) -> None:
+    """Errors of the package over seeds, against those of labels."""
+    model, train, times = copy.deepcopy(model_at("mlp")), CASES["mlp"].train, 20
+    with torch.no_grad():
+        model.head.weight *= confidence
+    exact = dense.fisher(model, train)
+    damping = dense.eigenvalues(exact).max().item() / 10
+    h, g = (oracles.gradients(model, side, cross_entropy) for side in (CASES["mlp"].test, train))
+    logits, generator = model(train[0]).detach(), torch.Generator().manual_seed(0)
+    jacobians = jacobian(lambda v: dense.outputs_at(model, v, train), dense.flat(model))
+
+    def scores(curvature: Tensor) -> Tensor:
+        return h @ torch.linalg.solve(curvature + damping * torch.eye(83).double(), g.T)
+
+    def error(found: list[Tensor]) -> float:
+        return float((torch.stack(found) - scores(exact)).square().mean().sqrt())
+
+    def at_labels() -> Tensor:
+        own = [label_slopes(z[None], times, generator)[:, 0] for z in logits]
+        rows = torch.cat([s @ j for s, j in zip(own, jacobians, strict=True)])
+        return scores(rows.T @ rows / len(rows))
+
+    def at_slopes_of(seed: int) -> Tensor:
+        own = {"loss_fn": cross_entropy, "curvature": "fisher", "damping": damping, "seed": seed}
+        data = Examples(tuple(torch.cat([part] * times) for part in train))
+        states = [model.state_dict()]
+        influence = influence_kit.ExplicitInfluenceFunction(
+            model, Examples(train), states, hessian_dataset=data, **own
+        )
+        return influence.influence(CASES["mlp"].test)
+
+    found = error([at_slopes_of(seed) for seed in range(15)])
+    assert found < share * error([at_labels() for _ in range(60)])
 
 
 def bits(n: int) -> tuple[Tensor, Tensor]:
@@ -553,7 +621,7 @@ def squared_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     return 0.7 * (outputs - targets).square()
 
 
-def residual_of_draw(loss: Any, outputs: Tensor, targets: Tensor, generator: Any) -> Tensor:
+def label_residual(loss: Any, outputs: Tensor, targets: Tensor, generator: Any) -> Tensor:
     """The loss's slope at the outputs, at labels that the likelihood draws."""
     if loss is binary_loss:
         return outputs.sigmoid() - torch.bernoulli(outputs.sigmoid(), generator=generator)
@@ -566,16 +634,28 @@ def residual_of_draw(loss: Any, outputs: Tensor, targets: Tensor, generator: Any
     return (p - F.one_hot(labels, p.shape[-1])) * (targets >= 0)[..., None]
 
 
+def slope_residual(loss: Any, outputs: Tensor, targets: Tensor, generator: Any) -> Tensor:
+    """Random signs times a root of the covariance of those."""
+    signs = torch.randint(2, outputs.shape, generator=generator).double() * 2 - 1
+    if loss is binary_loss:
+        return signs * (outputs.sigmoid() * (1 - outputs.sigmoid())).sqrt()
+    if loss is squared_loss:
+        return signs * 1.4**0.5
+    # the examples are copies of one
+    found = sampled_slopes(outputs[0], len(outputs), generator)
+    return found * (targets >= 0)[..., None]
+
+
 @pytest.mark.parametrize(
-    ("loss", "data", "build"),
+    ("loss", "data", "build", "share"),
     [
-        (binary_loss, bits, TanhMLP),
-        (squared_loss, numbers, TanhMLP),
-        (padded_loss, lambda n: sequences(n, padded=True), Tagger),
+        (binary_loss, bits, TanhMLP, 0.95),
+        (squared_loss, numbers, TanhMLP, 0.9),
+        (padded_loss, lambda n: sequences(n, padded=True), Tagger, 1.0),
     ],
     ids=["sigmoid", "normal", "padded softmax"],
 )
-def test_drawn_fisher_approaches_the_ggn(loss: Any, data: Any, build: Any) -> None:
+def test_sampled_fisher_approaches_the_ggn(loss: Any, data: Any, build: Any, share: float) -> None:
     torch.manual_seed(0)
     model, train, test, times = build().double(), data(11), data(4), 60
     exact = dense.gauss_newton(model, train, loss)
@@ -592,9 +672,9 @@ def test_drawn_fisher_approaches_the_ggn(loss: Any, data: Any, build: Any) -> No
     def scores(curvature: Tensor) -> Tensor:
         return h @ torch.linalg.solve(curvature + damping * torch.eye(len(curvature)).double(), g.T)
 
-    def drawn() -> Tensor:
+    def sampled(residual: Any) -> Tensor:
         rows = [
-            residual_of_draw(
+            residual(
                 loss, z.expand(times, *z.shape[1:]), y.expand(times, *y.shape[1:]), generator
             ).flatten(1)
             @ j
@@ -612,51 +692,69 @@ def test_drawn_fisher_approaches_the_ggn(loss: Any, data: Any, build: Any) -> No
         damping=damping,
         hessian_dataset=Examples(tuple(torch.cat([part] * times) for part in train)),
     )
-    draws = torch.stack([scores(drawn()) for _ in range(60)])
-    within_sampling(influence.influence(test), draws, scores(exact))
+    slopes, labels = (
+        torch.stack([scores(sampled(residual)) for _ in range(60)])
+        for residual in (slope_residual, label_residual)
+    )
+    within_sampling(influence.influence(test), slopes, scores(exact))
+    closer_than_labels(slopes, labels, share)
 
 
-def with_all_labels(name: str) -> tuple[Any, Tensor]:
-    """Each training example with each label, ``n * classes`` in all, and the probabilities."""
-    inputs, labels = CASES[name].train
-    p = model_at(name)(inputs).detach().softmax(1)
-    every = torch.arange(p.shape[1]).repeat(len(labels))
-    return (inputs.repeat_interleave(p.shape[1], 0), every), p
+def records_by_class(name: str) -> tuple[dict[str, list[LayerRecord]], Tensor]:
+    """What each layer sees of unit slopes of each class, and the logits ``[n, c]``."""
+    inputs, _ = CASES[name].train
+    model = model_at(name)
+    logits = model(inputs).detach()
+    units = torch.eye(logits.shape[1], dtype=logits.dtype)
+    batches = [(inputs, unit.expand(len(inputs), -1)) for unit in units]
+    found = {
+        layer: [
+            dense.record(model, model.get_submodule(layer), batch, slope_oracle.products)
+            for batch in batches
+        ]
+        for layer in KRONECKER_LAYERS[name]
+    }
+    return found, logits
 
 
-def weighted(seen: LayerRecord, weights: Tensor) -> LayerRecord:
-    """The record of examples that count by weights with the mean 1."""
-    roots = weights.sqrt()
-    deltas = [d * r for d, r in zip(seen.deltas, roots, strict=True)]
-    joined = [g * r for g, r in zip(seen.joined, roots, strict=True)]
-    return LayerRecord(seen.inputs, deltas, joined, seen.counted)
+def at_slopes(by_class: list[LayerRecord], slopes: Tensor) -> LayerRecord:
+    """The record of examples with slopes ``[n, repeats, c]``, in which gradients are linear."""
+    found = LayerRecord([], [], [], [])
+    for i, own in enumerate(slopes):
+        deltas = torch.stack([one.deltas[i] for one in by_class])
+        joined = torch.stack([one.joined[i] for one in by_class])
+        found.deltas += torch.einsum("rc,cto->rto", own, deltas)
+        found.joined += torch.einsum("rc,coi->roi", own, joined)
+        found.inputs += [by_class[0].inputs[i]] * len(own)
+        found.counted += [by_class[0].counted[i] | True] * len(own)
+    return found
 
 
 @both_kronecker
-def test_kronecker_of_drawn_labels_approaches_the_sum_over_all(method: str) -> None:
-    name, times, layers = "mlp", 60, KRONECKER_LAYERS["mlp"]
-    case, model, (every, p) = CASES[name], model_at(name), with_all_labels(name)
-    records = {
-        layer: dense.record(model, model.get_submodule(layer), every, case.loss) for layer in layers
-    }
+def test_kronecker_of_sampled_slopes_approaches_the_sum_over_all(method: str) -> None:
+    """Closer than that of sampled labels."""
+    name, times = "mlp", 60
+    by_class, logits = records_by_class(name)
+    classes, model = logits.shape[1], model_at(name)
     generator = torch.Generator().manual_seed(0)
 
-    def scores(weights: Tensor) -> Tensor:
+    def scores(slopes: Tensor) -> Tensor:
         inverse = torch.zeros(83, 83, dtype=torch.float64)
-        for layer in layers:
-            seen = weighted(records[layer], weights.flatten() * p.shape[1])
-            matrix = KRONECKER[method](seen) + 0.02 * torch.eye(
-                seen.joined[0].numel(), dtype=p.dtype
-            )
-            order = dense.parameter_order(model.get_submodule(layer), seen.joined[0].shape)
+        for layer, records in by_class.items():
+            matrix = KRONECKER[method](at_slopes(records, slopes))
+            damped = matrix + 0.02 * torch.eye(len(matrix), dtype=matrix.dtype)
+            order = dense.parameter_order(model.get_submodule(layer), records[0].joined[0].shape)
             index = dense.places(model, _names_in(name, [layer]))
-            inverse[index[:, None], index] = torch.linalg.inv(matrix)[order][:, order]
+            inverse[index[:, None], index] = torch.linalg.inv(damped)[order][:, order]
         return dense.scores(inverse, query_gradients(name), train_gradients(name))
 
-    def counts() -> Tensor:
-        draws = p.multinomial(times, True, generator=generator)
-        return F.one_hot(draws, p.shape[1]).double().mean(1)
+    def drawn(sample: Any) -> Tensor:
+        own = [sample(row[None], times, generator)[:, 0] for row in logits]
+        return scores(torch.stack(own))
 
+    p = logits.softmax(1)
+    # the mean over c copies is the sum over all labels
+    every = (p[:, None] - torch.eye(classes).double()) * (classes * p).sqrt()[:, :, None]
     influence = make(
         method,
         name,
@@ -665,13 +763,16 @@ def test_kronecker_of_drawn_labels_approaches_the_sum_over_all(method: str) -> N
         hessian_dataset=repeated(name, times),
         batch_size=64,
     )
-    drawn = torch.stack([scores(counts()) for _ in range(60)])
-    within_sampling(influence.influence(case.test), drawn, scores(p))
+    slopes, labels = (
+        torch.stack([drawn(sample) for _ in range(40)]) for sample in (sampled_slopes, label_slopes)
+    )
+    within_sampling(influence.influence(CASES[name].test), slopes, scores(every))
+    closer_than_labels(slopes, labels, 0.9)
 
 
 @pytest.mark.parametrize("method", ["ExplicitInfluenceFunction", *KRONECKER])
 @pytest.mark.parametrize("name", ["mlp", "gpt"])
-def test_drawn_labels_depend_on_the_seed_alone(method: str, name: str) -> None:
+def test_sampled_slopes_depend_on_the_seed_alone(method: str, name: str) -> None:
     arguments = {"curvature": "fisher", "damping": damping_of(method, name)}
     test = CASES[name].test
     torch.manual_seed(0)
@@ -685,7 +786,7 @@ def test_drawn_labels_depend_on_the_seed_alone(method: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("solver", ITERATIVE)
-def test_solvers_draw_the_same_labels(solver: str) -> None:
+def test_solvers_sample_the_same_slopes(solver: str) -> None:
     arguments = {"curvature": "fisher", "damping": damping_of(solver, "mlp"), "seed": 5}
     expected = make("ExplicitInfluenceFunction", "mlp", **arguments).influence(CASES["mlp"].test)
     found = make(solver, "mlp", **arguments).influence(CASES["mlp"].test)

@@ -14,10 +14,10 @@ import influence_oracles as dense
 import oracles
 import projected_oracles as projected
 import pytest
+import slope_oracle
 import torch
 from cases import CASES, Examples, TanhMLP, cross_entropy
 from contract import assert_close
-from influence_kit.curvature.model_labels import ModelLabels
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from turns import in_turn
@@ -25,7 +25,6 @@ from turns import in_turn
 import influence_kit
 from influence_kit import ExplicitInfluenceFunction, FactGraSS, GraSS, LoGra
 from influence_kit.errors import CurvatureError, InvalidArgumentError
-from influence_kit.losses.loss import Loss
 from influence_kit.projections.maps import Identity
 
 CLOSE = 1e-8
@@ -72,14 +71,16 @@ def gradients(name: str, batch: Any, place: int = 0) -> Tensor:
 class Formula:
     """Everything of a method's scores at one checkpoint, given its random matrices."""
 
-    def __init__(self, influence: Any, name: str, place: int = 0, fitted_on: Any = None) -> None:
+    def __init__(
+        self, influence: Any, name: str, place: int = 0, fitted_on: Tensor | None = None
+    ) -> None:
         case = CASES[name]
         names = [n for n, _ in model_at(name).named_parameters()]
         self.columns = projected.written_out(model_at(name), names, influence._map.maps.maps)
         matrix = torch.cat(list(self.columns.values()), dim=1)
         self.h = gradients(name, case.test, place) @ matrix
         self.g = gradients(name, case.train, place) @ matrix
-        self.f = self.g if fitted_on is None else gradients(name, fitted_on, place) @ matrix
+        self.f = self.g if fitted_on is None else fitted_on @ matrix
 
     def inverse(self, damping: Any, blocks: Any = "layer") -> Tensor:
         groups, fisher = self._fisher(blocks)
@@ -184,21 +185,20 @@ def test_other_data_for_the_curvature(method: str, name: str) -> None:
     torch.manual_seed(77)
     other = CASES[name].batch(9)
     influence = fitted(method, name, hessian_dataset=Examples(other))
-    formula = Formula(influence, name, fitted_on=other)
+    formula = Formula(influence, name, fitted_on=gradients(name, other))
     expected = formula.scores(formula.automatic())
     assert_close(influence.influence(CASES[name].test), expected, CLOSE)
 
 
 @every_method
 @every_case
-def test_the_fisher_of_drawn_labels(method: str, name: str) -> None:
-    """F of gradients at the labels that are drawn, scores of those of the data."""
-    case = CASES[name]
+def test_the_fisher_of_sampled_slopes(method: str, name: str) -> None:
+    """F of gradients at the slopes that are sampled, scores of those at the labels of the data."""
+    case, model = CASES[name], model_at(name)
     influence = fitted(method, name, curvature="fisher", seed=3)
-    loss = Loss(case.loss, "none", "loss_fn")
-    drawn = ModelLabels(model_at(name), loss, seed=3)(torch.arange(case.n), case.train)
-    assert not torch.equal(drawn[-1], case.train[-1])
-    formula = Formula(influence, name, fitted_on=drawn)
+    slopes = slope_oracle.with_slopes(model, case.train, 3)
+    rows = oracles.gradients(model, slopes, slope_oracle.products)
+    formula = Formula(influence, name, fitted_on=rows)
     assert_close(influence.influence(case.test), formula.scores(formula.automatic()), CLOSE)
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import oracles
 import pytest
+import slope_oracle
 import torch
 from cases import Examples, cross_entropy
 from contract import assert_close
-from influence_kit.curvature.model_labels import uniform
 from torch import Tensor, nn
 from torch.nn import functional as F
 from whole_model_oracle import Oracle, look
@@ -17,7 +17,6 @@ from whole_models import ROUTED, WHOLE, Bare, Whole, routed
 
 import influence_kit
 from influence_kit.curvature import factor_sums
-from influence_kit.curvature.fit_data import OTHER_DRAW
 from influence_kit.curvature.kronecker_curvature import eigenvalues
 from influence_kit.errors import InvalidArgumentError
 
@@ -61,24 +60,15 @@ def test_the_empirical_fisher_of_a_whole_model(method: str, name: str) -> None:
     assert {block for block, form in forms.items() if "Kronecker" in form} == set(case.layers)
 
 
-def with_drawn_labels(model: nn.Module, batch: Any, seed: int) -> Any:
-    """The batch with labels drawn from the softmax over the last dimension."""
-    inputs, targets = batch
-    with torch.no_grad():
-        cumulative = model(inputs).softmax(-1).cumsum(-1)
-    u = uniform(seed, torch.arange(len(inputs)), targets[0].numel()).view(*targets.shape, 1)
-    drawn = (u > cumulative).sum(-1)
-    return inputs, torch.where(targets < 0, targets, drawn)
-
-
 @both
 @every_model
 def test_no_argument_is_needed(method: str, name: str) -> None:
-    """The Fisher matrix at drawn labels, the damping of every block as it is reported."""
+    """The Fisher matrix at sampled slopes, the damping of every block as it is reported."""
     case, model, train, test = setting(name)
     explainer = make(method, case, model, train)
     found = explainer.influence(test)
-    first, second = (with_drawn_labels(model, train, seed) for seed in (0, OTHER_DRAW))
+    seeds = slope_oracle.seeds(0)[:2]
+    first, second = (slope_oracle.with_slopes(model, train, seed) for seed in seeds)
     expected = oracle(method, case, model, explainer.damping_used[0])
     assert_close(found, expected.scores(test, train, first, second), 1e-8)
 

@@ -21,6 +21,7 @@ from influence_kit import (
 )
 from influence_kit.curvature import InverseCurvature
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.methods.influence_functions.fitted_inverse import FittedInverse
 from influence_kit.methods.representer.refit import Refit
 from influence_kit.storage import manifest as manifest_module
 from influence_kit.storage.folders import MANIFEST, TENSORS, hash_of, read_folder, write_folder
@@ -223,6 +224,42 @@ def test_what_was_saved_with_other_settings_is_refused(name: str, tmp_path: Path
     make(first).load(tmp_path)
     with pytest.raises(InvalidArgumentError, match=f".*{match}.* there, .* here"):
         make(second).load(tmp_path)
+
+
+# of an earlier version, which sampled labels for the Fisher matrix and counted their curvature
+NEWER = ("fisher", "observations")
+
+
+@pytest.mark.parametrize(
+    ("method", "curvature", "match"),
+    [
+        ("ExplicitInfluenceFunction", "fisher", 'fisher: .* there, "at sampled slopes" here'),
+        ("CGInfluenceFunction", "fisher", 'fisher: .* there, "at sampled slopes" here'),
+        ("LoGra", "fisher", 'fisher: .* there, "at sampled slopes" here'),
+        ("EKFACInfluenceFunction", "fisher", 'fisher: .* there, "at sampled slopes" here'),
+        ("KFACInfluenceFunction", "empirical_fisher", r"observations: .* there, \["),
+        ("ExplicitInfluenceFunction", "ggn", None),
+        ("LoGra", "empirical_fisher", None),
+    ],
+)
+def test_a_fisher_matrix_of_sampled_labels_is_refused(
+    method: str, curvature: str, match: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"curvature": curvature, "damping": 0.1}
+    description = FittedInverse.description
+
+    def older(self: FittedInverse) -> dict[str, object]:
+        found = description(self)
+        return {key: value for key, value in found.items() if key not in NEWER}
+
+    monkeypatch.setattr(FittedInverse, "description", older)
+    build(method, CASE, **own).save(tmp_path)
+    monkeypatch.undo()
+    if match is None:
+        build(method, CASE, **own).load(tmp_path)
+        return
+    with pytest.raises(InvalidArgumentError, match=f"was saved for something else: {match}"):
+        build(method, CASE, **own).load(tmp_path)
 
 
 def test_the_order_of_blocks_is_a_setting(tmp_path: Path) -> None:

@@ -44,13 +44,14 @@ class ExplicitInfluenceFunction(InfluenceFunction):
             or of examples if those are fewer; "mean" always divides by the parameters.
         curvature: "ggn" (Gauss-Newton, J^T H J: the Hessian for models that are linear in their
             parameters, and never negative for a loss that is convex in the outputs), "hessian" (may
-            be indefinite away from a minimum), "fisher" (outer products of gradients at labels
-            sampled from the model) or "empirical_fisher" (at the labels of the data).
+            be indefinite away from a minimum), "fisher" (J^T H J again, estimated by outer products
+            of gradients at sampled slopes; see ``KFACInfluenceFunction``) or "empirical_fisher"
+            (outer products of gradients at the labels of the data).
         blocks: "full", "layer", "parameter", or names of parameters by block: entries of C between
             blocks are taken as zero, and parameters in no block as frozen.
         hessian_dataset: the data over which C is a mean; the training set if None.
         relative: RelatIF: None, "l" or "theta".
-        seed: the seed of the labels that "fisher" draws.
+        seed: the seed of the slopes that "fisher" samples.
 
     The other arguments are those of ``InnerProductInfluence``.
 

@@ -125,6 +125,13 @@ class KFACInfluenceFunction(KroneckerInfluence):
     weight longer than 8,192 has a diagonal on that side. ``block_forms`` shows the form of each
     block.
 
+    "fisher" is the mean of J^T H J: J is the Jacobian of the outputs, H the covariance of the
+    loss's slope in them over labels distributed as the model predicts (diag(p) - p p^T for a
+    softmax). It is estimated by outer products of g = J^T s, where the slopes s of an example are
+    random signs times a root of H: their mean is the Fisher matrix, and they vary less than those
+    of gradients at sampled labels, of which only the unlikely ones show a confident model's
+    curvature.
+
     With ``damping="auto"`` all layers have one lambda:
 
     .. math::
@@ -150,12 +157,13 @@ class KFACInfluenceFunction(KroneckerInfluence):
             times their sum over their number, or over n if that is less; "learning_rates", see
             ``InfluenceFunction``. ``damping_used`` shows the numbers. Setting it does not fit
             again.
-        curvature: "fisher" (labels sampled from the model by ``seed``; the loss must be that of a
-            softmax, sigmoid or normal distribution) or "empirical_fisher" (labels of the data).
+        curvature: "fisher" (gradients J^T s at slopes s sampled by ``seed``; the loss must be that
+            of a softmax, sigmoid or normal distribution) or "empirical_fisher" (gradients at the
+            labels of the data).
         hessian_dataset: the data over which the factors are means; the training set if None.
         relative: RelatIF: None, "l" or "theta".
         rtol: see ``EKFACInfluenceFunction``.
-        seed: the seed of the sampled labels; the label of an example depends on its index only.
+        seed: the seed of the sampled slopes; those of an example depend on its index only.
         layers_without_kronecker: how to treat parameters without this form: "diagonal" (the exact
             diagonal), "leave_out" (as if frozen; a warning names them) or "error".
 
@@ -191,7 +199,7 @@ class EKFACInfluenceFunction(KroneckerInfluence):
         \Lambda = \frac{1}{n} \sum_j (Q_S^T G_j Q_A)^2
 
     EK-FAC (arXiv 1806.03884, 2308.03296): the eigenvectors of K-FAC with the eigenvalues that fit
-    the per-example gradients G_j best, with "fisher" at labels sampled independently of those that
+    the per-example gradients G_j best, with "fisher" at slopes sampled independently of those that
     fixed the eigenvectors. The fit takes two passes over the Hessian data; one pass over the
     training set scores all test examples.
     Rows are test examples; positive is a proponent, and leaving the training example out raises the

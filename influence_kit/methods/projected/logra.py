@@ -51,7 +51,8 @@ class LoGra(InfluenceFunction):
         damping: added to the eigenvalues of F: a number, a dict by layer, or "auto" (or "trace"):
             the mean eigenvalue in the layer, its trace over min(entries of u, examples); "mean"
             always divides by the entries of u.
-        curvature: "empirical_fisher" (labels of the data) or "fisher" (sampled from the model).
+        curvature: "empirical_fisher" (gradients at the labels of the data) or "fisher" (at sampled
+            slopes; see ``KFACInfluenceFunction``).
         blocks: "layer", "full" (F couples the layers), or a dict of blocks.
         hessian_dataset: the data over which F is a mean; the training set if None.
         relative: RelatIF: None, "l" or "theta".
