@@ -264,3 +264,29 @@ def test_where_there_is_nothing_the_error_is_that_of_methods(tmp_path):
         select_checkpoints([], 2)
     with pytest.raises(InvalidArgumentError, match="There is no such folder or file"):
         select_checkpoints(tmp_path / "*.pt", 2)
+
+
+# Geometric spacing.
+
+
+@pytest.mark.parametrize(
+    ("steps", "count", "expected"),
+    [
+        (range(1, 21), 5, [1, 2, 4, 9, 20]),  # near 1, 2.1, 4.5, 9.5
+        (range(100, 2001, 100), 5, [100, 200, 400, 900, 2000]),
+        (range(1, 7), 5, [1, 2, 3, 4, 6]),  # all different, as near as possible
+        (range(1, 21), 2, [1, 20]),
+        (range(1, 21), 1, [20]),
+        (range(1000), 3, [50, 223, 999]),  # the first steps of a long run are not wanted
+        (range(800, 1001, 50), 2, [800, 1000]),  # of a run of which only the end is left
+    ],
+)
+def test_geometric_spacing(steps, count, expected):
+    found = select_checkpoints(in_memory(steps), count, spacing="geometric")
+    assert [checkpoint["step"] for checkpoint in found] == expected
+
+
+@pytest.mark.parametrize("spacing", ["log", None, 1])
+def test_another_spacing_is_refused(spacing):
+    with pytest.raises(InvalidArgumentError, match=r'`spacing` must be "even" or "geometric"; got'):
+        select_checkpoints(in_memory([1, 2]), 1, spacing=spacing)

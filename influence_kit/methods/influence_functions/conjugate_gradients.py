@@ -178,7 +178,7 @@ class FittedElsewhere(InverseCurvature):
         self._method, self._inverse = method, method.inverse
 
     def __repr__(self) -> str:
-        return self._method.get_name()
+        return type(self._method).__name__
 
     @property
     def settings(self) -> dict[str, Any]:
