@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fuzz.bad_input import BAD, FLAGS, NONE, Target
+from fuzz.bad_input import Target
+from fuzz.bad_values import BAD, FLAGS, NONE
 from influence_kit import KMostInfluentialResults, valuation, viz
 from influence_kit import evaluation as ev
 

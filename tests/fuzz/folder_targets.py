@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 import influence_kit as ik
-from fuzz.bad_input import BAD, Target
+from fuzz.bad_input import Target
+from fuzz.bad_values import BAD
 from fuzz.method_targets import is_, network
 
 # in place of a value: nothing is changed

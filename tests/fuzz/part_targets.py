@@ -1,0 +1,3 @@
+from fuzz.bad_input import Target
+
+TARGETS: list[Target] = []
