@@ -16,6 +16,7 @@ from influence_kit.checkpoints.discovery import (
     load_with_rate,
 )
 from influence_kit.checkpoints.same_objects import SameObjects
+from influence_kit.core.arguments import shown
 from influence_kit.core.dtypes import real
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.rate import is_one_number
@@ -58,8 +59,8 @@ class CheckpointLoader:
             rate, caution = load_into(self._model, partial(self._put, index))
             if not _is_number(rate):
                 raise InvalidArgumentError(
-                    f"`checkpoints_load_func` returned {rate!r} for checkpoint {index}; it must "
-                    "return the learning rate, a finite number"
+                    f"`checkpoints_load_func` returned {shown(rate)} for checkpoint {index}; it "
+                    "must return the learning rate, a finite number"
                 )
             self._current = index
             if index not in self._rates:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from influence_kit.core.arguments import check_count, check_number
+from influence_kit.core.arguments import check_count, check_number, shown
 from influence_kit.core.memory import free_bytes
 from influence_kit.core.objects import is_one_of
 from influence_kit.curvature.curvature import Curvature, GaussNewton, HessianOfLoss
@@ -73,7 +73,7 @@ class OperatorInverse(InverseCurvature):
     ) -> None:
         if not is_one_of(curvature, list(CURVATURES)):
             raise InvalidArgumentError(
-                f"`curvature` must be one of {', '.join(CURVATURES)}; got {curvature!r}"
+                f"`curvature` must be one of {', '.join(CURVATURES)}; got {shown(curvature)}"
             )
         super().__init__(damping, seed)
         self.curvature = curvature
@@ -172,9 +172,9 @@ class ConjugateGradients(OperatorInverse):
         preconditioner: Literal["jacobi", "nystrom"] | None = None,
     ) -> None:
         super().__init__(damping, curvature, blocks, seed)
-        if preconditioner not in (None, "jacobi", "nystrom"):
+        if not is_one_of(preconditioner, (None, "jacobi", "nystrom")):
             raise InvalidArgumentError(
-                f'`preconditioner` must be None, "jacobi" or "nystrom"; got {preconditioner!r}'
+                f'`preconditioner` must be None, "jacobi" or "nystrom"; got {shown(preconditioner)}'
             )
         self.max_iter = check_count(max_iter, "max_iter")
         self.tol = check_number(tol, "tol", least=0, below=1)

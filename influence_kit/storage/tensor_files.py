@@ -244,15 +244,16 @@ def _parts(header: bytes) -> tuple[dict[str, str], dict[str, Any]]:
         if not isinstance(entry, dict) or entry.get("dtype") not in _CODES.values():
             raise ValueError(f"the type of tensor {shown(name)} is not known")
         offsets = entry.get("data_offsets")
-        if not _are_sizes(entry.get("shape")) or not _are_sizes(offsets) or len(offsets) != 2:
+        if not _are_sizes(entry.get("shape")) or not _are_sizes(offsets, 2):
             raise ValueError(f"the shape or range of tensor {shown(name)} is not of sizes")
     return facts, entries
 
 
-def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(
-        type(value) is int and 0 <= value < 2**63 for value in values
-    )
+def _are_sizes(values: Any, count: int | None = None) -> bool:
+    """Whether it is a list of sizes as memory has them, of so many if that is known."""
+    if not isinstance(values, list) or count not in (None, len(values)):
+        return False
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 def is_own_file(path: Path, kind: str) -> bool:

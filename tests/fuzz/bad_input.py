@@ -99,7 +99,8 @@ def _ending(target: Target, argument: str, name: str, make: Callable[[], Any]) -
     except Exception as error:
         kind, what = _kind_of(error), f"{type(error).__name__}: {error}"
     else:
-        fine = name in target.fine.get(argument, set())
+        as_name = "text" if name == "marked text" else name
+        fine = as_name in target.fine.get(argument, set())
         kind, what = "fine" if fine else "let in", found
     return Ending(target.name, argument, name, kind, what[:200])
 
