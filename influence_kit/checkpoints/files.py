@@ -6,7 +6,6 @@ folders of Hugging Face's ``Trainer`` and the folders of accelerate's ``save_sta
 and plain values are unpickled.
 """
 
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from influence_kit.core.arguments import shown
+from influence_kit.core.arguments import is_finite_number, shown
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.accelerate_folder import accelerate_rate
 from influence_kit.learning_rates.combined_file import wrapped_rate
@@ -113,7 +112,7 @@ def _read_safetensors(path: Path) -> Contents:
 
 def _step(key: str, value: float | str) -> int:
     """The step or epoch at which a checkpoint was saved."""
-    if isinstance(value, str) or not math.isfinite(value):
+    if isinstance(value, str) or not is_finite_number(value):
         raise InvalidArgumentError(
             f"a checkpoint's '{key}' is {shown(value)}; it must be a finite number, or be left out"
         )

@@ -98,6 +98,22 @@ def _is_finite(value: Any) -> bool:
     return abs(int(value)) < 2**63 if isinstance(value, Integral) else math.isfinite(value)
 
 
+def is_one_number(value: Any) -> bool:
+    """Whether it is a real number, or a dense tensor of one; whole ones have at most 64 bits."""
+    if isinstance(value, Tensor):
+        real = not value.is_complex() and value.dtype != torch.bool
+        dense = not value.is_meta and value.layout == torch.strided
+        return value.numel() == 1 and real and dense
+    if isinstance(value, Integral):
+        return not isinstance(value, bool) and _is_finite(value)
+    return isinstance(value, Real)
+
+
+def is_finite_number(value: Any) -> bool:
+    """The same, and neither NaN nor infinite."""
+    return is_one_number(value) and math.isfinite(float(value))
+
+
 def check_seed(value: Any) -> int:
     """A seed as an int.
 

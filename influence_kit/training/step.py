@@ -3,14 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from typing_extensions import Self
 
-from influence_kit.core.arguments import shown
+from influence_kit.core.arguments import is_one_number, shown
 from influence_kit.core.objects import is_one_of
 from influence_kit.errors import InvalidArgumentError
 
@@ -76,8 +74,7 @@ def steps_of(trace: Any, count: int) -> list[Step]:
 
 def _number(value: Any, name: str) -> float:
     """A finite number."""
-    scalar = isinstance(value, Tensor) and value.numel() == 1
-    if isinstance(value, bool) or not (scalar or isinstance(value, Real)):
+    if not is_one_number(value):
         raise InvalidArgumentError(f"the {name} must be a number; got {shown(value)}")
     if not math.isfinite(float(value)):
         raise InvalidArgumentError(f"the {name} must be finite; got {float(value)}")

@@ -35,7 +35,7 @@ import torch
 
 import influence_kit
 from fuzz.bad_values import BAD
-from fuzz.watch import LIMIT, Changed, Hung, LetIn, TooLarge, limit_memory, watched
+from fuzz.watch import PATIENCE, Changed, Hung, LetIn, TooLarge, limit_memory, watched
 
 PACKAGE = str(Path(influence_kit.__file__).parent)
 HERE = str(Path(__file__).parents[1])  # the models, losses and functions of users
@@ -123,7 +123,7 @@ def main(parts: Iterable[tuple[Iterable[Target], float]], seed: int = 0) -> int:
     for ending in chain.from_iterable(endings(some, seed, share) for some, share in parts):
         found.append(ending)
         # what no signal reaches, a loop in C, ends the process with a traceback
-        faulthandler.dump_traceback_later(10 * LIMIT, exit=True)
+        faulthandler.dump_traceback_later(3 * PATIENCE, exit=True)
         if ending.kind in (*BADLY, "raw"):
             where = f"{ending.target}({ending.argument}={ending.value})"
             print(f"{ending.kind}: {where}: {' '.join(ending.what.split())}", flush=True)
