@@ -240,7 +240,7 @@ def _valuations() -> list[Target]:
     v = valuation
     made: dict[str, Callable[[], Any]] = {
         "TMCShapley": lambda: v.TMCShapley(fit, score, N, 2),
-        "BetaShapley": lambda: v.BetaShapley(fit, score, N, 2),
+        "BetaShapley": lambda: v.BetaShapley(fit, score, N, 2, alpha=4.0, beta=1.0),
         "DataBanzhaf": lambda: v.DataBanzhaf(fit, score, N, 20),
     }
     asked = [
@@ -287,12 +287,6 @@ def _valuations() -> list[Target]:
                 **VALUATION,
             },
             {**FINE_VALUATION, "bag_size": {"None", "2"}, "bags": {"2"}},
-        ),
-        Target(
-            "DataOOB.influence",
-            of(bags, "influence"),
-            {"inputs": is_(None), "k": is_(2)},
-            {"inputs": ANYTHING, "k": {"None", "0", "2", "10**30"}},
         ),
         Target("DataOOB.values", of(bags, "values"), {"show_progress": is_(False)}, FINE_ASK),
         Target(

@@ -221,6 +221,7 @@ REFUSED = {
     "TracInCPFastRandProj.self_influence",
     "TRAK.perturbation_influence",
     "RepresenterPointSelection.compute_intermediate_quantities",
+    "DataOOB.influence",
 }
 # masks keep at most as many entries as a layer has
 MASKED = {"projection_dim": TWO | LARGE, "blow_up": TWO | LARGE}

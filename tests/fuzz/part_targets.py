@@ -349,21 +349,6 @@ def _single_methods() -> list[Target]:
             {"inputs": batch, **at},
             {"checkpoint": ZERO},
         ),
-        Target(
-            "RepresenterPointSelection.compute_intermediate_quantities",
-            asked(ik.RepresenterPointSelection, "compute_intermediate_quantities"),
-            {"inputs": batch},
-        ),
-        Target(
-            "TracInCPFastRandProj.self_influence",
-            asked(ik.TracInCPFastRandProj, "self_influence"),
-            {"inputs": is_(None), "show_progress": is_(False)},
-        ),
-        Target(
-            "TRAK.perturbation_influence",
-            asked(ik.TRAK, "perturbation_influence"),
-            {"inputs": batch},
-        ),
         *_base_classes(),
     ]
 
