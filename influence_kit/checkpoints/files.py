@@ -157,7 +157,10 @@ def _shards(path: Path) -> list[str]:
             f"the index '{path}' holds no 'weight_map'; it must be a dict of the names of weights "
             "and of the files that hold them: copy it again"
         )
-    for name in listed.values():
+    others = [name for name in listed.values() if not isinstance(name, str)]
+    names = others[:1] or sorted(set(listed.values()))
+    there = sum(1 for _ in path.parent.iterdir())
+    for name in names[: there + 1]:
         beside = isinstance(name, str) and name.strip(".") and Path(name).name == name
         if not beside or re.search(r"[\\/:\0]", name):
             raise InvalidArgumentError(
@@ -165,7 +168,12 @@ def _shards(path: Path) -> list[str]:
                 "an index must lie beside it, and be named without a folder; correct the index, or "
                 "remove it"
             )
-    return sorted(set(listed.values()))
+    if len(names) > there:  # also of millions, which would take minutes to look for
+        raise InvalidArgumentError(
+            f"the index '{path}' names {len(names)} files, and there are {there} in its folder; "
+            "copy the missing ones"
+        )
+    return names
 
 
 def _read_part(path: Path) -> Contents:

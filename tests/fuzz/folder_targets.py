@@ -49,6 +49,8 @@ def _plain(value: Any) -> Any:
         json.dumps(value)
     except (TypeError, ValueError):
         return repr(value)
+    except RecursionError:
+        return "nested"
     return value
 
 
@@ -58,6 +60,8 @@ def _saveable(value: Any) -> Any:
         pickle.dumps(value)
     except (TypeError, AttributeError, pickle.PicklingError):
         return repr(value)
+    except RecursionError:
+        return "nested"
     return value
 
 

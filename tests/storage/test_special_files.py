@@ -1,5 +1,7 @@
 """Something that is not a file under a name of ours: no reader waits, no writer goes through it."""
 
+import errno
+import json
 import os
 import socket
 import stat
@@ -7,12 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from folders import KINDS, Kind
+import torch
+from folders import KINDS, Kind, nothing
+from torch import nn
 
+from influence_kit import TrainingTrace, load_checkpoint
 from influence_kit.errors import InvalidArgumentError, StorageError
+from influence_kit.evaluation import Retraining
 from influence_kit.storage.given_files import opened
 from influence_kit.storage.locks import LOCK, FolderLock, alone_in
 from influence_kit.storage.manifest import MANIFEST
+from influence_kit.viz import Report
 
 
 def make_socket(path: Path) -> None:
@@ -103,3 +110,52 @@ def test_a_long_file_in_place_of_the_manifest_is_not_read(kind: Kind, tmp_path: 
         file.truncate(2**40)
     with pytest.raises((InvalidArgumentError, UserWarning), match="larger than 64 MiB"):
         kind.read(tmp_path / "x", 0)
+
+
+# Paths of users.
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [("x" * 300, "File name too long"), ("a\ud800", "surrogates not allowed"), ("a\0", "null")],
+)
+def test_a_path_that_no_file_system_holds_is_refused(path: str, told: str) -> None:
+    for call in (
+        lambda: KINDS["fit"].write(path),
+        lambda: KINDS["fit"].read(path, 0),
+        lambda: TrainingTrace(folder=path),
+        lambda: Retraining(nothing, path),
+        lambda: Report("a", ["b"]).ranking(torch.ones(1)).write(path),
+    ):
+        with pytest.raises(InvalidArgumentError, match=rf"must be a path, .*; got .*{told}"):
+            call()
+
+
+def test_a_report_replaces_a_whole_file_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = Report("a", ["b"]).ranking(torch.ones(1))
+    (tmp_path / "page").write_bytes(b"before")
+    (tmp_path / "link").symlink_to("page")
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(InvalidArgumentError, match=r"is a FIFO \(named pipe\)"):
+        report.write(tmp_path / "fifo")
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", refuse)
+        with pytest.raises(StorageError, match=r"page' could not be written \(No space left"):
+            report.write(tmp_path / "link")
+    assert (tmp_path / "page").read_bytes() == b"before"
+    assert report.write(tmp_path / "link") == tmp_path / "link"
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "page").read_bytes() == report.html().encode()
+
+
+def refuse(descriptor: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_an_index_of_more_files_than_there_are_is_refused_at_once(tmp_path: Path) -> None:
+    files = {str(number): f"model-{number}.safetensors" for number in range(10**5)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(InvalidArgumentError, match="names 100000 files, and there are 1 in its"):
+        load_checkpoint(nn.Linear(1, 1), tmp_path)
