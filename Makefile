@@ -8,6 +8,9 @@ TEST_FLAGS ?= -n 2
 # how many random questions `make fuzz` asks, and the seed of the first
 FUZZ ?= 5000
 FUZZ_FIRST ?= 0
+# about how many calls with bad arguments and damaged folders `make fuzz` makes, and their seed
+BAD ?= 20000
+BAD_SEED ?= 0
 # a folder with the files of more data sets, for `make quality`
 DATA ?=
 # how many SIGKILLs and SIGINTs `make kills` sends
@@ -39,9 +42,9 @@ quick: $(VENV)/.test  ## run in under a minute: the contract on one method per f
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS) -m quick tests/test_contract.py \
 	  tests/gradients/test_layers.py
 
-fuzz: $(VENV)/.test  ## ask FUZZ=5000 random questions whose answers are known; try bad arguments
+fuzz: $(VENV)/.test  ## ask FUZZ=5000 random questions whose answers are known; make BAD=20000 bad calls
 	PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(BIN)/python -m fuzz --count $(FUZZ) --first $(FUZZ_FIRST)
-	PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(BIN)/python -m fuzz.bad_input
+	PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(BIN)/python -m fuzz.bad_input --calls $(BAD) --seed $(BAD_SEED)
 
 kills: $(VENV)/.test  ## kill and interrupt whatever writes files, KILLS=300 and INTERRUPTS=500 times
 	PYTHONPATH=tests:. OMP_NUM_THREADS=1 $(BIN)/python -m kills --kills $(KILLS) --interrupts $(INTERRUPTS)

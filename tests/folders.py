@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Size, Tensor, nn
+from torch.nn.utils import skip_init
 from torch.utils.data import TensorDataset
 
 from influence_kit import ExplicitInfluenceFunction, SimilarityInfluence, TrainingTrace
@@ -123,7 +124,7 @@ def read_trace(folder: Path, version: int = 0) -> list[Tensor]:
 
 
 def train_fn(indices: Tensor, seed: int) -> nn.Module:
-    model = nn.Linear(2, 1)
+    model = skip_init(nn.Linear, 2, 1)  # no random numbers are drawn
     with torch.no_grad():
         model.weight.fill_(float(indices.sum()) + seed)
         model.bias.zero_()
@@ -149,7 +150,7 @@ def retrain(folder: Path, version: int = 0, progress: Progress = nothing, n_jobs
 
 
 def read_models(folder: Path, version: int = 0) -> list[Tensor]:
-    retraining = Retraining(not_trained, folder, label="sums", model=nn.Linear(2, 1))
+    retraining = Retraining(not_trained, folder, label="sums", model=skip_init(nn.Linear, 2, 1))
     return [retraining.outputs(SUBSETS, measure)]
 
 
@@ -159,7 +160,7 @@ def read_models(folder: Path, version: int = 0) -> list[Tensor]:
 def save_activations(folder: Path, version: int = 0, progress: Progress = nothing) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about what is replaced
-        _similar(folder, version)
+        similar(folder, version)
     progress(1)
 
 
@@ -169,12 +170,12 @@ def read_activations(folder: Path, version: int = 0) -> list[Tensor]:
     model.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = _similar(folder, version, model)
+        found = similar(folder, version, model)
     assert sum(batches) <= 2 * len(TEST[0]) + 1, "activations were computed again"
     return found
 
 
-def _similar(folder: Path, version: int, model: nn.Module | None = None) -> list[Tensor]:
+def similar(folder: Path, version: int, model: nn.Module | None = None) -> list[Tensor]:
     similarity = SimilarityInfluence(model or net(version), ["0"], DATA, folder, batch_size=4)
     indices, values = similarity.influence(TEST[0], top_k=N)["0"]
     return [indices, values]

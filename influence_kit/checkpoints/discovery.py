@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from influence_kit.checkpoints import files as checkpoint_files
 from influence_kit.checkpoints.fitting import fitting
-from influence_kit.core.arguments import shown
+from influence_kit.core.arguments import refuse_deep, shown
 from influence_kit.core.objects import check_model
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.rate import Rate
@@ -54,6 +54,7 @@ def find_checkpoints(checkpoints: Any, any_file: bool = False) -> list[Any]:
             "Invalid checkpoints provided for TracIn class: a single value, "
             f"{shown(checkpoints)}; put a single checkpoint into a list"
         )
+    refuse_deep(checkpoints, "checkpoints")
     found = list(checkpoints)
     if not found:
         raise InvalidArgumentError("Invalid checkpoints provided for TracIn class: an empty list")

@@ -121,8 +121,8 @@ def _rates(model: nn.Module, layers: Mapping[str, _DropoutNd], p: Rates) -> dict
     for name, rate in rates.items():
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
             raise InvalidArgumentError(
-                f"the rate of dropout layer '{name}' is {rate!r}; it must be at least 0 and below "
-                "1 (`p` sets it)"
+                f"the rate of dropout layer '{name}' is {shown(rate)}; it must be at least 0 "
+                "and below 1 (`p` sets it)"
             )
         if rate > 0 and isinstance(layers[name], nn.AlphaDropout | nn.FeatureAlphaDropout):
             raise InvalidArgumentError(

@@ -6,7 +6,6 @@ folders of Hugging Face's ``Trainer`` and the folders of accelerate's ``save_sta
 and plain values are unpickled.
 """
 
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from influence_kit.core.arguments import shown
+from influence_kit.core.arguments import is_finite_number, shown
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.accelerate_folder import accelerate_rate
 from influence_kit.learning_rates.combined_file import wrapped_rate
@@ -113,7 +112,7 @@ def _read_safetensors(path: Path) -> Contents:
 
 def _step(key: str, value: float | str) -> int:
     """The step or epoch at which a checkpoint was saved."""
-    if isinstance(value, str) or not math.isfinite(value):
+    if isinstance(value, str) or not is_finite_number(value):
         raise InvalidArgumentError(
             f"a checkpoint's '{key}' is {shown(value)}; it must be a finite number, or be left out"
         )
@@ -158,7 +157,10 @@ def _shards(path: Path) -> list[str]:
             f"the index '{path}' holds no 'weight_map'; it must be a dict of the names of weights "
             "and of the files that hold them: copy it again"
         )
-    for name in listed.values():
+    others = [name for name in listed.values() if not isinstance(name, str)]
+    names = others[:1] or sorted(set(listed.values()))
+    there = sum(1 for _ in path.parent.iterdir())
+    for name in names[: there + 1]:
         beside = isinstance(name, str) and name.strip(".") and Path(name).name == name
         if not beside or re.search(r"[\\/:\0]", name):
             raise InvalidArgumentError(
@@ -166,7 +168,12 @@ def _shards(path: Path) -> list[str]:
                 "an index must lie beside it, and be named without a folder; correct the index, or "
                 "remove it"
             )
-    return sorted(set(listed.values()))
+    if len(names) > there:  # also of millions, which would take minutes to look for
+        raise InvalidArgumentError(
+            f"the index '{path}' names {len(names)} files, and there are {there} in its folder; "
+            "copy the missing ones"
+        )
+    return names
 
 
 def _read_part(path: Path) -> Contents:

@@ -1,6 +1,5 @@
 """Loads checkpoints into the model one at a time, without changing the user's state dicts."""
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,9 +15,9 @@ from influence_kit.checkpoints.discovery import (
     load_with_rate,
 )
 from influence_kit.checkpoints.same_objects import SameObjects
+from influence_kit.core.arguments import is_finite_number, shown
 from influence_kit.core.dtypes import real
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.learning_rates.rate import is_one_number
 from influence_kit.preservation.dropout_masks import mask_numbers, set_masks
 from influence_kit.preservation.restore import load_into
 
@@ -56,10 +55,10 @@ class CheckpointLoader:
         if self._current != index:
             self._current = None
             rate, caution = load_into(self._model, partial(self._put, index))
-            if not _is_number(rate):
+            if not is_finite_number(rate):
                 raise InvalidArgumentError(
-                    f"`checkpoints_load_func` returned {rate!r} for checkpoint {index}; it must "
-                    "return the learning rate, a finite number"
+                    f"`checkpoints_load_func` returned {shown(rate)} for checkpoint {index}; it "
+                    "must return the learning rate, a finite number"
                 )
             self._current = index
             if index not in self._rates:
@@ -114,10 +113,6 @@ class CheckpointLoader:
                 )
                 break
         self._prints[index] = fingerprint
-
-
-def _is_number(rate: Any) -> bool:
-    return is_one_number(rate) and math.isfinite(float(rate))
 
 
 def _fingerprint(model: nn.Module) -> Fingerprint:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from influence_kit.checkpoints.discovery import find_checkpoints, label_of
 from influence_kit.checkpoints.files import STEP_KEYS
-from influence_kit.core.arguments import check_count, shown
+from influence_kit.core.arguments import check_count, is_finite_number, shown
 from influence_kit.core.objects import is_one_of
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.trainer_folder import TRAINER_STATE, trainer_state
@@ -187,7 +187,7 @@ def _held(values: Mapping[str, Any]) -> Numbers:
     numbers: Numbers = {}
     for key in STEP_KEYS:
         value = values.get(key)
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(value, int | float) and is_finite_number(value):
             numbers.setdefault(EPOCH if key == "epoch" else STEP, value)
     return numbers
 

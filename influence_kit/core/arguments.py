@@ -15,6 +15,7 @@ from influence_kit.errors import InvalidArgumentError
 
 # what torch takes for a seed
 SEEDS = range(-(2**63), 2**64)
+DEEPEST = 64
 PLAIN = (str, bytes, int, float, complex, list, tuple, dict, set, type(None))
 _short = reprlib.Repr()
 _short.maxother = _short.maxstring = 60
@@ -50,7 +51,7 @@ def check_count(
             f" and at most {most}" if is_int and most is not None and int(value) > most else ""
         )
         wanted += f" or {instead}" if instead else ""
-        raise InvalidArgumentError(f"`{name}` must be {wanted}; got {value!r}")
+        raise InvalidArgumentError(f"`{name}` must be {wanted}; got {shown(value)}")
     return int(value)
 
 
@@ -89,12 +90,28 @@ def check_number(
     wanted += f" or {instead}" if instead else ""
     if isinstance(value, Integral) and not _is_finite(value):
         wanted += ", written as a float where it has more than 64 bits"
-    raise InvalidArgumentError(f"`{name}` must be {wanted}; got {value!r}")
+    raise InvalidArgumentError(f"`{name}` must be {wanted}; got {shown(value)}")
 
 
 def _is_finite(value: Any) -> bool:
     # torch has no ints beyond 64 bits
     return abs(int(value)) < 2**63 if isinstance(value, Integral) else math.isfinite(value)
+
+
+def is_one_number(value: Any) -> bool:
+    """Whether it is a real number, or a dense tensor of one; whole ones have at most 64 bits."""
+    if isinstance(value, Tensor):
+        real = not value.is_complex() and value.dtype != torch.bool
+        dense = not value.is_meta and value.layout == torch.strided
+        return value.numel() == 1 and real and dense
+    if isinstance(value, Integral):
+        return not isinstance(value, bool) and _is_finite(value)
+    return isinstance(value, Real)
+
+
+def is_finite_number(value: Any) -> bool:
+    """The same, and neither NaN nor infinite."""
+    return is_one_number(value) and math.isfinite(float(value))
 
 
 def check_seed(value: Any) -> int:
@@ -108,9 +125,9 @@ def check_seed(value: Any) -> int:
     except (TypeError, ValueError, RuntimeError):
         seed = None
     if seed is None:
-        raise InvalidArgumentError(f"a seed must be an int; got {value!r}")
+        raise InvalidArgumentError(f"a seed must be an int; got {shown(value)}")
     if seed not in SEEDS:
-        raise InvalidArgumentError(f"a seed must be an int of at most 64 bits; got {value!r}")
+        raise InvalidArgumentError(f"a seed must be an int of at most 64 bits; got {shown(value)}")
     return seed
 
 
@@ -196,6 +213,19 @@ def check_sequence(value: Any, name: str, of: str, count: int | None = None) -> 
     if count is not None and length != count:
         raise InvalidArgumentError(f"`{name}` has {length} items; there must be {count}, {of}")
     return value
+
+
+def refuse_deep(value: Any, name: str) -> None:
+    """Refuse lists in lists beyond any use, which functions that call themselves cannot follow."""
+    item = value
+    for _ in range(DEEPEST):
+        if not isinstance(item, list | tuple) or not len(item):
+            return
+        item = item[0]
+    raise InvalidArgumentError(
+        f"`{name}` holds lists that are nested more than {DEEPEST} deep; pass tensors, or lists of "
+        "numbers or examples"
+    )
 
 
 def check_texts(value: Any, name: str, of: str, count: int | None = None) -> list[str]:

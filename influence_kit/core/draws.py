@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence_kit.core.arguments import shown
 from influence_kit.errors import InvalidArgumentError
 
 
@@ -28,7 +29,7 @@ def check_seed(seed: int) -> int:
         InvalidArgumentError: for anything but an int from 0 to 2^63 - 1.
     """
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63:
-        raise InvalidArgumentError(f"`seed` must be an int that is not negative; got {seed!r}")
+        raise InvalidArgumentError(f"`seed` must be an int that is not negative; got {shown(seed)}")
     return int(seed)
 
 

@@ -1,8 +1,11 @@
 """Checks of arguments that are not numbers: models, functions, words, paths, flags of a call."""
 
+import errno
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +78,18 @@ def check_path(value: Any, name: str, instead: str = "") -> Path:
         instead: what the argument may be in place of a path, for the error: "None".
 
     Raises:
-        InvalidArgumentError: for anything but a ``str`` or ``Path``.
+        InvalidArgumentError: for anything but a ``str`` or ``Path`` that a file system can hold.
     """
-    if not isinstance(value, str | Path) or "\0" in str(value):
+    problem = None if isinstance(value, str | PathLike) else ""
+    try:
+        os.lstat("" if problem is not None else value)
+    except ValueError as error:  # a zero, or half a character of UTF-16
+        problem = f" ({error})"
+    except OSError as error:
+        problem = f" ({error.strerror})" if error.errno == errno.ENAMETOOLONG else problem
+    if problem is not None:
         wanted = "a path, a str or pathlib.Path" + (f", or {instead}" if instead else "")
-        raise InvalidArgumentError(f"`{name}` must be {wanted}; got {shown(value)}")
+        raise InvalidArgumentError(f"`{name}` must be {wanted}; got {shown(value)}{problem}")
     return Path(value)
 
 

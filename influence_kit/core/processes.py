@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from influence_kit.core.arguments import shown
 from influence_kit.errors import InvalidArgumentError
 
 
@@ -14,7 +15,7 @@ def process_count(n_jobs: Any) -> int:
     """
     if isinstance(n_jobs, bool) or not isinstance(n_jobs, int) or n_jobs == 0:
         raise InvalidArgumentError(
-            f"`n_jobs` is {n_jobs!r}; it must be a number of processes, or -1 for one per core"
+            f"`n_jobs` is {shown(n_jobs)}; it must be a number of processes, or -1 for one per core"
         )
     return 1 if n_jobs == 1 else int(_joblib(n_jobs).effective_n_jobs(n_jobs))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from influence_kit.checkpoints.discovery import label_of
-from influence_kit.core.arguments import check_number
+from influence_kit.core.arguments import check_number, shown
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.rate_sum import rate_sum
 
@@ -36,7 +36,8 @@ def check_damping(
         if damping not in (AUTO, *rules):
             known = ", ".join(f'"{rule}"' for rule in (AUTO, *rules))
             raise InvalidArgumentError(
-                f"`{name}` must be a number, a dict by block or one of {known}; got {damping!r}"
+                f"`{name}` must be a number, a dict by block or one of {known}; got "
+                f"{shown(damping)}"
             )
         return damping
     if isinstance(damping, Mapping):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from influence_kit.core.arguments import check_number
+from influence_kit.core.arguments import check_number, shown
 from influence_kit.core.distributed import is_first_rank
 from influence_kit.core.objects import is_one_of
 from influence_kit.curvature.damping import EVIDENCE, LEARNING_RATES, MEAN, TRACE, DampingArgument
@@ -81,12 +81,12 @@ class KroneckerCurvature(InverseCurvature):
         super().__init__(damping, seed)
         if not is_one_of(curvature, ("fisher", "empirical_fisher")):
             raise InvalidArgumentError(
-                f'`curvature` must be "fisher" or "empirical_fisher"; got {curvature!r}'
+                f'`curvature` must be "fisher" or "empirical_fisher"; got {shown(curvature)}'
             )
         if not is_one_of(layers_without_kronecker, list(WITHOUT)):
             raise InvalidArgumentError(
                 '`layers_without_kronecker` must be "diagonal", "leave_out" or "error"; got '
-                f"{layers_without_kronecker!r}"
+                f"{shown(layers_without_kronecker)}"
             )
         self.curvature = curvature
         self.rtol = check_number(rtol, "rtol", least=0, below=1)

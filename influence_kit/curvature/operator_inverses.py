@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from influence_kit.core.arguments import check_count
+from influence_kit.core.arguments import check_count, shown
 from influence_kit.core.memory import free_bytes
 from influence_kit.core.objects import is_one_of
 from influence_kit.curvature.curvature import Curvature, GaussNewton, HessianOfLoss
@@ -70,7 +70,7 @@ class OperatorInverse(InverseCurvature):
     ) -> None:
         if not is_one_of(curvature, list(CURVATURES)):
             raise InvalidArgumentError(
-                f"`curvature` must be one of {', '.join(CURVATURES)}; got {curvature!r}"
+                f"`curvature` must be one of {', '.join(CURVATURES)}; got {shown(curvature)}"
             )
         super().__init__(damping, seed)
         self.curvature = curvature

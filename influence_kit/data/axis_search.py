@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from influence_kit.core.arguments import shown
 from influence_kit.data.marked_batch import Axes, describe, holds_tensor, leaves, shape_of
 from influence_kit.errors import InvalidArgumentError
 
@@ -137,7 +138,7 @@ def _axes_of(given: Any, item: Any, where: str) -> Iterator[Any]:
     fits = isinstance(given, tuple | list) and isinstance(item, tuple | list)
     if not fits or len(given) != len(item):
         raise InvalidArgumentError(
-            f"`{where}` is {given!r}, but a batch has another structure: {describe(item)}"
+            f"`{where}` is {shown(given)}, but a batch has another structure: {describe(item)}"
         )
     for index, value in enumerate(item):
         yield from _axes_of(given[index], value, f"{where}[{index}]")

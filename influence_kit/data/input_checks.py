@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from influence_kit.core.arguments import shown
+from influence_kit.core.arguments import refuse_deep, shown
 from influence_kit.data.batches import call_arguments, is_batch, is_dataset
 from influence_kit.errors import InvalidArgumentError
 
@@ -18,6 +18,7 @@ LOADER = "DataLoader(data, batch_size=...)"
 
 def refuse_no_data(data: Any, name: str) -> None:
     """Refuse data without examples that a method can read: a table, a text, bare tensors."""
+    refuse_deep(data, name)
     what = _kind_of_no_data(data, has_targets=name != "influence_src_dataset")
     if what is not None:
         raise InvalidArgumentError(
@@ -38,6 +39,8 @@ def _kind_of_no_data(data: Any, has_targets: bool) -> str | None:
         return f"a {type(data).__name__}, whose columns cannot be assigned to inputs and targets"
     if isinstance(data, Set):
         return f"a {type(data).__name__}, which has no order"
+    if getattr(data, "ndim", 1) == 0:
+        return f"a single value, {shown(data)}"
     if isinstance(data, Mapping) and 0 not in data:
         return f"a dict of {_keys(data)}"
     if getattr(getattr(data, "dtype", None), "kind", None) == "O":
@@ -66,6 +69,7 @@ def as_examples(inputs: Any) -> bool:
 
 def refuse_inputs(inputs: Any) -> None:
     """Refuse test inputs that are neither a batch, nor a loader, nor a Dataset."""
+    refuse_deep(inputs, "inputs")
     if isinstance(inputs, Tensor):
         advice = "pass it with its targets, `(inputs, targets)`; without targets, `(inputs, None)`"
     elif isinstance(inputs, list) and inputs and all(isinstance(i, Mapping) for i in inputs):

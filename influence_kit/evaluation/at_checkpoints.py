@@ -19,9 +19,12 @@ from influence_kit.checkpoints.discovery import (
 )
 from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.core.arguments import check_count, check_flag, check_function, shown
+from influence_kit.core.objects import check_model
 from influence_kit.data.batches import Batch, call_model, example_count, take, to_device
 from influence_kit.data.checked_batches import CheckedBatches
 from influence_kit.data.class_labels import logits_of
+from influence_kit.data.determinism import first_example
+from influence_kit.data.input_checks import refuse_uncollatable
 from influence_kit.data.loaders import as_loader
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.losses.loss import Loss, LossFunction, declared_reduction
@@ -71,7 +74,7 @@ def checkpoint_losses(
     if loss_fn is not None:
         check_function(loss_fn, "loss_fn", "loss_fn(outputs, targets)")
     loss = Loss(loss_fn, declared_reduction(loss_fn, None), "loss_fn")
-    loader = as_loader(dataset, batch_size, "dataset")
+    loader = _loader(model, dataset, batch_size)
     run = _Run(model, checkpoints, checkpoints_load_func, show_progress)
     return run.measured(loader, "loss", lambda batch: _losses(model, loss, batch))
 
@@ -104,9 +107,17 @@ def checkpoint_logits(
         NonFiniteError: where a logit is NaN or infinite.
     """
     check_count(batch_size, "batch_size")
-    loader = as_loader(dataset, batch_size, "dataset")
+    loader = _loader(model, dataset, batch_size)
     run = _Run(model, checkpoints, checkpoints_load_func, show_progress)
     return run.measured(loader, "logits", lambda batch: _logits(model, batch))
+
+
+def _loader(model: nn.Module, dataset: Any, batch_size: int) -> Iterable[Batch]:
+    loader = as_loader(dataset, batch_size, "dataset")
+    example = first_example(dataset)
+    if example is not None:
+        refuse_uncollatable(check_model(model), example, "dataset")
+    return loader
 
 
 class _Run(NamedTuple):

@@ -21,6 +21,7 @@ from influence_kit.core.arguments import (
     check_text,
     shown,
 )
+from influence_kit.core.objects import check_path
 from influence_kit.core.processes import process_count, results
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, subset_masks
@@ -93,6 +94,8 @@ class Retraining:
             raise InvalidArgumentError(
                 f"`folder` must be the path of a folder, or None; got {shown(folder)}"
             )
+        if folder is not None:
+            check_path(folder, "folder", "None")
         if model is not None and not isinstance(model, nn.Module):
             raise InvalidArgumentError(
                 "`model` must be a torch.nn.Module like those that `train_fn` returns, or None; "

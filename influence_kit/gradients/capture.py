@@ -28,6 +28,7 @@ from influence_kit.gradients.graph import refuse_without_graph, uses_in_graph
 from influence_kit.gradients.layouts import ROWS, SHARED, arrange, shared
 from influence_kit.gradients.loss_scaling import summed_loss
 from influence_kit.gradients.per_example import Gradients
+from influence_kit.gradients.rule_results import checked_result
 from influence_kit.gradients.rules import Rule, rule_for
 from influence_kit.gradients.torch_errors import clear_errors
 from influence_kit.losses.loss import Loss
@@ -258,9 +259,7 @@ def use_forms(use: Use, layout: str, n: int) -> dict[str, Form]:
     # the hook expanded the output of a layer with shared inputs: examples come first
     delta = arrange(use.delta, ROWS if layout == SHARED else layout, n)
     found = use.layer.rule(use.layer.module, inputs, exact(delta), n)
-    forms = {
-        name: found[attribute] for attribute, name in use.layer.names.items() if attribute in found
-    }
+    forms = checked_result(found, use.layer.module, use.layer.names, n)
     if use.powers is None:
         return forms
     return {name: scaled_by_powers(form, use.powers) for name, form in forms.items()}

@@ -14,7 +14,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from influence_kit.core.scaling import balanced
-from influence_kit.gradients.forms import Dense, Form, element_cost, products, with_formed
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.gradients.forms import (
+    Dense,
+    Form,
+    element_cost,
+    products,
+    require_tensors,
+    with_formed,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +37,16 @@ class Factored(Form):
     inputs: Tensor
     shape: torch.Size
     transposed: bool = False
+
+    def __post_init__(self) -> None:
+        require_tensors(self, deltas=3, inputs=3)
+        sizes = self.deltas.shape[2], self.inputs.shape[2]
+        size = sizes[::-1] if self.transposed else sizes
+        if self.deltas.shape[:2] != self.inputs.shape[:2] or tuple(self.shape) != size:
+            raise InvalidArgumentError(
+                f"a Factored of shape {list(self.shape)} needs deltas [n, t, o] and inputs "
+                f"[n, t, i]; got {list(self.deltas.shape)} and {list(self.inputs.shape)}"
+            )
 
     @property
     def n(self) -> int:

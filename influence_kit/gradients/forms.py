@@ -19,8 +19,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from influence_kit.core.arguments import shown
 from influence_kit.core.memory import resident_bytes, rows_within, workspace_bytes
 from influence_kit.core.scaling import balanced
+from influence_kit.errors import InvalidArgumentError
 
 # FLOP of a matrix product in the time it takes to read or write one element
 ELEMENT_COST = {"cpu": 32, "cuda": 256}
@@ -167,6 +169,22 @@ class Form(ABC):
         return (slice(start, start + step) for start in range(0, self.n, step))
 
 
+def require_tensors(form: Form, **dimensions: int) -> None:
+    """Refuse a form whose shape is not one, or whose fields are not tensors of these dimensions."""
+    kind = type(form).__name__
+    if not isinstance(form.shape, torch.Size):
+        raise InvalidArgumentError(
+            f"`shape` of a {kind} must be a torch.Size, that of the parameter; got "
+            f"{shown(form.shape)}"
+        )
+    for name, count in dimensions.items():
+        value = getattr(form, name)
+        if not isinstance(value, Tensor) or value.dim() != count:
+            raise InvalidArgumentError(
+                f"`{name}` of a {kind} must be a tensor of {count} dimensions; got {shown(value)}"
+            )
+
+
 def with_formed(test: Form, product: Callable[[Tensor], Tensor]) -> Tensor:
     """``product`` of the test gradients written out ``[m, p]``, in tiles if they are too many."""
     if test.fits():
@@ -220,6 +238,14 @@ class Dense(Form):
 
     values: Tensor
     shape: torch.Size
+
+    def __post_init__(self) -> None:
+        require_tensors(self, values=2)
+        if self.values.shape[1] != self.p:
+            raise InvalidArgumentError(
+                f"a Dense of shape {list(self.shape)} has {self.p} values per example; got "
+                f"{list(self.values.shape)}"
+            )
 
     @property
     def n(self) -> int:

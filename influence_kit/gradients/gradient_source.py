@@ -9,6 +9,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
+from influence_kit.core.arguments import shown
 from influence_kit.core.memory import rows_within, workspace_bytes
 from influence_kit.core.objects import is_one_of
 from influence_kit.data.batches import Batch, call_model, example_count, example_lengths, take
@@ -38,7 +39,7 @@ def check_verify(verify: Any) -> Verify:
         InvalidArgumentError: for anything but "repeated" and "once".
     """
     if not is_one_of(verify, ("repeated", "once")):
-        raise InvalidArgumentError(f'`verify` must be "repeated" or "once"; got {verify!r}')
+        raise InvalidArgumentError(f'`verify` must be "repeated" or "once"; got {shown(verify)}')
     found: Verify = verify
     return found
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from influence_kit.core.arguments import shown
 from influence_kit.core.objects import is_one_of
 from influence_kit.errors import InvalidArgumentError
 
@@ -81,15 +82,15 @@ def choose_blocks(model: nn.Module, names: Sequence[str], blocks: Any) -> Mappin
     if not isinstance(blocks, Mapping) or not blocks:
         raise InvalidArgumentError(
             '`blocks` must be "full", "layer", "parameter", or a dict of block names to lists of '
-            f"parameter names; got {blocks!r}"
+            f"parameter names; got {shown(blocks)}"
         )
     seen: list[str] = []
     for block, own in blocks.items():
         known = isinstance(own, list | tuple) and all(name in names for name in own)
         if not known or not own:
             raise InvalidArgumentError(
-                f"block '{block}' must be a list of names of chosen parameters; got {own!r}, and "
-                f"there are {list(names)}"
+                f"block '{block}' must be a list of names of chosen parameters; got {shown(own)}, "
+                f"and there are {list(names)}"
             )
         seen += own
     twice = sorted({name for name in seen if seen.count(name) > 1})

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from influence_kit.core.arguments import check_function, shown
+from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.convolved import Convolved
 from influence_kit.gradients.factored import Factored
 from influence_kit.gradients.forms import Dense, Form
@@ -33,9 +35,23 @@ _RULES: dict[type | str, Rule] = {}
 
 
 def gradient_rule(*layer_types: type | str) -> Callable[[Rule], Rule]:
-    """Register a rule for layer types (full names for packages that are not imported here)."""
+    """Register a rule for layer types (full names for packages that are not imported here).
+
+    Raises:
+        InvalidArgumentError: for layer types that are neither classes of modules nor names, or a
+            rule that is not a function.
+    """
+    for kind in layer_types:
+        if not isinstance(kind, str) and not (
+            isinstance(kind, type) and issubclass(kind, nn.Module)
+        ):
+            raise InvalidArgumentError(
+                "a gradient rule is for classes of torch.nn.Module, or their full names; got "
+                f"{shown(kind)}"
+            )
 
     def register(rule: Rule) -> Rule:
+        check_function(rule, "rule", "rule(layer, inputs, delta, n) -> forms")
         for layer_type in layer_types:
             _RULES[layer_type] = rule
         return rule

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from influence_kit.core.arguments import check_number
+from influence_kit.core.arguments import check_number, is_one_number
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.applied import State
-from influence_kit.learning_rates.rate import NONE, STORED, is_one_number
+from influence_kit.learning_rates.rate import NONE, STORED
 from influence_kit.learning_rates.training_record import MOMENTUM, TrainingRecord
 
 # settings that parameter groups of torch.optim.SGD have, and settings that rule it out (LARS, Muon)

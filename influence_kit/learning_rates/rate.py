@@ -2,13 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from influence_kit.core.arguments import shown
+from influence_kit.core.arguments import is_one_number, shown
 from influence_kit.errors import InvalidArgumentError
 
 STORED, APPLIED, ESTIMATED, NONE = "stored", "applied", "estimated", "none"
@@ -53,13 +49,6 @@ class Rate:
 
 
 NO_RATE = Rate()
-
-
-def is_one_number(value: Any) -> bool:
-    """Whether ``value`` is a real number, or a tensor that holds one."""
-    if isinstance(value, Tensor):
-        return value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def one_rate(rates: Iterable[float]) -> float:

@@ -3,7 +3,6 @@
 They are read for the learning rate alone. ``of_given_states`` says of which file they are.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -11,9 +10,8 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from torch import Tensor
 
-from influence_kit.core.arguments import shown
+from influence_kit.core.arguments import is_finite_number, shown
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.learning_rates.rate import is_one_number
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -74,26 +72,26 @@ def _check_optimizer(optimizer: State) -> None:
         _refuse("param_groups", groups, "a list of dicts")
     for group in groups:
         for key in ("lr", "initial_lr", "momentum", "dampening"):
-            if key in group and not _is_finite(group[key]):
+            if key in group and not is_finite_number(group[key]):
                 _refuse(key, group[key], "a finite number")
     steps = optimizer.get("state", {})
     if not isinstance(steps, Mapping):
         _refuse("state", steps, "a dict")
     for values in steps.values():
         step = values.get("step") if isinstance(values, Mapping) else None
-        if step is not None and not _is_finite(step):
+        if step is not None and not is_finite_number(step):
             _refuse("step", step, "a finite number")
 
 
 def _check_scheduler(scheduler: State, depth: int = 0) -> None:
     for key in NUMBERS:
-        if key in scheduler and not _is_finite(scheduler[key]):
+        if key in scheduler and not is_finite_number(scheduler[key]):
             _refuse(key, scheduler[key], "a finite number")
     for key in LISTS:
         if not _are_numbers(scheduler.get(key, [])):
             _refuse(key, scheduler[key], "a list of finite numbers")
     for key, value in scheduler.items():
-        if isinstance(value, Tensor) and not _is_finite(value):
+        if isinstance(value, Tensor) and not is_finite_number(value):
             _refuse(key, value, "a number")
     parts = scheduler.get("_schedulers", [])
     fine = isinstance(parts, list | tuple) and all(isinstance(part, Mapping) for part in parts)
@@ -116,14 +114,8 @@ def has_usual_rates(scheduler: State) -> bool:
     return all(_are_numbers(scheduler.get(key, [])) for key in ("_last_lr", "base_lrs"))
 
 
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return abs(value) < 2**63
-    return is_one_number(value) and math.isfinite(float(value))
-
-
 def _are_numbers(values: Any) -> bool:
-    return isinstance(values, list | tuple) and all(_is_finite(value) for value in values)
+    return isinstance(values, list | tuple) and all(is_finite_number(value) for value in values)
 
 
 def _refuse(key: str, value: Any, wanted: str) -> NoReturn:

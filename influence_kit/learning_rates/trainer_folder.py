@@ -1,12 +1,11 @@
 """The applied learning rate of a ``checkpoint-N`` folder of Hugging Face's Trainer."""
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from influence_kit.core.arguments import shown
+from influence_kit.core.arguments import is_finite_number, shown
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.applied import TrainingState, applied_rate
 from influence_kit.learning_rates.closed_forms import is_scheduler
@@ -48,7 +47,7 @@ def _check_state(file: Path, state: Mapping[str, Any]) -> None:
             f"the log {shown(entry)} where a Trainer writes a step and finite numbers"
             for entry in logs
             if ("step" in entry and not _is_step(entry["step"]))
-            or ("learning_rate" in entry and not _is_finite(entry["learning_rate"]))
+            or ("learning_rate" in entry and not is_finite_number(entry["learning_rate"]))
         ]
     if wrong:
         raise InvalidArgumentError(
@@ -58,12 +57,7 @@ def _check_state(file: Path, state: Mapping[str, Any]) -> None:
 
 
 def _is_step(value: Any, least: int = 0) -> bool:
-    return _is_finite(value) and int(value) == value and value >= least
-
-
-def _is_finite(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    return is_finite_number(value) and int(value) == value and value >= least
 
 
 def logged_rates(state: Mapping[str, Any]) -> Logs:

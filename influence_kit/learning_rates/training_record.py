@@ -1,6 +1,5 @@
 """The training steps before a checkpoint, read from it without its weights."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from influence_kit.core.arguments import is_finite_number
 from influence_kit.learning_rates.accelerate_folder import accelerate_rate, accelerate_state
 from influence_kit.learning_rates.applied import State, TrainingState
 from influence_kit.learning_rates.combined_file import (
@@ -18,7 +18,7 @@ from influence_kit.learning_rates.combined_file import (
     wrapped_rate,
     wrapped_state,
 )
-from influence_kit.learning_rates.rate import NO_RATE, NONE, RATE_KEYS, Rate, is_one_number
+from influence_kit.learning_rates.rate import NO_RATE, NONE, RATE_KEYS, Rate
 from influence_kit.learning_rates.rate import stored_rate as rate_of
 from influence_kit.learning_rates.state_checks import of_given_states
 from influence_kit.learning_rates.trainer_folder import (
@@ -92,11 +92,7 @@ def record_of(checkpoint: Any) -> TrainingRecord:
 def _of_values(saved: State, path: Path | None = None) -> TrainingRecord:
     """The record of a dict; an array with one of the known names is taken to be a weight."""
     own = {k: v for k, v in saved.items() if not (isinstance(v, Tensor) and v.dim())}
-    steps = [
-        int(own[key])
-        for key in UPDATE_KEYS
-        if is_one_number(own.get(key)) and math.isfinite(own[key])
-    ]
+    steps = [int(own[key]) for key in UPDATE_KEYS if is_finite_number(own.get(key))]
     return TrainingRecord(
         wrapped_state(own, path),
         steps[0] if steps else None,

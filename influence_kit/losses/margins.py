@@ -87,8 +87,8 @@ def _margins(outputs: Any, targets: Any, shift: int | None) -> tuple[Tensor, Ten
     if shift not in (None, 0):
         if labels.dim() != 2:
             raise InvalidArgumentError(
-                f"`shift` must be None, or a number of positions for labels [n, t]; got {shift!r} "
-                f"for labels of shape {list(labels.shape)}"
+                f"`shift` must be None, or a number of positions for labels [n, t]; got "
+                f"{shown(shift)} for labels of shape {list(labels.shape)}"
             )
         logits, labels = logits[:, :-shift], labels[:, shift:]
     check_labels(labels, logits.shape[-1])

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader
+from influence_kit.core.arguments import shown
 from influence_kit.core.distributed import is_alone
 from influence_kit.core.memory import resident_bytes
 from influence_kit.core.objects import check_dtype, check_path
@@ -399,6 +400,6 @@ def _checked(features: FeatureMap | None) -> FeatureMap:
     if not isinstance(features, FeatureMap):
         raise InvalidArgumentError(
             "`features` must be a FeatureMap, such as `influence_kit.projections.Projected(256)`; "
-            f"got {features!r}"
+            f"got {shown(features)}"
         )
     return features

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from influence_kit.core.arguments import shown
 from influence_kit.core.objects import check_model
 from influence_kit.errors import InvalidArgumentError, UnknownLayerError
 
@@ -39,7 +40,7 @@ def check_layers(model: nn.Module, layers: Any) -> list[str] | None:
     if not isinstance(layers, list | tuple):
         raise InvalidArgumentError(
             "`layers` should be a list! (of names, patterns and modules; or one of them) got a "
-            f"{type(layers).__name__}: {layers!r}"
+            f"{type(layers).__name__}: {shown(layers)}"
         )
     if not layers:
         raise InvalidArgumentError(
@@ -47,7 +48,7 @@ def check_layers(model: nn.Module, layers: Any) -> list[str] | None:
         )
     if not all(isinstance(layer, str | nn.Module) for layer in layers):
         raise InvalidArgumentError(
-            f"`layers` should contain str layer names. got {layers!r}; a pattern such as "
+            f"`layers` should contain str layer names. got {shown(layers)}; a pattern such as "
             '"*.attention" or a module of the model is accepted, too'
         )
     names = dict(model.named_modules())

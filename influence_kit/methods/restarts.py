@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, Protocol, TypeVar, cast
 
+from influence_kit.core.arguments import shown
 from influence_kit.core.objects import check_flags_of_call
 from influence_kit.errors import ChangedError, InvalidArgumentError, PassAgain
 
@@ -66,6 +67,6 @@ def given(inputs: Any) -> Any:
 def check_k(k: object) -> None:
     """Refuse a k that is not a non-negative int or None."""
     if k is not None and (isinstance(k, bool) or not isinstance(k, int)):
-        raise TypeError(f"k must be an int or None; got {k!r} of type {type(k).__name__}")
+        raise TypeError(f"k must be an int or None; got {shown(k)} of type {type(k).__name__}")
     if k is not None and k < 0:
         raise InvalidArgumentError(f"k must not be negative; got {k}")

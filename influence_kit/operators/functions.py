@@ -15,6 +15,7 @@ from torch.func import jvp, vjp, vmap
 from influence_kit.core.arguments import check_function, shown
 from influence_kit.core.objects import is_one_of
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.operators.checks import check_mode
 from influence_kit.operators.low_rank import LowRank, arnoldi, nystrom
 from influence_kit.operators.operator import Operator, check_operator, check_vectors
 from influence_kit.operators.partition import Partition
@@ -84,11 +85,6 @@ def _is_point(value: Any) -> bool:
     return dense and value.is_floating_point() and value.numel() > 0
 
 
-def _check_mode(mode: str) -> None:
-    if not is_one_of(mode, ("forward", "reverse")):
-        raise InvalidArgumentError(f'`mode` must be "forward" or "reverse"; got {mode!r}')
-
-
 def _as_given(parameters: Parameters, tree: Tree) -> Any:
     """Tensors by name, in the structure of ``parameters``."""
     if isinstance(parameters, Tensor):
@@ -114,7 +110,7 @@ def hessian(
         >>> operator.product(torch.eye(2)).diagonal()
         tensor([-0.4794, -0.8415])
     """
-    _check_mode(mode)
+    check_mode(mode)
     check_function(function, "function", "function(parameters)")
 
     def product(tree: Tree, vectors: Tree) -> dict[str, Tensor]:
@@ -139,7 +135,7 @@ def gauss_newton(
         parameters: the point at which to take the matrix.
         mode: "forward" or "reverse" over reverse.
     """
-    _check_mode(mode)
+    check_mode(mode)
     check_function(outputs, "outputs", "outputs(parameters)")
     check_function(loss, "loss", "loss(outputs)")
 
@@ -214,7 +210,8 @@ def inverse(
     check_operator(operator)
     if not is_one_of(solver, SOLVERS):
         raise InvalidArgumentError(
-            f'`solver` must be "cholesky", "cg", "lissa", "arnoldi" or "nystrom"; got {solver!r}'
+            f'`solver` must be "cholesky", "cg", "lissa", "arnoldi" or "nystrom"; got '
+            f"{shown(solver)}"
         )
     damping_by_block(damping, len(operator.sizes))
     if solver == "cholesky":

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from influence_kit.core.arguments import check_count, check_number
-from influence_kit.errors import CurvatureError
-from influence_kit.operators.operator import Operator, check_operator
+from influence_kit.core.arguments import check_count, check_flag, check_number, shown
+from influence_kit.errors import CurvatureError, InvalidArgumentError
+from influence_kit.operators.checks import check_blocks, check_matrix
+from influence_kit.operators.operator import Operator, check_operator, check_vectors
 from influence_kit.operators.partition import spread
 from influence_kit.operators.solvers import Damping, damping_by_block
 
@@ -22,6 +23,15 @@ class EigenPairs:
 
     values: Tensor
     vectors: Tensor
+
+    def __post_init__(self) -> None:
+        rank = check_matrix(self.vectors, "vectors", "[P, r]").shape[1]
+        values = self.values[None] if isinstance(self.values, Tensor) else self.values
+        if check_matrix(values, "values", "[r]").shape[1] != rank:
+            raise InvalidArgumentError(
+                f"there are {values.shape[1]} eigenvalues and {rank} eigenvectors; pass one of "
+                "each per pair, the vectors as columns [P, r]"
+            )
 
 
 def as_tensors(pairs: Sequence[EigenPairs]) -> dict[str, Tensor]:
@@ -50,7 +60,13 @@ class LowRank:
     """
 
     def __init__(self, pairs: Sequence[EigenPairs], damping: Damping, complement: bool) -> None:
-        self.pairs, self.complement = pairs, complement
+        for number, pair in enumerate(check_blocks(pairs, "pairs", "EigenPairs, of each block")):
+            if not isinstance(pair, EigenPairs):
+                raise InvalidArgumentError(
+                    f"`pairs[{number}]` must be EigenPairs, as `arnoldi` and `nystrom` return "
+                    f"them; got {shown(pair)}"
+                )
+        self.pairs, self.complement = pairs, check_flag(complement, "complement")
         self.damping = damping_by_block(damping, len(pairs), positive=complement)
         for number, (pair, value) in enumerate(zip(pairs, self.damping.tolist(), strict=True)):
             _check_positive(pair.values, value, number)
@@ -58,6 +74,7 @@ class LowRank:
     def __call__(self, vectors: Tensor) -> Tensor:
         """The inverse times each row of ``[k, P]``."""
         sizes = [len(pair.vectors) for pair in self.pairs]
+        check_vectors(vectors, sum(sizes))
         solved = []
         for pair, damping, part in zip(
             self.pairs, self.damping.tolist(), vectors.split(sizes, dim=1), strict=True
@@ -190,7 +207,8 @@ class NystromPreconditioner:
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """The preconditioner times each row."""
-        parts = vectors.split([len(pair.vectors) for pair in self.pairs], dim=1)
+        sizes = [len(pair.vectors) for pair in self.pairs]
+        parts = check_vectors(vectors, sum(sizes)).split(sizes, dim=1)
         scaled = []
         for pair, damping, part in zip(self.pairs, self.damping.tolist(), parts, strict=True):
             least = float(pair.values.min()) if len(pair.values) else 0.0
@@ -212,4 +230,4 @@ class JacobiPreconditioner:
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """The preconditioner times each row."""
-        return vectors * self.inverse.to(vectors)
+        return check_vectors(vectors, len(self.inverse)) * self.inverse.to(vectors)

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influence_kit.core.arguments import check_seed, shown
+from influence_kit.core.arguments import check_count, check_seed, shown
 from influence_kit.core.memory import rows_within, workspace_bytes
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.operators.checks import check_blocks, is_dense
 
 # how many probes the Hutchinson estimates of traces and diagonals use
 PROBES = 32
+MOST_PROBES = 2**20
 # blocks of at most this many rows are written out to compute their trace
 SMALL = 256
 
@@ -29,7 +31,13 @@ class Operator(ABC):
     """
 
     def __init__(self, sizes: Sequence[int], sample: Tensor) -> None:
-        self.sizes = list(sizes)
+        blocks = check_blocks(sizes, "sizes", "numbers of rows, of each block")
+        self.sizes = [check_count(s, f"sizes[{n}]", most=2**62) for n, s in enumerate(blocks)]
+        if not is_dense(sample) or not sample.is_floating_point():
+            raise InvalidArgumentError(
+                "`sample` must be a tensor with the dtype and device of vectors, floats; got "
+                f"{shown(sample)}"
+            )
         self.sample = sample
 
     @abstractmethod
@@ -70,7 +78,7 @@ class Operator(ABC):
     def normal(self, count: int, seed: int) -> Tensor:
         """Random normal vectors, the same on every device."""
         generator = torch.Generator().manual_seed(check_seed(seed))
-        shape = (count, self.size)
+        shape = (check_count(count, "count", most=MOST_PROBES), self.size)
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(self.sample)
 
     def signs(self, count: int, seed: int) -> Tensor:
@@ -114,8 +122,7 @@ def check_vectors(vectors: Any, size: int) -> Tensor:
     Raises:
         InvalidArgumentError: for anything else.
     """
-    is_dense = isinstance(vectors, Tensor) and vectors.layout == torch.strided
-    if not is_dense or vectors.is_meta or not vectors.is_floating_point():
+    if not is_dense(vectors) or not vectors.is_floating_point():
         raise InvalidArgumentError(
             f"`vectors` must be a tensor [k, {size}] of floats; got {shown(vectors)}"
         )

@@ -17,6 +17,7 @@ from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from influence_kit.core.locks import FORWARD_MODE
+from influence_kit.operators.checks import check_products
 
 Mode = Literal["forward", "reverse"]
 Tree = Mapping[str, Tensor]
@@ -43,7 +44,11 @@ def hessian_product(
         parameters: the point at which to take the Hessian.
         vectors: ``[k, *shape]`` by name.
         mode: "forward" or "reverse" over reverse.
+
+    Raises:
+        InvalidArgumentError: if the arguments do not fit together.
     """
+    check_products({"function": function}, parameters, vectors, mode)
     with differentiable_attention():
         if mode == "reverse":
             return _hessian_reverse(function, parameters, vectors)
@@ -66,7 +71,11 @@ def gauss_newton_product(
         parameters: the point at which to take the matrix.
         vectors: ``[k, *shape]`` by name.
         mode: "forward" or "reverse" over reverse.
+
+    Raises:
+        InvalidArgumentError: if the arguments do not fit together.
     """
+    check_products({"outputs": outputs, "loss": loss}, parameters, vectors, mode)
     with differentiable_attention():
         if mode == "reverse":
             return _gauss_newton_reverse(outputs, loss, parameters, vectors)

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_kit.core.arguments import check_count, check_number, shown
+from influence_kit.core.arguments import check_count, check_number, check_texts, shown
 from influence_kit.core.objects import check_functions, is_one_of
 from influence_kit.core.scaling import balanced, times_powers
 from influence_kit.errors import CurvatureError, InvalidArgumentError, NonFiniteError
 from influence_kit.operators.block import Block
+from influence_kit.operators.checks import check_blocks, check_square
 from influence_kit.operators.operator import Operator, check_operator, check_vectors
 from influence_kit.operators.partition import dots, spread
 from influence_kit.operators.wording import OF_CURVATURE, Wording
@@ -102,6 +103,7 @@ class Cholesky:
         wording: the names of C and the damping in errors.
 
     Raises:
+        InvalidArgumentError: for blocks that are not square matrices of finite floats.
         CurvatureError: if a damped block is singular or has negative eigenvalues; the message has
             their range.
     """
@@ -113,9 +115,15 @@ class Cholesky:
         names: Sequence[str] | None = None,
         wording: Wording = OF_CURVATURE,
     ) -> None:
+        check_blocks(blocks, "blocks", "square matrices")
         values = damping_by_block(damping, len(blocks)).tolist()
-        names = [str(number) for number in range(len(blocks))] if names is None else names
-        known = [block if isinstance(block, Block) else Block(block) for block in blocks]
+        if names is None:
+            names = [str(number) for number in range(len(blocks))]
+        check_texts(names, "names", "names of the blocks", len(blocks))
+        known = [
+            block if isinstance(block, Block) else Block(check_square(block, f"blocks[{number}]"))
+            for number, block in enumerate(blocks)
+        ]
         self.sizes = [block.size for block in known]
         self.inverses = [
             block.inverse(value, wording.block.format(name), wording)
@@ -124,7 +132,7 @@ class Cholesky:
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """(C + damping)^-1 v for each row v of ``[k, P]``."""
-        refuse_non_finite_rows(vectors)
+        refuse_non_finite_rows(check_vectors(vectors, sum(self.sizes)))
         parts = zip(self.inverses, vectors.double().split(self.sizes, dim=1), strict=True)
         return torch.cat([inverse(part) for inverse, part in parts], dim=1).to(vectors)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from influence_kit.core.arguments import check_count
+from influence_kit.core.arguments import check_count, shown
 from influence_kit.core.distributed import from_first_rank
 from influence_kit.core.draws import check_seed, key_of
 from influence_kit.core.dtypes import real_shape
@@ -158,7 +158,7 @@ class Masked(FactMasked):
         seed: int = 0,
     ) -> None:
         if not is_one_of(mask, ("random", "learnt")):
-            raise InvalidArgumentError(f'`mask` must be "random" or "learnt"; got {mask!r}')
+            raise InvalidArgumentError(f'`mask` must be "random" or "learnt"; got {shown(mask)}')
         self.mask = mask
         super().__init__(projection_dim, blow_up, seed)
 
@@ -255,7 +255,7 @@ def check_dim(dim: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise InvalidArgumentError(
                 "`projection_dim` must be a positive int, or a pair of them (output side, input "
-                f"side); got {dim!r}"
+                f"side); got {shown(dim)}"
             )
     return tuple(map(int, dim)) if pair else int(dim)
 
@@ -264,6 +264,6 @@ def check_kind(projection: Any) -> Any:
     """The argument ``projection``, a kind of random maps."""
     if not is_one_of(projection, list(KINDS)):
         raise InvalidArgumentError(
-            f"`projection` must be one of {', '.join(KINDS)}; got {projection!r}"
+            f"`projection` must be one of {', '.join(KINDS)}; got {shown(projection)}"
         )
     return projection

@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from influence_kit.core.arguments import shown
 from influence_kit.core.draws import Draws, key_of
 from influence_kit.core.memory import MIB, rows_within
 from influence_kit.errors import InvalidArgumentError
@@ -149,7 +150,7 @@ def random_map(kind: str, p: int, k: int, *key: object, rows: int = 1) -> Vector
         return SJLT(rows, p // rows, k, seed)
     if kind == "mask":
         return random_mask(p, min(k, p), seed)
-    raise InvalidArgumentError(f"`projection` must be one of {', '.join(KINDS)}; got {kind!r}")
+    raise InvalidArgumentError(f"`projection` must be one of {', '.join(KINDS)}; got {shown(kind)}")
 
 
 def shortened(kind: str, p: int, k: int, *key: object, rows: int = 1) -> VectorMap:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from influence_kit.core.arguments import shown
 from influence_kit.data.batches import Batch, example_count
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.scoring.reducers import TopK
@@ -44,7 +45,7 @@ def check_places(train_indices: Any, count: int) -> Tensor | None:
     if indices.dtype not in (torch.int64, torch.int32) or indices.dim() != 1 or not len(indices):
         raise InvalidArgumentError(
             "`train_indices` must be a list of one or more indices in the training set (ints); got "
-            f"{train_indices!r}"
+            f"{shown(train_indices)}"
         )
     if indices.min() < 0 or (count and indices.max() >= count):
         _refuse_indices(indices, count)

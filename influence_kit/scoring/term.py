@@ -6,7 +6,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from influence_kit.core.arguments import check_count, check_function, check_number, shown
+from influence_kit.core.objects import is_one_of
 from influence_kit.data.batches import Batch
+from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients, Transform
 
 
@@ -26,6 +29,18 @@ class Side:
     features: Callable[[Batch], Gradients]
     transforms: tuple[Transform, ...] = ()
     solve: Transform | None = None
+
+    def __post_init__(self) -> None:
+        check_count(self.checkpoint, "checkpoint", least=0)
+        check_function(self.features, "features", "features(batch) -> Gradients")
+        if not isinstance(self.transforms, tuple):
+            raise InvalidArgumentError(
+                f"`transforms` must be a tuple of functions; got {shown(self.transforms)}"
+            )
+        solve = () if self.solve is None else (self.solve,)
+        for name, functions in (("transforms", self.transforms), ("solve", solve)):
+            for function in functions:
+                check_function(function, name, "transform(gradients) -> gradients")
 
     def __call__(self, batch: Batch) -> Gradients:
         """The gradients of every example of a batch, without ``solve``."""
@@ -55,6 +70,16 @@ class Term:
     test: Side
     train: Side
     weight: float | Literal["learning rate"] = "learning rate"
+
+    def __post_init__(self) -> None:
+        for name, side in (("test", self.test), ("train", self.train)):
+            if not isinstance(side, Side):
+                raise InvalidArgumentError(
+                    f"`{name}` must be a Side, as `test_at` and `train_at` return it; got "
+                    f"{shown(side)}"
+                )
+        if not is_one_of(self.weight, ("learning rate",)):
+            check_number(self.weight, "weight", instead='"learning rate"')
 
     @property
     def is_symmetric(self) -> bool:

@@ -7,13 +7,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from influence_kit.core.arguments import shown
 from influence_kit.core.scaling import scaled_by_powers
-from influence_kit.errors import NonFiniteError
+from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.gradients.per_example import Gradients
 
 
 def unit_norm(gradients: Gradients) -> Gradients:
     """Each gradient divided by its norm, however small or large; a zero gradient stays zero."""
+    if not isinstance(gradients, Gradients):
+        raise InvalidArgumentError(
+            "`unit_norm` takes influence_kit.gradients.Gradients, as sides pass them to their "
+            f"transforms; got {shown(gradients)}"
+        )
     gradients, squares, _ = gradients.balanced()
     return _divided(gradients, squares.sqrt())
 

@@ -1,7 +1,8 @@
 """Files that users give, and that others may have made: looked at before they are opened or read.
 
 Opening a FIFO waits for ever, a small file may unpack to more than the memory, and JSON may be
-nested beyond what Python can parse.
+nested beyond what Python can parse. Every reader of files begins here: with ``opened`` where it
+reads bytes itself, with ``check_regular`` where another library takes a path.
 """
 
 import json
@@ -9,7 +10,7 @@ import os
 import stat
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from influence_kit.errors import InvalidArgumentError
 
@@ -40,13 +41,36 @@ def check_regular(path: Path) -> Path:
         raise InvalidArgumentError(
             f"'{path}' cannot be opened ({reason}); pass the path of a file that exists"
         ) from error
+    _refuse_special(path, mode)
+    return path
+
+
+def opened(path: Path) -> IO[bytes]:
+    """An ordinary file, opened for reading without waiting for anybody.
+
+    Raises:
+        InvalidArgumentError: for a FIFO, device or folder, also one that has just taken the place
+            of a file.
+        OSError: where the system does not let it be opened.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
+    flags |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    try:
+        _refuse_special(path, os.fstat(descriptor).st_mode)
+    except InvalidArgumentError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
+def _refuse_special(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         kind = KINDS.get(stat.S_IFMT(mode), "no ordinary file")
         raise InvalidArgumentError(
-            f"'{path}' is {kind}, which is not opened; only ordinary files are read: copy the "
-            "checkpoint into one"
+            f"'{path}' is {kind}, which is not opened; only ordinary files are read: copy its "
+            "contents into one"
         )
-    return path
 
 
 def check_unpacked(path: Path) -> Path:
@@ -80,7 +104,7 @@ def check_unpacked(path: Path) -> Path:
 
 def is_archive(path: Path) -> bool:
     """Whether torch reads a file as a zip archive: by its first bytes, unlike ``zipfile``."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         return file.read(len(ARCHIVE)) == ARCHIVE
 
 
@@ -102,7 +126,8 @@ def read_json(path: Path) -> Any:
             "are read. Remove what is not needed from it (a Trainer's 'log_history', say)"
         )
     try:
-        return json.loads(path.read_bytes())
+        with opened(path) as file:
+            return json.load(file)
     except RecursionError as error:
         raise InvalidArgumentError(
             f"'{path}' is nested too deeply to be read; a Trainer nests its JSON files a few "

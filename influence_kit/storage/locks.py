@@ -7,6 +7,7 @@ never keeps the next one out. A lock file that a killed process left is of no im
 import errno
 import os
 import socket
+import stat
 import sys
 import time
 import warnings
@@ -17,8 +18,9 @@ from pathlib import Path
 import torch
 
 from influence_kit.core.distributed import from_first_rank, is_first_rank
-from influence_kit.errors import StorageError
+from influence_kit.errors import InvalidArgumentError, StorageError
 from influence_kit.storage.atomic import make_folder
+from influence_kit.storage.given_files import opened
 
 if sys.platform == "win32":
     import msvcrt
@@ -26,6 +28,10 @@ else:
     import fcntl
 
 LOCK = ".influence_kit.lock"
+FLAGS = os.O_RDWR | os.O_CREAT
+# neither through a link, nor waiting for the other end of a FIFO
+for _name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"):
+    FLAGS |= getattr(os, _name, 0)
 # seconds between two tries, and of waiting in silence
 PAUSE, SILENCE = 0.02, 1.0
 _BUSY = {errno.EAGAIN, errno.EACCES, errno.EDEADLK}
@@ -51,12 +57,13 @@ class FolderLock:
             StorageError: where the lock file cannot be made.
         """
         make_folder(self._folder)
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
         try:
-            self._descriptor = os.open(self._path, flags, 0o666)
+            self._descriptor = os.open(self._path, FLAGS, 0o666)
         except OSError as error:
             raise self._refused("made", error) from error
         try:
+            if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+                raise self._refused("locked", OSError(errno.EINVAL, "it is not an ordinary file"))
             self._is_taken = self._lock(self._descriptor) and self._is_named(self._descriptor)
             if self._is_taken:
                 holder = f"process {os.getpid()} on {socket.gethostname()}"
@@ -84,8 +91,9 @@ class FolderLock:
     def holder(self) -> str:
         """Who has it, as far as is known."""
         try:
-            return self._path.read_text(errors="replace")[:200] or "another process"
-        except OSError:
+            with opened(self._path) as file:
+                return file.read(200).decode(errors="replace") or "another process"
+        except (OSError, InvalidArgumentError):
             return "another process"
 
     def _lock(self, descriptor: int) -> bool:

@@ -7,7 +7,8 @@ file that it lists, so that what is read is what was written.
 from __future__ import annotations
 
 import json
-import stat
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from influence_kit.core.memory import MIB
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.storage.atomic import write_file
 from influence_kit.storage.checksums import is_sealed, sealed
+from influence_kit.storage.given_files import opened
+from influence_kit.storage.json_texts import parsed
 
 MANIFEST = "manifest.json"
 # 1 was that of version 0.1, which had no checksums but in stores
@@ -32,6 +35,8 @@ KINDS = {
 _START = b'{\n  "checksum": "'
 # of a million files; a forged one takes no more memory
 _LARGEST = 64 * MIB
+# what the library calls files
+_NAME = re.compile(r"[0-9A-Za-z_-][0-9A-Za-z_.-]*")
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write it, in place of the one before, where it says something else."""
         path, text = folder / MANIFEST, self.text()
-        if not (path.is_file() and path.read_bytes() == text):
+        if not (path.is_file() and path.stat().st_size == len(text) and _read(path) == text):
             write_file(path, text)
 
     @classmethod
@@ -83,7 +88,7 @@ class Manifest:
         path = folder / MANIFEST
         values = _values(path, remedy)
         if values.get("holds") != kind:
-            there = KINDS.get(values.get("holds", ""), "something else")
+            there = KINDS.get(str(values.get("holds")), "something else")
             raise InvalidArgumentError(
                 f"{folder} holds {there}; expected {KINDS[kind]}: name another folder"
             )
@@ -98,8 +103,8 @@ def _values(path: Path, remedy: str) -> dict[str, Any]:
     """The values of a manifest of this format, as they were written."""
     text = _text(path, remedy)
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        values = parsed(text)
+    except ValueError as error:
         raise InvalidArgumentError(f"{path} cannot be read ({error}); {remedy}") from error
     if not isinstance(values, dict):
         raise InvalidArgumentError(f"{path} cannot be read (it holds no description); {remedy}")
@@ -122,28 +127,27 @@ def _values(path: Path, remedy: str) -> dict[str, Any]:
 
 def _text(path: Path, remedy: str) -> bytes:
     try:
-        status = path.stat()
+        return _read(path)
     except FileNotFoundError as error:
         raise InvalidArgumentError(
             f"incomplete folder: {path.parent} holds no {MANIFEST}, which is written last; {remedy}"
         ) from error
-    except OSError as error:
+    except (OSError, InvalidArgumentError) as error:
         raise InvalidArgumentError(f"{path} cannot be read ({error}); {remedy}") from error
-    if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST:
-        raise InvalidArgumentError(
-            f"{path} cannot be read (it is no file of at most {_LARGEST // MIB} MiB); {remedy}"
-        )
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InvalidArgumentError(f"{path} cannot be read ({error}); {remedy}") from error
+
+
+def _read(path: Path) -> bytes:
+    with opened(path) as file:
+        if os.fstat(file.fileno()).st_size > _LARGEST:
+            raise InvalidArgumentError(f"it is larger than {_LARGEST // MIB} MiB")
+        return file.read()
 
 
 def _are_files(files: Any) -> bool:
     """Whether it may be a list of files: names inside the folder, with sizes and checksums."""
     return files is None or (
         isinstance(files, dict)
-        and all(Path(name).name == name and not name.startswith(".") for name in files)
+        and all(_NAME.fullmatch(name) for name in files)
         and all(
             isinstance(entry, dict)
             and isinstance(entry.get("size"), int)

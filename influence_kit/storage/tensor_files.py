@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import operator
-import stat
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from influence_kit.core.arguments import shown
 from influence_kit.core.dtypes import as_bytes
 from influence_kit.core.memory import MIB
 from influence_kit.errors import InvalidArgumentError
@@ -33,6 +33,8 @@ from influence_kit.storage.checksums import (
     is_sealed,
     sealed,
 )
+from influence_kit.storage.given_files import opened
+from influence_kit.storage.json_texts import parsed
 
 SUFFIX = ".safetensors"
 _CODES = {
@@ -153,12 +155,11 @@ class TensorFile:
             raise UnreadableFileError("its header is damaged, or influence_kit has not written it")
         header, size = found
         try:
-            entries = json.loads(header)
-            facts = {**entries.pop("__metadata__")}
-            stop = int(max((entry["data_offsets"][1] for entry in entries.values()), default=0))
-            expected = 8 + len(header) + stop
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise UnreadableFileError(f"its header makes no sense: {error!r}") from error
+            facts, entries = _parts(header)
+        except ValueError as error:
+            raise UnreadableFileError(f"its header makes no sense: {error}") from error
+        stop = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        expected = 8 + len(header) + stop
         if size != expected:
             raise UnreadableFileError(f"it has {size} bytes, {expected} were written")
         return cls(path, facts, entries, size, stop)
@@ -179,17 +180,17 @@ class TensorFile:
             UnreadableFileError: where the file is gone, or its header lies about the tensors.
         """
         try:
-            with self.path.open("rb") as file:
+            with opened(self.path) as file:
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             return {name: self._tensor(data, entry) for name, entry in self.entries.items()}
-        except (KeyError, OSError, TypeError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # torch's: shapes beyond any memory
             raise UnreadableFileError(str(error)) from error
 
     def _tensor(self, data: mmap.mmap, entry: Mapping[str, Any]) -> Tensor:
-        dtype, shape = _BY_CODE[entry["dtype"]], [operator.index(size) for size in entry["shape"]]
-        start, stop = (operator.index(offset) for offset in entry["data_offsets"])
+        dtype, shape = _BY_CODE[entry["dtype"]], entry["shape"]
+        start, stop = entry["data_offsets"]
         count = math.prod(shape)
-        if min(start, *shape, 0) < 0 or stop - start != count * dtype.itemsize:
+        if stop - start != count * dtype.itemsize:
             raise ValueError(f"{stop - start} bytes do not hold {shape} of {dtype}")
         if not count:
             return torch.empty(shape, dtype=dtype)
@@ -220,17 +221,39 @@ class TensorFile:
 def sealed_header(path: Path) -> tuple[bytes, int] | None:
     """The header of a file of the library, and the file's size; None for any other file."""
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe would never answer
-            return None
-        with path.open("rb") as file:
+        with opened(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if not 0 < length <= min(status.st_size - 8, _LARGEST_HEADER):
+            if not 0 < length <= min(size - 8, _LARGEST_HEADER):
                 return None
             header = file.read(length)
     except OSError as error:
         raise UnreadableFileError(str(error)) from error
-    return (header, status.st_size) if is_sealed(header, _START) else None
+    except InvalidArgumentError:  # a FIFO, a folder
+        return None
+    return (header, size) if is_sealed(header, _START) else None
+
+
+def _parts(header: bytes) -> tuple[dict[str, str], dict[str, Any]]:
+    """The facts and the entries of a header; a ``ValueError`` where they are not as written."""
+    entries = parsed(header)
+    facts = entries.pop("__metadata__", None) if isinstance(entries, dict) else None
+    if not isinstance(facts, dict) or not all(isinstance(text, str) for text in facts.values()):
+        raise ValueError("its metadata are not texts")
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) or entry.get("dtype") not in _CODES.values():
+            raise ValueError(f"the type of tensor {shown(name)} is not known")
+        offsets = entry.get("data_offsets")
+        if not _are_sizes(entry.get("shape")) or not _are_sizes(offsets, 2):
+            raise ValueError(f"the shape or range of tensor {shown(name)} is not of sizes")
+    return facts, entries
+
+
+def _are_sizes(values: Any, count: int | None = None) -> bool:
+    """Whether it is a list of sizes as memory has them, of so many if that is known."""
+    if not isinstance(values, list) or count not in (None, len(values)):
+        return False
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 def is_own_file(path: Path, kind: str) -> bool:

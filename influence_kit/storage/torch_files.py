@@ -1,6 +1,5 @@
 """Reading files of ``torch.save``: nothing is unpickled but tensors and plain values."""
 
-import json
 import pickle
 import re
 import zipfile
@@ -11,8 +10,10 @@ from typing import Any
 import torch
 
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.storage.given_files import check_regular, check_unpacked, is_archive
+from influence_kit.storage.given_files import check_regular, check_unpacked, is_archive, opened
 
+# how a file begins that is not an archive; those of 2016, which torch unpacks, are not read
+PICKLE = b"\x80"
 # the one type that torch unpickles and that takes its size from a number
 BYTEARRAY = re.compile(rb"c(__builtin__|builtins)\nbytearray\n")
 
@@ -50,9 +51,10 @@ def _refuse_large(path: Path) -> None:
         except Exception as error:  # whatever is wrong with the archive: zlib, encryption, ...
             raise damaged(path, error) from error
     else:
-        with path.open("rb") as file:
-            empty = not path.stat().st_size
-            found = not empty and bool(BYTEARRAY.search(mmap(file.fileno(), 0, access=ACCESS_READ)))
+        with opened(path) as file:
+            if file.read(1) != PICKLE:
+                raise damaged(path, ValueError("it does not begin as torch.save begins a file"))
+            found = bool(BYTEARRAY.search(mmap(file.fileno(), 0, access=ACCESS_READ)))
     if found:
         raise InvalidArgumentError(
             f"'{path}' holds a bytearray, which may take any amount of memory and is not made from "
@@ -64,18 +66,6 @@ def damaged(path: Path, error: Exception) -> InvalidArgumentError:
     """The error about a file that cannot be read."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
     return InvalidArgumentError(f"'{path}' cannot be read as a checkpoint: is it whole? ({reason})")
-
-
-def read_json(path: Path) -> Any:
-    """The contents of a JSON file.
-
-    Raises:
-        InvalidArgumentError: where it cannot be read as one.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise damaged(path, error) from error
 
 
 def values_of(path: Path, mapped: bool = False) -> dict[str, Any]:

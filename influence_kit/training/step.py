@@ -3,13 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from typing_extensions import Self
 
+from influence_kit.core.arguments import is_one_number, shown
 from influence_kit.core.objects import is_one_of
 from influence_kit.errors import InvalidArgumentError
 
@@ -47,10 +46,10 @@ class Step:
         reduction, epoch = step.get("reduction", "mean"), step.get("epoch")
         if not is_one_of(reduction, ("mean", "sum")):
             raise InvalidArgumentError(
-                f'the reduction of {name} must be "mean" or "sum"; got {reduction!r}'
+                f'the reduction of {name} must be "mean" or "sum"; got {shown(reduction)}'
             )
         if epoch is not None and (isinstance(epoch, bool) or not isinstance(epoch, int)):
-            raise InvalidArgumentError(f"the epoch of {name} must be an int; got {epoch!r}")
+            raise InvalidArgumentError(f"the epoch of {name} must be an int; got {shown(epoch)}")
         lr = _number(step["lr"], f"lr of {name}")
         decay = _number(step.get("weight_decay", 0.0), f"weight_decay of {name}")
         return cls(_indices(step["indices"], name), lr, epoch, decay, reduction)
@@ -75,9 +74,8 @@ def steps_of(trace: Any, count: int) -> list[Step]:
 
 def _number(value: Any, name: str) -> float:
     """A finite number."""
-    scalar = isinstance(value, Tensor) and value.numel() == 1
-    if isinstance(value, bool) or not (scalar or isinstance(value, Real)):
-        raise InvalidArgumentError(f"the {name} must be a number; got {value!r}")
+    if not is_one_number(value):
+        raise InvalidArgumentError(f"the {name} must be a number; got {shown(value)}")
     if not math.isfinite(float(value)):
         raise InvalidArgumentError(f"the {name} must be finite; got {float(value)}")
     return float(value)
@@ -93,7 +91,7 @@ def _indices(indices: Any, name: str) -> list[int]:
     if not whole or tensor.dim() != 1 or not len(tensor) or bool((tensor < 0).any()):
         raise InvalidArgumentError(
             f"the indices of {name} must be one or more indices in the training set, each an int "
-            f"of at least 0; got {indices!r}"
+            f"of at least 0; got {shown(indices)}"
         )
     found: list[int] = tensor.tolist()
     return found

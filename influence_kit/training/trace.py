@@ -116,7 +116,7 @@ class TrainingTrace(Sequence[Mapping[str, Any]]):
         if isinstance(at, bool) or not isinstance(at, int) or not 0 <= at <= count:
             raise InvalidArgumentError(
                 f"`resume_at` must be an int from 0 to {count}, the number of steps in `folder`; "
-                f"got {at!r}"
+                f"got {shown(at)}"
             )
         if at < count and isinstance(self._store, TraceInFolder):
             self._store.shorten(at)

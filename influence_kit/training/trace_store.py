@@ -9,6 +9,7 @@ from torch import Tensor
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.storage.atomic import remove_file, remove_temporaries
 from influence_kit.storage.folders import claim, write_own
+from influence_kit.storage.json_texts import parsed
 from influence_kit.storage.locks import alone_in
 from influence_kit.storage.manifest import Manifest
 from influence_kit.storage.tensor_files import (
@@ -106,7 +107,9 @@ class TraceInFolder:
         path = self._path(f"step-{number}")
         file = self._file(path)
         try:
-            found: dict[str, Any] = json.loads(file.facts[METADATA])
+            found = parsed(file.facts[METADATA])
+            if not isinstance(found, dict):
+                raise ValueError("its settings are not an object")
         except (KeyError, ValueError) as error:
             raise _unreadable(path, error) from error
         return found

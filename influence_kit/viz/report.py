@@ -4,7 +4,6 @@ Shapes: m test examples, n training examples, k of them per test example.
 """
 
 from collections.abc import Sequence
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,12 @@ from influence_kit.core.arguments import (
     check_texts,
     shown,
 )
+from influence_kit.core.objects import check_path
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation.arrays import Values, numbers
 from influence_kit.scoring.reducers import KMostInfluentialResults
+from influence_kit.storage.atomic import write_file
+from influence_kit.storage.given_files import check_regular
 from influence_kit.viz.captions import (
     Heads,
     explains_output,
@@ -268,16 +270,19 @@ class Report:
     def write(self, path: str | Path) -> Path:
         """Write the page into a file, in UTF-8, and return the file's path.
 
+        What was there before is unchanged until the page is whole.
+
         Raises:
             InvalidArgumentError: for no path, or a report without any section.
+            StorageError: where the system does not let it be written.
         """
-        if not isinstance(path, str | PathLike) or not str(path):
-            raise InvalidArgumentError(f"`path` must be the path of a file; got {shown(path)}")
-        path = Path(path)
+        path = check_path(path, "path")
         if path.is_dir():
             raise InvalidArgumentError(f"'{path}' is a folder; pass the path of a file")
+        if path.exists():
+            check_regular(path)
         # lone surrogates, which texts decoded from bytes may contain, are not valid UTF-8
-        path.write_bytes(self.html().encode("utf-8", "xmlcharrefreplace"))
+        write_file(path.resolve(), self.html().encode("utf-8", "xmlcharrefreplace"))
         return path
 
     def _with(self, section: Section) -> "Report":

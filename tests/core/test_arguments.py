@@ -10,7 +10,12 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import influence_kit
-from influence_kit.core.arguments import check_count, check_number
+from influence_kit.core.arguments import (
+    check_count,
+    check_number,
+    is_finite_number,
+    is_one_number,
+)
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation import half_subsets, neighbor_disagreement, ridge_leave_one_out
 
@@ -134,3 +139,12 @@ def test_what_is_allowed_is_said() -> None:
         check_number(1, "x", above=0, below=1)
     with pytest.raises(InvalidArgumentError, match="a finite number and above 1 and at most 2;"):
         check_number(3, "x", above=1, most=2)
+
+
+def test_finite_numbers() -> None:
+    numbers = (1, -2.5, np.float32(1), np.int64(3), torch.tensor(2), torch.ones(1), 2**63 - 1)
+    others = (True, 2**63, 10**400, 1j, "1", None, torch.ones(2), torch.tensor(True))
+    tensors = (torch.ones(1, device="meta"), torch.ones(1).to_sparse(), torch.tensor(1j))
+    assert all(map(is_finite_number, numbers))
+    assert not any(map(is_finite_number, (*others, *tensors, math.nan, torch.tensor(math.inf))))
+    assert is_one_number(float("inf"))

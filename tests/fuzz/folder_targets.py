@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 import influence_kit as ik
-from fuzz.bad_input import BAD, Target
+from fuzz.bad_input import Target
+from fuzz.bad_values import BAD
 from fuzz.method_targets import is_, network
 
 # in place of a value: nothing is changed
@@ -48,6 +49,8 @@ def _plain(value: Any) -> Any:
         json.dumps(value)
     except (TypeError, ValueError):
         return repr(value)
+    except RecursionError:
+        return "nested"
     return value
 
 
@@ -57,6 +60,8 @@ def _saveable(value: Any) -> Any:
         pickle.dumps(value)
     except (TypeError, AttributeError, pickle.PicklingError):
         return repr(value)
+    except RecursionError:
+        return "nested"
     return value
 
 

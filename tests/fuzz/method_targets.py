@@ -4,10 +4,7 @@ A constructor with a bad argument is followed by a question, so that late errors
 """
 
 import inspect
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from tempfile import TemporaryDirectory
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import influence_kit as ik
-from fuzz.bad_input import BAD, FLAGS, NONE, Changed, Target
+from fuzz.bad_input import Target
+from fuzz.bad_values import BAD, FLAGS, NONE
+from fuzz.watch import unchanged
 from influence_kit import curvature, operators, projections
 
 N = 6
@@ -91,7 +90,7 @@ GOOD: dict[str, Callable[[], Any]] = {
 }
 # the bad values that are good ones for an argument of this name
 FINE: dict[str, set[str]] = {
-    "loss_fn": set(),
+    "loss_fn": NONE,  # the gradients of the outputs
     "layers": {"None", "empty text"},
     "layer": {"None", "empty text"},
     "batch_size": TWO,
@@ -132,7 +131,7 @@ FINE: dict[str, set[str]] = {
     "recursion_depth": TWO,
     "num_repeat": TWO,
     "arnoldi_dim": TWO | LARGE,
-    "hessian_batch_size": TWO | NONE,
+    "hessian_batch_size": TWO | NONE | LARGE,
     "replace_nan": NONE | {"0", "-1", "2", "1.5", "-0.5"},
     "model_id": TEXT,
     "activation_dir": TEXT,
@@ -143,65 +142,11 @@ FINE: dict[str, set[str]] = {
     "tol": ZERO | NUMBERS,
     "rtol": ZERO | NUMBERS,
     "l2": NUMBERS,
-    "hessian_reg": NUMBERS,
+    "hessian_reg": ZERO | NUMBERS,
     "scale": NUMBERS,
     "arnoldi_tol": ZERO | NUMBERS,
     "hessian_inverse_tol": ZERO | NUMBERS,
 }
-
-
-@contextmanager
-def in_a_folder() -> Iterator[None]:
-    """A working directory for what a text as a folder's name creates."""
-    before = os.getcwd()
-    with TemporaryDirectory() as folder:
-        os.chdir(folder)
-        try:
-            yield
-        finally:
-            os.chdir(before)
-
-
-def looks(item: Any) -> Any:
-    """What a user sees of a model, a data set or a dict of tensors, as plain values."""
-    if isinstance(item, nn.Module):
-        flags = [(module.training, len(vars(module))) for module in item.modules()]
-        grads = [(p.requires_grad, p.grad is None) for p in item.parameters()]
-        return flags, grads, looks(item.state_dict())
-    if isinstance(item, TensorDataset):
-        return looks(item.tensors)
-    if isinstance(item, dict):
-        return {str(key): looks(value) for key, value in item.items()}
-    if isinstance(item, list | tuple):
-        return [looks(value) for value in item]
-    if isinstance(item, Tensor):
-        kind = (item.dtype, tuple(item.shape))
-        known = not (item.is_meta or item.is_sparse)
-        return (kind, str(item.tolist())) if known else kind
-    return None
-
-
-@contextmanager
-def unchanged(given: dict[str, Any]) -> Iterator[None]:
-    """Refuse a call that changes what it was given, or the state of torch's random numbers."""
-    torch.manual_seed(11)
-    before, state = looks(given), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        if looks(given) != before or not torch.equal(torch.get_rng_state(), state):
-            changed = [key for key in given if looks(given[key]) != before[key]]
-            raise Changed(changed or "the random state")
-
-
-def careful(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The call in a folder of its own, looked after."""
-
-    def called(**given: Any) -> Any:
-        with in_a_folder(), unchanged(given):
-            return call(**given)
-
-    return called
 
 
 def arguments_of(call: Any, *left_out: str) -> dict[str, Callable[[], Any]]:
@@ -217,7 +162,7 @@ def arguments_of(call: Any, *left_out: str) -> dict[str, Callable[[], Any]]:
 
 def target(name: str, call: Any, good: Any, fine: dict[str, set[str]] | None = None) -> Target:
     known = {key: FINE[key] for key in good if key in FINE}
-    return Target(name, careful(call), good, {**known, **(fine or {})})
+    return Target(name, call, good, {**known, **(fine or {})})
 
 
 def question(made: Any) -> Any:
@@ -276,6 +221,7 @@ REFUSED = {
     "TracInCPFastRandProj.self_influence",
     "TRAK.perturbation_influence",
     "RepresenterPointSelection.compute_intermediate_quantities",
+    "DataOOB.influence",
 }
 # masks keep at most as many entries as a layer has
 MASKED = {"projection_dim": TWO | LARGE, "blow_up": TWO | LARGE}
@@ -374,7 +320,12 @@ def _checkpoints() -> list[Target]:
         **step,
     }
     return [
-        Target("load_checkpoint", _loads, {"model": network, "checkpoint": checkpoint}),
+        Target(
+            "load_checkpoint",
+            _loads,
+            {"model": network, "checkpoint": checkpoint},
+            changed=("model",),
+        ),
         Target("load_checkpoint of a dict", held, loaded, fine_of_a_dict),
         target("checkpoint_table", ik.checkpoint_table, {"checkpoints": checkpoints}),
         target(
@@ -399,7 +350,7 @@ def _checkpoints() -> list[Target]:
                 "n": TWO,
                 "seed": ZERO | TWO | LARGE,
                 "checkpoint": NONE,
-                "p": NONE,
+                "p": NONE | {"{}"},
                 "axes": NONE | {"{}"},
             },
         ),

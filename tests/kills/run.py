@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from server_processes import context
 
+from influence_kit.storage.atomic import is_temporary
+from influence_kit.storage.locks import LOCK
 from kills.works import FOREIGN, WORKS, ModelChangedError, Work
 
 FINISHED, FAILED, INTERRUPTED, CHANGED = 0, 1, 3, 4
@@ -144,6 +146,7 @@ class Try:
         self.outcome = Outcome(name)
         self._there: dict[str, int] = {}
         self._foreign: dict[str, bytes] = {}
+        self._was_killed = False
         if self._job.start is not None:
             self._job.start(folder, whole.folder)
         if whole.old is not None:
@@ -158,6 +161,7 @@ class Try:
         moment = draws.uniform(0, 1.2 * self._whole.seconds)
         code, done, _ = self._server.run(self.outcome.name, self._folder, moment, number)
         self.outcome.hits += code in (-signal.SIGKILL, INTERRUPTED)
+        self._was_killed |= code == -signal.SIGKILL
         if code not in (FINISHED, -number, INTERRUPTED):
             self._wrong(
                 {CHANGED: "left the model changed", None: "hangs"}.get(code, f"ended {code}")
@@ -177,6 +181,9 @@ class Try:
             # a kill after the new manifest: files of the old contents wait for the next writer
             old = self._job.kind.files(self._whole.old[0])
             own = {n: d for n, d in own.items() if n in self._whole.files or old.get(n) != d}
+        if self._was_killed:
+            # at the very end: nothing was left to write, and so nobody to clear away what is left
+            own = {n: d for n, d in own.items() if n != LOCK and not is_temporary(n)}
         if own != self._whole.files:
             odd = {*own.items()} ^ {*self._whole.files.items()}
             self._wrong(f"files differ: {sorted({name for name, _ in odd})}")

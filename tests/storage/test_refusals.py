@@ -1,6 +1,7 @@
 """Folders that are in order as files, and not as what they claim to hold."""
 
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -24,11 +25,11 @@ def test_a_manifest_that_the_system_does_not_show(
     with pytest.raises(InvalidArgumentError, match=r"cannot be read .*Not a directory.*; save it"):
         Manifest.read(tmp_path / "file", "fit", "save it again")
 
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path) -> IO[bytes]:
         raise PermissionError("no permission")
 
     Manifest("fit", {}).write(tmp_path)
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("influence_kit.storage.manifest.opened", refuse)
     with pytest.raises(InvalidArgumentError, match=r"cannot be read \(no permission\); save it ag"):
         Manifest.read(tmp_path, "fit", "save it again")
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
+from influence_kit.core.arguments import shown
 from influence_kit.core.memory import GIB, free_bytes
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.training.step import Step
@@ -57,7 +58,7 @@ def check_epochs(epochs: Collection[int] | None, steps: Sequence[Step]) -> None:
     if epochs is not None and not _are_among(epochs, known):
         raise InvalidArgumentError(
             f"`epochs` must be epochs of the trace, which has {sorted(known, key=str)}; got "
-            f"{epochs!r}"
+            f"{shown(epochs)}"
         )
 
 

@@ -19,6 +19,7 @@ from typing_extensions import Self
 
 from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader
+from influence_kit.core.arguments import shown
 from influence_kit.core.distributed import is_first_rank
 from influence_kit.core.objects import is_one_of
 from influence_kit.curvature.damping import DampingArgument
@@ -142,7 +143,9 @@ class InfluenceFunction(InnerProductInfluence):
         store_dtype: torch.dtype | None = None,
     ) -> None:
         if not is_one_of(relative, (None, "theta", "l")):
-            raise InvalidArgumentError(f'`relative` must be None, "theta" or "l"; got {relative!r}')
+            raise InvalidArgumentError(
+                f'`relative` must be None, "theta" or "l"; got {shown(relative)}'
+            )
         super().__init__(
             model,
             train_dataset,
@@ -506,7 +509,7 @@ def _checked(inverse: Any, features: FeatureMap) -> InverseCurvature:
     if not isinstance(inverse, InverseCurvature):
         raise InvalidArgumentError(
             "`inverse` must be an InverseCurvature, such as `influence_kit.curvature.EKFAC()`; got "
-            f"{inverse!r}"
+            f"{shown(inverse)}"
         )
     inverse.check_features(features)
     return inverse

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.checkpoints.discovery import LoadFunction, find_checkpoints, load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader
-from influence_kit.core.arguments import check_count
+from influence_kit.core.arguments import check_count, shown
 from influence_kit.core.distributed import is_mine, sum_over_ranks
 from influence_kit.core.memory import rows_within, workspace_bytes
 from influence_kit.core.objects import is_one_of
@@ -111,10 +111,12 @@ class KNNShapley(ExampleInfluence):
         verify: Verify = "repeated",
     ) -> None:
         if not is_one_of(metric, ("euclidean", "cosine")):
-            raise InvalidArgumentError(f'`metric` must be "euclidean" or "cosine"; got {metric!r}')
+            raise InvalidArgumentError(
+                f'`metric` must be "euclidean" or "cosine"; got {shown(metric)}'
+            )
         if not is_one_of(utility, ("accuracy", "squared_error")):
             raise InvalidArgumentError(
-                f'`utility` must be "accuracy" or "squared_error"; got {utility!r}'
+                f'`utility` must be "accuracy" or "squared_error"; got {shown(utility)}'
             )
         if test_output_fn is not None:
             raise InvalidArgumentError(

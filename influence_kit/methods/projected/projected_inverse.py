@@ -1,5 +1,6 @@
 """The explicit inverse curvature of projected gradients."""
 
+from influence_kit.core.arguments import shown
 from influence_kit.core.objects import is_one_of
 from influence_kit.curvature.damping import MEAN, TRACE, DampingArgument
 from influence_kit.curvature.kronecker_curvature import FisherName
@@ -23,6 +24,6 @@ class ProjectedInverse(Explicit):
         if not is_one_of(curvature, ("fisher", "empirical_fisher")):
             raise InvalidArgumentError(
                 '`curvature` must be "fisher" or "empirical_fisher" for projected gradients; got '
-                f"{curvature!r}"
+                f"{shown(curvature)}"
             )
         super().__init__(damping, curvature, blocks, seed)

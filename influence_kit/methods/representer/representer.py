@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader
+from influence_kit.core.arguments import check_count
 from influence_kit.core.dtypes import has_complex
 from influence_kit.data.batches import Batch
 from influence_kit.errors import InvalidArgumentError
@@ -320,10 +321,7 @@ class RepresenterPointSelection(InnerProductInfluence):
 
     def _values(self, inputs: Any, checkpoint: int) -> tuple[Factored, Head]:
         """The training features of examples (None: the training set), and the refitted layer."""
-        if checkpoint not in range(len(self.checkpoints)):
-            raise InvalidArgumentError(
-                f"`checkpoint` must be from 0 to {len(self.checkpoints) - 1}; got {checkpoint!r}"
-            )
+        check_count(checkpoint, "checkpoint", least=0, most=len(self.checkpoints) - 1)
         with self.session() as loader:
             _, batches = self._plan(loader, inputs)
             side = Side(checkpoint, partial(self._both_sides, checkpoint))

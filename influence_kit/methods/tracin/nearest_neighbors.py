@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from influence_kit.core.arguments import check_count
 from influence_kit.core.memory import rows_within, workspace_bytes
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.operators.checks import check_matrix
 from influence_kit.scoring.reducers import TopK
 
 
@@ -38,14 +40,15 @@ class ExactNearestNeighbors(NearestNeighbors):
 
     def setup(self, data: Tensor) -> None:
         """Store vectors ``[n, d]``."""
-        self._data = data
+        self._data = check_matrix(data, "data", "[n, d]")
 
     def get_nearest_neighbors(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Indices and dot products of the k largest."""
         if self._data is None:
             raise InvalidArgumentError("there is nothing to search: call setup(data) first")
-        reducer = TopK(k, proponents=True)
-        data = self._data.to(query)
+        reducer = TopK(check_count(k, "k"), proponents=True)
+        width = self._data.shape[1]
+        data = self._data.to(check_matrix(query, "query", f"[m, {width}]", width))
         step = rows_within(workspace_bytes(query.device), len(query) * query.element_size())
         for start in range(0, len(data), step):
             block = query @ data[start : start + step].T
@@ -76,7 +79,7 @@ class FaissNearestNeighbors(NearestNeighbors):
 
     def setup(self, data: Tensor) -> None:
         """Store vectors ``[n, d]`` (as float32, the only precision of faiss)."""
-        vectors = data.detach().float().cpu().numpy()
+        vectors = check_matrix(data, "data", "[n, d]").detach().float().cpu().numpy()
         metric = self._faiss.METRIC_INNER_PRODUCT
         self._index = self._faiss.index_factory(vectors.shape[1], self._factory, metric)
         self._index.train(vectors)
@@ -86,7 +89,8 @@ class FaissNearestNeighbors(NearestNeighbors):
         """Indices and dot products of the k largest, as the index finds them."""
         if self._index is None:
             raise InvalidArgumentError("there is nothing to search: call setup(data) first")
-        k = min(k, self._index.ntotal)
+        k = min(check_count(k, "k"), self._index.ntotal)
+        check_matrix(query, "query", f"[m, {self._index.d}]", self._index.d)
         scores, indices = self._index.search(query.detach().float().cpu().numpy(), k)
         if (indices < 0).any():
             raise InvalidArgumentError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influence_kit.core.arguments import check_count
+from influence_kit.core.arguments import check_count, shown
 from influence_kit.core.draws import check_seed
 from influence_kit.core.dtypes import exact_dtype
 from influence_kit.core.objects import check_functions, is_one_of
@@ -60,10 +60,10 @@ class OutputFeatures(FeatureMap):
     ) -> None:
         if not is_one_of(projection, list(KINDS)):
             raise InvalidArgumentError(
-                f"`projection` must be one of {', '.join(KINDS)}; got {projection!r}"
+                f"`projection` must be one of {', '.join(KINDS)}; got {shown(projection)}"
             )
         if shift is not None and (type(shift) is not int or shift not in (0, 1)):
-            raise InvalidArgumentError(f"`shift` must be None, 0 or 1; got {shift!r}")
+            raise InvalidArgumentError(f"`shift` must be None, 0 or 1; got {shown(shift)}")
         self.projection, self.shift = projection, shift
         self.projection_dim = check_count(projection_dim, "projection_dim")
         self.seed = check_seed(seed)
