@@ -89,11 +89,6 @@ def group_setting(optimizer: Optimizer | None, name: str, given: Any) -> Any:
     return values[0] if len(set(values)) == 1 else values
 
 
-def first_of(setting: Any) -> Any:
-    """A setting, or that of the first parameter group."""
-    return setting[0] if isinstance(setting, list) else setting
-
-
 def _options(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> dict[str, Any]:
     """The options of a parameter group, as JSON has them."""
     trained = [names.get(p) for p in group["params"] if p.requires_grad]

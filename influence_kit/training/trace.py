@@ -17,7 +17,7 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.training.forward_states import ForwardStates, RandomState
 from influence_kit.training.kept_states import Keep, RecordedStep, check_keep, is_kept
 from influence_kit.training.optimizers import Slots, slots_of
-from influence_kit.training.recipe import Recipe, first_of, group_setting
+from influence_kit.training.recipe import Recipe, group_setting
 from influence_kit.training.state_tensors import packed, random_in, slots_in, weights_in
 from influence_kit.training.step import Reduction, Step
 from influence_kit.training.trace_store import State, TraceInFolder, TraceInMemory
@@ -146,20 +146,10 @@ class TrainingTrace(Sequence[Mapping[str, Any]]):
             group_setting(self._optimizer, name, value)
             for name, value in (("lr", lr), ("weight_decay", weight_decay))
         )
-        step = asdict(
-            Step.of(
-                {
-                    "state_dict": None,
-                    "indices": indices,
-                    "lr": first_of(lrs),
-                    "epoch": epoch,
-                    "weight_decay": first_of(decays),
-                    "reduction": self._reduction,
-                },
-                f"step {number}",
-            )
-        )
-        if isinstance(lrs, list) or isinstance(decays, list):  # one of each parameter group
+        facts = {"state_dict": None, "indices": indices, "lr": lrs, "epoch": epoch}
+        facts |= {"weight_decay": decays, "reduction": self._reduction}
+        step = asdict(Step.of(facts, f"step {number}", of_groups=True))
+        if isinstance(lrs, list) or isinstance(decays, list):
             step |= {"lr": lrs, "weight_decay": decays}
         model = self._recorded_model()
         recipe = Recipe.of(
@@ -241,8 +231,8 @@ class TrainingTrace(Sequence[Mapping[str, Any]]):
     def _state(self, number: int) -> State:
         if not self.is_kept(number):
             raise InvalidArgumentError(
-                f"the weights before step {number} were not kept (keep={self._keep!r}): record the "
-                'run with keep="all"'
+                f"the trace has not kept the weights before step {number}: record the run with "
+                'keep="all"'
             )
         return {**self._first, **weights_in(self._store.state(number))}
 
