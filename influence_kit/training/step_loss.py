@@ -46,24 +46,38 @@ class StepLoss:
     def weighted(self, batch: Batch, reduction: Reduction, weights: Tensor) -> Tensor:
         """The loss of a batch with a weight ``[n]`` on the loss of each example."""
         n = example_count(batch)
-        outputs = call_model(self.model, batch)
-        losses = example_losses(self.settled, self.loss_fn, outputs, batch, n)
-        if losses is None:
-            losses = self._each_alone(batch, n)
+        losses = losses_alone(self.model, self.settled, self.loss_fn, batch)
         total = (weights.to(losses) * losses).sum()
         return total / n if reduction == "mean" else total
 
-    def _each_alone(self, batch: Batch, n: int) -> Tensor:
-        """The losses of a model that computes one for the whole batch: an example at a time."""
-        before = torch.get_rng_state()
-        losses = []
-        for row in range(n):
-            one = take(batch, slice(row, row + 1))
-            losses.append(self.settled.values(call_model(self.model, one), one).reshape(()))
-        if not torch.equal(before, torch.get_rng_state()):
-            raise InvalidArgumentError(
-                "the model computes one loss for a whole batch and draws random numbers (dropout), "
-                "so that the loss of each example cannot be had: pass a `loss_fn` that returns one "
-                "value per example"
-            )
-        return torch.stack(losses)
+
+def losses_alone(
+    model: nn.Module, loss: Loss, loss_fn: LossFunction | None, batch: Batch
+) -> Tensor:
+    """The loss of each example of a batch, ``[n]``.
+
+    Args:
+        model: the model.
+        loss: the loss, whose reduction has been found.
+        loss_fn: the user's function that it calls; None for the model's own loss.
+        batch: the batch.
+
+    Raises:
+        InvalidArgumentError: for a model that computes one loss for a whole batch, with dropout.
+    """
+    n = example_count(batch)
+    found = example_losses(loss, loss_fn, call_model(model, batch), batch, n)
+    if found is not None:
+        return found
+    before = torch.get_rng_state()
+    losses = []
+    for row in range(n):
+        one = take(batch, slice(row, row + 1))
+        losses.append(loss.values(call_model(model, one), one).reshape(()))
+    if not torch.equal(before, torch.get_rng_state()):
+        raise InvalidArgumentError(
+            "the model computes one loss for a whole batch and draws random numbers (dropout), so "
+            "that the loss of each example cannot be had: pass a `loss_fn` that returns one value "
+            "per example"
+        )
+    return torch.stack(losses)

@@ -3,8 +3,9 @@
 Shapes: m test examples, n training examples, P trained parameters.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from influence_kit.core.arguments import check_count
+from influence_kit.checkpoints.discovery import load_checkpoint
+from influence_kit.core.arguments import check_count, check_number, check_seed, shown
 from influence_kit.core.distributed import is_mine
 from influence_kit.core.locks import alone_with
 from influence_kit.core.memory import resident_bytes, rows_within
-from influence_kit.data.batches import to_device
+from influence_kit.data.batches import example_count, to_device
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.gradient_source import Verify, kept_bytes
 from influence_kit.losses.loss import LossFunction
@@ -28,18 +30,21 @@ from influence_kit.methods.dvemb.examples_by_index import ExamplesByIndex, count
 from influence_kit.methods.example_batches import BatchSize
 from influence_kit.methods.magic.reverse_pass import ReversePass
 from influence_kit.methods.magic.runs import Run, check_traces, trained_by
+from influence_kit.methods.magic.smoothness import Smoothness, drawn_examples
 from influence_kit.methods.magic.step_gradient import Batched
 from influence_kit.methods.restarts import given, starts_again
-from influence_kit.preservation.restore import borrowed
+from influence_kit.preservation.restore import borrowed, load_into
 from influence_kit.scoring.reducers import Reducer, WholeRows
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side
 from influence_kit.training.replay import Replay
-from influence_kit.training.step_loss import StepLoss
+from influence_kit.training.step_loss import StepLoss, losses_alone
 from influence_kit.training.trace import TrainingTrace
 
 # copies of an adjoint of a query that are held at once
 COPIES = 4
+# training examples that show the reduction of the loss
+FEW = 16
 
 
 @documented
@@ -82,8 +87,62 @@ class MAGIC(ExampleInfluence):
             verify=verify,
             select=trained_by(self._runs),
         )
+        # the memory of an example's activations, found together with the loss's reduction
+        self._row_bytes = 0
 
     # What a user calls.
+
+    @starts_again
+    def replay(self, weights: Any, run: int = 0) -> dict[str, Tensor]:
+        """The state dict after the run, had the training examples these weights in its batches.
+
+        The loss of a batch of B examples becomes sum_i w_i loss_i / B (for a trace of sums without
+        the B): an example of weight 0 is left out, while batches, their order, random states and
+        the number of steps stay the same. With ``epochs``, weights count in these alone.
+
+        Args:
+            weights: the weights ``[n]``; 1 is the run as it was.
+            run: the index of the trace, if there are several.
+        """
+        self._know_loss()
+        return self._replayed(self._checked_weights(weights), self._run(run))[0]
+
+    @starts_again
+    def smoothness(
+        self,
+        inputs: Any,
+        change: float = 0.1,
+        share: float = 0.1,
+        seed: int = 0,
+        run: int = 0,
+    ) -> Smoothness:
+        """What scores predict against what one repeated run gives, at a small change of weights.
+
+        Args:
+            inputs: test examples, as for ``influence``.
+            change: by how much the weights of some training examples are lowered.
+            share: the share of the training examples, drawn at random.
+            seed: of the draw.
+            run: the index of the trace, if there are several.
+
+        Returns:
+            The changes, predicted and real, and how well they agree.
+        """
+        change = check_number(change, "change", above=0, most=1)
+        share = check_number(share, "share", above=0, most=1)
+        chosen, n = self._run(run), self._examples.train_count
+        some = drawn_examples(n, share, check_seed(seed))
+        weights = torch.ones(n, dtype=self._dtype)
+        weights[some] -= change
+        vectors = self._test_gradients(given(inputs), aggregate=False)
+        own = vectors[run * self.last : (run + 1) * self.last]
+        with self.progress("", None, False) as bar:
+            scores = self._scores_of(chosen, own, bar)
+        changed = self._measures(inputs, self._replayed(weights, chosen))
+        real = changed - self._measures(inputs, chosen.measured_states)
+        lowered = scores[:, some.to(scores.device)].sum(1) * change
+        predicted = -lowered if self.explains_output else lowered
+        return Smoothness(predicted, real, some, change)
 
     def self_influence(
         self,
@@ -122,13 +181,20 @@ class MAGIC(ExampleInfluence):
         if not len(mine):
             reducer.update(mine, self._sample.new_zeros(0, n))
 
-    def _test_gradients(self, inputs: Any, aggregate: bool) -> list[Tensor]:
-        """The test gradients ``[m, P]`` at each measured state of each run."""
+    def _know_loss(self) -> None:
+        """Find out the reduction of the training loss, and the memory that an example takes."""
+        if self._row_bytes:
+            return
         with self.session() as loader:
             loader.load(0)
-            few = self._by_index(self._runs[0].steps[0].indices[:16])
-            self._source.prepare(to_device(few, self.device), self._train_loss)
-            self._row_bytes = kept_bytes(self.model, to_device(few, self.device))
+            few = to_device(self._by_index(self._runs[0].steps[0].indices[:FEW]), self.device)
+            self._source.prepare(few, self._train_loss)
+            self._row_bytes = kept_bytes(self.model, few)
+
+    def _test_gradients(self, inputs: Any, aggregate: bool) -> list[Tensor]:
+        """The test gradients ``[m, P]`` at each measured state of each run."""
+        self._know_loss()
+        with self.session() as loader:
             stream = Stream([], loader, self._sample)
             return [
                 stream.vectors(
@@ -156,6 +222,47 @@ class MAGIC(ExampleInfluence):
             batched = Batched(4 * self._row_bytes * run.largest_batch)
             ReversePass(replay, batched, self.epochs, bar.update)(measured, scores)
         return scores
+
+    def _replayed(self, weights: Tensor, run: Run) -> list[dict[str, Tensor]]:
+        """The measured states of a run with other weights of the examples."""
+        wanted, states = set(run.measured), dict[int, dict[str, Tensor]]()
+        with self._replaying(run) as replay:
+            replay.begin(0)
+            for number, step in enumerate(run.steps):
+                counts = self.epochs is None or step.epoch in self.epochs
+                replay.take(number, weights if counts else None)
+                if number + 1 in wanted:
+                    state = self.model.state_dict()
+                    states[number + 1] = {name: v.detach().clone() for name, v in state.items()}
+        return [states[number] for number in run.measured]
+
+    def _measures(self, inputs: Any, states: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """The test loss (or output) of each test example, ``[m]``, averaged over states."""
+        measure = self.test_loss_fn if self.test_output_fn is None else self.test_output_fn
+        parts = []
+        with self.session(), torch.no_grad():
+            for batch in self.batches(inputs):
+                one = to_device(batch, self.device)
+                total = self._sample.new_zeros(example_count(batch))
+                for state in states:
+                    load_into(self.model, partial(load_checkpoint, self.model, state))
+                    total += losses_alone(self.model, self._test_loss, measure, one)
+                parts.append(total / len(states))
+        return torch.cat(parts)
+
+    def _run(self, number: int) -> Run:
+        check_count(number, "run", 0, most=len(self._runs) - 1)
+        return self._runs[number]
+
+    def _checked_weights(self, weights: Any) -> Tensor:
+        n = self._examples.train_count
+        found = torch.as_tensor(weights) if isinstance(weights, Tensor | list) else torch.zeros(0)
+        if found.shape != (n,) or found.is_complex() or not bool(found.isfinite().all()):
+            raise InvalidArgumentError(
+                f"`weights` must be {n} finite numbers, one for each training example; got "
+                f"{shown(weights)}"
+            )
+        return found.to(self._dtype)
 
     @contextmanager
     def _replaying(self, run: Run) -> Iterator[Replay]:
