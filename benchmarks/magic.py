@@ -148,12 +148,12 @@ def main() -> None:
         [
             HEADING,
             "",
-            "Written by `python -m benchmarks.magic --write`. The sum of the scores of what is left "
-            "out\nagainst the real change of a query's loss when the run is repeated with weight 0: "
-            f"mean\nSpearman correlation over {len(queries[0])} queries and {given.masks} repeated "
-            "runs, with its standard error over\nqueries. Then the relative error of "
-            "`MAGIC.smoothness`, the seconds of a training, and the time of\n`influence` in "
-            "trainings, for one query and for all. float32, one thread.",
+            "Written by `python -m benchmarks.magic --write`. The sum of the scores of what is left",
+            "out against the real change of a query's loss when the run is repeated with weight 0:",
+            f"mean Spearman correlation over {len(queries[0])} queries and {given.masks} repeated",
+            "runs, with its standard error over queries. Then the relative error of",
+            "`MAGIC.smoothness`, the seconds of a training, and the time of `influence` in trainings,",
+            "for one query and for all. float32, one thread.",
             "",
             machine(),
             "",

@@ -51,9 +51,7 @@ def example_losses(
     return _one_by_one(loss.values, outputs, batch, n) if loss.is_of_outputs else None
 
 
-def _of_entries(
-    loss_fn: LossFunction | None, outputs: Any, targets: Any, n: int
-) -> Tensor | None:
+def _of_entries(loss_fn: LossFunction | None, outputs: Any, targets: Any, n: int) -> Tensor | None:
     """Torch's own loss with a value per entry, and the mean or sum of each example's."""
     reduced = getattr(loss_fn, "reduction", None) in ("mean", "sum")
     plain = type(loss_fn) in UNREDUCED and getattr(loss_fn, "weight", None) is None

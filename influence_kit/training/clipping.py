@@ -25,7 +25,9 @@ class Clipping:
     @property
     def norm(self) -> Tensor:
         """The norm of all gradients."""
-        return torch.stack([torch.linalg.vector_norm(g) for g in self.gradients.values()]).norm()
+        norms = [torch.linalg.vector_norm(gradient) for gradient in self.gradients.values()]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return norm
 
     @property
     def factor(self) -> Tensor | None:

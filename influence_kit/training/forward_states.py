@@ -1,4 +1,4 @@
-"""The random states before a model's training forward passes, from which dropout can be repeated."""
+"""The random states before a model's training forward passes, for repeating its dropout."""
 
 from typing import Any
 

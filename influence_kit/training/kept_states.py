@@ -44,9 +44,7 @@ class RecordedStep(Mapping[str, Any]):
         state: reads its state dict.
     """
 
-    def __init__(
-        self, metadata: Mapping[str, Any], state: Callable[[], dict[str, Tensor]]
-    ) -> None:
+    def __init__(self, metadata: Mapping[str, Any], state: Callable[[], dict[str, Tensor]]) -> None:
         self._metadata, self._state = {key: metadata[key] for key in STEP}, state
 
     def __getitem__(self, key: str) -> Any:

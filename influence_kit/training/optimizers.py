@@ -102,8 +102,8 @@ def known_kind(recipe: Recipe) -> Any:
         )
     if recipe.optimizer not in KINDS:
         raise InvalidArgumentError(
-            f"the trace is of the optimizer {recipe.optimizer}; steps can be taken again of torch's "
-            f"{', '.join(KINDS)}"
+            f"the trace is of the optimizer {recipe.optimizer}, whose steps are not known; known "
+            f"are torch's {', '.join(KINDS)}"
         )
     if any(name is None for group in recipe.groups for name in group["params"]):
         raise InvalidArgumentError(

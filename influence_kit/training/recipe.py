@@ -1,4 +1,4 @@
-"""How a training step was taken: the optimizer's options, clipping, accumulation, modes of modules."""
+"""How a training step was taken: options of the optimizer, clipping, micro-batches, modes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -89,7 +89,7 @@ def group_setting(optimizer: Optimizer | None, name: str, given: Any) -> Any:
     return values[0] if len(set(values)) == 1 else values
 
 
-def _options(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> dict[str, Any]:
+def _options(group: Mapping[str, Any], names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
     """The options of a parameter group, as JSON has them."""
     trained = [names.get(p) for p in group["params"] if p.requires_grad]
     options: dict[str, Any] = {"params": trained}

@@ -99,7 +99,7 @@ class Replay:
         for part, indices in enumerate(self.ready(number)):
             own = None if weights is None else weights[torch.tensor(indices)]
             loss = self.part_loss(number, part, indices, own)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         if recipe.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters.values(), recipe.clip_norm)
         self._optimizer.step(recipe)

@@ -152,9 +152,7 @@ class TrainingTrace(Sequence[Mapping[str, Any]]):
         if isinstance(lrs, list) or isinstance(decays, list):
             step |= {"lr": lrs, "weight_decay": decays}
         model = self._recorded_model()
-        recipe = Recipe.of(
-            model, self._optimizer, clip_norm, micro_batches, len(step["indices"])
-        )
+        recipe = Recipe.of(model, self._optimizer, clip_norm, micro_batches, len(step["indices"]))
         kept = is_kept(self._keep, number)
         weights = self._changed() if kept else {}
         slots = slots_of(model, self._optimizer) if kept else {}
@@ -208,17 +206,11 @@ class TrainingTrace(Sequence[Mapping[str, Any]]):
 
     def recipe(self, number: int) -> Recipe:
         """How a step was taken."""
-        found = self._store.metadata(number).get("recipe")
-        if found is None:
-            raise InvalidArgumentError(
-                "the trace was recorded by a version of influence_kit that did not record what it "
-                "takes to repeat a run; record it again"
-            )
-        return Recipe(**found)
+        return Recipe(**self._store.metadata(number)["recipe"])
 
     def is_kept(self, number: int) -> bool:
         """Whether the state before a step was kept."""
-        return bool(self._store.metadata(number).get("kept", True))
+        return bool(self._store.metadata(number)["kept"])
 
     def optimizer_state(self, number: int) -> Slots:
         """The optimizer's tensors before a step, by parameter."""

@@ -119,7 +119,7 @@ def _adam(options: Mapping[str, Any], before: Values, decoupled: bool = False) -
 
 
 def _root(square: Tensor) -> Tensor:
-    """The square root, with slope 0 at 0: no gradient has come there yet, and the mean is 0, too."""
+    """The square root, with slope 0 at 0: where no gradient has come yet, the mean is 0, too."""
     positive = square > 0
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
 

@@ -24,6 +24,7 @@ from influence_kit.methods.data_fingerprint import data_fingerprint
 from influence_kit.methods.dvemb.backward_pass import backward_pass, check_epochs, check_memory
 from influence_kit.methods.dvemb.embedding_term import EmbeddingTerm, index_batches
 from influence_kit.methods.dvemb.examples_by_index import ExamplesByIndex, count_by_index
+from influence_kit.methods.dvemb.plain_steps import check_plain
 from influence_kit.methods.dvemb.step_gradients import StepGradients
 from influence_kit.methods.example_batches import BatchSize
 from influence_kit.methods.inner_product import InnerProductInfluence
@@ -141,6 +142,8 @@ class DVEmb(InnerProductInfluence):
         self.seed = check_seed(seed)
         self._steps = steps_of(trace, count_by_index(train_dataset))
         check_epochs(epochs, self._steps)
+        if isinstance(trace, TrainingTrace):
+            check_plain(trace)
         self.trace = trace
         self.epochs = epochs
         super().__init__(

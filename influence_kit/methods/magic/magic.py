@@ -5,7 +5,6 @@ Shapes: m test examples, n training examples, P trained parameters.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,13 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from influence_kit.checkpoints.discovery import load_checkpoint
-from influence_kit.core.arguments import check_count, check_number, check_seed, shown
+from influence_kit.core.arguments import check_count, check_number, check_seed
 from influence_kit.core.distributed import is_mine
 from influence_kit.core.locks import alone_with
 from influence_kit.core.memory import resident_bytes, rows_within
-from influence_kit.data.batches import example_count, to_device
-from influence_kit.errors import InvalidArgumentError
+from influence_kit.data.batches import to_device
 from influence_kit.gradients.gradient_source import Verify, kept_bytes
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
@@ -32,13 +29,18 @@ from influence_kit.methods.magic.reverse_pass import ReversePass
 from influence_kit.methods.magic.runs import Run, check_traces, trained_by
 from influence_kit.methods.magic.smoothness import Smoothness, drawn_examples
 from influence_kit.methods.magic.step_gradient import Batched
+from influence_kit.methods.magic.weighted_run import (
+    check_weights,
+    mean_measures,
+    weighted_states,
+)
 from influence_kit.methods.restarts import given, starts_again
-from influence_kit.preservation.restore import borrowed, load_into
+from influence_kit.preservation.restore import borrowed
 from influence_kit.scoring.reducers import Reducer, WholeRows
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side
 from influence_kit.training.replay import Replay
-from influence_kit.training.step_loss import StepLoss, losses_alone
+from influence_kit.training.step_loss import StepLoss
 from influence_kit.training.trace import TrainingTrace
 
 # copies of an adjoint of a query that are held at once
@@ -49,7 +51,68 @@ FEW = 16
 
 @documented
 class MAGIC(ExampleInfluence):
-    r"""score = - d loss(test) after training / d weight of the training example, through the run.
+    r"""score = - d loss(test) / d w_train, the exact derivative of a recorded training run.
+
+    .. math::
+        \theta_{t+1} = \text{optimizer}\Big(\theta_t, \; \frac{1}{|B_t|} \sum_{i \in B_t}
+        w_i \nabla \ell_i(\theta_t)\Big), \qquad
+        \text{score}(z', i) = -\frac{\partial \, \ell(z', \theta_T)}{\partial w_i} \Big|_{w = 1}
+
+    The metagradient of arXiv 2504.16430 with exact replay. Weight 1 is the run as it was, and
+    weight 0 leaves the example out of its batches, so a score is the first-order change of the test
+    loss when that is done: the unit and scale are those of ``DVEmb``, without its approximations.
+    Rows are test examples; positive is a proponent. With ``test_output_fn``, a score is the
+    derivative of the output.
+
+    A call goes back through the run once for all its test examples: each step is taken again
+    from the recorded state (compared bit for bit with what was recorded), then the derivative is
+    carried back through clipping, the optimizer's update (SGD with momentum, Nesterov, dampening
+    and weight decay; Adam and AdamW, also with ``amsgrad``) and the gradient, by one backward pass
+    through the backward pass. Schedules, parameter groups, accumulation, dropout and tied weights
+    (one weight, one state) are followed. Memory: m times P times 1 + the number of the optimizer's
+    tensors per parameter; more test examples than fit are carried back in turn. Buffers that
+    training changes (BatchNorm) have no derivative here, and are refused.
+
+    The derivative is of one run with one seed. It predicts well what leaving out a few examples
+    does where training is smooth (tanh or GELU, large batches), less well with ReLU:
+    ``smoothness`` measures that. Several traces (other seeds) are averaged.
+
+    Args:
+        train_dataset: a ``Dataset`` that supports indexing, or a ``DataLoader`` that reads one in
+            order; it gives the examples as training saw them.
+        trace: the recorded run, a ``TrainingTrace`` with its optimizer; or a list of them, over
+            which scores are averaged.
+        loss_fn: the loss of the run, of any reduction; the trace's ``reduction`` is what a step
+            took.
+        epochs: the epochs whose steps count, as the trace numbers them; None for all.
+        last: the test loss is averaged over the last ``last`` states of the run.
+        eval_mode: whether test examples are measured in evaluation mode. The steps are taken again
+            in the modes in which they were recorded.
+
+    The other arguments are those of ``InnerProductInfluence``.
+
+    Raises:
+        InvalidArgumentError: for a trace that does not fit the data, is not finished, or is of
+            another optimizer; for changed buffers; from ``influence`` if the steps, taken again, do
+            not give what was recorded.
+        NonFiniteError: from ``influence`` if the derivatives overflow.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> x, y = torch.randn(8, 3), torch.arange(8) % 2
+        >>> model, loss = torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss()
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        >>> with TrainingTrace(model, optimizer) as trace:
+        ...     for indices in torch.arange(8).split(4):
+        ...         optimizer.zero_grad()
+        ...         loss(model(x[indices]), y[indices]).backward()
+        ...         trace.record(indices)
+        ...         optimizer.step()
+        >>> train = torch.utils.data.TensorDataset(x, y)
+        >>> magic = MAGIC(model, train, trace=trace, loss_fn=loss)
+        >>> magic.influence((x[:4], y[:4]), k=3).indices.shape
+        torch.Size([4, 3])
     """
 
     def __init__(
@@ -105,7 +168,8 @@ class MAGIC(ExampleInfluence):
             run: the index of the trace, if there are several.
         """
         self._know_loss()
-        return self._replayed(self._checked_weights(weights), self._run(run))[0]
+        found = check_weights(weights, self._examples.train_count).to(self._sample)
+        return self._replayed(found, self._run(run))[0]
 
     @starts_again
     def smoothness(
@@ -132,7 +196,7 @@ class MAGIC(ExampleInfluence):
         share = check_number(share, "share", above=0, most=1)
         chosen, n = self._run(run), self._examples.train_count
         some = drawn_examples(n, share, check_seed(seed))
-        weights = torch.ones(n, dtype=self._dtype)
+        weights = self._sample.new_ones(n)
         weights[some] -= change
         vectors = self._test_gradients(given(inputs), aggregate=False)
         own = vectors[run * self.last : (run + 1) * self.last]
@@ -150,7 +214,7 @@ class MAGIC(ExampleInfluence):
         show_progress: bool = False,
         outer_loop_by_checkpoints: bool = False,
     ) -> Tensor:
-        """Refused: it takes the adjoint of every training example; ``influence`` has its diagonal."""
+        """Refused: it takes an adjoint through the run for every training example."""
         raise NotImplementedError(
             "self influence takes one adjoint through the whole run per training example; "
             "`influence` of a few training examples has the scores of these with themselves, and "
@@ -166,18 +230,20 @@ class MAGIC(ExampleInfluence):
         self, inputs: Any, reducer: Reducer, doing: str, show_progress: bool, aggregate: bool
     ) -> None:
         vectors = self._test_gradients(given(inputs), aggregate)
-        mine = torch.tensor([row for row in range(len(vectors[0])) if is_mine(row)], dtype=torch.long)
+        mine = torch.tensor(
+            [row for row in range(len(vectors[0])) if is_mine(row)], dtype=torch.long
+        )
         n = self._examples.train_count
         size = self._queries_at_once()
         groups = mine.split(size) if len(mine) else ()
         steps = sum(len(run.steps) for run in self._runs)
         with self.progress(doing, len(groups) * steps, show_progress) as bar:
-            for rows in groups:
-                total = self._sample.new_zeros(len(rows), n)
+            for some in groups:
+                total = self._sample.new_zeros(len(some), n)
                 for number, run in enumerate(self._runs):
                     own = vectors[number * self.last : (number + 1) * self.last]
-                    total += self._scores_of(run, [v[rows.to(v.device)] for v in own], bar)
-                reducer.update(rows, total / len(self._runs))
+                    total += self._scores_of(run, [v[some.to(v.device)] for v in own], bar)
+                reducer.update(some, total / len(self._runs))
         if not len(mine):
             reducer.update(mine, self._sample.new_zeros(0, n))
 
@@ -225,44 +291,19 @@ class MAGIC(ExampleInfluence):
 
     def _replayed(self, weights: Tensor, run: Run) -> list[dict[str, Tensor]]:
         """The measured states of a run with other weights of the examples."""
-        wanted, states = set(run.measured), dict[int, dict[str, Tensor]]()
         with self._replaying(run) as replay:
-            replay.begin(0)
-            for number, step in enumerate(run.steps):
-                counts = self.epochs is None or step.epoch in self.epochs
-                replay.take(number, weights if counts else None)
-                if number + 1 in wanted:
-                    state = self.model.state_dict()
-                    states[number + 1] = {name: v.detach().clone() for name, v in state.items()}
-        return [states[number] for number in run.measured]
+            return weighted_states(replay, weights, run.measured, self.epochs)
 
     def _measures(self, inputs: Any, states: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """The test loss (or output) of each test example, ``[m]``, averaged over states."""
-        measure = self.test_loss_fn if self.test_output_fn is None else self.test_output_fn
-        parts = []
-        with self.session(), torch.no_grad():
-            for batch in self.batches(inputs):
-                one = to_device(batch, self.device)
-                total = self._sample.new_zeros(example_count(batch))
-                for state in states:
-                    load_into(self.model, partial(load_checkpoint, self.model, state))
-                    total += losses_alone(self.model, self._test_loss, measure, one)
-                parts.append(total / len(states))
-        return torch.cat(parts)
+        function = self.test_loss_fn if self.test_output_fn is None else self.test_output_fn
+        with self.session():
+            batches = (to_device(batch, self.device) for batch in self.batches(inputs))
+            return mean_measures(self.model, (self._test_loss, function), batches, states)
 
     def _run(self, number: int) -> Run:
         check_count(number, "run", 0, most=len(self._runs) - 1)
         return self._runs[number]
-
-    def _checked_weights(self, weights: Any) -> Tensor:
-        n = self._examples.train_count
-        found = torch.as_tensor(weights) if isinstance(weights, Tensor | list) else torch.zeros(0)
-        if found.shape != (n,) or found.is_complex() or not bool(found.isfinite().all()):
-            raise InvalidArgumentError(
-                f"`weights` must be {n} finite numbers, one for each training example; got "
-                f"{shown(weights)}"
-            )
-        return found.to(self._dtype)
 
     @contextmanager
     def _replaying(self, run: Run) -> Iterator[Replay]:

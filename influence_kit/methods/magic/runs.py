@@ -48,7 +48,10 @@ class Run:
     @property
     def largest_batch(self) -> int:
         """The most examples of one backward pass."""
-        return max(max(r.micro_batches or [len(s.indices)]) for r, s in zip(self.recipes, self.steps, strict=True))
+        return max(
+            max(r.micro_batches or [len(s.indices)])
+            for r, s in zip(self.recipes, self.steps, strict=True)
+        )
 
     @property
     def slots(self) -> int:

@@ -100,7 +100,7 @@ class Batched:
     def __call__(
         self, values: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]
     ) -> list[Tensor]:
-        """The products of the Jacobian of the values in the inputs, ``[m, *shape of the input]``."""
+        """The products of m vectors with the Jacobian in each input, ``[m, *shape]``."""
         m = len(vectors[0])
         rows = rows_within(4 * workspace_bytes(values[0].device), self._row_bytes)
         pieces = [
