@@ -3,20 +3,17 @@
 Shapes: m test examples, n training examples, P trained parameters.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from influence_kit.core.arguments import check_count, check_number, check_seed
 from influence_kit.core.distributed import is_mine
-from influence_kit.core.locks import alone_with
-from influence_kit.core.memory import resident_bytes, rows_within
 from influence_kit.data.batches import to_device
+from influence_kit.errors import FixedAttributeError
 from influence_kit.gradients.gradient_source import Verify, kept_bytes
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
@@ -25,26 +22,17 @@ from influence_kit.methods.base import ExampleInfluence
 from influence_kit.methods.dvemb.backward_pass import check_epochs
 from influence_kit.methods.dvemb.examples_by_index import ExamplesByIndex, count_by_index
 from influence_kit.methods.example_batches import BatchSize
-from influence_kit.methods.magic.reverse_pass import ReversePass
+from influence_kit.methods.magic.repeated_runs import RepeatedRuns
 from influence_kit.methods.magic.runs import Run, check_traces, trained_by
 from influence_kit.methods.magic.smoothness import Smoothness, drawn_examples
-from influence_kit.methods.magic.step_gradient import Batched
-from influence_kit.methods.magic.weighted_run import (
-    check_weights,
-    mean_measures,
-    weighted_states,
-)
+from influence_kit.methods.magic.weighted_run import check_weights, mean_measures
 from influence_kit.methods.restarts import given, starts_again
-from influence_kit.preservation.restore import borrowed
 from influence_kit.scoring.reducers import Reducer, WholeRows
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side
-from influence_kit.training.replay import Replay
 from influence_kit.training.step_loss import StepLoss
 from influence_kit.training.trace import TrainingTrace
 
-# copies of an adjoint of a query that are held at once
-COPIES = 4
 # training examples that show the reduction of the loss
 FEW = 16
 
@@ -150,8 +138,6 @@ class MAGIC(ExampleInfluence):
             verify=verify,
             select=trained_by(self._runs),
         )
-        # the memory of an example's activations, found together with the loss's reduction
-        self._row_bytes = 0
 
     # What a user calls.
 
@@ -167,18 +153,13 @@ class MAGIC(ExampleInfluence):
             weights: the weights ``[n]``; 1 is the run as it was.
             run: the index of the trace, if there are several.
         """
-        self._know_loss()
         found = check_weights(weights, self._examples.train_count).to(self._sample)
-        return self._replayed(found, self._run(run))[0]
+        chosen = self._run(run)
+        return self._repeated().weighted(chosen, found)[0]
 
     @starts_again
     def smoothness(
-        self,
-        inputs: Any,
-        change: float = 0.1,
-        share: float = 0.1,
-        seed: int = 0,
-        run: int = 0,
+        self, inputs: Any, change: float = 0.1, share: float = 0.1, seed: int = 0, run: int = 0
     ) -> Smoothness:
         """What scores predict against what one repeated run gives, at a small change of weights.
 
@@ -198,11 +179,10 @@ class MAGIC(ExampleInfluence):
         some = drawn_examples(n, share, check_seed(seed))
         weights = self._sample.new_ones(n)
         weights[some] -= change
-        vectors = self._test_gradients(given(inputs), aggregate=False)
-        own = vectors[run * self.last : (run + 1) * self.last]
-        with self.progress("", None, False) as bar:
-            scores = self._scores_of(chosen, own, bar)
-        changed = self._measures(inputs, self._replayed(weights, chosen))
+        gradients = self._test_gradients(given(inputs), aggregate=False)[run]
+        repeated = self._repeated()
+        scores = repeated.scores(chosen, gradients, n, lambda: None)
+        changed = self._measures(inputs, repeated.weighted(chosen, weights))
         real = changed - self._measures(inputs, chosen.measured_states)
         lowered = scores[:, some.to(scores.device)].sum(1) * change
         predicted = -lowered if self.explains_output else lowered
@@ -223,46 +203,43 @@ class MAGIC(ExampleInfluence):
 
     # Implementation.
 
+    @property
+    def checkpoints(self) -> list[Any]:
+        """The states of the runs at which the test loss is measured."""
+        return self._checkpoints
+
+    @checkpoints.setter
+    def checkpoints(self, checkpoints: Any) -> None:
+        raise FixedAttributeError(
+            "`checkpoints` cannot be assigned: they are the states at the end of the recorded "
+            "runs; make a new MAGIC(..., trace=...)"
+        )
+
     def make_reducer(self, k: int | None, proponents: bool) -> Reducer:
         return WholeRows(k, proponents)
 
     def stream_scores(
         self, inputs: Any, reducer: Reducer, doing: str, show_progress: bool, aggregate: bool
     ) -> None:
-        vectors = self._test_gradients(given(inputs), aggregate)
-        mine = torch.tensor(
-            [row for row in range(len(vectors[0])) if is_mine(row)], dtype=torch.long
-        )
-        n = self._examples.train_count
-        size = self._queries_at_once()
-        groups = mine.split(size) if len(mine) else ()
+        by_run = self._test_gradients(given(inputs), aggregate)
+        n, repeated = self._examples.train_count, self._repeated()
+        rows = [row for row in range(len(by_run[0][0])) if is_mine(row)]
+        groups = torch.tensor(rows, dtype=torch.int64).split(repeated.queries_at_once(self._runs))
         steps = sum(len(run.steps) for run in self._runs)
         with self.progress(doing, len(groups) * steps, show_progress) as bar:
             for some in groups:
                 total = self._sample.new_zeros(len(some), n)
-                for number, run in enumerate(self._runs):
-                    own = vectors[number * self.last : (number + 1) * self.last]
-                    total += self._scores_of(run, [v[some.to(v.device)] for v in own], bar)
+                for run, gradients in zip(self._runs, by_run, strict=True):
+                    if len(some):
+                        own = [vectors[some.to(vectors.device)] for vectors in gradients]
+                        total += repeated.scores(run, own, n, bar.update)
                 reducer.update(some, total / len(self._runs))
-        if not len(mine):
-            reducer.update(mine, self._sample.new_zeros(0, n))
 
-    def _know_loss(self) -> None:
-        """Find out the reduction of the training loss, and the memory that an example takes."""
-        if self._row_bytes:
-            return
-        with self.session() as loader:
-            loader.load(0)
-            few = to_device(self._by_index(self._runs[0].steps[0].indices[:FEW]), self.device)
-            self._source.prepare(few, self._train_loss)
-            self._row_bytes = kept_bytes(self.model, few)
-
-    def _test_gradients(self, inputs: Any, aggregate: bool) -> list[Tensor]:
-        """The test gradients ``[m, P]`` at each measured state of each run."""
-        self._know_loss()
+    def _test_gradients(self, inputs: Any, aggregate: bool) -> list[list[Tensor]]:
+        """The test gradients ``[m, P]`` at each measured state, by run."""
         with self.session() as loader:
             stream = Stream([], loader, self._sample)
-            return [
+            found = [
                 stream.vectors(
                     Side(number, lambda batch: self._source(batch, self._test_loss)),
                     self.batches(inputs, ordered=not aggregate),
@@ -270,29 +247,7 @@ class MAGIC(ExampleInfluence):
                 )
                 for number in range(len(self.checkpoints))
             ]
-
-    def _scores_of(self, run: Run, vectors: Sequence[Tensor], bar: "tqdm[Any]") -> Tensor:
-        """The scores ``[m, n]`` of one run, given test gradients at its measured states."""
-        scores = self._sample.new_zeros(len(vectors[0]), self._examples.train_count)
-        sizes = {name: p.shape for name, p in self._parameters.items()}
-        measured = {
-            after: {
-                name: (column.reshape(len(vector), *shape) / -self.last).to(self._parameters[name])
-                for (name, shape), column in zip(
-                    sizes.items(), vector.split([s.numel() for s in sizes.values()], 1), strict=True
-                )
-            }
-            for after, vector in zip(run.measured, vectors, strict=True)
-        }
-        with self._replaying(run) as replay:
-            batched = Batched(4 * self._row_bytes * run.largest_batch)
-            ReversePass(replay, batched, self.epochs, bar.update)(measured, scores)
-        return scores
-
-    def _replayed(self, weights: Tensor, run: Run) -> list[dict[str, Tensor]]:
-        """The measured states of a run with other weights of the examples."""
-        with self._replaying(run) as replay:
-            return weighted_states(replay, weights, run.measured, self.epochs)
+        return [found[start : start + self.last] for start in range(0, len(found), self.last)]
 
     def _measures(self, inputs: Any, states: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """The test loss (or output) of each test example, ``[m]``, averaged over states."""
@@ -301,24 +256,25 @@ class MAGIC(ExampleInfluence):
             batches = (to_device(batch, self.device) for batch in self.batches(inputs))
             return mean_measures(self.model, (self._test_loss, function), batches, states)
 
+    def _repeated(self) -> RepeatedRuns:
+        """What repeats the runs, once the reduction of the training loss has been found."""
+        with self.session() as loader:
+            loader.load(0)
+            few = to_device(self._by_index(self._runs[0].steps[0].indices[:FEW]), self.device)
+            self._source.prepare(few, self._train_loss)
+            example_bytes = kept_bytes(self.model, few)
+        return RepeatedRuns(
+            self.model,
+            self._parameters,
+            StepLoss(self.model, self.loss_fn, self._train_loss),
+            self._by_index,
+            self.epochs,
+            example_bytes,
+        )
+
     def _run(self, number: int) -> Run:
         check_count(number, "run", 0, most=len(self._runs) - 1)
         return self._runs[number]
-
-    @contextmanager
-    def _replaying(self, run: Run) -> Iterator[Replay]:
-        """The model, borrowed for taking the steps of a run again."""
-        with alone_with(self.model), borrowed(self.model, eval_mode=False):
-            for parameter in self._parameters.values():
-                parameter.requires_grad_(True)
-            loss = StepLoss(self.model, self.loss_fn, self._train_loss)
-            yield Replay(self.model, run.trace, run.steps, loss, self._by_index)
-
-    def _queries_at_once(self) -> int:
-        """How many test examples are carried back through a run together."""
-        size = sum(p.numel() * p.element_size() for p in self._parameters.values())
-        tensors = 1 + max(run.slots for run in self._runs)
-        return rows_within(resident_bytes(self.device), COPIES * tensors * size)
 
     @property
     def _by_index(self) -> ExamplesByIndex:

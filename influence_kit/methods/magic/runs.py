@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.training.optimizers import known_kind
@@ -97,11 +97,21 @@ def trained_by(runs: Sequence[Run]) -> Callable[..., Mapping[str, nn.Parameter]]
 def _refuse_changed_buffers(model: nn.Module, runs: Sequence[Run]) -> None:
     """Refuse runs in which buffers changed: the statistics of BatchNorm, say."""
     for run in runs:
+        evaluated = set(run.recipes[0].evaluated)
         first, final = run.trace[0]["state_dict"], run.trace.final
-        for name, _ in model.named_buffers():
-            if name in final and not torch.equal(first[name], final[name]):
-                raise InvalidArgumentError(
-                    f"training changed the buffer '{name}' (running statistics of BatchNorm, say), "
-                    "through which no derivative is carried: train with such layers in evaluation "
-                    "mode (module.eval()), or with GroupNorm or LayerNorm in their stead"
-                )
+        changed = [
+            *(n for n, _ in model.named_buffers() if n in final and not first[n].equal(final[n])),
+            # the state before the only step may be that after its forward pass
+            *(n for n, module in model.named_modules() if n not in evaluated and _counts(module)),
+        ]
+        if changed:
+            raise InvalidArgumentError(
+                f"training changed the buffers of '{changed[0]}' (running statistics of BatchNorm, "
+                "say), through which no derivative is carried: train with such layers in "
+                "evaluation mode (module.eval()), or with GroupNorm or LayerNorm in their stead"
+            )
+
+
+def _counts(module: nn.Module) -> bool:
+    """Whether a module in training mode keeps running statistics."""
+    return isinstance(module, _NormBase) and module.running_mean is not None
