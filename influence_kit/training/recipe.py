@@ -106,13 +106,10 @@ def _options(group: Mapping[str, Any], names: Mapping[nn.Parameter, str]) -> dic
 def _checked_sizes(sizes: Any, count: int) -> list[int] | None:
     if sizes is None:
         return None
-    found = sizes.tolist() if isinstance(sizes, Tensor) else sizes
-    whole = isinstance(found, list | tuple) and all(
-        type(size) is int and size > 0 for size in found
-    )
-    if not whole or sum(found) != count:
+    listed = isinstance(sizes, list | tuple)
+    if not listed or not all(type(s) is int and s > 0 for s in sizes) or sum(sizes) != count:
         raise InvalidArgumentError(
             "`micro_batches` must be the number of examples of each backward pass of the step, "
             f"ints of at least 1 whose sum is that of the indices, {count}; got {shown(sizes)}"
         )
-    return list(found)
+    return list(sizes)

@@ -19,7 +19,7 @@ from influence_kit.training.kept_states import Keep, RecordedStep, check_keep, i
 from influence_kit.training.optimizers import Slots, slots_of
 from influence_kit.training.recipe import Recipe, group_setting
 from influence_kit.training.state_tensors import packed, random_in, slots_in, weights_in
-from influence_kit.training.step import Reduction, Step
+from influence_kit.training.step import Reduction, Step, first_of
 from influence_kit.training.trace_store import State, TraceInFolder, TraceInMemory
 
 
@@ -146,9 +146,10 @@ class TrainingTrace(Sequence[Mapping[str, Any]]):
             group_setting(self._optimizer, name, value)
             for name, value in (("lr", lr), ("weight_decay", weight_decay))
         )
-        facts = {"state_dict": None, "indices": indices, "lr": lrs, "epoch": epoch}
-        facts |= {"weight_decay": decays, "reduction": self._reduction}
-        step = asdict(Step.of(facts, f"step {number}", of_groups=True))
+        facts = {"state_dict": None, "indices": indices, "epoch": epoch}
+        facts |= {"lr": lrs if lr is not None else first_of(lrs), "reduction": self._reduction}
+        facts["weight_decay"] = decays if weight_decay is not None else first_of(decays)
+        step = asdict(Step.of(facts, f"step {number}"))
         if isinstance(lrs, list) or isinstance(decays, list):
             step |= {"lr": lrs, "weight_decay": decays}
         model = self._recorded_model()

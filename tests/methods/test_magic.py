@@ -162,7 +162,9 @@ def test_a_test_output_is_what_training_raised():
 def test_queries_that_exceed_memory_are_carried_back_in_turn(monkeypatch):
     model, trace = record(MOMENTUM)
     expected = make(model, trace).influence(TEST)
-    monkeypatch.setattr("influence_kit.methods.magic.repeated_runs.resident_bytes", lambda device: 1)
+    monkeypatch.setattr(
+        "influence_kit.methods.magic.repeated_runs.resident_bytes", lambda device: 1
+    )
     assert_close(make(model, trace).influence(TEST), expected, 1e-12)
     best = make(model, trace).influence(TEST, k=3)
     assert torch.equal(best.indices, expected.topk(3).indices)
@@ -315,8 +317,7 @@ def test_how_smooth_a_run_is(unchanged):
     assert len(found.indices) == 4
     ones = torch.ones_like(weights)
     changed, base = (
-        measured(MOMENTUM, weighted(MOMENTUM, some, last=2))
-        for some in (weights, ones)
+        measured(MOMENTUM, weighted(MOMENTUM, some, last=2)) for some in (weights, ones)
     )
     assert_close(found.real, changed - base, 1e-9)
     scores = magic.influence(TEST)

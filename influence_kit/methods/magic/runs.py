@@ -87,9 +87,15 @@ def trained_by(runs: Sequence[Run]) -> Callable[..., Mapping[str, nn.Parameter]]
     """A function that returns the parameters of a model that the runs have trained."""
 
     def select(model: nn.Module, layers: Any) -> dict[str, nn.Parameter]:
-        trained = set().union(*(run.trained for run in runs))
+        trained, own = set().union(*(run.trained for run in runs)), dict(model.named_parameters())
+        missing = sorted(trained - own.keys())
+        if missing or not trained:
+            raise InvalidArgumentError(
+                f"the run of the trace trained {missing[:3] or 'no parameters'}, and the model has "
+                f"the parameters {list(own)[:3]}: pass the model that was trained"
+            )
         _refuse_changed_buffers(model, runs)
-        return {name: p for name, p in model.named_parameters() if name in trained}
+        return {name: p for name, p in own.items() if name in trained}
 
     return select
 

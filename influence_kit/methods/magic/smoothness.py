@@ -3,6 +3,7 @@
 Shapes: m test examples, n training examples.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,12 +36,13 @@ class Smoothness:
 
     @property
     def error(self) -> float:
-        """The norm of the difference, relative to that of the real change."""
-        return float((self.predicted - self.real).norm() / self.real.norm())
+        """The norm of the difference, relative to that of the real change; 0 if both are 0."""
+        off, size = float((self.predicted - self.real).norm()), float(self.real.norm())
+        return off / size if size else off and math.inf
 
     @property
     def correlation(self) -> float:
-        """The correlation of predicted and real changes over the test examples."""
+        """The correlation of predicted and real changes over the test examples, two or more."""
         pairs = torch.stack([self.predicted, self.real]).double()
         return float(torch.corrcoef(pairs)[0, 1])
 

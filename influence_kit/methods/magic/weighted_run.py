@@ -32,7 +32,12 @@ def check_weights(weights: Any, n: int) -> Tensor:
         found = torch.as_tensor(weights)
     except (TypeError, ValueError, RuntimeError):
         found = torch.zeros(0)
-    if found.shape != (n,) or found.is_complex() or not bool(found.isfinite().all()):
+    if (
+        found.shape != (n,)
+        or found.dtype == torch.bool
+        or found.is_complex()
+        or not bool(found.isfinite().all())
+    ):
         raise InvalidArgumentError(
             f"`weights` must be {n} finite numbers, one for each training example; got "
             f"{shown(weights)}"
