@@ -28,6 +28,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
 from influence_kit import MAGIC, DVEmb, TrainingTrace
+from influence_kit.methods.magic import repeated_runs
 
 CLOSE = 1e-6
 each_loop = pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS.keys())
@@ -162,13 +163,13 @@ def test_a_test_output_is_what_training_raised():
 def test_queries_that_exceed_memory_are_carried_back_in_turn(monkeypatch):
     model, trace = record(MOMENTUM)
     expected = make(model, trace).influence(TEST)
-    monkeypatch.setattr(
-        "influence_kit.methods.magic.repeated_runs.resident_bytes", lambda device: 1
-    )
+    monkeypatch.setattr(repeated_runs, "resident_bytes", lambda device: 1)
     assert_close(make(model, trace).influence(TEST), expected, 1e-12)
     best = make(model, trace).influence(TEST, k=3)
     assert torch.equal(best.indices, expected.topk(3).indices)
-    monkeypatch.setattr("influence_kit.methods.magic.step_gradient.workspace_bytes", lambda d: 1)
+    monkeypatch.setattr(
+        "influence_kit.methods.magic.step_gradient.workspace_bytes", lambda device: 1
+    )
     assert_close(make(model, trace).influence(TEST), expected, 1e-12)
 
 

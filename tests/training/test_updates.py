@@ -26,20 +26,22 @@ def drawn(seed):
     return torch.randn(5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def held_by(optimizer, parameter):
+    held = optimizer.state.get(parameter, {})
+    return {slot: value.clone() for slot, value in held.items() if value is not None}
+
+
 def steps(optimizer, options, count=3):
     """The values before and after some steps of torch's optimizer, and its options."""
     parameter = nn.Parameter(drawn(0))
     made = optimizer([parameter], **options)
     values = []
     for number in range(count):
-        held = {
-            slot: v.clone() for slot, v in made.state.get(parameter, {}).items() if v is not None
-        }
+        held = held_by(made, parameter)
         before = {WEIGHT: parameter.detach().clone(), GRADIENT: drawn(number + 1), **held}
         parameter.grad = before[GRADIENT].clone()
         made.step()
-        after = {slot: v.clone() for slot, v in made.state[parameter].items() if v is not None}
-        values.append((before, {WEIGHT: parameter.detach().clone(), **after}))
+        values.append((before, {WEIGHT: parameter.detach().clone(), **held_by(made, parameter)}))
     return values, made.param_groups[0]
 
 
@@ -61,19 +63,19 @@ def test_slopes_are_derivatives(optimizer, options):
         adjoint = {n: drawn(10 + i)[None] for i, n in enumerate(update.after) if n != COUNT}
         pulled = update.pull(adjoint)
         for number, name in enumerate(n for n in before if n != COUNT):
-            # the accumulated maximum must stay on its side
-            direction, h = drawn(20 + number) * 1e-2, 1e-4
+            # second moments are small
+            direction, h = drawn(20 + number) * before[name].abs(), 1e-5
             ends = [
                 transition(
                     optimizer.__name__, group, {**before, name: before[name] + sign * h * direction}
                 ).after
                 for sign in (1, -1)
             ]
-            change = sum(((ends[0][n] - ends[1][n]) * adjoint[n][0]).sum() for n in adjoint) / (
-                2 * h
-            )
+            moved = {n: (ends[0][n] - ends[1][n]) / (2 * h) for n in adjoint}
+            change = sum((moved[n] * adjoint[n][0]).sum() for n in adjoint)
             own = pulled.get(name, torch.zeros(1, 5, dtype=torch.float64))
-            assert_close((own[0] * direction).sum().reshape(1), change.reshape(1), 1e-6)
+            # the slope of an accumulated maximum may be 0 in all entries
+            assert torch.allclose((own[0] * direction).sum(), change, rtol=1e-6, atol=1e-10)
 
 
 def test_where_no_gradient_has_come():
