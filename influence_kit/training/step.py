@@ -64,10 +64,11 @@ class Step:
 
 def steps_of(trace: Any, count: int, of_groups: bool = False) -> list[Step]:
     """The steps of a trace over a data set of ``count`` examples; see ``Step.of``."""
-    if not isinstance(trace, Sequence) or isinstance(trace, str) or not len(trace):
+    is_sequence = isinstance(trace, Sequence) and not isinstance(trace, str)
+    if not is_sequence or not len(trace):
         raise InvalidArgumentError(
             "`trace` must be a TrainingTrace or a list of steps, one or more; got a "
-            f"{type(trace).__name__}{' without any' if isinstance(trace, list | tuple) else ''}"
+            f"{type(trace).__name__}{' without any' if is_sequence else ''}"
         )
     steps = [Step.of(step, f"step {number}", of_groups) for number, step in enumerate(trace)]
     for number, step in enumerate(steps):
