@@ -4,7 +4,7 @@ Shapes: n training examples, b examples of a micro-batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -26,10 +26,14 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Moment:
-    """The state before a step: the weights of the trained parameters, the optimizer's tensors."""
+    """The state before a step: the weights of the trained parameters, the optimizer's tensors.
+
+    And the gradients that the optimizer then got, after clipping; empty at the end of a run.
+    """
 
     weights: State
     slots: Slots
+    gradients: State = field(default_factory=dict)
 
 
 class Replay:
@@ -76,8 +80,11 @@ class Replay:
         """
         self.begin(start)
         for number in range(start, stop):
-            yield self.moment()
+            moment = self.moment()
             self.take(number, weights)
+            # the next step makes new ones
+            gradients = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+            yield replace(moment, gradients=gradients)
         yield self.moment()
 
     def begin(self, start: int) -> None:

@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 
 from influence_kit import MAGIC, TrainingTrace
 from influence_kit.errors import FixedAttributeError, InvalidArgumentError, NonFiniteError
+from influence_kit.training import updates
 
 LOSS = nn.CrossEntropyLoss()
 MOMENTUM = LOOPS["momentum"]
@@ -170,6 +171,15 @@ def test_losses_of_single_examples_that_do_not_give_the_step():
     magic = make(model, trace, loss_fn=SlyLoss(model), test_loss_fn=LOSS)
     with pytest.raises(InvalidArgumentError, match=r"at step 0, the losses of the single examples"):
         magic.influence(TEST)
+
+
+def test_an_update_that_is_not_the_optimizers(monkeypatch):
+    """As if torch had changed it: the derivative would be that of another formula."""
+    model, trace = record(MOMENTUM)
+    wrong = {**updates._UPDATES, "SGD": lambda o, b: updates._sgd({**o, "lr": 0.5 * o["lr"]}, b)}
+    monkeypatch.setattr(updates, "_UPDATES", wrong)
+    with pytest.raises(InvalidArgumentError, match=r"moved the weights otherwise than its formula"):
+        make(model, trace).influence(TEST)
 
 
 def test_traces_that_cannot_be_meant():

@@ -73,7 +73,8 @@ class MAGIC(ExampleInfluence):
         loss_fn: the loss of the run, of any reduction; the trace's ``reduction`` is what a step
             took.
         epochs: the epochs whose steps count, as the trace numbers them; None for all.
-        last: the test loss is averaged over the last ``last`` states of the run.
+        last: the test loss is averaged over the last ``last`` states of the run, which the trace
+            must have kept.
         eval_mode: whether test examples are measured in evaluation mode. The steps are taken again
             in the modes in which they were recorded.
 

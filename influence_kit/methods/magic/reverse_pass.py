@@ -15,9 +15,9 @@ from influence_kit.training.clipping import Clipping
 from influence_kit.training.replay import Moment, Replay
 from influence_kit.training.updates import GRADIENT, WEIGHT, Transition, transition
 
-# how far a step from weighted losses may be from the recorded one, beside rounding of the weights
+# how far the gradient of weighted losses, and a step by formula, may be from what was taken
 CLOSE = {torch.float64: 1e-6}
-CLOSE_IN_LESS, ROUNDINGS = 3e-2, 16
+CLOSE_IN_LESS, ROUNDINGS = 1e-2, 16
 
 
 @dataclass
@@ -89,7 +89,8 @@ class ReversePass:
         before, after = moments
         gradient = StepGradient(self.replay, number, before)
         clipping = Clipping(gradient.by_parameter, self.replay.recipes[number].clip_norm)
-        updates = self._updates(number, before, clipping.clipped())
+        _check_gradient(number, clipping.clipped(), before.gradients)
+        updates = self._updates(number, before)
         _check_update(number, updates, before, after)
         of_gradient: dict[str, Tensor] = {}
         for name, update in updates.items():
@@ -102,51 +103,65 @@ class ReversePass:
         adjoint.add({n: product for n, product in products.items() if n in adjoint.weights})
         return visits
 
-    def _updates(
-        self, number: int, before: Moment, gradients: Mapping[str, Tensor]
-    ) -> dict[str, Transition]:
+    def _updates(self, number: int, before: Moment) -> dict[str, Transition]:
         """The updates of a step by parameter; a parameter without a gradient stays as it is."""
         recipe = self.replay.recipes[number]
         assert recipe.optimizer is not None
-        return {
-            name: transition(
-                recipe.optimizer,
-                group,
-                {
-                    WEIGHT: before.weights[name],
-                    GRADIENT: gradients[name],
-                    **before.slots.get(name, {}),
-                },
-            )
-            for group in recipe.groups
-            for name in group["params"]
-            if name in gradients
-        }
+        updates = {}
+        for group in recipe.groups:
+            for name in group["params"]:
+                if name in before.gradients:
+                    values = {WEIGHT: before.weights[name], GRADIENT: before.gradients[name]}
+                    values |= before.slots.get(name, {})
+                    updates[name] = transition(recipe.optimizer, group, values)
+        return updates
 
 
-def _check_update(
-    number: int, updates: Mapping[str, Transition], before: Moment, after: Moment
-) -> None:
+def _check_gradient(number: int, found: Mapping[str, Tensor], taken: Mapping[str, Tensor]) -> None:
     """Refuse a step whose weighted losses do not add up to the loss that was trained on."""
-    if not updates:
-        return
-    names = list(updates)
-    ones = [updates[name].after[WEIGHT] - after.weights[name] for name in names]
-    moved = [before.weights[name] - after.weights[name] for name in names]
-    eps = torch.finfo(ones[0].dtype).eps
-    close = CLOSE.get(ones[0].dtype, CLOSE_IN_LESS)
-    off, way = _norm(ones), _norm(moved)
-    if off > close * way + ROUNDINGS * eps * _norm([after.weights[name] for name in names]):
+    off, size = _distance(found, taken), _norm(list(taken.values()))
+    if off > _close(taken) * size:
         raise InvalidArgumentError(
-            f"at step {number}, the losses of the single examples do not give the step that was "
-            f"taken: it is off by {off / max(way, 1e-300):.2g} of its length. The loss of the run "
+            f"at step {number}, the losses of the single examples do not give the gradient of the "
+            f"step: it is off by {off / max(size, 1e-300):.2g} of its norm. The loss of the run "
             "must be the mean (or sum, by the trace's `reduction`) of a loss of each example, and "
             "attention must draw the same dropout with torch's math kernel"
         )
 
 
+def _check_update(
+    number: int, updates: Mapping[str, Transition], before: Moment, after: Moment
+) -> None:
+    """Refuse a step of the optimizer that is not the one whose derivative is known."""
+    found = {name: update.after[WEIGHT] for name, update in updates.items()}
+    taken = {name: after.weights[name] for name in updates}
+    off, way = _distance(found, taken), _distance(before.weights, taken)
+    rounding = ROUNDINGS * _eps(taken) * _norm(list(taken.values()))
+    if off > _close(taken) * way + rounding:
+        raise InvalidArgumentError(
+            f"at step {number}, the optimizer moved the weights otherwise than its formula says, "
+            f"by {off / max(way, 1e-300):.2g} of the way: it has an option that is not known here, "
+            "or torch has changed it"
+        )
+
+
+def _distance(found: Mapping[str, Tensor], taken: Mapping[str, Tensor]) -> float:
+    return _norm([found[name] - value if name in found else value for name, value in taken.items()])
+
+
+def _close(tensors: Mapping[str, Tensor]) -> float:
+    first = next(iter(tensors.values()), None)
+    return CLOSE_IN_LESS if first is None else CLOSE.get(first.dtype, CLOSE_IN_LESS)
+
+
+def _eps(tensors: Mapping[str, Tensor]) -> float:
+    first = next(iter(tensors.values()), None)
+    return 0.0 if first is None else torch.finfo(first.dtype).eps
+
+
 def _norm(tensors: list[Tensor]) -> float:
-    return float(torch.stack([t.double().norm() for t in tensors]).norm())
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
+    return float(torch.stack(norms).norm()) if norms else 0.0
 
 
 def _overflow(number: int) -> NonFiniteError:

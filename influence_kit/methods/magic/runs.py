@@ -55,8 +55,14 @@ class Run:
 
     @property
     def slots(self) -> int:
-        """How many tensors the optimizer holds per parameter, at most."""
-        return {"SGD": 1, "Adam": 3, "AdamW": 3}[str(self.recipes[0].optimizer)]
+        """How many tensors of its size the optimizer holds for a parameter, at most."""
+        return max(_slots(recipe.optimizer, g) for recipe in self.recipes for g in recipe.groups)
+
+
+def _slots(optimizer: str | None, options: Mapping[str, Any]) -> int:
+    if optimizer == "SGD":
+        return int(options["momentum"] != 0)
+    return 3 if options["amsgrad"] else 2
 
 
 def check_traces(trace: Any, count: int, last: int) -> list[Run]:
