@@ -112,6 +112,10 @@ LOOPS = {
     "adam": Loop(Adam, {"lr": 0.05, "weight_decay": 0.1}),
     "adam, amsgrad": Loop(Adam, {"lr": 0.05, "amsgrad": True, "betas": (0.5, 0.6)}),
     "adamw": Loop(AdamW, {"lr": 0.05, "weight_decay": 0.1, "eps": 1e-6}, decay=0.7),
+    "adamw, fused": Loop(AdamW, {"lr": 0.05, "fused": True, "eps": 1e-4}),
+    "nesterov, one loop": Loop(
+        options={"lr": 0.2, "momentum": 0.9, "nesterov": True, "foreach": True}
+    ),
     "adam, maximize": Loop(Adam, {"lr": 0.02, "maximize": True, "eps": 1e-3}),
     "groups": Loop(options={"momentum": 0.9}, groups=two_groups, decay=0.9),
     "groups, adamw": Loop(AdamW, {}, groups=two_groups),

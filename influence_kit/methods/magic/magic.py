@@ -42,9 +42,10 @@ class MAGIC(ExampleInfluence):
     r"""score = - d loss(test) / d w_train, the exact derivative of a recorded training run.
 
     .. math::
-        \theta_{t+1} = \text{optimizer}\Big(\theta_t, \; \frac{1}{|B_t|} \sum_{i \in B_t}
-        w_i \nabla \ell_i(\theta_t)\Big), \qquad
-        \text{score}(z', i) = -\frac{\partial \, \ell(z', \theta_T)}{\partial w_i} \Big|_{w = 1}
+        \theta_{t+1} = \text{step}_t\left(\theta_t, \; \frac{1}{|B_t|} \sum_{i \in B_t}
+        w_i \nabla \ell_i(\theta_t)\right), \qquad
+        \text{score}(z', i) = -\frac{\partial \, \ell(z', \theta_T)}{\partial w_i}
+        \quad \text{at } w = 1
 
     The metagradient of arXiv 2504.16430 with exact replay. Weight 1 is the run as it was, and
     weight 0 leaves the example out of its batches, so a score is the first-order change of the test
@@ -59,7 +60,9 @@ class MAGIC(ExampleInfluence):
     through the backward pass. Schedules, parameter groups, accumulation, dropout and tied weights
     (one weight, one state) are followed. Memory: m times P times 1 + the number of the optimizer's
     tensors per parameter; more test examples than fit are carried back in turn. Buffers that
-    training changes (BatchNorm) have no derivative here, and are refused.
+    training changes (BatchNorm) have no derivative here, and are refused. A run is not repeated, and
+    refused, with mixed precision, numbers that a forward draws from numpy or Python, or gradients
+    that ``zero_grad(set_to_none=False)`` leaves for parameters without one.
 
     The derivative is of one run with one seed. It predicts well what leaving out a few examples
     does where training is smooth (tanh or GELU, large batches), less well with ReLU:
