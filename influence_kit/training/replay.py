@@ -81,10 +81,9 @@ class Replay:
         self.begin(start)
         for number in range(start, stop):
             moment = self.moment()
-            self.take(number, weights)
-            # the next step makes new ones
-            gradients = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
-            yield replace(moment, gradients=gradients)
+            self.differentiate(number, weights)
+            yield replace(moment, gradients=self._gradients())
+            self.move(number)
         yield self.moment()
 
     def begin(self, start: int) -> None:
@@ -100,16 +99,27 @@ class Replay:
 
     def take(self, number: int, weights: Tensor | None = None) -> None:
         """Take a step from the state that is in the model."""
-        recipe = self.recipes[number]
+        self.differentiate(number, weights)
+        self.move(number)
+
+    def differentiate(self, number: int, weights: Tensor | None = None) -> None:
+        """The first half of a step: its gradients, clipped, in the model."""
         for parameter in self.parameters.values():
             parameter.grad = None
         for part, indices in enumerate(self.ready(number)):
             own = None if weights is None else weights[torch.tensor(indices)]
-            loss = self.part_loss(number, part, indices, own)
-            loss.backward()
-        if recipe.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters.values(), recipe.clip_norm)
-        self._optimizer.step(recipe)
+            self.part_loss(number, part, indices, own).backward()
+        clip_norm = self.recipes[number].clip_norm
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters.values(), clip_norm)
+
+    def move(self, number: int) -> None:
+        """The second half: the optimizer's."""
+        self._optimizer.step(self.recipes[number])
+
+    def _gradients(self) -> State:
+        """Copies of the gradients in the model, in which an optimizer may write."""
+        return {n: p.grad.clone() for n, p in self.parameters.items() if p.grad is not None}
 
     def ready(self, number: int) -> list[Sequence[int]]:
         """Set the modes of modules as they were in a step; returns its micro-batches."""

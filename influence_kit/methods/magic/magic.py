@@ -60,9 +60,9 @@ class MAGIC(ExampleInfluence):
     through the backward pass. Schedules, parameter groups, accumulation, dropout and tied weights
     (one weight, one state) are followed. Memory: m times P times 1 + the number of the optimizer's
     tensors per parameter; more test examples than fit are carried back in turn. Buffers that
-    training changes (BatchNorm) have no derivative here, and are refused. A run is not repeated, and
-    refused, with mixed precision, numbers that a forward draws from numpy or Python, or gradients
-    that ``zero_grad(set_to_none=False)`` leaves for parameters without one.
+    training changes (BatchNorm) have no derivative here, and are refused. Also refused, as
+    they are not repeated: mixed precision, numbers that a forward draws from numpy or Python, and
+    gradients that ``zero_grad(set_to_none=False)`` leaves for parameters without one.
 
     The derivative is of one run with one seed. It predicts well what leaving out a few examples
     does where training is smooth (tanh or GELU, large batches), less well with ReLU:
