@@ -81,8 +81,10 @@ class DVEmb(InnerProductInfluence):
             ``trace``.
         trace: the steps, oldest first: a ``TrainingTrace``, or dicts of "state_dict" (before the
             step), "indices" (in ``train_dataset``) and "lr", and "epoch", "weight_decay" and
-            "reduction" if they have them. Steps are plain SGD steps down the mean of the examples'
-            losses (their sum if reduction is "sum"), with weight decay.
+            "reduction" if they have them. Steps are taken for plain SGD steps down the mean of the
+            examples' losses (their sum if reduction is "sum"), with weight decay; a recorded
+            momentum, clipping or other optimizer is a warning (``MAGIC`` follows it). A
+            ``TrainingTrace`` must have kept all states.
         epochs: the epochs whose visits count; None for all. Scores are additive over epochs.
         projection_dim: entries of each layer's gradient, or a pair, as in ``LoGra``: Gaussian, the
             same at every step; None projects nothing.
@@ -93,9 +95,9 @@ class DVEmb(InnerProductInfluence):
     The other arguments are those of ``InnerProductInfluence``.
 
     Raises:
-        InvalidArgumentError: for a trace that does not fit the data or is not finished, and for
-            more than one checkpoint; from ``influence`` if the matrix and the embeddings exceed
-            memory.
+        InvalidArgumentError: for a trace that does not fit the data, is not finished or lacks
+            states, and for more than one checkpoint; from ``influence`` if the matrix and the
+            embeddings exceed memory.
 
     Example:
         >>> import torch
