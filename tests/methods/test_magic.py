@@ -308,6 +308,18 @@ def test_frozen_and_trained_again():
     assert trainable(model) == []
 
 
+def test_the_users_optimizer_stays_as_it_is():
+    model, trace = record(LOOPS["adamw"])
+    before = copy.deepcopy(trace._optimizer.state_dict())
+    magic = make(model, trace)
+    magic.influence(TEST)
+    magic.replay(torch.zeros(N))
+    after = trace._optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for held, known in zip(after["state"].values(), before["state"].values(), strict=True):
+        assert all(torch.equal(held[slot], known[slot]) for slot in known)
+
+
 def test_how_smooth_a_run_is(unchanged):
     model, trace = record(MOMENTUM)
     magic = make(model, trace, last=2)

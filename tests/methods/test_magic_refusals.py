@@ -227,6 +227,26 @@ def test_optimizers_whose_steps_are_not_known():
             make(model, trace)
 
 
+class Turning(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.turn = nn.Parameter(torch.ones(3, dtype=torch.complex128))
+
+    def forward(self, x):
+        return torch.view_as_real(x * self.turn).sum(1)
+
+
+def test_complex_parameters():
+    model = Turning()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with TrainingTrace(model, optimizer) as trace:
+        LOSS(model(X), Y).backward()
+        trace.record(range(N))
+        optimizer.step()
+    with pytest.raises(InvalidArgumentError, match=r"parameters \['turn'\] are complex, and MAGIC"):
+        make(model, trace)
+
+
 def test_derivatives_that_overflow():
     """Each step multiplies differences by -1e30."""
     loop = Loop(options={"lr": 1.0, "weight_decay": 1e30}, build=lambda: nn.Linear(3, 2))

@@ -100,6 +100,12 @@ def trained_by(runs: Sequence[Run]) -> Callable[..., Mapping[str, nn.Parameter]]
                 f"the run of the trace trained {missing[:3] or 'no parameters'}, and the model has "
                 f"the parameters {list(own)[:3]}: pass the model that was trained"
             )
+        pairs = sorted(name for name in trained if own[name].is_complex())
+        if pairs:
+            raise InvalidArgumentError(
+                f"the parameters {pairs[:3]} are complex, and MAGIC carries derivatives through "
+                "real ones only: train their real and imaginary parts as two parameters"
+            )
         _refuse_changed_buffers(model, runs)
         return {name: p for name, p in own.items() if name in trained}
 
