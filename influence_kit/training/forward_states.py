@@ -41,9 +41,11 @@ class ForwardStates:
         return self
 
     def attach(self, model: nn.Module) -> None:
-        """Put the hooks on the model."""
+        """Put the hooks on the model, unless it takes none."""
         self.remove()
         self._model, self._found = id(model), []
+        if isinstance(model, torch.jit.ScriptModule):
+            return
         self._handles = [
             model.register_forward_pre_hook(self._begin, prepend=True),
             model.register_forward_hook(self._end),

@@ -177,5 +177,6 @@ def _not_the_same(name: str, value: Tensor, found: Tensor, stop: int) -> Invalid
         "run (another order, changed or augmented data), another loss or reduction than the "
         "training loss, clipping or micro-batches that `record` was not told, a `record` that was "
         "not called right before the optimizer's step, dropout outside of the trace's `with` "
-        "block, mixed precision, or operations that are not deterministic"
+        "block, mixed precision, another device, number of threads or version of torch, or "
+        "operations that are not deterministic"
     )

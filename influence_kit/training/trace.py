@@ -125,6 +125,9 @@ class TrainingTrace(Sequence[Mapping[str, Any]]):
     ) -> None:
         """Record a step; call it right before ``optimizer.step()``.
 
+        The gradients of the step are assumed to be those of its examples' losses alone, from
+        ``zero_grad()`` with its default: a parameter without a gradient is not moved.
+
         Args:
             indices: indices of the step's examples in the training set (all of them, in order, if
                 gradients are accumulated): a tensor, an array or a list of ints.

@@ -89,6 +89,29 @@ def test_hooks_are_there_only_inside_the_block():
     assert hooks(model) == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+def test_a_scripted_model_takes_no_hooks():
+    """Its steps are recorded; only its dropout could not be repeated."""
+    model = torch.jit.script(nn.Linear(3, 2).double())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with TrainingTrace(model, optimizer) as trace:
+        F.cross_entropy(model(X), Y).backward()
+        trace.record(range(9))
+        optimizer.step()
+    plain = nn.Linear(3, 2).double()
+    assert scores(plain, trace).abs().max() > 0
+
+
+def test_a_model_can_be_saved_while_it_is_recorded(tmp_path):
+    model, optimizer = Loop(build=with_dropout).start()
+    with TrainingTrace(model, optimizer) as trace:
+        model(X[:2]).sum().backward()
+        torch.save(model, tmp_path / "model.pt")
+        trace.record([0, 1])
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(loaded.eval()(X), model.eval()(X))
+
+
 @pytest.mark.parametrize(
     ("keep", "kept"),
     [("all", range(12)), ("sqrt", [0, 1, 4, 9]), (5, [0, 5, 10]), (1, range(12))],

@@ -99,6 +99,10 @@ class ReversePass:
             of_gradient[name] = earlier.pop(GRADIENT)
             adjoint.weights[name] = earlier.pop(WEIGHT)
             adjoint.slots[name] = earlier
+        if not updates:  # the loss did not depend on what is trained
+            m = len(next(iter(adjoint.weights.values())))
+            first = next(iter(before.weights.values()))
+            return first.new_zeros(m, len(self.replay.steps[number].indices))
         visits, products = gradient.pull(clipping.pull(of_gradient), self.batched)
         adjoint.add({n: product for n, product in products.items() if n in adjoint.weights})
         return visits

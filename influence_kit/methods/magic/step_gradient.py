@@ -71,7 +71,7 @@ class StepGradient:
         for part in range(len(self._parts)):
             weights, gradients = self._part(part)
             used = [name for name in gradients if name in vectors]
-            if not used:  # the loss of these examples does not depend on what is trained
+            if not used:  # the loss of this micro-batch does not depend on what is trained
                 m = len(next(iter(vectors.values())))
                 columns.append(weights.new_zeros(m, len(weights)))
                 continue
