@@ -20,6 +20,7 @@ from influence_kit.methods.influence_functions.naive import NaiveInfluenceFuncti
 from influence_kit.methods.influence_functions.nystrom import NystromInfluenceFunction
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.knn_shapley.knn_shapley import KNNShapley
+from influence_kit.methods.magic.magic import MAGIC
 from influence_kit.methods.projected.grass import FactGraSS, GraSS
 from influence_kit.methods.projected.logra import LoGra
 from influence_kit.methods.representer.representer import RepresenterPointSelection
@@ -44,6 +45,7 @@ from influence_kit.training.trace import TrainingTrace
 __version__ = "0.1.0"
 
 __all__ = [
+    "MAGIC",
     "TRAK",
     "ArnoldiInfluenceFunction",
     "CGInfluenceFunction",

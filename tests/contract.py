@@ -3,6 +3,7 @@
 A test builds the method on a case with ``build``, with any argument changed.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -13,8 +14,10 @@ import oracles
 import torch
 from cases import CASES, Case, Examples, TinyGPT
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from influence_kit import (
+    MAGIC,
     TRAK,
     ArnoldiInfluenceFunction,
     CGInfluenceFunction,
@@ -38,6 +41,7 @@ from influence_kit import (
     TracInCPFast,
     TracInCPFastRandProj,
     TracInCPRandProj,
+    TrainingTrace,
 )
 
 CLOSE = 1e-10
@@ -107,21 +111,49 @@ def _with_trace(case: Case, model: Any, data: Any, checkpoints: Any, **arguments
     return DVEmb(model, data, checkpoints[-1:], **arguments)
 
 
+def _recorded(case: Case, model: Any, data: Any, checkpoints: Any, **arguments: Any) -> Any:
+    arguments = {"trace": training_trace(case, model, data)} | arguments
+    return MAGIC(model, data, **arguments)
+
+
+def training_trace(case: Case, model: Any, data: Any) -> TrainingTrace:
+    """Three steps of SGD with momentum, over the halves of a data set as ``training_steps``."""
+    trained = copy.deepcopy(model).train()
+    trained.load_state_dict(case.states[0])
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.1, momentum=0.9)
+    data = getattr(data, "dataset", data)
+    order = order_of_rows([data[i] for i in range(len(data))])
+    with TrainingTrace(trained, optimizer) as trace:
+        for half in (order[::2], order[1::2] or order, order[::2]):
+            batch = default_collate([data[i] for i in half])
+            outputs = trained(batch["x"]) if isinstance(batch, dict) else trained(batch[0])
+            losses = case.loss(outputs, batch if isinstance(batch, dict) else batch[-1])
+            optimizer.zero_grad()
+            (losses.sum() / len(half)).backward()
+            trace.record(half)
+            optimizer.step()
+    return trace
+
+
 def training_steps(case: Case, data: Any) -> list[dict[str, Any]]:
     """Two steps at each checkpoint but the last, over the halves of a data set.
 
     Its contents tell which example is in which half, so that a permutation changes nothing else.
     """
     data = getattr(data, "dataset", data)
-    examples = [data[i] for i in range(len(data))]
-    rows = [list(x.values()) if isinstance(x, dict) else x for x in examples]
-    order = sorted(range(len(rows)), key=lambda i: [t.tolist() for t in rows[i]])
+    order = order_of_rows([data[i] for i in range(len(data))])
     return [
         {**checkpoint, "lr": checkpoint["learning_rate"], "epoch": epoch, "indices": half}
         for epoch, checkpoint in enumerate(case.checkpoints()[:-1])
         for half in (order[::2], order[1::2])
         if half
     ]
+
+
+def order_of_rows(examples: list[Any]) -> list[int]:
+    """The indices of examples, in the order of their contents."""
+    rows = [list(x.values()) if isinstance(x, dict) else x for x in examples]
+    return sorted(range(len(rows)), key=lambda i: [torch.as_tensor(t).tolist() for t in rows[i]])
 
 
 def _hessian_data(case: Case, model: torch.nn.Module) -> dict[str, Any]:
@@ -240,6 +272,16 @@ METHODS = {
         quantities="test side",
         of_whole_set=True,
     ),
+    # its oracle, central differences of training, is in ``test_magic``
+    "MAGIC": Method(
+        _recorded,
+        None,
+        has_self_influence=False,
+        over_checkpoints="one",
+        quantities=None,
+        has_layers=False,
+        of_whole_set=True,
+    ),
     "ExplicitInfluenceFunction": _inverted(_curved(ExplicitInfluenceFunction)),
     "ExplicitInfluenceFunction, relative": _inverted(
         _curved(ExplicitInfluenceFunction, relative="l", blocks="layer")
@@ -303,6 +345,7 @@ QUICK = {
     "TracInCP",
     "GradCos",
     "DVEmb",
+    "MAGIC",
     "EKFACInfluenceFunction",
     "LoGra",
     "TRAK",

@@ -35,7 +35,7 @@ def compare_parts(
     parts = order[: n // 2], order[n // 2 :]
     difference = None
     for axis in (0, 1):
-        losses = [_of_part(values, outputs, batch, rows, n, axis) for rows in parts]
+        losses = [loss_of_some(values, outputs, batch, rows, n, axis) for rows in parts]
         found = [loss for loss in losses if loss is not None]
         if len(found) < 2:
             continue
@@ -51,7 +51,7 @@ def _order(n: int, device: torch.device) -> Tensor:
     return torch.randperm(n, generator=generator).to(device)
 
 
-def _of_part(
+def loss_of_some(
     values: Values, outputs: Any, batch: Batch, rows: Tensor, n: int, axis: int
 ) -> Tensor | None:
     """The loss of some examples; None if the outputs cannot be cut along that axis."""
@@ -60,10 +60,10 @@ def _of_part(
     def part(tensor: Tensor) -> Tensor:
         if tensor.dim() > axis and tensor.shape[axis] == n:
             cut.append(True)
-            return tensor.index_select(axis, rows)
+            return tensor.index_select(axis, rows.to(tensor.device))
         if axis == 0 and tensor.dim() > 0 and tensor.shape[0] % n == 0:
             cut.append(True)
-            return tensor.reshape(n, -1, *tensor.shape[1:])[rows].flatten(0, 1)
+            return tensor.reshape(n, -1, *tensor.shape[1:])[rows.to(tensor.device)].flatten(0, 1)
         return tensor
 
     some = map_outputs(outputs, part)

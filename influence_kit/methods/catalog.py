@@ -277,6 +277,16 @@ METHODS = (
         reference="2412.09538",
     ),
     Method(
+        name="MAGIC",
+        family="magic",
+        summary="the exact derivative of one recorded run in the weight of the example",
+        formula=r"$-\partial \ell(z', \theta_T) / \partial w_z$ at $w = 1$, through every step",
+        unit="test loss: the rise when the example is left out of this run, to first order",
+        needs="a `TrainingTrace` of SGD, Adam or AdamW",
+        call_cost="the run again, and about three passes with m vectors per step",
+        reference="2504.16430",
+    ),
+    Method(
         name="RepresenterPointSelection",
         family="features",
         summary="the example's share of an output of the refitted last layer",

@@ -35,8 +35,12 @@ class Step:
     reduction: Reduction = "mean"
 
     @classmethod
-    def of(cls, step: Any, name: str) -> Self:
-        """A step given as a dict, checked; ``name`` identifies it in errors."""
+    def of(cls, step: Any, name: str, of_groups: bool = False) -> Self:
+        """A step given as a dict, checked; ``name`` identifies it in errors.
+
+        With ``of_groups``, its learning rate may be a list, one of each parameter group, of which
+        the first is taken.
+        """
         if not isinstance(step, Mapping) or not {"state_dict", "indices", "lr"} <= set(step):
             there = list(step) if isinstance(step, Mapping) else f"a {type(step).__name__}"
             raise InvalidArgumentError(
@@ -50,19 +54,22 @@ class Step:
             )
         if epoch is not None and (isinstance(epoch, bool) or not isinstance(epoch, int)):
             raise InvalidArgumentError(f"the epoch of {name} must be an int; got {shown(epoch)}")
-        lr = _number(step["lr"], f"lr of {name}")
-        decay = _number(step.get("weight_decay", 0.0), f"weight_decay of {name}")
+        lr, decay = step["lr"], step.get("weight_decay", 0.0)
+        if of_groups:
+            lr, decay = first_of(lr), first_of(decay)
+        lr, decay = _number(lr, f"lr of {name}"), _number(decay, f"weight_decay of {name}")
         return cls(_indices(step["indices"], name), lr, epoch, decay, reduction)
 
 
-def steps_of(trace: Any, count: int) -> list[Step]:
-    """The steps of a trace over a data set of ``count`` examples."""
-    if not isinstance(trace, Sequence) or isinstance(trace, str) or not len(trace):
+def steps_of(trace: Any, count: int, of_groups: bool = False) -> list[Step]:
+    """The steps of a trace over a data set of ``count`` examples; see ``Step.of``."""
+    is_sequence = isinstance(trace, Sequence) and not isinstance(trace, str)
+    if not is_sequence or not len(trace):
         raise InvalidArgumentError(
             "`trace` must be a TrainingTrace or a list of steps, one or more; got a "
-            f"{type(trace).__name__}{' without any' if isinstance(trace, list | tuple) else ''}"
+            f"{type(trace).__name__}{' without any' if is_sequence else ''}"
         )
-    steps = [Step.of(step, f"step {number}") for number, step in enumerate(trace)]
+    steps = [Step.of(step, f"step {number}", of_groups) for number, step in enumerate(trace)]
     for number, step in enumerate(steps):
         if max(step.indices) >= count:
             raise InvalidArgumentError(
@@ -72,8 +79,18 @@ def steps_of(trace: Any, count: int) -> list[Step]:
     return steps
 
 
+def first_of(setting: Any) -> Any:
+    """A setting, or that of the first parameter group."""
+    return setting[0] if isinstance(setting, list) else setting
+
+
 def _number(value: Any, name: str) -> float:
     """A finite number."""
+    if isinstance(value, list):
+        raise InvalidArgumentError(
+            f"the {name} must be one number; the optimizer's parameter groups have {value}: pass "
+            f"`{name.partition(' ')[0]}` to `record`"
+        )
     if not is_one_number(value):
         raise InvalidArgumentError(f"the {name} must be a number; got {shown(value)}")
     if not math.isfinite(float(value)):

@@ -1,58 +1,51 @@
-"""A record of training: the weights before each step, and the examples that the step used."""
+"""A record of training: the state before each step, how the step was taken and its examples."""
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 from typing_extensions import Self
 
 from influence_kit.core.arguments import shown
 from influence_kit.core.objects import check_model, check_path
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.training.step import Reduction, Step
+from influence_kit.training.forward_states import ForwardStates, RandomState
+from influence_kit.training.kept_states import Keep, RecordedStep, check_keep, is_kept
+from influence_kit.training.optimizers import Slots, slots_of
+from influence_kit.training.recipe import Recipe, group_setting
+from influence_kit.training.state_tensors import packed, random_in, slots_in, weights_in
+from influence_kit.training.step import Reduction, Step, first_of
 from influence_kit.training.trace_store import State, TraceInFolder, TraceInMemory
 
 
-class _RecordedStep(Mapping[str, Any]):
-    """A step as a dict, whose ``state_dict`` is read when it is accessed."""
-
-    def __init__(self, trace: "TrainingTrace", number: int) -> None:
-        self._trace, self._number = trace, number
-        self._metadata = trace._store.metadata(number)
-
-    def __getitem__(self, key: str) -> Any:
-        return self._trace._state(self._number) if key == "state_dict" else self._metadata[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(("state_dict", *self._metadata))
-
-    def __len__(self) -> int:
-        return 1 + len(self._metadata)
-
-
 class TrainingTrace(Sequence[Mapping[str, Any]]):
-    """The steps of a training run, recorded from an ordinary loop, for ``DVEmb``.
+    """The steps of a training run, recorded from an ordinary loop, for ``MAGIC`` and ``DVEmb``.
 
     A sequence of steps, each a dict of ``state_dict`` (before the step), ``indices`` (of its
-    examples in the training set), ``lr``, ``epoch``, ``weight_decay`` and ``reduction``. Steps are
-    assumed to be plain SGD steps, with weight decay if there is some: clipping or scaling of
-    gradients is not recorded.
+    examples in the training set), ``lr``, ``epoch``, ``weight_decay`` and ``reduction``. Recorded,
+    too, is what it takes to repeat the run: the optimizer's options and tensors, clipping,
+    micro-batches, which modules were in training mode, and, inside a ``with`` block, the random
+    state before each forward pass that draws numbers (dropout).
 
-    Each step keeps a copy of the tensors that differ from those of the first step: a trace takes
-    steps x (trained parameters and buffers), in memory, or on disk if there is a ``folder``.
+    Each kept state is a copy of the tensors that differ from those of the first step, and of the
+    optimizer's: a trace takes kept states x (trained parameters, buffers, momentum or moments), in
+    memory, or on disk if there is a ``folder``.
 
     Args:
         model: the model that is trained; None to read the trace in ``folder``.
-        optimizer: the optimizer whose learning rate and weight decay ``record`` reads.
+        optimizer: the optimizer that trains it, whose options ``record`` reads.
         folder: where to write steps, one safetensors file each, instead of keeping them in memory.
         reduction: whether steps use the "mean" of their examples' losses, the default of torch's
             losses, or their "sum".
         resume_at: continue the trace in ``folder`` after that many steps; later ones are deleted.
+            The caller brings the model, the optimizer and the random state to that point.
+        keep: the states that are kept: "all"; "sqrt", those before steps 0, 1, 4, 9, ..., between
+            which ``MAGIC`` repeats the run; or an int for every such step. ``DVEmb`` needs all.
 
     Raises:
         InvalidArgumentError: if the folder already holds a trace and ``resume_at`` is not given, or
@@ -89,6 +82,7 @@ class TrainingTrace(Sequence[Mapping[str, Any]]):
         folder: str | Path | None = None,
         reduction: Reduction = "mean",
         resume_at: int | None = None,
+        keep: Keep = "all",
     ) -> None:
         if model is not None:
             check_model(model)
@@ -98,13 +92,12 @@ class TrainingTrace(Sequence[Mapping[str, Any]]):
             )
         path = None if folder is None else check_path(folder, "folder", "None")
         self._model, self._optimizer, self._reduction = model, optimizer, reduction
+        self._keep, self._forwards = check_keep(keep), ForwardStates()
         self._store: TraceInFolder | TraceInMemory
         self._store = TraceInMemory() if path is None else TraceInFolder(path)
         if model is not None and (len(self._store) or resume_at is not None):
             self._resume(resume_at)
-        self._first: State = self._store.state(0) if len(self._store) else {}
-        if optimizer is not None:
-            _warn_unless_plain(optimizer)
+        self._first: State = weights_in(self._store.state(0)) if len(self._store) else {}
 
     def _resume(self, at: int | None) -> None:
         count = len(self._store)
@@ -127,30 +120,50 @@ class TrainingTrace(Sequence[Mapping[str, Any]]):
         lr: float | None = None,
         epoch: int | None = None,
         weight_decay: float | None = None,
+        clip_norm: float | None = None,
+        micro_batches: Sequence[int] | None = None,
     ) -> None:
-        """Record a step; call it before ``optimizer.step()``.
+        """Record a step; call it right before ``optimizer.step()``.
+
+        The gradients of the step are assumed to be those of its examples' losses alone, from
+        ``zero_grad()`` with its default: a parameter without a gradient is not moved.
 
         Args:
-            indices: indices of the step's examples in the training set (all of them, if gradients
-                are accumulated): a tensor, an array or a list of ints.
-            lr: the learning rate; None for the optimizer's.
-            epoch: the number of the epoch, with which ``DVEmb`` can score each epoch apart.
-            weight_decay: the weight decay; None for the optimizer's (0 without an optimizer).
+            indices: indices of the step's examples in the training set (all of them, in order, if
+                gradients are accumulated): a tensor, an array or a list of ints.
+            lr: the learning rate for ``DVEmb``; None for the optimizer's.
+            epoch: the number of the epoch, with which scores can be had of each epoch apart.
+            weight_decay: the weight decay for ``DVEmb``; None for the optimizer's (0 without one).
+            clip_norm: the norm to which the step clips gradients: the ``max_norm`` that is given to
+                ``torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)``.
+            micro_batches: the number of examples of each backward pass, if gradients are
+                accumulated. For "mean" the loss of each of the K passes is assumed to be the mean
+                over its examples divided by K; for "sum", the sum over its examples.
 
         Raises:
-            InvalidArgumentError: if the optimizer has several learning rates, or there is none.
+            InvalidArgumentError: for indices that are not ints of at least 0, numbers that are not
+                finite, micro-batches that are not all of the examples; without a learning rate.
         """
-        state = self._changed()
-        step = {
-            "state_dict": state,
-            "indices": indices,
-            "lr": self._setting("lr", lr),
-            "epoch": epoch,
-            "weight_decay": self._setting("weight_decay", weight_decay),
-            "reduction": self._reduction,
-        }
-        self._store.append(asdict(Step.of(step, f"step {len(self)}")), state)
-        self._first = self._first or state
+        number = len(self)
+        lrs, decays = (
+            group_setting(self._optimizer, name, value)
+            for name, value in (("lr", lr), ("weight_decay", weight_decay))
+        )
+        facts = {"state_dict": None, "indices": indices, "epoch": epoch}
+        facts |= {"lr": lrs if lr is not None else first_of(lrs), "reduction": self._reduction}
+        facts["weight_decay"] = decays if weight_decay is not None else first_of(decays)
+        step = asdict(Step.of(facts, f"step {number}"))
+        if isinstance(lrs, list) or isinstance(decays, list):
+            step |= {"lr": lrs, "weight_decay": decays}
+        model = self._recorded_model()
+        recipe = Recipe.of(model, self._optimizer, clip_norm, micro_batches, len(step["indices"]))
+        kept = is_kept(self._keep, number)
+        weights = self._changed() if kept else {}
+        slots = slots_of(model, self._optimizer) if kept else {}
+        random = self._forwards.take(len(recipe.micro_batches or [0]))
+        metadata = {**step, "recipe": asdict(recipe), "kept": kept}
+        self._store.append(metadata, {**weights, **packed(slots, random)})
+        self._first = self._first or weights
 
     def finish(self) -> None:
         """Record the weights after the last step; leaving the ``with`` block does this."""
@@ -168,9 +181,12 @@ class TrainingTrace(Sequence[Mapping[str, Any]]):
         return {**self._first, **state}
 
     def __enter__(self) -> Self:
+        if self._model is not None:
+            self._forwards.attach(self._model)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._forwards.remove()
         # after an error it is not known whether the last step was taken
         if kind is None:
             self.finish()
@@ -187,19 +203,46 @@ class TrainingTrace(Sequence[Mapping[str, Any]]):
     def __getitem__(self, number: int | slice) -> Mapping[str, Any] | list[Mapping[str, Any]]:
         if isinstance(number, slice):
             return [self[index] for index in range(len(self))[number]]
-        return _RecordedStep(self, range(len(self))[number])
+        place = range(len(self))[number]
+        return RecordedStep(self._store.metadata(place), partial(self._state, place))
+
+    # What it takes to repeat the run.
+
+    def recipe(self, number: int) -> Recipe:
+        """How a step was taken."""
+        return Recipe(**self._store.metadata(number)["recipe"])
+
+    def is_kept(self, number: int) -> bool:
+        """Whether the state before a step was kept."""
+        return bool(self._store.metadata(number)["kept"])
+
+    def optimizer_state(self, number: int) -> Slots:
+        """The optimizer's tensors before a step, by parameter."""
+        return slots_in(self._store.state(number))
+
+    def random_states(self, number: int) -> dict[int, RandomState]:
+        """The random state before each forward pass of a step that drew numbers, by micro-batch."""
+        return random_in(self._store.state(number))
 
     def _state(self, number: int) -> State:
-        return {**self._first, **self._store.state(number)}
+        if not self.is_kept(number):
+            raise InvalidArgumentError(
+                f"the trace has not kept the weights before step {number}: record the run with "
+                'keep="all"'
+            )
+        return {**self._first, **weights_in(self._store.state(number))}
 
-    def _changed(self) -> State:
-        """Copies of the model's tensors that differ from those of the first step."""
+    def _recorded_model(self) -> nn.Module:
         if self._model is None:
             raise InvalidArgumentError(
                 "the trace was opened for reading; pass the model to TrainingTrace to record steps"
             )
+        return self._model
+
+    def _changed(self) -> State:
+        """Copies of the model's tensors that differ from those of the first step."""
         state = {}
-        for name, value in self._model.state_dict().items():
+        for name, value in self._recorded_model().state_dict().items():
             if not isinstance(value, Tensor):
                 raise InvalidArgumentError(
                     f"the model's state dict holds a {type(value).__name__} under '{name}'; a "
@@ -209,36 +252,3 @@ class TrainingTrace(Sequence[Mapping[str, Any]]):
             if name not in self._first or not torch.equal(copy, self._first[name]):
                 state[name] = copy.clone() if copy.data_ptr() == value.data_ptr() else copy
         return state
-
-    def _setting(self, name: str, given: float | None) -> float:
-        """A setting of the step: the given value, or the optimizer's."""
-        if given is not None:
-            return given
-        if self._optimizer is None:
-            if name == "lr":
-                raise InvalidArgumentError(
-                    "no learning rate: pass `lr`, or the optimizer to TrainingTrace"
-                )
-            return 0.0
-        found = sorted({float(group.get(name, 0.0)) for group in self._optimizer.param_groups})
-        if len(found) > 1:
-            raise InvalidArgumentError(
-                f"the optimizer's parameter groups have {name} {found}, but a trace has one per "
-                f"step: pass `{name}`"
-            )
-        return found[0]
-
-
-def _warn_unless_plain(optimizer: Optimizer) -> None:
-    """Warn if the steps of an optimizer are not those of plain SGD."""
-    other = None if isinstance(optimizer, SGD) else f"is {type(optimizer).__name__}"
-    for group in optimizer.param_groups if other is None else ():
-        for option in ("momentum", "maximize"):
-            if group.get(option):
-                other = f"has {option}={group[option]}"
-    if other is not None:
-        warnings.warn(
-            f"the optimizer {other}: the trace treats its steps as plain SGD steps with its "
-            "learning rate, and scores will be those of a training run with such steps",
-            stacklevel=3,
-        )

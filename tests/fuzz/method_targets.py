@@ -63,6 +63,19 @@ def steps() -> list[dict[str, Any]]:
     return [{"state_dict": state, "indices": [i, i + 1], "lr": 0.1, "epoch": i} for i in range(3)]
 
 
+def recorded() -> ik.TrainingTrace:
+    model, data = network(), train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with ik.TrainingTrace(model, optimizer) as trace:
+        for epoch, indices in enumerate(([0, 1], [2, 1])):
+            optimizer.zero_grad()
+            inputs, targets = data[indices]
+            nn.functional.cross_entropy(model(inputs), targets).backward()
+            trace.record(indices, epoch=epoch)
+            optimizer.step()
+    return trace
+
+
 # good values of arguments, by name; those of constructors that are not here keep their defaults
 GOOD: dict[str, Callable[[], Any]] = {
     "model": network,
@@ -191,6 +204,7 @@ CLASSES: list[Any] = [
     ik.TracInCPFastRandProj,
     ik.TracInCPRandProj,
     ik.DVEmb,
+    ik.MAGIC,
     ik.InfluenceFunction,
     ik.ExplicitInfluenceFunction,
     ik.CGInfluenceFunction,
@@ -212,6 +226,8 @@ CLASSES: list[Any] = [
 # other good values than those of ``GOOD``
 GOOD_OF: dict[str, dict[str, Callable[[], Any]]] = {
     "DVEmb": {"checkpoints": lambda: checkpoints()[-1:]},
+    "MAGIC": {"trace": recorded},
+    "MAGIC.replay": {"weights": lambda: torch.full((len(train()),), 0.5)},
     "KNNShapley": {"layers": is_(None)},
     "DVEmb.self_influence": {"inputs": is_(None)},
     "SimilarityInfluence.influence": {"inputs": lambda: drawn(3, 4)},
@@ -219,6 +235,7 @@ GOOD_OF: dict[str, dict[str, Callable[[], Any]]] = {
 # methods that a class refuses, whatever the arguments
 REFUSED = {
     "TracInCPFastRandProj.self_influence",
+    "MAGIC.self_influence",
     "TRAK.perturbation_influence",
     "RepresenterPointSelection.compute_intermediate_quantities",
     "DataOOB.influence",
@@ -236,6 +253,7 @@ OF_CLASSES: dict[str, dict[str, set[str]]] = {
     "ArnoldiInfluenceFunction": {"projection_dim": NONE | TWO | LARGE},
     "NaiveInfluenceFunction": {"projection_dim": NONE | TWO | LARGE},
     "DVEmb": {"projection_dim": NONE | TWO | LARGE, "checkpoints": NONE},
+    "MAGIC": {"last": TWO},
     "TracInCPFastRandProj": {"projection_dim": NONE | TWO | LARGE},
 }
 ASKED = (
@@ -247,6 +265,8 @@ ASKED = (
     "fit",
     "save",
     "load",
+    "replay",
+    "smoothness",
 )
 OF_METHODS = {"inputs": batch, "inputs_dataset": batch, "k": is_(2), "folder": is_("saved")}
 
@@ -282,11 +302,16 @@ def _methods() -> list[Target]:
                 if "inputs_dataset" in good:
                     del good["inputs"]
                 fine = {} if method in NEED_INPUTS else {"inputs": NONE, "inputs_dataset": NONE}
+                fine |= FINE_OF_CALLS.get(method, {})
                 name = f"{cls.__name__}.{method}"
                 targets.append(target(name, _asked(cls, method), good, fine))
     return targets
 
 
+FINE_OF_CALLS: dict[str, dict[str, set[str]]] = {
+    "replay": {"run": ZERO, "weights": {"tensor of 2**62"}},
+    "smoothness": {"run": ZERO, "seed": ZERO | TWO | LARGE | NEGATIVE},
+}
 NEED_INPUTS = ("influence_by_layer", "perturbation_influence")
 
 
@@ -391,12 +416,21 @@ def _traces() -> list[Target]:
         target(
             "TrainingTrace.record",
             recorded,
-            {"indices": is_([0, 1]), "lr": is_(0.1), "epoch": is_(1), "weight_decay": is_(0.0)},
+            {
+                "indices": is_([0, 1]),
+                "lr": is_(0.1),
+                "epoch": is_(1),
+                "weight_decay": is_(0.0),
+                "clip_norm": is_(1.0),
+                "micro_batches": is_([1, 1]),
+            },
             {
                 "indices": {"tensor of 2**62"},
                 "epoch": NONE | ZERO | TWO | NEGATIVE | LARGE,
                 "lr": {"0", "-1", "2", "1.5", "-0.5", "10**30", "0-d tensor", "0-d array"},
                 "weight_decay": {"0", "-1", "2", "1.5", "-0.5", "10**30", "0-d tensor", "None"},
+                "clip_norm": NONE | TWO | LARGE | {"1.5"},
+                "micro_batches": NONE,
             },
         ),
         target(
@@ -408,8 +442,14 @@ def _traces() -> list[Target]:
                 "folder": is_("trace"),
                 "reduction": is_("mean"),
                 "resume_at": is_(None),
+                "keep": is_("all"),
             },
-            {"folder": NONE | TEXT, "resume_at": NONE | ZERO, "model": {"nn.Module"}},
+            {
+                "folder": NONE | TEXT,
+                "resume_at": NONE | ZERO,
+                "model": {"nn.Module"},
+                "keep": TWO | LARGE,
+            },
         ),
     ]
 

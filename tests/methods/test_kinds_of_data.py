@@ -34,6 +34,7 @@ TABLE = {
     "TRAK": "TRAK",
     "KNN-Shapley": "KNNShapley",
     "DVEmb": "DVEmb",
+    "MAGIC": "MAGIC",
 }
 MLP = SHORT["mlp"]
 KINDS: dict[str, Callable[[tuple[Tensor, Tensor]], Any]] = {

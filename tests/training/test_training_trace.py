@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from influence_kit import TracInCP, TrainingTrace
+from influence_kit import DVEmb, TracInCP, TrainingTrace
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.training.step import Step, steps_of
 
@@ -202,11 +202,24 @@ def test_the_given_numbers_come_first(model):
     trace = TrainingTrace(model, torch.optim.SGD(groups, lr=0.1, weight_decay=0.2))
     trace.record([0], lr=0.3, weight_decay=0)
     assert (trace[0]["lr"], trace[0]["weight_decay"]) == (0.3, 0)
-    with pytest.raises(InvalidArgumentError, match=r"have lr \[0.1, 0.5\], .* pass `lr`"):
+
+
+def test_parameter_groups_that_differ(model):
+    """A list has the setting of each; DVEmb takes one number."""
+    groups = [{"params": model[2].parameters()}, {"params": model[5].parameters(), "lr": 0.5}]
+    optimizer = torch.optim.SGD(groups, lr=0.1, weight_decay=0.2)
+    with TrainingTrace(model, optimizer) as trace:
         trace.record([0])
-    trace._optimizer.param_groups[0]["weight_decay"] = 0.0
-    with pytest.raises(InvalidArgumentError, match=r"have weight_decay \[0.0, 0.2\]"):
+        optimizer.param_groups[0]["weight_decay"] = 0.0
         trace.record([0], lr=0.3)
+    assert trace[0]["lr"] == [0.1, 0.5]
+    assert trace[1]["weight_decay"] == [0.0, 0.2]
+    assert steps_of(trace, N, of_groups=True)[0] == Step([0], 0.1, None, 0.2)
+    data, loss = TensorDataset(X, Y), nn.CrossEntropyLoss()
+    with pytest.raises(InvalidArgumentError, match=r"have \[0.1, 0.5\]: pass `lr` to `record`"):
+        DVEmb(model, data, trace=trace, loss_fn=loss)
+    with pytest.raises(InvalidArgumentError, match=r"\[0.0, 0.2\]: pass `weight_decay` to `record"):
+        steps_of(trace[1:], N)
 
 
 @pytest.mark.parametrize(
@@ -215,13 +228,17 @@ def test_the_given_numbers_come_first(model):
         (lambda p: torch.optim.AdamW(p, lr=0.1), "the optimizer is AdamW"),
         (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), "has momentum=0.9"),
         (lambda p: torch.optim.SGD(p, lr=0.1, maximize=True), "has maximize=True"),
+        (None, "gradients were clipped to 0.5"),
     ],
 )
-def test_optimizers_whose_steps_are_others(model, make, words):
-    with pytest.warns(UserWarning, match=f"{words}: the trace treats its steps as plain SGD"):
-        trace = TrainingTrace(model, make(list(model.parameters())))
-    trace.record([0])
+def test_steps_that_dvemb_takes_for_others(model, make, words):
+    """What was recorded is exact; only DVEmb has a recursion of plain SGD."""
+    make, clip = (make, None) if make else (lambda p: torch.optim.SGD(p, lr=0.1), 0.5)
+    with TrainingTrace(model, make(list(model.parameters()))) as trace:
+        trace.record([0], clip_norm=clip)
     assert trace[0]["lr"] == 0.1
+    with pytest.warns(UserWarning, match=f"{words}: DVEmb treats the steps as plain SGD"):
+        DVEmb(model, TensorDataset(X, Y), trace=trace, loss_fn=nn.CrossEntropyLoss())
 
 
 def test_what_cannot_be_recorded(model, tmp_path):

@@ -24,6 +24,7 @@ from influence_kit.methods.data_fingerprint import data_fingerprint
 from influence_kit.methods.dvemb.backward_pass import backward_pass, check_epochs, check_memory
 from influence_kit.methods.dvemb.embedding_term import EmbeddingTerm, index_batches
 from influence_kit.methods.dvemb.examples_by_index import ExamplesByIndex, count_by_index
+from influence_kit.methods.dvemb.plain_steps import check_plain
 from influence_kit.methods.dvemb.step_gradients import StepGradients
 from influence_kit.methods.example_batches import BatchSize
 from influence_kit.methods.inner_product import InnerProductInfluence
@@ -80,8 +81,10 @@ class DVEmb(InnerProductInfluence):
             ``trace``.
         trace: the steps, oldest first: a ``TrainingTrace``, or dicts of "state_dict" (before the
             step), "indices" (in ``train_dataset``) and "lr", and "epoch", "weight_decay" and
-            "reduction" if they have them. Steps are plain SGD steps down the mean of the examples'
-            losses (their sum if reduction is "sum"), with weight decay.
+            "reduction" if they have them. Steps are taken for plain SGD steps down the mean of the
+            examples' losses (their sum if reduction is "sum"), with weight decay; a recorded
+            momentum, clipping or other optimizer is a warning (``MAGIC`` follows it). A
+            ``TrainingTrace`` must have kept all states.
         epochs: the epochs whose visits count; None for all. Scores are additive over epochs.
         projection_dim: entries of each layer's gradient, or a pair, as in ``LoGra``: Gaussian, the
             same at every step; None projects nothing.
@@ -92,9 +95,9 @@ class DVEmb(InnerProductInfluence):
     The other arguments are those of ``InnerProductInfluence``.
 
     Raises:
-        InvalidArgumentError: for a trace that does not fit the data or is not finished, and for
-            more than one checkpoint; from ``influence`` if the matrix and the embeddings exceed
-            memory.
+        InvalidArgumentError: for a trace that does not fit the data, is not finished or lacks
+            states, and for more than one checkpoint; from ``influence`` if the matrix and the
+            embeddings exceed memory.
 
     Example:
         >>> import torch
@@ -141,6 +144,8 @@ class DVEmb(InnerProductInfluence):
         self.seed = check_seed(seed)
         self._steps = steps_of(trace, count_by_index(train_dataset))
         check_epochs(epochs, self._steps)
+        if isinstance(trace, TrainingTrace):
+            check_plain(trace)
         self.trace = trace
         self.epochs = epochs
         super().__init__(
