@@ -42,7 +42,9 @@ class Factored(Form):
         require_tensors(self, deltas=3, inputs=3)
         sizes = self.deltas.shape[2], self.inputs.shape[2]
         size = sizes[::-1] if self.transposed else sizes
-        if self.deltas.shape[:2] != self.inputs.shape[:2] or tuple(self.shape) != size:
+        # the kernel of a convolution (o, c, k, k) is a matrix (o, c k k)
+        matrix = self.shape[:1].numel(), self.shape[1:].numel()
+        if self.deltas.shape[:2] != self.inputs.shape[:2] or matrix != size:
             raise InvalidArgumentError(
                 f"a Factored of shape {list(self.shape)} needs deltas [n, t, o] and inputs "
                 f"[n, t, i]; got {list(self.deltas.shape)} and {list(self.inputs.shape)}"

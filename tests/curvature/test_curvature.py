@@ -114,6 +114,7 @@ def test_an_iteration_reads_the_data_once_whatever_the_queries(
             batch_size=N,
             max_iter=iterations,
             tol=0.0,
+            preconditioner=None,
         )
         for _ in range(2):
             cg.influence(inputs)
