@@ -176,7 +176,7 @@ class Masked(FactMasked):
             return self.settings
         # learnt elsewhere it may differ, and so would the meaning of the columns
         chosen = {name: mask.chosen.tolist() for name, (_, mask) in self._masked().items()}
-        return {**self.settings, "learnt mask": key_of(chosen)}
+        return {**self.settings, "learnt mask": f"{key_of(chosen):032x}"}
 
     def map_of(self, unit: Unit) -> UnitMap:
         shapes = {name: self._shape(name) for name in unit.names}

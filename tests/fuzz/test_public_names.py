@@ -37,6 +37,7 @@ CALLED_BY_THE_LIBRARY = {
     *("auto_damping", "blocks_of", "check_features", "inverse", "operator", "sample_size", "share"),
     *("traces", "bind", "bound_to", "by_parameter", "cached", "features", "identifying_losses"),
     *("learn", "map_of", "of_cached", "repeated", "sparse", "take_state", "transpose", "describe"),
+    *("is_kept", "recipe", "optimizer_state", "random_states"),
     *("self_products", "solved", "transformed", "weight_at", "setup", "get_nearest_neighbors"),
 }
 WHOLLY_EXTENSION = ("curvature", "gradients", "projections")

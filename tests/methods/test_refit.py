@@ -298,7 +298,8 @@ def test_labels_must_name_an_output() -> None:
 
 def test_checkpoints_have_numbers() -> None:
     for number in (1, -1, "0"):
-        with pytest.raises(InvalidArgumentError, match=f"from 0 to 0; got {number!r}"):
+        match = f"`checkpoint` must be an int of at least 0.*; got {number!r}"
+        with pytest.raises(InvalidArgumentError, match=match):
             made(MLP.model(), MLP.train).representer_values(number)  # type: ignore[arg-type]
 
 

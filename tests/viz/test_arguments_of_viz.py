@@ -64,8 +64,8 @@ CASES = [
         r"`proponents` has shape \[1, 2\]; it must be \[m, k\], with one row for each of the 2",
     ),
     (lambda: report().figure("a", "b"), "`figure` must be a matplotlib.figure.Figure; got 'b'"),
-    (lambda: report().write(3), "`path` must be the path of a file; got 3"),
-    (lambda: report().write(""), "`path` must be the path of a file; got ''"),
+    (lambda: report().write(3), "`path` must be a path, a str or pathlib.Path; got 3"),
+    (lambda: report().write(""), "is a folder; pass the path of a file"),
 ]
 
 

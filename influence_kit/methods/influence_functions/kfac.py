@@ -236,7 +236,7 @@ class EKFACInfluenceFunction(KroneckerInfluence):
         >>> ekfac.influence((x[:4], y[:4]), k=3).indices.shape
         torch.Size([4, 3])
         >>> {layer: round(value, 3) for layer, value in ekfac.damping_used[0].items()}
-        {'0': 0.166, '2': 0.166}
+        {'0': 0.17, '2': 0.17}
         >>> ekfac.block_forms
         {'0': 'Kronecker', '2': 'Kronecker'}
     """

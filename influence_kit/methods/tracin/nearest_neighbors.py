@@ -46,7 +46,7 @@ class ExactNearestNeighbors(NearestNeighbors):
         """Indices and dot products of the k largest."""
         if self._data is None:
             raise InvalidArgumentError("there is nothing to search: call setup(data) first")
-        reducer = TopK(check_count(k, "k"), proponents=True)
+        reducer = TopK(check_count(k, "k", least=0), proponents=True)
         width = self._data.shape[1]
         data = self._data.to(check_matrix(query, "query", f"[m, {width}]", width))
         step = rows_within(workspace_bytes(query.device), len(query) * query.element_size())
@@ -89,7 +89,7 @@ class FaissNearestNeighbors(NearestNeighbors):
         """Indices and dot products of the k largest, as the index finds them."""
         if self._index is None:
             raise InvalidArgumentError("there is nothing to search: call setup(data) first")
-        k = min(check_count(k, "k"), self._index.ntotal)
+        k = min(check_count(k, "k", least=0), self._index.ntotal)
         check_matrix(query, "query", f"[m, {self._index.d}]", self._index.d)
         scores, indices = self._index.search(query.detach().float().cpu().numpy(), k)
         if (indices < 0).any():
