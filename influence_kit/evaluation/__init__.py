@@ -35,6 +35,16 @@ from influence_kit.evaluation.removal import (
 )
 from influence_kit.evaluation.retraining import Retraining
 from influence_kit.evaluation.ridge import RidgeLeaveOneOut, ridge_leave_one_out
+from influence_kit.evaluation.row_mean import RowMean
+from influence_kit.evaluation.sanity import (
+    Detection,
+    class_detection,
+    mixed_datasets,
+    model_randomization,
+    shortcut_detection,
+    subclass_detection,
+)
+from influence_kit.evaluation.top_examples import Outliers, outlier_share, top_k_cardinality
 from influence_kit.evaluation.tuning import Tuned, tune_damping
 
 __all__ = [
@@ -42,18 +52,22 @@ __all__ = [
     "Brittleness",
     "Comparison",
     "Cost",
+    "Detection",
     "LeaveOneOutCorrelation",
     "MislabelReport",
     "MislabelRow",
+    "Outliers",
     "RemovalCurve",
     "Retraining",
     "RidgeLeaveOneOut",
     "RowCorrelation",
+    "RowMean",
     "SubsetTruth",
     "Tuned",
     "brittleness",
     "checkpoint_logits",
     "checkpoint_losses",
+    "class_detection",
     "compare",
     "detection_curve",
     "half_subsets",
@@ -67,11 +81,17 @@ __all__ = [
     "mean_loss",
     "mislabel_auc",
     "mislabel_report",
+    "mixed_datasets",
+    "model_randomization",
     "neighbor_disagreement",
+    "outlier_share",
     "precision_at",
     "recall_at",
     "removal_curve",
     "ridge_leave_one_out",
     "same_label_cosine",
+    "shortcut_detection",
+    "subclass_detection",
+    "top_k_cardinality",
     "tune_damping",
 ]

@@ -767,4 +767,53 @@ def _reports() -> list[Target]:
     ]
 
 
-TARGETS = [*_metrics(), *_retraining(), *_valuations(), *_figures(), *_reports()]
+def _sanity() -> list[Target]:
+    marked = {"scores": drawn(M, N)}
+    some = is_([True, False, True])
+    same = {"k": is_(2), **marked}
+    few = {"k": {"2"}}
+    classes = {"list of bools"}
+    of_train = {"labels": classes | {"tensor of 2**62"}, "subclasses": classes | LARGE}
+    of_tests = {"test_labels": {"negative list"}, "test_subclasses": {"negative list"}}
+    return [
+        Target(
+            "class_detection",
+            ev.class_detection,
+            {"test_labels": is_([0, 1, 1]), "labels": labels, **same},
+            {**few, **of_train, **of_tests},
+        ),
+        Target(
+            "subclass_detection",
+            ev.subclass_detection,
+            {"test_subclasses": is_([0, 1, 1]), "subclasses": labels, **same},
+            {**few, **of_train, **of_tests},
+        ),
+        Target("top_k_cardinality", ev.top_k_cardinality, same, few),
+        Target("outlier_share", ev.outlier_share, same, few),
+        Target(
+            "outlier_share, of indices",
+            lambda indices: ev.outlier_share(KMostInfluentialResults(indices, drawn(M, K)()), 1),
+            {"indices": lambda: results().indices},
+        ),
+        Target(
+            "shortcut_detection",
+            ev.shortcut_detection,
+            {**marked, "has_shortcut": wrong, "test_has_shortcut": some},
+            {"has_shortcut": {"list of bools"}},
+        ),
+        Target(
+            "mixed_datasets",
+            ev.mixed_datasets,
+            {**marked, "is_adversarial": wrong, "test_is_adversarial": some},
+            {"is_adversarial": {"list of bools"}},
+        ),
+        Target(
+            "model_randomization",
+            ev.model_randomization,
+            {**marked, "random_scores": drawn(M, N), **FLAG},
+            FINE_FLAG,
+        ),
+    ]
+
+
+TARGETS = [*_metrics(), *_sanity(), *_retraining(), *_valuations(), *_figures(), *_reports()]
