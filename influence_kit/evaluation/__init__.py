@@ -33,6 +33,7 @@ from influence_kit.evaluation.removal import (
     brittleness,
     removal_curve,
 )
+from influence_kit.evaluation.removal_quality import RemovalQuality, removal_quality
 from influence_kit.evaluation.retraining import Retraining
 from influence_kit.evaluation.ridge import RidgeLeaveOneOut, ridge_leave_one_out
 from influence_kit.evaluation.row_mean import RowMean
@@ -44,6 +45,7 @@ from influence_kit.evaluation.sanity import (
     shortcut_detection,
     subclass_detection,
 )
+from influence_kit.evaluation.tail_patch import tail_patch
 from influence_kit.evaluation.top_examples import Outliers, outlier_share, top_k_cardinality
 from influence_kit.evaluation.tuning import Tuned, tune_damping
 
@@ -58,6 +60,7 @@ __all__ = [
     "MislabelRow",
     "Outliers",
     "RemovalCurve",
+    "RemovalQuality",
     "Retraining",
     "RidgeLeaveOneOut",
     "RowCorrelation",
@@ -88,10 +91,12 @@ __all__ = [
     "precision_at",
     "recall_at",
     "removal_curve",
+    "removal_quality",
     "ridge_leave_one_out",
     "same_label_cosine",
     "shortcut_detection",
     "subclass_detection",
+    "tail_patch",
     "top_k_cardinality",
     "tune_damping",
 ]

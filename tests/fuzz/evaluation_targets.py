@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -432,6 +433,34 @@ def _retraining() -> list[Target]:
             ev.brittleness,
             {**ask, "predict": is_(predict), "counts": is_([1, 2]), **SEEDS},
             {"seeds": {"negative list"}},
+        ),
+        Target(
+            "removal_quality",
+            ev.removal_quality,
+            {
+                **ask,
+                "measure": is_(measure),
+                "outputs_are": is_("loss"),
+                "fractions": is_([0.2, 0.5]),
+                **SEEDS,
+                "draws": is_(1),
+            },
+            {"seeds": {"negative list"}, "draws": {"0", "2"}},
+        ),
+        Target(
+            "tail_patch",
+            ev.tail_patch,
+            {
+                "model": network,
+                "train_dataset": data,
+                "scores": drawn(M, N),
+                "inputs": lambda: (drawn(M, 4)(), torch.tensor([0, 1, 1])),
+                "loss_fn": lambda: nn.CrossEntropyLoss(),
+                "optimizer": is_(partial(torch.optim.SGD, lr=0.1)),
+                "k": is_(2),
+                "together": is_(True),
+            },
+            {"k": {"2"}, "together": FLAGS},
         ),
         Target(
             "removal_curve",
