@@ -19,6 +19,7 @@ from influence_kit.evaluation.leave_one_out import (
     leave_one_out,
     loo_correlation,
 )
+from influence_kit.evaluation.lexical import bm25
 from influence_kit.evaluation.method_comparison import Comparison, SubsetTruth, compare
 from influence_kit.evaluation.mislabel import (
     detection_curve,
@@ -67,6 +68,7 @@ __all__ = [
     "RowMean",
     "SubsetTruth",
     "Tuned",
+    "bm25",
     "brittleness",
     "checkpoint_logits",
     "checkpoint_losses",

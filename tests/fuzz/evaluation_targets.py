@@ -358,6 +358,17 @@ def _metrics() -> list[Target]:
             {"labels": {"list of bools", "tensor of 2**62"}, "test_labels": {"negative list"}},
         ),
         Target(
+            "bm25",
+            ev.bm25,
+            {
+                "test_tokens": is_([[1, 2], [3]]),
+                "tokens": lambda: [text.split() for text in texts()],
+                "k1": is_(1.5),
+                "b": is_(0.75),
+            },
+            {"k1": {"0", "2", "1.5"}, "b": {"0"}},
+        ),
+        Target(
             "half_subsets",
             ev.half_subsets,
             {"n": is_(N), "count": is_(S), "fraction": is_(0.5), "seed": is_(0)},
@@ -460,7 +471,7 @@ def _retraining() -> list[Target]:
                 "k": is_(2),
                 "together": is_(True),
             },
-            {"k": {"2"}, "together": FLAGS},
+            {"k": {"2"}, "together": FLAGS, "loss_fn": NONE},
         ),
         Target(
             "removal_curve",
