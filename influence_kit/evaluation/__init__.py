@@ -2,6 +2,7 @@
 
 from influence_kit.evaluation.at_checkpoints import checkpoint_logits, checkpoint_losses
 from influence_kit.evaluation.baselines import (
+    embedding_cosine,
     label_cosine,
     last_loss,
     log_odds,
@@ -75,6 +76,7 @@ __all__ = [
     "class_detection",
     "compare",
     "detection_curve",
+    "embedding_cosine",
     "half_subsets",
     "label_cosine",
     "last_loss",

@@ -347,6 +347,11 @@ def _metrics() -> list[Target]:
             {"labels": {"list of bools", "tensor of 2**62"}},
         ),
         Target(
+            "embedding_cosine",
+            ev.embedding_cosine,
+            {"test_features": drawn(M, 2), "features": drawn(N, 2)},
+        ),
+        Target(
             "label_cosine",
             ev.label_cosine,
             {
