@@ -15,6 +15,7 @@ from influence_kit.evaluation.batched_sgd import BatchedSGD
 from influence_kit.evaluation.correlation import RowCorrelation
 from influence_kit.evaluation.cost import Cost
 from influence_kit.evaluation.datamodel import half_subsets, linear_datamodeling_score
+from influence_kit.evaluation.fact_tracing import FactTracing, fact_tracing
 from influence_kit.evaluation.leave_one_out import (
     LeaveOneOutCorrelation,
     leave_one_out,
@@ -57,6 +58,7 @@ __all__ = [
     "Comparison",
     "Cost",
     "Detection",
+    "FactTracing",
     "LeaveOneOutCorrelation",
     "MislabelReport",
     "MislabelRow",
@@ -77,6 +79,7 @@ __all__ = [
     "compare",
     "detection_curve",
     "embedding_cosine",
+    "fact_tracing",
     "half_subsets",
     "label_cosine",
     "last_loss",

@@ -55,10 +55,13 @@ def tail_patch(
         \theta' = \text{one step from } \theta \text{ on } \frac{1}{k} \sum_{i \in
         \mathrm{top}_k(\tau_t)} \ell_i
 
-    Where the loss is a negative log-likelihood, this is the gain in the query's log-probability
-    (arXiv 2410.17413). Positive: the top examples teach the query. It needs no retraining, and m
-    steps (m * k with ``together=False``); it measures what the examples teach the trained model
-    now, not what they contributed to its training. Compare with random scores.
+    Where the loss is a negative log-likelihood, this is the gain in the query's log-probability.
+    Positive: the top examples teach the query. It needs no retraining, and m steps (m * k with
+    ``together=False``); it measures what the examples teach the trained model now, not what they
+    contributed to its training. Compare with random scores.
+
+    The paper (arXiv 2410.17413) takes a step on each of the k alone, ``together=False``, and the
+    gain in probability rather than in its logarithm.
 
     Every step starts from the model's weights with a new optimizer, in evaluation mode (no
     dropout). The model is restored afterwards, also after an error.

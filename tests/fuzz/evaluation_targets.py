@@ -853,6 +853,12 @@ def _sanity() -> list[Target]:
             {"is_adversarial": {"list of bools"}},
         ),
         Target(
+            "fact_tracing",
+            ev.fact_tracing,
+            {"relevant": lambda: drawn(M, N)() > 0.3, **same},
+            {**few, "relevant": {"bool tensor"}},
+        ),
+        Target(
             "model_randomization",
             ev.model_randomization,
             {**marked, "random_scores": drawn(M, N), **FLAG},
