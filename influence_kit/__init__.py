@@ -5,6 +5,7 @@ from influence_kit.checkpoints.dropout_ensemble import dropout_ensemble
 from influence_kit.checkpoints.selection import select_checkpoints
 from influence_kit.errors import CurvatureError
 from influence_kit.losses.margins import classification_margin
+from influence_kit.methods.contrast import contrast
 from influence_kit.methods.dvemb.dvemb import DVEmb
 from influence_kit.methods.influence_functions.arnoldi import ArnoldiInfluenceFunction
 from influence_kit.methods.influence_functions.conjugate_gradients import CGInfluenceFunction
@@ -24,6 +25,7 @@ from influence_kit.methods.magic.magic import MAGIC
 from influence_kit.methods.projected.grass import FactGraSS, GraSS
 from influence_kit.methods.projected.logra import LoGra
 from influence_kit.methods.representer.representer import RepresenterPointSelection
+from influence_kit.methods.selection import max_over_groups, two_stage
 from influence_kit.methods.similarity.distances import cosine_similarity, euclidean_distance
 from influence_kit.methods.similarity.similarity import SimilarityInfluence
 from influence_kit.methods.tracin.grad_cos import GradCos
@@ -81,9 +83,12 @@ __all__ = [
     "TrainingTrace",
     "checkpoint_table",
     "classification_margin",
+    "contrast",
     "cosine_similarity",
     "dropout_ensemble",
     "euclidean_distance",
     "load_checkpoint",
+    "max_over_groups",
     "select_checkpoints",
+    "two_stage",
 ]

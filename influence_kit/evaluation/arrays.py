@@ -207,6 +207,29 @@ def subset_masks(subsets: Values, n: int | None = None) -> Tensor:
     return masks
 
 
+def subset_weights(subsets: Values, n: int) -> Tensor:
+    """How much each example counts in each training, float64 ``[S, n]`` on the CPU.
+
+    Args:
+        subsets: as ``subset_masks`` has them, or weights, floating-point numbers. Integers
+            other than 0 and 1 are refused: they may be indices.
+        n: how many examples there are.
+
+    Raises:
+        InvalidArgumentError: for other shapes, values that are not finite, or an empty subset.
+    """
+    tensor = as_tensor(subsets, "subsets", f"booleans or weights [S, {n}]")
+    if not tensor.is_floating_point() or bool(((tensor == 0) | (tensor == 1)).all()):
+        return subset_masks(tensor, n).double()
+    weights = numbers(tensor, "subsets", f"[S, {n}]")
+    if weights.shape[1] != n:
+        raise InvalidArgumentError(
+            f"`subsets` has shape {list(weights.shape)}; expected [S, {n}]: one row per training, "
+            "the weight of each training example in it"
+        )
+    return weights
+
+
 def indices_in(indices: Values, n: int, name: str = "indices") -> Tensor:
     """Indices of examples in a training set of n, int64 ``[k]``, one or more."""
     tensor = as_tensor(indices, name, "integers [k]")

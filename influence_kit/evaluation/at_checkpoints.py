@@ -76,7 +76,7 @@ def checkpoint_losses(
     loss = Loss(loss_fn, declared_reduction(loss_fn, None), "loss_fn")
     loader = _loader(model, dataset, batch_size)
     run = _Run(model, checkpoints, checkpoints_load_func, show_progress)
-    return run.measured(loader, "loss", lambda batch: _losses(model, loss, batch))
+    return run.measured(loader, "loss", lambda batch: losses_alone(model, loss, batch))
 
 
 def checkpoint_logits(
@@ -181,7 +181,7 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
     return logits
 
 
-def _losses(model: nn.Module, loss: Loss, batch: Batch) -> Tensor:
+def losses_alone(model: nn.Module, loss: Loss, batch: Batch) -> Tensor:
     """The loss of each example, ``[n]``; of a loss of several positions the sum over them."""
     n, outputs = example_count(batch), call_model(model, batch)
     if loss.values(outputs, batch).dim() == 0:

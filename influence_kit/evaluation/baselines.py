@@ -164,6 +164,36 @@ def same_label_cosine(features: Values, labels: Values) -> Tensor:
     return -means
 
 
+def embedding_cosine(test_features: Values, features: Values) -> Tensor:
+    """Scores: the cosine of the features, such as embeddings by another model.
+
+    A baseline that attribution methods should beat; for classes, ``label_cosine`` is a stronger
+    one. ``SimilarityInfluence`` computes the same from the outputs of a layer.
+
+    Args:
+        test_features: ``[m, d]``.
+        features: of the training examples, ``[n, d]``.
+
+    Returns:
+        Scores ``[m, n]``, from -1 to 1.
+
+    Raises:
+        InvalidArgumentError: for other shapes, or a row of zeros.
+
+    Example:
+        >>> embedding_cosine([[1.0, 0.0]], [[2.0, 0.0], [0.0, 3.0]]).tolist()
+        [[1.0, 0.0]]
+    """
+    tests = _units(numbers(test_features, "test_features", "[m, d]"), "test_features")
+    points = _units(numbers(features, "features", "[n, d]"), "features")
+    if tests.shape[1] != points.shape[1]:
+        raise InvalidArgumentError(
+            f"test examples have {tests.shape[1]} features and training examples "
+            f"{points.shape[1]}; both must have the same features"
+        )
+    return tests @ points.T
+
+
 def label_cosine(
     test_features: Values, test_labels: Values, features: Values, labels: Values
 ) -> Tensor:
@@ -184,16 +214,9 @@ def label_cosine(
         >>> label_cosine([[1.0, 0.0]], [0], [[2.0, 0.0], [3.0, 0.0]], [0, 1]).tolist()
         [[1.0, -1.0]]
     """
-    tests = _units(numbers(test_features, "test_features", "[m, d]"), "test_features")
-    points = _units(numbers(features, "features", "[n, d]"), "features")
-    if tests.shape[1] != points.shape[1]:
-        raise InvalidArgumentError(
-            f"test examples have {tests.shape[1]} features and training examples "
-            f"{points.shape[1]}; both must have the same features"
-        )
-    of_tests = class_labels(test_labels, "test_labels", len(tests))
-    same = of_tests[:, None] == class_labels(labels, "labels", len(points))
-    cosines = tests @ points.T
+    cosines = embedding_cosine(test_features, features)
+    of_tests = class_labels(test_labels, "test_labels", len(cosines))
+    same = of_tests[:, None] == class_labels(labels, "labels", cosines.shape[1])
     return torch.where(same, cosines, -cosines)
 
 

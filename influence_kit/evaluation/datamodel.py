@@ -15,7 +15,7 @@ from influence_kit.evaluation.arrays import (
     count_of,
     numbers,
     repeated_numbers,
-    subset_masks,
+    subset_weights,
 )
 from influence_kit.evaluation.correlation import RowCorrelation, row_correlations, spearman
 
@@ -81,7 +81,9 @@ def linear_datamodeling_score(
 
     Args:
         scores: what ``influence`` returned, ``[m, n]``; positive is a proponent.
-        subsets: which training examples each subset has, bool ``[S, n]``.
+        subsets: which training examples each subset has, bool ``[S, n]``. Or the weight of each
+            training example in each training, floating-point ``[S, n]``: the prediction is then
+            the sum of weight times score.
         outputs: what was measured of each test example in the models trained on the subsets,
             ``[S, m]``, or ``[S, R, m]`` as ``Retraining.outputs`` returns it.
         outputs_are: "margin" where higher is better (a margin, a log-likelihood), "loss" where
@@ -103,15 +105,15 @@ def linear_datamodeling_score(
     """
     check_flag(leave_out_constant, "leave_out_constant")
     tau = numbers(scores, "scores", "[m, n]")
-    (m, n), masks = tau.shape, subset_masks(subsets, tau.shape[1])
+    (m, n), weights = tau.shape, subset_weights(subsets, tau.shape[1])
     repeats = repeated_numbers(outputs, "outputs", "[S, R, m]")
-    if repeats.shape[0] != len(masks) or repeats.shape[2] != m:
+    if repeats.shape[0] != len(weights) or repeats.shape[2] != m:
         raise InvalidArgumentError(
             f"`outputs` has {repeats.shape[0]} subsets and {repeats.shape[2]} test examples; there "
-            f"are {len(masks)} subsets, and scores of {m} test examples"
+            f"are {len(weights)} subsets, and scores of {m} test examples"
         )
     truth = sign_of(outputs_are) * repeats.permute(1, 2, 0)
-    predicted = tau @ masks.double().T
+    predicted = tau @ weights.T
     (found,) = row_correlations(
         predicted, truth, "outputs", leave_out_constant, [spearman], noise=n * ROUNDING
     )

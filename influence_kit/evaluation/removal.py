@@ -101,7 +101,7 @@ def brittleness(
     """
     retraining = as_retraining(train)
     tau = numbers(scores, "scores", "[m, n]")
-    masks = _without_top(tau, counts)
+    masks = without_top(tau, counts)
     everything = torch.ones(1, tau.shape[1], dtype=torch.bool)
     jobs = torch.cat([everything, masks.flatten(0, 1)])
     classes = retraining.outputs(jobs, predict, seeds)
@@ -122,7 +122,7 @@ def brittleness(
     return Brittleness(tuple(counts), flipped.mean(dim=1).T)
 
 
-def _without_top(scores: Tensor, counts: Sequence[int]) -> Tensor:
+def without_top(scores: Tensor, counts: Sequence[int]) -> Tensor:
     """The training set without each test example's top proponents, bool ``[m, K, n]``."""
     m, n = scores.shape
     counts = list(check_sequence(counts, "counts", "ints"))

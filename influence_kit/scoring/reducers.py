@@ -64,6 +64,27 @@ class Weighted:
         return self._reducer.result()
 
 
+class Shifted:
+    """Subtracts a number of each training example from its scores, for a reducer.
+
+    Args:
+        reducer: the reducer.
+        shift: the numbers ``[n]``.
+    """
+
+    def __init__(self, reducer: Reducer, shift: Tensor) -> None:
+        self.keeps_all = reducer.keeps_all
+        self._reducer, self._shift = reducer, shift
+
+    def update(self, indices: Tensor, block: Tensor) -> None:
+        """Add a block."""
+        self._reducer.update(indices, block - self._shift[indices.to(self._shift.device)].to(block))
+
+    def result(self) -> Tensor | KMostInfluentialResults:
+        """The result of the other reducer."""
+        return self._reducer.result()
+
+
 class AllScores:
     """All scores, ``[*, m, n]`` in the order of the training set.
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation import (
     baselines,
+    embedding_cosine,
     label_cosine,
     last_loss,
     log_odds,
@@ -79,6 +80,7 @@ def test_cosines_are_those_of_sklearn():
         expected.append(-cosines[i, others].mean())
     np.testing.assert_allclose(same_label_cosine(FEATURES, LABELS), expected)
     found = label_cosine(FEATURES[:5], LABELS[:5], 3 * FEATURES, LABELS)
+    np.testing.assert_allclose(embedding_cosine(2 * FEATURES[:5], FEATURES), cosines[:5])
     same = (LABELS[:5, None] == LABELS).numpy()
     np.testing.assert_allclose(found, np.where(same, cosines[:5], -cosines[:5]))
 

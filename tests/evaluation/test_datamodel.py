@@ -43,6 +43,29 @@ def test_a_linear_datamodel_has_a_score_of_one():
     assert linear_datamodeling_score(scores, subsets, outputs, "loss").mean == pytest.approx(-1)
 
 
+def test_weights_other_than_zero_and_one_are_taken():
+    scores, _, outputs = random_case()
+    weights = torch.rand(S, N, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2
+    weights[0] = 0.0
+    found = linear_datamodeling_score(scores, weights, outputs, "margin")
+    expected = [
+        spearmanr([float(row @ scores[t]) for row in weights], outputs.mean(1)[:, t]).statistic
+        for t in range(M)
+    ]
+    np.testing.assert_allclose(found.per_test, expected, atol=1e-12)
+    listed = linear_datamodeling_score(scores, weights.tolist(), outputs, "margin")
+    assert listed.per_test.tolist() == found.per_test.tolist()
+    linear = weights @ scores.T
+    assert linear_datamodeling_score(scores, weights, linear, "margin").mean == pytest.approx(1)
+
+
+def test_subsets_as_floats_are_subsets():
+    scores, subsets, outputs = random_case()
+    expected = linear_datamodeling_score(scores, subsets, outputs, "margin")
+    found = linear_datamodeling_score(scores, subsets.float(), outputs, "margin")
+    assert found.per_test.tolist() == expected.per_test.tolist()
+
+
 def test_arrays_and_lists_are_the_same():
     scores, subsets, outputs = random_case()
     expected = linear_datamodeling_score(scores, subsets, outputs, "margin")
@@ -129,6 +152,9 @@ def test_no_subsets_are_refused(arguments):
         ({"outputs": torch.ones(S)}, r"`outputs` has shape \[30\]; expected \[S, R, m\]"),
         ({"outputs": torch.ones(S, M)}, r"in `outputs`, 6 of 6 test examples have the same value"),
         ({"subsets": torch.ones(S, 3)}, r"`subsets` has shape \[30, 3\]; expected \[S, 20\]"),
+        ({"subsets": torch.full((S, 3), 0.5)}, r"shape \[30, 3\]; expected \[S, 20\]: one row per"),
+        ({"subsets": torch.full((S, N), torch.inf)}, r"600 of the 600 values in `subsets` are not"),
+        ({"subsets": torch.full((S, N), 2)}, r"`subsets` holds 2; it must hold booleans, or 0 and"),
         ({"scores": torch.full((M, N), torch.nan)}, r"120 of the 120 values in `scores` are not"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -346,6 +347,11 @@ def _metrics() -> list[Target]:
             {"labels": {"list of bools", "tensor of 2**62"}},
         ),
         Target(
+            "embedding_cosine",
+            ev.embedding_cosine,
+            {"test_features": drawn(M, 2), "features": drawn(N, 2)},
+        ),
+        Target(
             "label_cosine",
             ev.label_cosine,
             {
@@ -355,6 +361,17 @@ def _metrics() -> list[Target]:
                 "labels": labels,
             },
             {"labels": {"list of bools", "tensor of 2**62"}, "test_labels": {"negative list"}},
+        ),
+        Target(
+            "bm25",
+            ev.bm25,
+            {
+                "test_tokens": is_([[1, 2], [3]]),
+                "tokens": lambda: [text.split() for text in texts()],
+                "k1": is_(1.5),
+                "b": is_(0.75),
+            },
+            {"k1": {"0", "2", "1.5"}, "b": {"0"}},
         ),
         Target(
             "half_subsets",
@@ -432,6 +449,34 @@ def _retraining() -> list[Target]:
             ev.brittleness,
             {**ask, "predict": is_(predict), "counts": is_([1, 2]), **SEEDS},
             {"seeds": {"negative list"}},
+        ),
+        Target(
+            "removal_quality",
+            ev.removal_quality,
+            {
+                **ask,
+                "measure": is_(measure),
+                "outputs_are": is_("loss"),
+                "fractions": is_([0.2, 0.5]),
+                **SEEDS,
+                "draws": is_(1),
+            },
+            {"seeds": {"negative list"}, "draws": {"0", "2"}},
+        ),
+        Target(
+            "tail_patch",
+            ev.tail_patch,
+            {
+                "model": network,
+                "train_dataset": data,
+                "scores": drawn(M, N),
+                "inputs": lambda: (drawn(M, 4)(), torch.tensor([0, 1, 1])),
+                "loss_fn": lambda: nn.CrossEntropyLoss(),
+                "optimizer": is_(partial(torch.optim.SGD, lr=0.1)),
+                "k": is_(2),
+                "together": is_(True),
+            },
+            {"k": {"2"}, "together": FLAGS, "loss_fn": NONE},
         ),
         Target(
             "removal_curve",
@@ -767,4 +812,59 @@ def _reports() -> list[Target]:
     ]
 
 
-TARGETS = [*_metrics(), *_retraining(), *_valuations(), *_figures(), *_reports()]
+def _sanity() -> list[Target]:
+    marked = {"scores": drawn(M, N)}
+    some = is_([True, False, True])
+    same = {"k": is_(2), **marked}
+    few = {"k": {"2"}}
+    classes = {"list of bools"}
+    of_train = {"labels": classes | {"tensor of 2**62"}, "subclasses": classes | LARGE}
+    of_tests = {"test_labels": {"negative list"}, "test_subclasses": {"negative list"}}
+    return [
+        Target(
+            "class_detection",
+            ev.class_detection,
+            {"test_labels": is_([0, 1, 1]), "labels": labels, **same},
+            {**few, **of_train, **of_tests},
+        ),
+        Target(
+            "subclass_detection",
+            ev.subclass_detection,
+            {"test_subclasses": is_([0, 1, 1]), "subclasses": labels, **same},
+            {**few, **of_train, **of_tests},
+        ),
+        Target("top_k_cardinality", ev.top_k_cardinality, same, few),
+        Target("outlier_share", ev.outlier_share, same, few),
+        Target(
+            "outlier_share, of indices",
+            lambda indices: ev.outlier_share(KMostInfluentialResults(indices, drawn(M, K)()), 1),
+            {"indices": lambda: results().indices},
+        ),
+        Target(
+            "shortcut_detection",
+            ev.shortcut_detection,
+            {**marked, "has_shortcut": wrong, "test_has_shortcut": some},
+            {"has_shortcut": {"list of bools"}},
+        ),
+        Target(
+            "mixed_datasets",
+            ev.mixed_datasets,
+            {**marked, "is_adversarial": wrong, "test_is_adversarial": some},
+            {"is_adversarial": {"list of bools"}},
+        ),
+        Target(
+            "fact_tracing",
+            ev.fact_tracing,
+            {"relevant": lambda: drawn(M, N)() > 0.3, **same},
+            {**few, "relevant": {"bool tensor"}},
+        ),
+        Target(
+            "model_randomization",
+            ev.model_randomization,
+            {**marked, "random_scores": drawn(M, N), **FLAG},
+            FINE_FLAG,
+        ),
+    ]
+
+
+TARGETS = [*_metrics(), *_sanity(), *_retraining(), *_valuations(), *_figures(), *_reports()]

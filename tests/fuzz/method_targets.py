@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 import influence_kit as ik
 from fuzz.bad_input import Target
@@ -549,8 +549,37 @@ def _operators() -> list[Target]:
     return targets
 
 
+def _selection() -> list[Target]:
+    def dot(indices: Any = None) -> Any:
+        data = train() if indices is None else Subset(train(), indices)
+        return ik.GradDot(network(), data, checkpoints(), loss_fn=nn.CrossEntropyLoss())
+
+    asked = {"inputs": batch, "k": is_(2), "proponents": is_(True)}
+    return [
+        target(
+            "contrast",
+            ik.contrast,
+            {"method": dot, "contrast_inputs": batch, **asked, "show_progress": is_(False)},
+            {"k": NONE | ZERO | TWO | LARGE},
+        ),
+        target(
+            "two_stage",
+            ik.two_stage,
+            {"cheap": dot, "expensive": is_(dot), "candidates": is_(3), **asked},
+            {"k": TWO, "candidates": TWO | LARGE},
+        ),
+        target(
+            "max_over_groups",
+            ik.max_over_groups,
+            {"scores": lambda: drawn(3, N), "groups": is_([0, 1, 1])},
+            {"groups": {"negative list"}},
+        ),
+    ]
+
+
 TARGETS = [
     *_constructors(),
+    *_selection(),
     *_methods(),
     *_checkpoints(),
     *_traces(),

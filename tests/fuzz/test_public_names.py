@@ -24,6 +24,8 @@ NOT_TRIED = {
     **dict.fromkeys(("Brittleness", "Comparison", "Cost", "LeaveOneOutCorrelation"), RESULT),
     **dict.fromkeys(("MislabelReport", "MislabelRow", "RemovalCurve", "RidgeLeaveOneOut"), RESULT),
     **dict.fromkeys(("RowCorrelation", "Tuned", "Values"), RESULT),
+    **dict.fromkeys(("Detection", "FactTracing", "Outliers", "RemovalQuality"), RESULT),
+    "RowMean": RESULT,
     "SubsetTruth": "tried as the `truth` of `compare`, 'compare, of one'",
     **dict.fromkeys(("NearestNeighbors", "TracInCPBase", "FitData", "InverseCurvature"), EXTENSION),
     **dict.fromkeys(("State", "FeatureMap", "Gradients", "Convolved", "Rows"), EXTENSION),
