@@ -28,6 +28,7 @@ from influence_kit.methods.similarity.distances import cosine_similarity, euclid
 from influence_kit.methods.similarity.similarity import SimilarityInfluence
 from influence_kit.methods.tracin.grad_cos import GradCos
 from influence_kit.methods.tracin.grad_dot import GradDot
+from influence_kit.methods.tracin.less import LESS
 from influence_kit.methods.tracin.nearest_neighbors import (
     ExactNearestNeighbors,
     FaissNearestNeighbors,
@@ -45,6 +46,7 @@ from influence_kit.training.trace import TrainingTrace
 __version__ = "0.1.0"
 
 __all__ = [
+    "LESS",
     "MAGIC",
     "TRAK",
     "ArnoldiInfluenceFunction",

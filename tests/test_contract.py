@@ -337,9 +337,9 @@ def test_checkpoints_may_be_set_anew(method: str) -> None:
     case = SHORT["mlp"]
     influence = build(method, case)
     whole = plain_scores(method, case)
-    influence.checkpoints = case.checkpoints()[:1]
+    influence.checkpoints = METHODS[method].checkpoints(case)[:1]
     first = scores(influence, case.test)
-    influence.checkpoints = case.checkpoints()[1:]
+    influence.checkpoints = METHODS[method].checkpoints(case)[1:]
     rest = scores(influence, case.test)
     if METHODS[method].over_checkpoints == "mean":
         assert_close((first + rest) / 2, whole, METHODS[method].close[0])
@@ -352,7 +352,7 @@ def test_checkpoints_may_be_set_anew(method: str) -> None:
 )
 def test_duplicated_checkpoints_count_twice_and_warn(method: str) -> None:
     case = SHORT["mlp"]
-    first = case.checkpoints()[:1]
+    first = METHODS[method].checkpoints(case)[:1]
     once = scores(build(method, case, checkpoints=first), case.test)
     twice = build(method, case, checkpoints=[*first, copy.deepcopy(first[0])])
     with pytest.warns(UserWarning, match="hold the same weights"):

@@ -153,6 +153,16 @@ METHODS = (
         call_cost="C passes",
         reference=_COSINES,
     ),
+    Method(
+        name="LESS",
+        family="tracin",
+        summary="the cosine of the test gradient and the direction of Adam's step on the example",
+        formula=r"$\sum_c \eta_c \, \cos(g'_c, \Gamma_c)$, $\Gamma_c$ Adam's direction for $g_c$",
+        unit='learning rate; test loss with `similarity="dot"`',
+        needs="checkpoints of the run, each with the state of its Adam or AdamW",
+        call_cost="C passes, with gradients written out",
+        reference="2402.04333",
+    ),
     _influence(
         name="ExplicitInfluenceFunction",
         summary="influence function with the exact inverse curvature",
