@@ -18,6 +18,7 @@ from influence_kit.methods.influence_functions.kfac import (
 from influence_kit.methods.influence_functions.lissa import LiSSAInfluenceFunction
 from influence_kit.methods.influence_functions.naive import NaiveInfluenceFunction
 from influence_kit.methods.influence_functions.nystrom import NystromInfluenceFunction
+from influence_kit.methods.influence_functions.source import SOURCE
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.knn_shapley.knn_shapley import KNNShapley
 from influence_kit.methods.magic.magic import MAGIC
@@ -48,6 +49,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LESS",
     "MAGIC",
+    "SOURCE",
     "TRAK",
     "ArnoldiInfluenceFunction",
     "CGInfluenceFunction",

@@ -19,6 +19,7 @@ from torch.utils.data import default_collate
 from influence_kit import (
     LESS,
     MAGIC,
+    SOURCE,
     TRAK,
     ArnoldiInfluenceFunction,
     CGInfluenceFunction,
@@ -269,6 +270,11 @@ def with_adam(case: Case) -> list[dict[str, Any]]:
     return saved
 
 
+def with_steps(case: Case) -> list[dict[str, Any]]:
+    """The checkpoints of a case, five steps apart."""
+    return [{**held, "step": 5 * number + 5} for number, held in enumerate(case.checkpoints())]
+
+
 def _adam_cosines(case: Case) -> Tensor:
     return oracles.adam_scores(*_given(case)[:4], with_adam(case))
 
@@ -334,6 +340,16 @@ METHODS = {
     ),
     "EKFACInfluenceFunction": _inverted(
         _curved(EKFACInfluenceFunction, **FEW_PASSES), of_whole_set=True
+    ),
+    # its oracle, matrix exponentials, is in ``test_source``
+    "SOURCE": Method(
+        _curved(SOURCE, **FEW_PASSES),
+        None,
+        has_self_influence=False,
+        over_checkpoints="other",
+        quantities="test side",
+        checkpoints=with_steps,
+        close=(1e-8, 2e-3),
     ),
     "LoGra": _inverted(_curved(LoGra, projection_dim=(2, 3), relative="theta")),
     # with more than twice as many entries in the block as examples

@@ -226,6 +226,21 @@ METHODS = (
         memory="the matrices, and P floats",
         reference="2308.03296",
     ),
+    Method(
+        name="SOURCE",
+        family="influence_functions",
+        summary="the effect of the example through the steps of a run, in segments, by EK-FAC",
+        formula=(
+            r"$\sum_l \langle r_l \, S_{l+1} \cdots S_L \, g', g_l \rangle$, "
+            r"$S_l = e^{-R_l H_l}$, $r_l = (I - S_l) H_l^{-1}$"
+        ),
+        unit=_INFLUENCE_UNIT,
+        needs="checkpoints of one run of SGD and its learning rates; " + _KRONECKER,
+        fit_cost="2C passes, eigenvectors of two small matrices per layer and checkpoint",
+        call_cost="C passes",
+        memory="C times the matrices, and C x P floats",
+        reference="2405.12186",
+    ),
     _captums(
         name="NaiveInfluenceFunction",
         summary="Captum's influence function from eigenvectors of the whole Hessian",

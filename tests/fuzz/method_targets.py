@@ -223,6 +223,7 @@ CLASSES: list[Any] = [
     ik.DataInf,
     ik.KFACInfluenceFunction,
     ik.EKFACInfluenceFunction,
+    ik.SOURCE,
     ik.ArnoldiInfluenceFunction,
     ik.NaiveInfluenceFunction,
     ik.TRAK,
@@ -238,6 +239,7 @@ GOOD_OF: dict[str, dict[str, Callable[[], Any]]] = {
     "DVEmb": {"checkpoints": lambda: checkpoints()[-1:]},
     "LESS": {"checkpoints": with_adam},
     "MAGIC": {"trace": recorded},
+    "SOURCE": {"rate_sums": is_([0.5, 1.5])},
     "MAGIC.replay": {"weights": lambda: torch.full((len(train()),), 0.5)},
     "KNNShapley": {"layers": is_(None)},
     "DVEmb.self_influence": {"inputs": is_(None)},
@@ -247,6 +249,7 @@ GOOD_OF: dict[str, dict[str, Callable[[], Any]]] = {
 REFUSED = {
     "TracInCPFastRandProj.self_influence",
     "MAGIC.self_influence",
+    "SOURCE.self_influence",
     "TRAK.perturbation_influence",
     "RepresenterPointSelection.compute_intermediate_quantities",
     "DataOOB.influence",
