@@ -19,6 +19,7 @@ from influence_kit.methods.influence_functions.kfac import (
 from influence_kit.methods.influence_functions.lissa import LiSSAInfluenceFunction
 from influence_kit.methods.influence_functions.naive import NaiveInfluenceFunction
 from influence_kit.methods.influence_functions.nystrom import NystromInfluenceFunction
+from influence_kit.methods.influence_functions.source import SOURCE
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.knn_shapley.knn_shapley import KNNShapley
 from influence_kit.methods.magic.magic import MAGIC
@@ -30,6 +31,7 @@ from influence_kit.methods.similarity.distances import cosine_similarity, euclid
 from influence_kit.methods.similarity.similarity import SimilarityInfluence
 from influence_kit.methods.tracin.grad_cos import GradCos
 from influence_kit.methods.tracin.grad_dot import GradDot
+from influence_kit.methods.tracin.less import LESS
 from influence_kit.methods.tracin.nearest_neighbors import (
     ExactNearestNeighbors,
     FaissNearestNeighbors,
@@ -47,7 +49,9 @@ from influence_kit.training.trace import TrainingTrace
 __version__ = "0.1.0"
 
 __all__ = [
+    "LESS",
     "MAGIC",
+    "SOURCE",
     "TRAK",
     "ArnoldiInfluenceFunction",
     "CGInfluenceFunction",

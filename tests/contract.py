@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from influence_kit import (
+    LESS,
     MAGIC,
+    SOURCE,
     TRAK,
     ArnoldiInfluenceFunction,
     CGInfluenceFunction,
@@ -57,7 +59,8 @@ class Method:
     other thing, or "one" where more than one are refused. ``has_self_influence_of_others``: also
     of examples outside the training set.
     ``quantities``: intermediate quantities are vectors whose dot products are the scores, or a test
-    side that ``influence`` takes. ``close``: what rounding may make of equal scores, in float64 and
+    side that ``influence`` takes. ``checkpoints``: those of a case, with what the method needs of
+    them. ``close``: what rounding may make of equal scores, in float64 and
     float32, where a matrix is inverted. ``one_label``: an example has one label, not one a token.
     """
 
@@ -74,6 +77,7 @@ class Method:
     of_whole_set: bool = False
     one_label: bool = False
     close: tuple[float, float] = (CLOSE, 1e-5)
+    checkpoints: Callable[[Case], list[dict[str, Any]]] = Case.checkpoints
 
 
 def _whole_model(cls: type, **own: Any) -> Callable[..., Any]:
@@ -253,12 +257,41 @@ def _refitted(**own: Any) -> Method:
     )
 
 
+def with_adam(case: Case) -> list[dict[str, Any]]:
+    """The checkpoints of a case, each with an Adam that took a step on the training set."""
+    saved = []
+    for checkpoint in case.checkpoints():
+        model = case.model()
+        model.load_state_dict(checkpoint["state_dict"])
+        optimizer = torch.optim.Adam(model.parameters(), betas=(0.6, 0.9), eps=1e-3)
+        oracles.set_gradient(model, oracles.gradients(model, case.train, case.loss).mean(0))
+        optimizer.step()
+        saved.append({**checkpoint, "optimizer": copy.deepcopy(optimizer.state_dict())})
+    return saved
+
+
+def with_steps(case: Case) -> list[dict[str, Any]]:
+    """The checkpoints of a case, five steps apart."""
+    return [{**held, "step": 5 * number + 5} for number, held in enumerate(case.checkpoints())]
+
+
+def _adam_cosines(case: Case) -> Tensor:
+    return oracles.adam_scores(*_given(case)[:4], with_adam(case))
+
+
 FEW_PASSES = {"curvature": "empirical_fisher"}
 
 METHODS = {
     "TracInCP": Method(_whole_model(TracInCP), _tracin),
     "GradDot": Method(_whole_model(GradDot), _dots),
     "GradCos": Method(_whole_model(GradCos), _cosines, doubles_with_the_test_loss=False),
+    "LESS": Method(
+        _whole_model(LESS),
+        _adam_cosines,
+        doubles_with_the_test_loss=False,
+        quantities=None,
+        checkpoints=with_adam,
+    ),
     "TracInCPFast": Method(_last_layer(TracInCPFast), _tracin_of_last),
     "TracInCPFastRandProj": Method(_rand_proj, _tracin_of_last, has_self_influence=False),
     "TracInCPFastRandProj, projected": Method(_projected, None, has_self_influence=False),
@@ -307,6 +340,16 @@ METHODS = {
     ),
     "EKFACInfluenceFunction": _inverted(
         _curved(EKFACInfluenceFunction, **FEW_PASSES), of_whole_set=True
+    ),
+    # its oracle, matrix exponentials, is in ``test_source``
+    "SOURCE": Method(
+        _curved(SOURCE, **FEW_PASSES),
+        None,
+        has_self_influence=False,
+        over_checkpoints="other",
+        quantities="test side",
+        checkpoints=with_steps,
+        close=(1e-8, 2e-3),
     ),
     "LoGra": _inverted(_curved(LoGra, projection_dim=(2, 3), relative="theta")),
     # with more than twice as many entries in the block as examples
@@ -371,7 +414,7 @@ def build(method: str, case: Case, **changed: Any) -> Any:
     """A method on a case; ``changed`` replaces model, data, checkpoints or keyword arguments."""
     model = changed.pop("model", None) or case.model()
     data = changed.pop("data", None) or Examples(case.train)
-    checkpoints = changed.pop("checkpoints", None) or case.checkpoints()
+    checkpoints = changed.pop("checkpoints", None) or METHODS[method].checkpoints(case)
     arguments = {"loss_fn": case.loss, "batch_size": 4} | changed
     return METHODS[method].make(case, model, data, checkpoints, **arguments)
 

@@ -4,6 +4,7 @@ Nothing here uses the package. A batch is a tuple ``(*inputs, targets)`` or a di
 single examples out of it; a loss is called as the user's is, on one example at a time.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -104,6 +105,51 @@ def left_out_of_steps(
             moved[i] += change
     model.load_state_dict(final)
     return gradients(model, test, loss) @ moved.T
+
+
+def set_gradient(model: nn.Module, gradient: Tensor) -> None:
+    """Write a whole gradient ``[P]`` into the parameters' ``grad``."""
+    parameters = list(model.parameters())
+    pieces = gradient.split([p.numel() for p in parameters])
+    for parameter, piece in zip(parameters, pieces, strict=True):
+        parameter.grad = piece.view_as(parameter).clone()
+
+
+def adam_directions(model: nn.Module, checkpoint: Mapping[str, Any], gs: Tensor) -> Tensor:
+    """How torch's own Adam moves the weights by a step of rate 1 on each gradient, ``[n, P]``."""
+    rows = []
+    for gradient in gs:
+        model.load_state_dict(checkpoint["state_dict"])
+        before = nn.utils.parameters_to_vector(model.parameters()).detach()
+        optimizer = torch.optim.Adam(model.parameters())
+        optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))
+        for group in optimizer.param_groups:
+            group["lr"] = 1.0
+        set_gradient(model, gradient)
+        optimizer.step()
+        rows.append(before - nn.utils.parameters_to_vector(model.parameters()).detach())
+    model.zero_grad()
+    return torch.stack(rows)
+
+
+def adam_scores(
+    model: nn.Module,
+    train: Any,
+    test: Any,
+    loss: Callable[[Any, Any], Tensor],
+    checkpoints: Sequence[Mapping[str, Any]],
+    cosine: bool = True,
+) -> Tensor:
+    """sum_c rate_c cos(test gradient, Adam's direction of the train gradient), ``[m, n]``."""
+    scores = torch.zeros(count(test), count(train), dtype=torch.float64)
+    for checkpoint in checkpoints:
+        model.load_state_dict(checkpoint["state_dict"])
+        h, g = gradients(model, test, loss), gradients(model, train, loss)
+        directions = adam_directions(model, checkpoint, g)
+        if cosine:
+            h, directions = (side / side.norm(dim=1, keepdim=True) for side in (h, directions))
+        scores += checkpoint["learning_rate"] * (h @ directions.T)
+    return scores
 
 
 def cosines(

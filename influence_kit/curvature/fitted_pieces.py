@@ -50,11 +50,9 @@ class FittedPiece:
         """The sum of the squares of its parameters at the fit."""
         return float(self.own["squared_weights"])
 
-    def basis(
-        self, damping: float, sample: Tensor, rtol: float, power: float = 1.0
-    ) -> Eigenbasis | Table | Diagonal:
-        """The eigenvectors with 1 / (eigenvalues + damping), or a power of it."""
-        weights = (1 / (self.grid + damping)).pow(power).to(sample)
+    def basis(self, weights: Tensor, sample: Tensor, rtol: float) -> Eigenbasis | Table | Diagonal:
+        """The eigenvectors with a weight per eigenvalue, such as 1 / (eigenvalue + damping)."""
+        weights = weights.to(sample)
         left, right = (
             None if (side := self.own.get(name)) is None else side.to(sample)
             for name in ("left", "right")

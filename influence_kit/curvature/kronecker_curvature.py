@@ -6,7 +6,7 @@ Shapes: B blocks.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import isqrt
 from typing import Any, Literal
 
@@ -65,7 +65,7 @@ class KroneckerCurvature(InverseCurvature):
             "leave_out" or "error".
     """
 
-    rules = (EVIDENCE, MEAN, TRACE, LEARNING_RATES)
+    rules: Sequence[str] = (EVIDENCE, MEAN, TRACE, LEARNING_RATES)
     auto_rule = EVIDENCE
     # whether the eigenvalues are those of EK-FAC
     corrected: bool
@@ -185,12 +185,25 @@ class KroneckerCurvature(InverseCurvature):
         self, state: State, damping: Tensor, data: FitData, power: float = 1.0
     ) -> KroneckerInverse:
         """The map that multiplies gradients by a power of the damped inverse."""
+        return self.mapped(
+            state, damping, data, lambda grid, value: (1 / (grid + value)).pow(power)
+        )
+
+    def mapped(
+        self,
+        state: State,
+        damping: Tensor,
+        data: FitData,
+        weigh: Callable[[Tensor, float], Tensor],
+    ) -> KroneckerInverse:
+        """The map by a function of the eigenvalues and the block's damping."""
         fitted = _fitted(state, data.partition)
         values = damping_by_block(damping, len(fitted), positive=True).tolist()
         bases = {}
         for pieces, value in zip(fitted.values(), values, strict=True):
             for piece in pieces:
-                bases[piece.names[0]] = piece.basis(value, data.sample, self.rtol, power)
+                weights = weigh(piece.grid, value)
+                bases[piece.names[0]] = piece.basis(weights, data.sample, self.rtol)
         return KroneckerInverse(bases)
 
 

@@ -153,6 +153,16 @@ METHODS = (
         call_cost="C passes",
         reference=_COSINES,
     ),
+    Method(
+        name="LESS",
+        family="tracin",
+        summary="the cosine of the test gradient and the direction of Adam's step on the example",
+        formula=r"$\sum_c \eta_c \, \cos(g'_c, \Gamma_c)$, $\Gamma_c$ Adam's direction for $g_c$",
+        unit='learning rate; test loss with `similarity="dot"`',
+        needs="checkpoints of the run, each with the state of its Adam or AdamW",
+        call_cost="C passes, with gradients written out",
+        reference="2402.04333",
+    ),
     _influence(
         name="ExplicitInfluenceFunction",
         summary="influence function with the exact inverse curvature",
@@ -215,6 +225,21 @@ METHODS = (
         call_cost="one pass",
         memory="the matrices, and P floats",
         reference="2308.03296",
+    ),
+    Method(
+        name="SOURCE",
+        family="influence_functions",
+        summary="the effect of the example through the steps of a run, in segments, by EK-FAC",
+        formula=(
+            r"$\sum_l \langle r_l \, S_{l+1} \cdots S_L \, g', g_l \rangle$, "
+            r"$S_l = e^{-R_l H_l}$, $r_l = (I - S_l) H_l^{-1}$"
+        ),
+        unit=_INFLUENCE_UNIT,
+        needs="checkpoints of one run of SGD and its learning rates; " + _KRONECKER,
+        fit_cost="2C passes, eigenvectors of two small matrices per layer and checkpoint",
+        call_cost="C passes",
+        memory="C times the matrices, and C x P floats",
+        reference="2405.12186",
     ),
     _captums(
         name="NaiveInfluenceFunction",

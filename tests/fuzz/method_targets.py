@@ -76,6 +76,14 @@ def recorded() -> ik.TrainingTrace:
     return trace
 
 
+def with_adam() -> list[dict[str, Any]]:
+    model = network(1).eval()
+    optimizer = torch.optim.Adam(model.parameters())
+    nn.functional.cross_entropy(model(drawn(3, 4)), labels(3)).backward()
+    optimizer.step()
+    return [checkpoint() | {"optimizer": optimizer.state_dict()}]
+
+
 # good values of arguments, by name; those of constructors that are not here keep their defaults
 GOOD: dict[str, Callable[[], Any]] = {
     "model": network,
@@ -125,6 +133,7 @@ FINE: dict[str, set[str]] = {
     "vectorize": FLAGS,
     "count_bias": FLAGS,
     "normalize": FLAGS,
+    "parameter_names": NONE,
     "projection_on_cpu": FLAGS,
     "outer_loop_by_checkpoints": FLAGS,
     "return_on_cpu": FLAGS,
@@ -199,6 +208,7 @@ def _constructors() -> list[Target]:
 CLASSES: list[Any] = [
     ik.GradDot,
     ik.GradCos,
+    ik.LESS,
     ik.TracInCP,
     ik.TracInCPFast,
     ik.TracInCPFastRandProj,
@@ -213,6 +223,7 @@ CLASSES: list[Any] = [
     ik.DataInf,
     ik.KFACInfluenceFunction,
     ik.EKFACInfluenceFunction,
+    ik.SOURCE,
     ik.ArnoldiInfluenceFunction,
     ik.NaiveInfluenceFunction,
     ik.TRAK,
@@ -226,7 +237,9 @@ CLASSES: list[Any] = [
 # other good values than those of ``GOOD``
 GOOD_OF: dict[str, dict[str, Callable[[], Any]]] = {
     "DVEmb": {"checkpoints": lambda: checkpoints()[-1:]},
+    "LESS": {"checkpoints": with_adam},
     "MAGIC": {"trace": recorded},
+    "SOURCE": {"rate_sums": is_([0.5, 1.5])},
     "MAGIC.replay": {"weights": lambda: torch.full((len(train()),), 0.5)},
     "KNNShapley": {"layers": is_(None)},
     "DVEmb.self_influence": {"inputs": is_(None)},
@@ -236,6 +249,7 @@ GOOD_OF: dict[str, dict[str, Callable[[], Any]]] = {
 REFUSED = {
     "TracInCPFastRandProj.self_influence",
     "MAGIC.self_influence",
+    "SOURCE.self_influence",
     "TRAK.perturbation_influence",
     "RepresenterPointSelection.compute_intermediate_quantities",
     "DataOOB.influence",

@@ -22,6 +22,7 @@ from fuzz.method_targets import (
     made,
     network,
     train,
+    with_adam,
 )
 from fuzz.watch import LetIn
 from influence_kit import gradients, operators, scoring
@@ -296,8 +297,30 @@ def _terms() -> list[Target]:
                 "solve": NONE | {"function", "class", "nn.Module"},
             },
         ),
+        Target(
+            "AdamDirections",
+            directed,
+            {
+                "model": network,
+                "checkpoints": with_adam,
+                "parameter_names": is_(None),
+            },
+            {"parameter_names": NONE},
+        ),
+        Target("AdamDirections.at", directed, {"checkpoint": is_(0)}, {"checkpoint": ZERO}),
         Target("unit_norm", scoring.unit_norm, {"gradients": some_gradients}),
     ]
+
+
+def directed(
+    model: Any = KEPT, checkpoints: Any = KEPT, parameter_names: Any = None, checkpoint: Any = 0
+) -> Any:
+    model = network() if model is KEPT else model
+    checkpoints = with_adam() if checkpoints is KEPT else checkpoints
+    shapes = {name: p.shape for name, p in network().named_parameters()}
+    zeros = gradients.Gradients(2, {}, shapes, torch.zeros(0))
+    one = scoring.AdamDirections(model, checkpoints, parameter_names)
+    return one.at(checkpoint)(zeros).flat()
 
 
 def some_gradients() -> gradients.Gradients:
