@@ -15,6 +15,7 @@ NAMES = "param_names"
 # more partial orders than this are not followed
 MOST_ORDERS = 1000
 Shapes = Mapping[Any, torch.Size]
+Orders = dict[tuple[int, ...], list[tuple[Any, ...]]]
 REMEDY = "pass `parameter_names`, the names of its parameters in their order"
 
 
@@ -83,21 +84,9 @@ def _matched(
     parameters: Mapping[str, Tensor], groups: Sequence[Sequence[Any]], shapes: Shapes
 ) -> dict[str, Any]:
     """Parameters in the model's order, each the next of one of the groups with its shape."""
-    orders: dict[tuple[int, ...], list[tuple[Any, ...]]] = {(0,) * len(groups): [()]}
+    orders: Orders = {(0,) * len(groups): [()]}
     for parameter in parameters.values():
-        following: dict[tuple[int, ...], list[tuple[Any, ...]]] = {}
-        for taken, some in orders.items():
-            for number, group in enumerate(groups):
-                place = taken[number]
-                if place == len(group) or shapes.get(group[place], parameter.shape) != (
-                    parameter.shape
-                ):
-                    continue
-                after = (*taken[:number], place + 1, *taken[number + 1 :])
-                more = [(*order, group[place]) for order in some]
-                # two are as many as show that there is a choice
-                following[after] = [*following.get(after, ()), *more][:2]
-        orders = following
+        orders = _longer(orders, parameter.shape, groups, shapes)
         if len(orders) > MOST_ORDERS:
             break
     found = [order for some in orders.values() for order in some]
@@ -108,3 +97,21 @@ def _matched(
             f"{how}; {REMEDY}"
         )
     return dict(zip(parameters, found[0], strict=True))
+
+
+def _longer(
+    orders: Orders, shape: torch.Size, groups: Sequence[Sequence[Any]], shapes: Shapes
+) -> Orders:
+    """The orders with one more parameter, of a shape; two of each kind show that there is a choice.
+
+    Their keys are how many parameters of each group they have.
+    """
+    following: Orders = {}
+    for taken, some in orders.items():
+        for number, group in enumerate(groups):
+            place = taken[number]
+            if place < len(group) and shapes.get(group[place], shape) == shape:
+                after = (*taken[:number], place + 1, *taken[number + 1 :])
+                more = [(*order, group[place]) for order in some]
+                following[after] = [*following.get(after, ()), *more][:2]
+    return following
