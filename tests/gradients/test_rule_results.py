@@ -67,7 +67,10 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
         lambda: index(torch.ones(3, 2), torch.ones(2, 3)),
         r"`query` has shape \[2, 3\]; expected \[m",
     ),
-    (lambda: index(torch.ones(3, 2), torch.ones(1, 2), 0), "`k` must be a positive int; got 0"),
+    (
+        lambda: index(torch.ones(3, 2), torch.ones(1, 2), -1),
+        "`k` must be an int of at least 0; got",
+    ),
     (lambda: refuse_deep(nested(65), "x"), "`x` holds lists that are nested more than 64 deep"),
 ]
 
