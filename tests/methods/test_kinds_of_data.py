@@ -35,6 +35,8 @@ TABLE = {
     "KNN-Shapley": "KNNShapley",
     "DVEmb": "DVEmb",
     "MAGIC": "MAGIC",
+    "LESS": "LESS",
+    "SOURCE": "SOURCE",
 }
 MLP = SHORT["mlp"]
 KINDS: dict[str, Callable[[tuple[Tensor, Tensor]], Any]] = {
