@@ -343,7 +343,7 @@ def _searches() -> list[Target]:
             "ExactNearestNeighbors",
             lambda **given: searched(ik.ExactNearestNeighbors, **given),
             {"data": lambda: drawn(5, 3), "query": lambda: drawn(2, 3), "k": is_(2)},
-            {"k": TWO | LARGE},
+            {"k": TWO | LARGE | {"0"}},
         )
     ]
 
