@@ -32,7 +32,7 @@ from influence_kit.curvature.sample_preconditioner import (
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients, Transform
 from influence_kit.operators.low_rank import JacobiPreconditioner, NystromPreconditioner
-from influence_kit.operators.partition import Partition
+from influence_kit.operators.partition import Partition, spread
 from influence_kit.operators.solvers import Solve, conjugate_gradients, damping_by_block
 
 PreconditionerName = Literal["auto", "sample", "jacobi", "nystrom", "kfac", "ekfac"]
@@ -201,20 +201,16 @@ class Fitted:
             columns: dict[str, Tensor] = {}
             for name, form in found.forms.items():
                 columns.update(form.by_parameter(name))
-            for name, own in self.partition.columns(vectors).items():
-                if name not in columns:
-                    columns[name] = own / self._damping_of(name)
+            lifted = vectors / spread(self.damping, self.partition.sizes).to(vectors)
+            for name, own in self.partition.columns(lifted).items():
+                columns.setdefault(name, own)
             return torch.cat([columns[name] for name in self.partition.names], dim=1)
 
         return solve
 
-    def _damping_of(self, name: str) -> float:
-        (found,) = damping_in(Partition({"": [name]}, {}), self.damping, self.partition).tolist()
-        return float(found)
-
 
 def damping_in(blocks: Partition, damping: Tensor, of: Partition) -> Tensor:
-    """The damping of blocks of other parameters groups: that of the block of their first."""
+    """The damping of other blocks: that of the block with their first parameter."""
     values = damping.tolist()
     known = {name: values[i] for i, names in enumerate(of.blocks.values()) for name in names}
     found = [known[names[0]] for names in blocks.blocks.values()]

@@ -1,7 +1,7 @@
 """One training step of a trace."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -77,6 +77,22 @@ def steps_of(trace: Any, count: int, of_groups: bool = False) -> list[Step]:
                 f"`train_dataset` has {count} examples; pass the data that the run was trained on"
             )
     return steps
+
+
+def check_epochs(epochs: Collection[int] | None, steps: Sequence[Step]) -> None:
+    """Refuse epochs that the steps do not have; None means all epochs."""
+    known = {step.epoch for step in steps}
+    if epochs is not None and not _are_among(epochs, known):
+        raise InvalidArgumentError(
+            f"`epochs` must be epochs of the trace, which has {sorted(known, key=str)}; got "
+            f"{shown(epochs)}"
+        )
+
+
+def _are_among(epochs: object, known: Collection[int | None]) -> bool:
+    if not isinstance(epochs, list | tuple | set | frozenset | range) or not epochs:
+        return False
+    return all((e is None or type(e) is int) and e in known for e in epochs)
 
 
 def first_of(setting: Any) -> Any:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
-from influence_kit.core.arguments import shown
 from influence_kit.core.memory import GIB, free_bytes
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.training.step import Step
@@ -50,22 +49,6 @@ def backward_pass(
         onward.addmm_(visits.T, gradients, beta=1 - step.lr * step.weight_decay, alpha=-1)
         tick()
     return embeddings
-
-
-def check_epochs(epochs: Collection[int] | None, steps: Sequence[Step]) -> None:
-    """Refuse epochs that the steps do not have; None means all epochs."""
-    known = {step.epoch for step in steps}
-    if epochs is not None and not _are_among(epochs, known):
-        raise InvalidArgumentError(
-            f"`epochs` must be epochs of the trace, which has {sorted(known, key=str)}; got "
-            f"{shown(epochs)}"
-        )
-
-
-def _are_among(epochs: object, known: Collection[int | None]) -> bool:
-    if not isinstance(epochs, list | tuple | set | frozenset | range) or not epochs:
-        return False
-    return all((e is None or type(e) is int) and e in known for e in epochs)
 
 
 def check_memory(n: int, size: int, steps: Sequence[Step], sample: Tensor) -> None:

@@ -21,12 +21,12 @@ from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.arguments import documented
 from influence_kit.methods.caches import Cache
 from influence_kit.methods.data_fingerprint import data_fingerprint
-from influence_kit.methods.dvemb.backward_pass import backward_pass, check_epochs, check_memory
+from influence_kit.methods.dvemb.backward_pass import backward_pass, check_memory
 from influence_kit.methods.dvemb.embedding_term import EmbeddingTerm, index_batches
-from influence_kit.methods.dvemb.examples_by_index import ExamplesByIndex, count_by_index
 from influence_kit.methods.dvemb.plain_steps import check_plain
 from influence_kit.methods.dvemb.step_gradients import StepGradients
 from influence_kit.methods.example_batches import BatchSize
+from influence_kit.methods.examples_by_index import ExamplesByIndex, count_by_index
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.layer_names import Layers
 from influence_kit.methods.restarts import given, starts_again
@@ -34,7 +34,7 @@ from influence_kit.projections.projected import Dim, Projected, check_dim
 from influence_kit.scoring.reducers import Reducer
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term
-from influence_kit.training.step import steps_of
+from influence_kit.training.step import check_epochs, steps_of
 from influence_kit.training.trace import TrainingTrace
 
 

@@ -19,9 +19,8 @@ from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.arguments import documented
 from influence_kit.methods.base import ExampleInfluence
-from influence_kit.methods.dvemb.backward_pass import check_epochs
-from influence_kit.methods.dvemb.examples_by_index import ExamplesByIndex, count_by_index
 from influence_kit.methods.example_batches import BatchSize
+from influence_kit.methods.examples_by_index import ExamplesByIndex, count_by_index
 from influence_kit.methods.magic.repeated_runs import RepeatedRuns
 from influence_kit.methods.magic.runs import Run, check_traces, trained_by
 from influence_kit.methods.magic.smoothness import Smoothness, drawn_examples
@@ -30,6 +29,7 @@ from influence_kit.methods.restarts import given, starts_again
 from influence_kit.scoring.reducers import Reducer, WholeRows
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side
+from influence_kit.training.step import check_epochs
 from influence_kit.training.step_loss import StepLoss
 from influence_kit.training.trace import TrainingTrace
 
