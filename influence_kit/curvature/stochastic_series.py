@@ -20,9 +20,12 @@ from influence_kit.curvature.operator_inverses import (
     CurvatureName,
     OperatorInverse,
 )
+from influence_kit.curvature.preconditioners import Preconditioner, PreconditionerArgument
 from influence_kit.data.batches import to_device
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.gradients.per_example import Transform
+from influence_kit.gradients.per_example import Gradients, Transform
+from influence_kit.operators.partition import Partition
+from influence_kit.operators.preconditioned_series import preconditioned_series
 from influence_kit.operators.solvers import MOST, lissa
 
 
@@ -35,6 +38,8 @@ class LiSSA(OperatorInverse):
         num_repeat: the number of series to average, each with its own samples.
         scale: s, or "auto": 1.1 times the largest eigenvalue of C + damping.
         hessian_batch_size: examples sampled in each iteration; None for all of them.
+        preconditioner: as ``Preconditioner`` takes it; "auto" (s) is then 1.1 times the largest
+            eigenvalue of M (C + damping).
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class LiSSA(OperatorInverse):
         num_repeat: int = 1,
         scale: float | Literal["auto"] = "auto",
         hessian_batch_size: int | None = 64,
+        preconditioner: PreconditionerArgument = None,
     ) -> None:
         super().__init__(damping, curvature, blocks, seed)
         self.recursion_depth = check_count(recursion_depth, "recursion_depth", most=MOST)
@@ -57,24 +63,38 @@ class LiSSA(OperatorInverse):
         if not is_one_of(scale, ("auto",)):
             scale = check_number(scale, "scale", above=0, instead='"auto"')
         self.scale = scale
+        self.preconditioner = preconditioner
+        self._chosen = Preconditioner(preconditioner, seed)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings, **self._chosen.settings}
+
+    def sample_size(self, partition: Partition) -> int:
+        return self._chosen.sample_size
+
+    def fit(self, data: FitData) -> State:
+        return self._chosen.fit(data)
 
     def inverse(self, state: State, damping: Tensor, data: FitData) -> Transform:
         operator = self.operator(data)
-        sampled = self.hessian_batch_size is not None and self.hessian_batch_size < data.count
+        is_sampled = self.hessian_batch_size is not None and self.hessian_batch_size < data.count
+        steps = self._samples(operator, data) if is_sampled else None
+        is_empirical = self.curvature == "empirical_fisher"
+        made = self._chosen.solves(state, damping, data, operator, is_empirical)
 
-        def solve(vectors: Tensor) -> Tensor:
-            return lissa(
-                operator,
-                vectors,
-                damping,
-                self.recursion_depth,
-                self.num_repeat,
-                self.scale,
-                self._samples(operator, data) if sampled else None,
-                tol=torch.finfo(vectors.dtype).eps,
-            )
+        def transform(gradients: Gradients) -> Gradients:
+            vectors = data.partition.flat(gradients)
+            own = (self.recursion_depth, self.num_repeat, self.scale, steps)
+            tol = torch.finfo(vectors.dtype).eps
+            if made is None:
+                found = lissa(operator, vectors, damping, *own, tol)
+            else:
+                solve = made(gradients)
+                found = preconditioned_series(operator, vectors, damping, solve, *own, tol)
+            return data.partition.gradients(found, gradients)
 
-        return data.through(solve)
+        return transform
 
     def _samples(
         self, operator: Curvature, data: FitData

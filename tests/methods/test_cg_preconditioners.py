@@ -136,7 +136,7 @@ def test_few_examples_have_several_draws() -> None:
 
 def test_many_examples_are_sampled_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample_preconditioner, "MOST_GRADIENTS", 32)
-    monkeypatch.setattr(influence_kit.curvature.conjugate_gradients, "MOST_GRADIENTS", 32)
+    monkeypatch.setattr(influence_kit.curvature.preconditioners, "MOST_GRADIENTS", 32)
     rows = sample_of(curvature="empirical_fisher")
     every = oracles.gradients(MODEL, TRAIN, nn.CrossEntropyLoss(reduction="none"))
     assert_close(rows, every[::4])  # 16 to 32 examples

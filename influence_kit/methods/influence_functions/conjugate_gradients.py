@@ -3,7 +3,7 @@
 Shapes: m right-hand sides.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -14,19 +14,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader
-from influence_kit.curvature.conjugate_gradients import ConjugateGradients, Preconditioner, Solved
+from influence_kit.curvature.conjugate_gradients import ConjugateGradients, Solved
 from influence_kit.curvature.damping import DampingArgument
-from influence_kit.curvature.fit_data import FitData
-from influence_kit.curvature.inverse_curvature import InverseCurvature, State
 from influence_kit.curvature.operator_inverses import BlockArgument, CurvatureName
-from influence_kit.errors import InvalidArgumentError
-from influence_kit.gradients.feature_map import FeatureMap
+from influence_kit.curvature.preconditioners import PreconditionerArgument
 from influence_kit.gradients.gradient_source import Verify
-from influence_kit.gradients.per_example import Transform
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.arguments import documented
 from influence_kit.methods.example_batches import BatchSize
+from influence_kit.methods.influence_functions.fitted_elsewhere import as_preconditioner
 from influence_kit.methods.influence_functions.influence_function import InfluenceFunction
 from influence_kit.methods.layer_names import Layers
 
@@ -102,7 +99,7 @@ class CGInfluenceFunction(InfluenceFunction):
         seed: int = 0,
         max_iter: int = 100,
         tol: float = 1e-6,
-        preconditioner: Preconditioner | InfluenceFunction = "auto",
+        preconditioner: PreconditionerArgument | InfluenceFunction = "auto",
         test_output_fn: OutputFunction | None = None,
         eval_mode: bool = True,
         batch_axes: Any = None,
@@ -110,8 +107,6 @@ class CGInfluenceFunction(InfluenceFunction):
         store: str | Path | None = None,
         store_dtype: torch.dtype | None = None,
     ) -> None:
-        if isinstance(preconditioner, InfluenceFunction):
-            preconditioner = FittedElsewhere(preconditioner)
         super().__init__(
             model,
             train_dataset,
@@ -123,7 +118,13 @@ class CGInfluenceFunction(InfluenceFunction):
             test_loss_fn,
             sample_wise_grads_per_batch,
             inverse=ConjugateGradients(
-                damping, curvature, blocks, seed, max_iter, tol, preconditioner
+                damping,
+                curvature,
+                blocks,
+                seed,
+                max_iter,
+                tol,
+                as_preconditioner(preconditioner),
             ),
             hessian_dataset=hessian_dataset,
             relative=relative,
@@ -164,50 +165,3 @@ class CGInfluenceFunction(InfluenceFunction):
             solver.reports.clear()
         with super().session() as loader:
             yield loader
-
-
-class FittedElsewhere(InverseCurvature):
-    """The inverse curvature of another method, whose fit is used where there is one.
-
-    Args:
-        method: an influence function of the same parameters and checkpoints.
-    """
-
-    def __init__(self, method: InfluenceFunction) -> None:
-        super().__init__(method.damping, method.inverse.seed)
-        self._method, self._inverse = method, method.inverse
-
-    def __repr__(self) -> str:
-        return type(self._method).__name__
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"class": type(self._inverse).__name__, **self._inverse.settings}
-
-    def blocks_of(self, model: nn.Module, names: Sequence[str]) -> Mapping[str, list[str]]:
-        return self._inverse.blocks_of(model, names)
-
-    def check_features(self, features: FeatureMap) -> None:
-        self._inverse.check_features(features)
-
-    def fit(self, data: FitData) -> State:
-        there, here = (
-            f"{count} checkpoints with the blocks {', '.join(blocks)}"
-            for count, blocks in (
-                (len(self._method.checkpoints), self._method.block_names),
-                (len(data.checkpoints), data.partition.blocks),
-            )
-        )
-        if there != here:
-            raise InvalidArgumentError(
-                f"`preconditioner` belongs to {there}; here are {here}: pass a method of the same "
-                'model, `layers` and checkpoints, or a name ("ekfac")'
-            )
-        known = self._method.fit_state.get(data.checkpoint)
-        return self._inverse.fit(data) if known is None else dict(known)
-
-    def traces(self, state: State, data: FitData) -> Tensor:
-        return self._inverse.traces(state, data)
-
-    def inverse(self, state: State, damping: Tensor, data: FitData) -> Transform:
-        return self._inverse.inverse(state, damping, data)
