@@ -27,7 +27,8 @@ from influence_kit.gradients.autograd_comparison import (
 )
 from influence_kit.gradients.capture import Capture, Layer, Use, use_forms
 from influence_kit.gradients.explanation import explanation
-from influence_kit.gradients.forms import Form
+from influence_kit.gradients.form import Form
+from influence_kit.gradients.forms import add_forms
 from influence_kit.gradients.layouts import ROWS, SHARED, candidates
 from influence_kit.gradients.precision import in_float64
 from influence_kit.losses.loss import Loss
@@ -217,8 +218,7 @@ class _LayoutSearch:
             except (ValueError, RuntimeError):
                 unfit |= set(use.layer.names.values())
                 continue
-            for name, form in found.items():
-                forms[name] = forms[name].plus(form) if name in forms else form
+            add_forms(forms, found)
         return {name: form for name, form in forms.items() if name not in unfit}
 
 

@@ -19,7 +19,8 @@ from influence_kit.curvature.layer_forms import (
 from influence_kit.gradients import forms
 from influence_kit.gradients.convolved import Convolved
 from influence_kit.gradients.factored import Factored
-from influence_kit.gradients.forms import Dense, Form, Sum
+from influence_kit.gradients.form import Form
+from influence_kit.gradients.forms import Dense, Sum
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rows import Rows
 from influence_kit.projections.map_covariance import map_products, map_squares
