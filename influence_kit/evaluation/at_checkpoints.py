@@ -27,7 +27,8 @@ from influence_kit.data.determinism import first_example
 from influence_kit.data.input_checks import refuse_uncollatable
 from influence_kit.data.loaders import as_loader
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
-from influence_kit.losses.loss import Loss, LossFunction, declared_reduction
+from influence_kit.losses.declared_reduction import declared_reduction
+from influence_kit.losses.loss import Loss, LossFunction
 from influence_kit.preservation.restore import borrowed
 
 ROWS = 256  # per batch of a data set

@@ -28,7 +28,8 @@ from influence_kit.data.loaders import loader_length
 from influence_kit.gradients.check import refuse_meta, refuse_mixing_layers
 from influence_kit.gradients.gradient_source import GradientSource, Verify, check_verify
 from influence_kit.gradients.parameter_selection import choose_parameters
-from influence_kit.losses.loss import Loss, LossFunction, declared_reduction
+from influence_kit.losses.declared_reduction import declared_reduction
+from influence_kit.losses.loss import Loss, LossFunction
 from influence_kit.losses.margins import OutputFunction
 from influence_kit.losses.measures import measure_of_tests, refuse_both
 from influence_kit.methods.caches import Caches

@@ -27,7 +27,8 @@ from influence_kit.data.batches import (
     to_device,
 )
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
-from influence_kit.gradients.gradient_source import GradientSource, kept_bytes
+from influence_kit.gradients.batch_memory import kept_bytes
+from influence_kit.gradients.gradient_source import GradientSource
 from influence_kit.losses.loss import Loss
 from influence_kit.operators.partition import Partition
 from influence_kit.operators.products import EitherMode, Tree, mixed_product

@@ -14,7 +14,8 @@ from influence_kit.core.arguments import check_count, check_number, check_seed
 from influence_kit.core.distributed import is_mine
 from influence_kit.data.batches import to_device
 from influence_kit.errors import FixedAttributeError
-from influence_kit.gradients.gradient_source import Verify, kept_bytes
+from influence_kit.gradients.batch_memory import kept_bytes
+from influence_kit.gradients.gradient_source import Verify
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.arguments import documented
