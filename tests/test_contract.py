@@ -99,9 +99,9 @@ def test_a_small_workspace_does_not_matter(
     method: str, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = plain_scores(method, case)
-    for name in ("forms", "rows", "functional", "gradient_source"):
+    for name in ("form", "rows", "functional", "batch_memory"):
         monkeypatch.setattr(f"influence_kit.gradients.{name}.workspace_bytes", lambda device: 300)
-    monkeypatch.setattr("influence_kit.gradients.forms.resident_bytes", lambda device: 300)
+    monkeypatch.setattr("influence_kit.gradients.form.resident_bytes", lambda device: 300)
     assert_close(plain_scores(method, case), expected)
 
 

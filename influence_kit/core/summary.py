@@ -106,3 +106,12 @@ def _object_text(value: Any, model: Any) -> str:
 def counted(count: int, noun: str) -> str:
     """The number with its noun: "1 layer", "1,234 parameters"."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def size_notes(checkpoints: int, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """The numbers of checkpoints, parameters and layers, as one line; no line if all are 0."""
+    layers = {name.rpartition(".")[0] for name in parameters}
+    size = counted(sum(p.numel() for p in parameters.values()), "parameter")
+    found = [counted(checkpoints, "checkpoint")] if checkpoints else []
+    found += [f"{size} in {counted(len(layers), 'layer')}"] if parameters else []
+    return [", ".join(found)] if found else []

@@ -11,7 +11,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from influence_kit.checkpoints.loader import CheckpointLoader
-from influence_kit.core.distributed import from_first_rank, is_first_rank, wait_for_all
+from influence_kit.core.distributed import from_first_rank, is_alone, is_first_rank, wait_for_all
+from influence_kit.core.memory import resident_bytes
 from influence_kit.data.batches import Batch, example_count, to_device
 from influence_kit.errors import PassAgain
 from influence_kit.gradients.feature_map import FeatureMap
@@ -210,3 +211,10 @@ class Build:
             if store.wanted(side.checkpoint, start, stop):
                 yield start, side(to_device(batch, self.sample.device)).flat()
             start = stop
+
+
+def fits_memory(rows: int, shapes: Mapping[str, torch.Size], sample: Tensor) -> bool:
+    """Whether so many rows of these shapes, with the sample's dtype, may be cached in memory."""
+    size = rows * sum(shape.numel() for shape in shapes.values()) * sample.element_size()
+    # ranks divide the training set: no rank would cache all of it
+    return is_alone() and 0 < size <= resident_bytes(sample.device)

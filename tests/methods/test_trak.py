@@ -346,7 +346,7 @@ def test_features_are_computed_once(place: str, tmp_path: Path) -> None:
 def test_kept_in_memory_or_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
     kept = make(name)
-    monkeypatch.setattr("influence_kit.methods.inner_product.resident_bytes", lambda device: 0)
+    monkeypatch.setattr("influence_kit.methods.gradient_cache.resident_bytes", lambda device: 0)
     anew = make(name)
     expected = formula(kept, name, "auto")
     assert_close(anew.influence(case.test), expected, CLOSE)
