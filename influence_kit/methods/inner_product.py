@@ -28,11 +28,11 @@ from influence_kit.methods.arguments import describes_arguments
 from influence_kit.methods.base import ExampleInfluence
 from influence_kit.methods.example_batches import BatchSize
 from influence_kit.methods.gradient_cache import (
-    Build,
+    CacheBuild,
+    CachedBatch,
+    CachedGradients,
     GradientCache,
-    KeptRows,
     LearntFeatures,
-    Places,
     fits_memory,
 )
 from influence_kit.methods.identity import identity
@@ -175,7 +175,7 @@ class InnerProductInfluence(ExampleInfluence):
             n = sum(example_count(batch) for batch in self.train_dataloader)
             self._map.learn(self._examples_at, n, self._train_loss)
         if self._cache.rows is None:
-            self._cache.rows = self._made_rows(loader, show_progress)
+            self._cache.rows = self._cached_gradients(loader, show_progress)
 
     # What a user calls.
 
@@ -257,17 +257,20 @@ class InnerProductInfluence(ExampleInfluence):
         chosen = chosen_rows(self.train_dataloader, indices, lambda: None)
         return (to_device(take(batch, rows), self.device) for _, rows, batch in chosen)
 
-    def _made_rows(self, loader: CheckpointLoader, show_progress: bool) -> KeptRows | None:
+    def _cached_gradients(
+        self, loader: CheckpointLoader, show_progress: bool
+    ) -> CachedGradients | None:
         """The training features of all examples; None if they are computed in each call."""
-        rows = self._examples.train_count * len(self.checkpoints)
-        fits = self._map.is_short and fits_memory(rows, self._map.cached_shapes, self._sample)
-        if self.store is None and not fits:
-            return None
+        if self.store is None:
+            rows = self._examples.train_count * len(self.checkpoints)
+            shapes = self._map.cached_shapes
+            if not (self._map.is_short and fits_memory(rows, shapes, self._sample)):
+                return None
         indices = range(len(self.checkpoints))
         sides = [Side(index, partial(self._cached, index)) for index in indices]
         doing = "compute the gradients of the training set. Processing checkpoint"
         bar = partial(self.progress, doing, len(sides), show_progress)
-        build = Build(sides, self.train_dataloader, loader, self._sample, bar)
+        build = CacheBuild(sides, self.train_dataloader, loader, self._sample, bar)
         if self.store is None:
             return build.in_memory()
         description = {
@@ -278,7 +281,7 @@ class InnerProductInfluence(ExampleInfluence):
 
     def _cached(self, checkpoint: int, batch: Batch) -> Gradients:
         """The cached features of training examples: from the cache, or computed."""
-        if isinstance(batch, Places):
+        if isinstance(batch, CachedBatch):
             assert self._cache.rows is not None
             return self._cache.rows.gradients(checkpoint, batch)
         return self._map.cached(checkpoint, batch, self._train_loss)

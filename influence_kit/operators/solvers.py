@@ -21,9 +21,9 @@ from influence_kit.core.scaling import balanced, times_powers
 from influence_kit.errors import CurvatureError, InvalidArgumentError, NonFiniteError
 from influence_kit.operators.block import Block
 from influence_kit.operators.checks import check_blocks, check_square
+from influence_kit.operators.indefinite import IndefiniteBlockError, indefinite
 from influence_kit.operators.operator import Operator, check_operator, check_vectors
 from influence_kit.operators.partition import dots, spread
-from influence_kit.operators.wording import OF_CURVATURE, Wording
 
 Damping = float | Tensor | Sequence[float]
 Solve = Callable[[Tensor], Tensor]
@@ -100,7 +100,6 @@ class Cholesky:
         blocks: the blocks of C, each written out or as a ``Block``.
         damping: added to their eigenvalues.
         names: the names of the blocks in errors.
-        wording: the names of C and the damping in errors.
 
     Raises:
         InvalidArgumentError: for blocks that are not square matrices of finite floats.
@@ -113,7 +112,6 @@ class Cholesky:
         blocks: Sequence[Tensor | Block],
         damping: Damping,
         names: Sequence[str] | None = None,
-        wording: Wording = OF_CURVATURE,
     ) -> None:
         check_blocks(blocks, "blocks", "square matrices")
         values = damping_by_block(damping, len(blocks)).tolist()
@@ -125,10 +123,13 @@ class Cholesky:
             for number, block in enumerate(blocks)
         ]
         self.sizes = [block.size for block in known]
-        self.inverses = [
-            block.inverse(value, wording.block.format(name), wording)
-            for block, value, name in zip(known, values, names, strict=True)
-        ]
+        self.inverses = []
+        for block, value, name in zip(known, values, names, strict=True):
+            try:
+                self.inverses.append(block.inverse(value))
+            except IndefiniteBlockError as error:
+                matrix = f"the curvature of block '{name}'"
+                raise indefinite(error.eigenvalues, error.damping, matrix) from None
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """(C + damping)^-1 v for each row v of ``[k, P]``."""

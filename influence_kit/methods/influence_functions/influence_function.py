@@ -52,7 +52,7 @@ from influence_kit.methods.layer_names import Layers, check_layer
 from influence_kit.methods.restarts import check_k, given, starts_again
 from influence_kit.scoring.features import (
     MostInfluentialFeatures,
-    check_places,
+    check_train_indices,
     chosen_rows,
     joined,
     most_influential,
@@ -348,7 +348,7 @@ class InfluenceFunction(InnerProductInfluence):
         check_k(k)
         refuse_other_scores(self.get_name(), self.relative, self._map)
         name = None if layer is None else check_layer(self.model, layer)
-        indices = check_places(train_indices, self._examples.train_count)
+        indices = check_train_indices(train_indices, self._examples.train_count)
         perturbed = Perturbed(self.model, name)
         with self.session() as loader:
             # refuse inputs that cannot be perturbed before fitting the curvature
