@@ -42,6 +42,7 @@ from influence_kit.methods.term_vectors import term_vectors
 from influence_kit.methods.terms_by_parameter import terms_by_parameter
 from influence_kit.scoring.features import chosen_rows
 from influence_kit.scoring.reducers import AllScores, Reducer
+from influence_kit.scoring.side_gradients import SideGradients
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term
 from influence_kit.scoring.watch import Watch
@@ -339,9 +340,9 @@ class InnerProductInfluence(ExampleInfluence):
         """Features of the inputs at each checkpoint times the root of its weight, concatenated."""
         with self.session() as loader:
             terms, batches = self._plan(loader, inputs, ordered=not aggregate)
-            stream = Stream(terms, loader, self._sample)
+            gradients = SideGradients(loader, self._sample)
             kind = "test" if of_tests else "training" if inputs is None else "input"
-            found = term_vectors(stream, batches, kind, aggregate, self.get_name())
+            found = term_vectors(terms, gradients, batches, kind, aggregate, self.get_name())
         return found.to(self._dtype)
 
 

@@ -3,23 +3,30 @@
 Shapes: n examples, P entries of a feature, C checkpoints.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from influence_kit.data.batches import Batch
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.scoring.stream import Stream
+from influence_kit.scoring.side_gradients import SideGradients
+from influence_kit.scoring.term import Term
 
 
 def term_vectors(
-    stream: Stream, batches: Iterable[Batch], kind: str, aggregate: bool, method: str
+    terms: Sequence[Term],
+    gradients: SideGradients,
+    batches: Iterable[Batch],
+    kind: str,
+    aggregate: bool,
+    method: str,
 ) -> Tensor:
     """Features of examples at each checkpoint times the root of its weight: ``[n, P * C]``.
 
     Args:
-        stream: the terms of the method.
+        terms: the terms of the method.
+        gradients: computes the gradients of their sides.
         batches: the examples.
         kind: "test" for test features; "training" or "input" for training features.
         aggregate: return their sum, one row.
@@ -30,15 +37,15 @@ def term_vectors(
         InvalidArgumentError: if a weight is negative.
     """
     blocks = []
-    for term in stream.terms:
+    for term in terms:
         if not term.is_symmetric:
             raise NotImplementedError(
                 f"{method} treats test and training examples differently: scores are asymmetric, "
                 "so no single vector per example reproduces them as dot products; use `influence`"
             )
         side = term.test if kind == "test" else term.train
-        vectors = stream.vectors(side, batches, aggregate, kind)
-        weight = term.weight_at(stream.loader.load(term.train.checkpoint))
+        vectors = gradients.vectors(side, batches, aggregate, kind)
+        weight = term.weight_at(gradients.loader.load(term.train.checkpoint))
         if weight < 0:
             raise InvalidArgumentError(
                 f"checkpoint {term.train.checkpoint} has the negative learning rate {weight}, for "

@@ -33,7 +33,7 @@ from influence_kit.methods.layer_names import Layers
 from influence_kit.methods.restarts import given, starts_again
 from influence_kit.projections.projected import Dim, Projected, check_dim
 from influence_kit.scoring.reducers import Reducer
-from influence_kit.scoring.stream import Stream
+from influence_kit.scoring.side_gradients import SideGradients
 from influence_kit.scoring.term import Side, Term
 from influence_kit.training.step import check_epochs, steps_of
 from influence_kit.training.trace import TrainingTrace
@@ -226,7 +226,9 @@ class DVEmb(InnerProductInfluence):
         """
         with self.session() as loader:
             batches = self.batches(given(inputs), ordered=not aggregate)
-            vectors = Stream([], loader, self._sample).vectors(self.test_at(0), batches, aggregate)
+            vectors = SideGradients(loader, self._sample).vectors(
+                self.test_at(0), batches, aggregate
+            )
         return vectors.to(self._dtype)
 
     # Implementation.

@@ -57,7 +57,7 @@ from influence_kit.scoring.features import (
     joined,
     most_influential,
 )
-from influence_kit.scoring.stream import Stream
+from influence_kit.scoring.side_gradients import SideGradients
 from influence_kit.scoring.term import Side, Term
 from influence_kit.scoring.transforms import unit_influence
 from influence_kit.scoring.watch import Watch
@@ -280,9 +280,9 @@ class InfluenceFunction(InnerProductInfluence):
         """
         with self.session() as loader:
             terms, batches = self._plan(loader, given(inputs), ordered=not aggregate)
-            stream = Stream(terms, loader, self._sample)
+            gradients = SideGradients(loader, self._sample)
             blocks = [
-                stream.test_side(term.test, batches, aggregate).flat() * term.weight_at(1.0)
+                gradients.of(term.test, batches, aggregate).flat() * term.weight_at(1.0)
                 for term in terms
             ]
         return torch.cat(blocks, dim=1).to(self._dtype)
@@ -354,8 +354,8 @@ class InfluenceFunction(InnerProductInfluence):
             # refuse inputs that cannot be perturbed before fitting the curvature
             perturbed.value(DataSet(self.train_dataloader, self.device).first())
             terms, batches = self._plan(loader, given(inputs), show_progress=show_progress)
-            stream = Stream(terms, loader, self._sample)
-            sides = [(stream.test_side(term.test, batches), term.weight_at(1.0)) for term in terms]
+            gradients = SideGradients(loader, self._sample)
+            sides = [(gradients.of(term.test, batches), term.weight_at(1.0)) for term in terms]
             vectors = [self._map.transpose(side).flat() * weight for side, weight in sides]
             found = Perturbation(self._source, self._train_loss, perturbed, loader, vectors)
             doing = "compute perturbation influence for training batches"

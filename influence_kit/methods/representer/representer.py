@@ -39,7 +39,7 @@ from influence_kit.methods.representer.point_gradients import (
 from influence_kit.methods.representer.refit import Head, Refit, Settings
 from influence_kit.methods.restarts import given, starts_again
 from influence_kit.methods.row_check import RowCheck
-from influence_kit.scoring.stream import Stream
+from influence_kit.scoring.side_gradients import SideGradients
 from influence_kit.scoring.term import Side, Term
 
 
@@ -294,7 +294,7 @@ class RepresenterPointSelection(InnerProductInfluence):
         with self.session() as loader:
             _, batches = self._plan(loader, inputs)
             side = Side(checkpoint, partial(self._both_sides, checkpoint))
-            form = Stream([], loader, self._sample).test_side(side, batches).forms[VALUE]
+            form = SideGradients(loader, self._sample).of(side, batches).forms[VALUE]
         assert isinstance(form, Factored)
         return form, self._head(checkpoint)
 
