@@ -10,7 +10,6 @@ from influence_kit.core.arguments import check_function
 from influence_kit.core.objects import check_functions
 
 Class = TypeVar("Class", bound=type)
-SECTION = "    Args:\n"
 REFERENCES = re.compile(r"\n    The other arguments are those of ``InnerProductInfluence``\.\n")
 # by argument, from the class that describes them
 _described: dict[str, str] = {}
