@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# what the notes tell of, or what is the same for all methods of a model
+# arguments that the notes describe, or that are the same for all methods of a model
 LEFT_OUT = {
     "model",
     "module",
@@ -30,7 +30,7 @@ KEPT_AS = {
     "count_bias": "_count_bias",
     "hessian_dataset": "_hessian_data",
 }
-# what an argument becomes where it is left out
+# the text of an argument that was left out
 FILLED_IN = {"nearest_neighbors": "ExactNearestNeighbors", "features": "FeatureMap()"}
 MOST_ITEMS = 4
 
@@ -40,7 +40,7 @@ def summary(owner: Any, notes: Sequence[str] = ()) -> str:
 
     Args:
         owner: an object that keeps its arguments as attributes of their names.
-        notes: what else there is to be seen.
+        notes: further lines.
     """
     model = getattr(owner, "model", getattr(owner, "module", None))
     shown = []

@@ -35,7 +35,7 @@ class Job:
     """One model to train.
 
     Attributes:
-        indices: the places of its training examples, ascending, int64.
+        indices: the indices of its training examples, ascending, int64.
         seed: what its training function is given.
         subset: a hash of the examples.
     """

@@ -172,7 +172,7 @@ class Chunk:
 
     @property
     def entry(self) -> dict[str, Any]:
-        """What the manifest says of the chunk."""
+        """The entry of the chunk in the manifest."""
         file = self.file
         rows = [self.rows.start, self.rows.stop]
         return {"rows": rows, "size": file.size, "checksum": file.checksum}
@@ -194,7 +194,7 @@ class Chunk:
         """Compare rows with the checksum.
 
         Raises:
-            InvalidArgumentError: where they are not what was written.
+            InvalidArgumentError: if they differ from what was written.
         """
         try:
             self.file.check({TENSOR: values})

@@ -95,7 +95,5 @@ def choose_blocks(model: nn.Module, names: Sequence[str], blocks: Any) -> Mappin
         seen += own
     twice = sorted({name for name in seen if seen.count(name) > 1})
     if twice:
-        raise InvalidArgumentError(
-            f"the parameters {twice} stand in more than one place of `blocks`"
-        )
+        raise InvalidArgumentError(f"the parameters {twice} occur more than once in `blocks`")
     return {block: list(own) for block, own in blocks.items()}

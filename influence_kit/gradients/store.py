@@ -226,7 +226,7 @@ class GradientStore:
         parts = self.layout.cut(start, stop)
         if len(parts) == 1:
             return self._inside(checkpoint, *parts[0])
-        for chunk, _ in parts:  # before memory is taken for what a manifest says
+        for chunk, _ in parts:  # before memory is allocated for the sizes in a manifest
             self._file(checkpoint, chunk).require_size()
         values = torch.empty(stop - start, self.layout.width, dtype=self.layout.dtype)
         for chunk, rows in parts:

@@ -76,7 +76,7 @@ class Interrupts:
         return held
 
     def _begin(self) -> None:
-        """Stand before the user's handler, unless that is no function."""
+        """Stand before the user's handler, unless that is not a function."""
         handler = signal.getsignal(signal.SIGINT)
         if callable(handler) and handler is not self:
             self._users = handler
