@@ -25,7 +25,7 @@ UNSTACKABLE = (
     "each element in list of batch should be",
     "stack expects each tensor to be equal",
 )
-# a pass of so many times the promised length, or the data set's if the sampler has none, is endless
+# a pass of 10 times the promised length, or the length of the data set if there is none, is endless
 SURELY_MORE, ENDLESS = 2, 10
 
 

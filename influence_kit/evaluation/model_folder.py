@@ -67,7 +67,8 @@ class ModelFolder:
         description: what the models belong to, as JSON has it.
 
     Raises:
-        InvalidArgumentError: where the folder is of something else; with every difference.
+        InvalidArgumentError: if the folder belongs to something else; the message lists the
+            differences.
     """
 
     def __init__(self, path: str | Path, description: Mapping[str, Any]) -> None:

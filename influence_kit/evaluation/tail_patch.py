@@ -86,7 +86,7 @@ def tail_patch(
     Raises:
         InvalidArgumentError: for a ``k`` outside 1 to n, indices outside the data set, other than m
             test examples, or an optimizer that is not one.
-        NonFiniteError: where a loss is NaN or infinite.
+        NonFiniteError: if a loss is NaN or infinite.
 
     Example:
         >>> from functools import partial

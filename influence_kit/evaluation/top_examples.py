@@ -27,7 +27,7 @@ class Top(NamedTuple):
 
     Attributes:
         indices: int64 ``[m, k]``, best first, ties by index.
-        n: the number of training examples; None where only the best are known.
+        n: the number of training examples; None if only the best are known.
     """
 
     indices: Tensor

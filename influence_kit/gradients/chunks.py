@@ -150,7 +150,7 @@ class Chunk:
         """The file, whose header is in order.
 
         Raises:
-            InvalidArgumentError: where it is not there, damaged, or another chunk.
+            InvalidArgumentError: if it is missing, damaged, or another chunk.
         """
         if not self.path.exists():
             raise InvalidArgumentError(

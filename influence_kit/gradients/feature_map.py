@@ -80,7 +80,7 @@ class FeatureMap:
         """The transposed map: gradients whose products with gradients are those of the features."""
         return features
 
-    # What is cached of training examples, where that is more than their features.
+    # What is cached of training examples, if that is more than their features.
 
     @property
     def cached_settings(self) -> dict[str, Any]:

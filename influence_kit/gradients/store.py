@@ -155,7 +155,7 @@ class GradientStore:
             for chunk in range(self.layout.chunks)
             if not is_mine(chunk) or self._path(checkpoint, chunk).exists()
         }
-        # as it is now, also where another process writes chunks meanwhile
+        # read again: another process may write chunks meanwhile
         self._skipped[checkpoint] = skipped
         try:
             for chunk, values in whole_chunks(pieces, self.layout, skipped):

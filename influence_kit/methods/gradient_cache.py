@@ -214,7 +214,7 @@ class CacheBuild:
 
 
 def fits_memory(rows: int, shapes: Mapping[str, torch.Size], sample: Tensor) -> bool:
-    """Whether so many rows of these shapes, with the sample's dtype, may be cached in memory."""
+    """Whether rows of these shapes, with the dtype of the sample, may be cached in memory."""
     size = rows * sum(shape.numel() for shape in shapes.values()) * sample.element_size()
     # ranks divide the training set: no rank would cache all of it
     return is_alone() and 0 < size <= resident_bytes(sample.device)
