@@ -25,7 +25,7 @@ UNSTACKABLE = (
     "each element in list of batch should be",
     "stack expects each tensor to be equal",
 )
-# a pass of 10 times the promised length, or the length of the data set if there is none, is endless
+# a pass is endless if it has 2 times the promised length; without one, 10 times the data set
 SURELY_MORE, ENDLESS = 2, 10
 
 
