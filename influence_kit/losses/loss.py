@@ -17,12 +17,10 @@ from influence_kit.data.batches import Batch, map_outputs, map_tensors, targets_
 from influence_kit.data.class_labels import label_in
 from influence_kit.errors import InvalidArgumentError, LabelError
 from influence_kit.losses.model_losses import (
-    OWN_FORMULAS,
-    OwnFormula,
-    compare_own,
-    example_means,
+    OwnLoss,
     next_token_losses,
-    same_slopes,
+    own_losses,
+    still_own,
 )
 from influence_kit.losses.reduction_check import compare_parts
 from influence_kit.losses.torch_losses import (
@@ -60,15 +58,14 @@ class Loss:
         if type(loss_fn) is nn.MSELoss:
             self._formula = partial(squared_errors, loss_fn)
         self._is_models_own = loss_fn is None
-        # the formula that the model's own loss was found to follow
-        self._own_formula: OwnFormula | None = None
+        # the losses per example that gave the model's own loss in all batches so far
+        self._own: list[OwnLoss] = []
         self.settled = False
 
     @property
     def shift(self) -> int:
         """By how many positions labels lag behind logits: 1 for a language model's own loss."""
-        formula = self._formula
-        return int(isinstance(formula, partial) and next_token_losses in formula.args)
+        return int(bool(self._own) and self._own[0].formula is next_token_losses)
 
     @property
     def is_of_outputs(self) -> bool:
@@ -120,7 +117,7 @@ class Loss:
     @property
     def compares(self) -> bool:
         """Whether ``checked_total`` has to compare losses: not for a loss per example."""
-        return self.reduction != "none" or isinstance(self._formula, partial)
+        return self.reduction != "none" or bool(self._own)
 
     def checked_total(self, outputs: Any, batch: Batch, n: int, where: str = "the batch") -> Tensor:
         """``total``, after a check that a reduced loss of this batch is a sum or mean of examples.
@@ -134,17 +131,18 @@ class Loss:
         Raises:
             InvalidArgumentError: if the loss is neither.
         """
+        shown = map_outputs(outputs, lambda tensor: tensor.detach()) if self.compares else None
+        if self._own and isinstance(batch, Mapping):
+            with torch.no_grad():
+                self._take_own(still_own(self._own, shown, batch["labels"], where))
         value = self.values(outputs, batch)
         if n > 1 and self.compares:
-            shown = map_outputs(outputs, lambda tensor: tensor.detach())
             with torch.no_grad():
                 self._compare(shown, batch, value.detach(), n, where)
         return self.summed(value, batch, n)
 
     def _compare(self, outputs: Any, batch: Batch, value: Tensor, n: int, where: str) -> None:
-        if self._own_formula is not None and isinstance(batch, Mapping):
-            compare_own(self._own_formula, outputs, batch["labels"], where)
-        elif value.dim() == 0 and not self._is_models_own and type(self._formula) not in PLAIN:
+        if value.dim() == 0 and not self._is_models_own and type(self._formula) not in PLAIN:
             difference = compare_parts(self.values, outputs, batch, value, n, self.reduction)
             if difference is not None:
                 raise InvalidArgumentError(
@@ -279,19 +277,11 @@ class Loss:
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
             return False
-        for formula in OWN_FORMULAS:
-            found = formula(logits, labels)
-            if found is None:
-                continue
-            # single examples and the batch, as class weights only show in the batch
-            whole = found[0].sum() / found[1].sum()
-            expected = torch.cat([example_means(formula, outputs, batch), whole.reshape(1)])
-            value = self.values(*together)
-            own = torch.cat([singles, value.detach().reshape(1)])
-            is_same = torch.allclose(expected, own.to(expected), closeness, 1e-12)
-            if is_same and same_slopes(formula, outputs, labels, value):
-                self._formula = partial(example_means, formula)
-                self._own_formula = formula
-                self.reduction, self.settled = "none", True
-                return True
-        return False
+        value = self.values(*together)
+        self._take_own(own_losses(outputs, batch, value, singles, closeness))
+        return bool(self._own)
+
+    def _take_own(self, losses: list[OwnLoss]) -> None:
+        if losses:
+            self._formula, self._own = losses[0], losses
+            self.reduction, self.settled = "none", True

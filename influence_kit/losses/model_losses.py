@@ -1,9 +1,10 @@
-"""Formulas that a model's own loss may follow: a loss per example, from logits and labels.
+"""Losses per example that a model's own loss may be made of, from logits and labels.
 
 Shapes: n examples.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,12 +22,75 @@ SLOPES_CLOSE = 1e-2
 OwnFormula = Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None]
 
 
-def example_means(formula: OwnFormula, outputs: Any, batch: Any) -> Tensor:
-    """The formula's loss of each example, ``[n]``; 0 for an example without labels."""
-    found = formula(logits_of(outputs), batch["labels"])
-    assert found is not None
-    sums, counts = found
+@dataclass(frozen=True)
+class Reading:
+    """What a loss of a batch may be, given each example's sum and count of losses, both ``[n]``.
+
+    Attributes:
+        name: for errors.
+        examples: the losses of the examples, ``[n]``; 0 for an example without labels.
+        whole: the loss of the batch.
+    """
+
+    name: str
+    examples: Callable[[Tensor, Tensor], Tensor]
+    whole: Callable[[Tensor, Tensor], Tensor]
+
+
+def _means(sums: Tensor, counts: Tensor) -> Tensor:
     return sums / counts.clamp(min=1)
+
+
+# the likeliest first
+READINGS = (
+    Reading("the mean over its labelled positions", _means, lambda s, c: s.sum() / c.sum()),
+    Reading("the mean of its examples' means", _means, lambda s, c: _means(s, c).mean()),
+    Reading("the mean of its labelled examples' means", _means, lambda s, c: (s / c)[c > 0].mean()),
+    Reading("the mean of its examples' sums", lambda s, c: s, lambda s, c: s.mean()),
+)
+
+
+@dataclass(frozen=True)
+class OwnLoss:
+    """A loss per example that gives a model's own loss: called with the outputs and the batch."""
+
+    formula: OwnFormula
+    reading: Reading
+
+    def __call__(self, outputs: Any, batch: Any) -> Tensor:
+        """The loss of each example, ``[n]``."""
+        return self.reading.examples(*self._found(logits_of(outputs), batch["labels"]))
+
+    def whole(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of the batch."""
+        return self.reading.whole(*self._found(logits, labels))
+
+    def has_slopes(self, outputs: Any, labels: Tensor, own: Tensor) -> bool:
+        """Whether the model's own loss has this loss's gradient at the logits, if any.
+
+        If a model's head is zero, all formulas have the same values, and only gradients differ.
+        """
+        logits = logits_of(outputs)
+        if not (logits.requires_grad and own.requires_grad):
+            return True
+        (expected,) = torch.autograd.grad(own, logits, retain_graph=True, allow_unused=True)
+        if expected is None:  # the loss was computed from a copy
+            return True
+        leaf = logits.detach().requires_grad_()
+        with torch.enable_grad():
+            (slopes,) = torch.autograd.grad(self.whole(leaf, labels), leaf)
+        close = SLOPES_CLOSE * expected.abs().max()
+        return bool(((slopes - expected).abs() <= close).all())
+
+    def _found(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.formula(logits, labels)
+        if found is None:
+            raise InvalidArgumentError(
+                f"logits of shape {list(logits.shape)} and labels of shape {list(labels.shape)} "
+                "do not fit the formula that the model's own loss followed in earlier batches: "
+                "pass a `loss_fn` with one value per example"
+            )
+        return found
 
 
 def token_losses(logits: Tensor, labels: Tensor, shift: int = 0) -> tuple[Tensor, Tensor] | None:
@@ -65,49 +129,61 @@ def _exact(logits: Tensor) -> Tensor:
     return logits.float() if half else logits
 
 
-def same_slopes(formula: OwnFormula, outputs: Any, labels: Tensor, own: Tensor) -> bool:
-    """Whether a formula and a model's own loss have the same gradient at the logits, if any.
+def own_losses(
+    outputs: Any, batch: Any, own: Tensor, singles: Tensor, close: float
+) -> list[OwnLoss]:
+    """The losses per example that give a model's own loss, the likeliest first.
 
-    If a model's head is zero, all formulas have the same values, and only gradients differ.
+    Several, if they are the same in this batch: a sum over tokens is the mean where all examples
+    have one.
+
+    Args:
+        outputs: the model's outputs for a batch.
+        batch: the batch.
+        own: its loss, with its graph.
+        singles: the losses of its examples alone, ``[n]``.
+        close: relative difference that rounding explains.
     """
-    logits = logits_of(outputs)
-    if not (logits.requires_grad and own.requires_grad):
-        return True
-    (expected,) = torch.autograd.grad(own, logits, retain_graph=True, allow_unused=True)
-    if expected is None:  # the loss was computed from a copy
-        return True
-    leaf = logits.detach().requires_grad_()
-    with torch.enable_grad():
-        found = formula(leaf, labels)
-        assert found is not None
-        (slopes,) = torch.autograd.grad(found[0].sum() / found[1].sum(), leaf)
-    close = SLOPES_CLOSE * expected.abs().max()
-    return bool(((slopes - expected).abs() <= close).all())
+    labels = batch["labels"]
+    # single examples and the batch, as class weights only show in the batch
+    values = torch.cat([singles, own.detach().reshape(1)])
+    for formula in OWN_FORMULAS:
+        if formula(logits_of(outputs), labels) is None:
+            continue
+        found = []
+        for one in (OwnLoss(formula, reading) for reading in READINGS):
+            expected = torch.cat(
+                [one(outputs, batch), one.whole(logits_of(outputs), labels).reshape(1)]
+            )
+            is_same = torch.allclose(expected, values.to(expected), close, 1e-12)
+            if is_same and one.has_slopes(outputs, labels, own):
+                found.append(one)
+        if found:
+            return found
+    return []
 
 
-def compare_own(formula: OwnFormula, outputs: Any, labels: Tensor, where: str) -> None:
-    """Compare a model's own loss of a batch with the formula that it was found to follow.
+def still_own(losses: list[OwnLoss], outputs: Any, labels: Tensor, where: str) -> list[OwnLoss]:
+    """Which of the losses that gave a model's own loss so far do in this batch, the nearest first.
 
     Raises:
-        InvalidArgumentError: if they differ.
+        InvalidArgumentError: if none does.
     """
     own = outputs.get("loss") if isinstance(outputs, Mapping) else None
     own = getattr(outputs, "loss", None) if own is None else own
-    found = formula(logits_of(outputs), labels)
-    if not isinstance(own, Tensor) or found is None:
-        return
-    sums, counts = found
-    means = sums / counts.clamp(min=1)
-    # means over the labelled positions of all examples, and over examples
-    expected = sums.sum() / counts.sum()
-    either = torch.stack([expected, means.mean(), means[counts > 0].mean()]).to(own)
+    if not isinstance(own, Tensor) or not torch.isfinite(own):
+        return losses
+    expected = torch.stack([one.whole(logits_of(outputs), labels) for one in losses]).to(own)
     close = 3e-2 if _is_half(own) else 1e-4
-    if torch.isfinite(own) and not bool(torch.isclose(either, own, close, 1e-6).any()):
+    fits = torch.isclose(expected, own, close, 1e-6)
+    if not bool(fits.any()):
         raise InvalidArgumentError(
-            f"{where}: the model's own loss is {own.item():.6g}, but the mean over its labelled "
-            f"positions, which it equalled in earlier batches, is {expected.item():.6g}: the loss "
+            f"{where}: the model's own loss is {own.item():.6g}, but {losses[0].reading.name}, "
+            f"which it equalled in earlier batches, is {expected[0].item():.6g}: the loss "
             "per example is not known. Pass a `loss_fn` with one value per example"
         )
+    nearest = (expected - own).abs().argsort(stable=True).tolist()
+    return [losses[i] for i in nearest if fits[i]]
 
 
 def _is_half(value: Tensor) -> bool:

@@ -410,6 +410,58 @@ def test_the_models_own_loss_has_the_gradients_of_single_examples(name, kind):
     torch.testing.assert_close(mine.grad, own_gradients(model, x, labels))
 
 
+def token_sums(x, labels):
+    """The mean over examples of the sums over their tokens."""
+    return F.cross_entropy(x.flatten(0, 1), labels.flatten(), reduction="sum") / len(x)
+
+
+def token_means(x, labels):
+    """The mean over examples of the means over their tokens."""
+    losses = F.cross_entropy(x.transpose(1, 2), labels, reduction="none")
+    return (losses.sum(1) / (labels != -100).sum(1)).mean()
+
+
+ONE_TOKEN = TOKEN_TARGETS.clone()
+ONE_TOKEN[:, 1:] = -100
+
+
+@pytest.mark.parametrize("formula", [OWN["tokens"][0], token_means, token_sums])
+@pytest.mark.parametrize("n", [N, 1])
+def test_a_later_batch_shows_what_a_models_own_loss_does_with_several_tokens(formula, n):
+    model = Own(formula)
+    loss = Loss(None, None, "loss_fn")
+    settle(loss, model, {"x": TOKEN_OUTPUTS, "labels": ONE_TOKEN})
+    # the last example, alone or among others, and one of the first batch again
+    for x, labels in [(TOKEN_OUTPUTS[-n:], TOKEN_TARGETS[:n]), (TOKEN_OUTPUTS[:2], ONE_TOKEN[:2])]:
+        mine = x.clone().requires_grad_()
+        batch = {"x": mine, "labels": labels}
+        loss.checked_total(model(**batch), batch, len(x)).backward()
+        torch.testing.assert_close(mine.grad, own_gradients(model, x, labels))
+
+
+def test_a_models_own_loss_that_later_follows_no_formula_is_refused():
+    def squared_count(x, labels):
+        return token_sums(x, labels) / (labels != -100).sum() * len(x) ** 2
+
+    model = Own(squared_count)
+    loss = Loss(None, None, "loss_fn")
+    settle(loss, model, {"x": TOKEN_OUTPUTS[:1], "labels": ONE_TOKEN[:1]})
+    batch = {"x": TOKEN_OUTPUTS, "labels": TOKEN_TARGETS}
+    match = "batch 3: the model's own loss is .* but the mean over its labelled positions, which"
+    with pytest.raises(InvalidArgumentError, match=match):
+        loss.checked_total(model(**batch), batch, N, "batch 3")
+
+
+def test_labels_that_do_not_fit_the_formula_of_earlier_batches_are_refused():
+    model = Own(OWN["tokens"][0])
+    loss = Loss(None, None, "loss_fn")
+    settle(loss, model, {"x": TOKEN_OUTPUTS, "labels": TOKEN_TARGETS})
+    batch = {"x": OUTPUTS, "labels": TARGETS}
+    outputs = SimpleNamespace(loss=F.cross_entropy(OUTPUTS, TARGETS), logits=OUTPUTS)
+    with pytest.raises(InvalidArgumentError, match=r"logits of shape .* do not fit the formula"):
+        loss.checked_total(outputs, batch, N)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_models_own_loss_in_half_precision_is_compared_as_such(dtype):
     class Half(nn.Module):
