@@ -127,7 +127,7 @@ class Layout:
         return f"{checkpoint:04d}-{chunk:06d}.safetensors"
 
     def too_large(self, wanted: Layout) -> list[str]:
-        """Why chunks are too large (memory must hold one of them), in words; None if they are not."""
+        """Why chunks are too large (memory must hold one of them), in words; or nothing."""
         row = self.width * self.dtype.itemsize
         most = max(min(wanted.chunk_rows, wanted.rows) * row, CHUNK_BYTES) * LARGER
         size = min(self.chunk_rows, self.rows) * row

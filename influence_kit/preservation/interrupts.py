@@ -1,10 +1,10 @@
 """Ctrl-C while a model is restored is delivered when the model is whole again.
 
-While a model is in use, a SIGINT handler wraps the user's. It passes interrupts on, except where the
-model would stay changed: in functions that are ``uninterrupted``, at whose end
-they are delivered, and inside contextlib between a ``with`` block and the restoration, where they
-are tried again a moment later. None is lost. Only the main thread runs handlers of signals; other
-threads need nothing.
+While a model is in use, a SIGINT handler wraps the user's. It passes interrupts on, except where
+the model would stay changed: in functions that are ``uninterrupted``, at whose end they are
+delivered, and inside contextlib between a ``with`` block and the restoration, where they are tried
+again a moment later. None is lost. Only the main thread runs handlers of signals; other threads
+need nothing.
 """
 
 import _thread
@@ -122,7 +122,7 @@ class Interrupts:
         return False
 
     def _would_skip(self, generator: Any) -> bool:
-        """Whether a generator is suspended at its ``yield``, in a ``with`` that restores a model."""
+        """Whether a generator is suspended inside a ``with`` that restores a model."""
         own = generator.gi_frame
         in_use = any(own is frame for frames in self._in_use.values() for frame in frames)
         return in_use and not generator.gi_running
