@@ -4,12 +4,12 @@ kronfluence and dattri take part where they are installed (``pip install --no-de
 ``kronfluence==1.0.1 accelerate einops opt_einsum einconv dattri==0.3.0``, and ``safetensors``).
 
 A call is everything from the model and its data to all scores at one checkpoint: the method is made
-anew, its curvature fitted, the queries solved for and compared with all training examples. All in
+again, its curvature fitted, the queries solved for and compared with all training examples. All in
 float32, with the same absolute damping, the empirical Fisher for EK-FAC and the Hessian of the mean
 loss for CG. The floor is the one of ``benchmarks.speed``: the plain forward and backward passes of
 all training and test examples. Contenders run in turn; the smallest time of the rounds counts.
 
-``off`` says how far scores are from the reference, the largest difference over the largest
+``off`` is how far scores are from the reference, the largest difference over the largest
 reference score: from kronfluence's scores for EK-FAC (they have to be the same), from a dense solve
 in float64 for CG. In float32 a near tie in a max pool or at a ReLU's zero may fall either way and
 move the scores of its example by up to 1e-2, and rounding in the factors moves all by up to 4e-4
@@ -284,7 +284,7 @@ def contenders(problem: Problem, peers: bool, mine: bool = True) -> dict[str, Ca
 
 
 def added_memory(problem: Problem, name: str, threads: int) -> float | None:
-    """MiB by which one call raises the peak of a fresh process; None where nothing tells."""
+    """MiB by which one call raises the peak of a fresh process; None if it cannot be measured."""
     if not sys.platform.startswith("linux"):
         return None
     request = json.dumps({"case": problem.name, "name": name, "threads": threads})

@@ -16,7 +16,7 @@ STATUS, FORGET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def added_mebibytes(call: Callable[[], Any]) -> float | None:
-    """By how much a call raises the peak of this process; None where the system does not tell."""
+    """By how much a call raises the peak of this process; None if the system does not report it."""
     gc.collect()
     _give_back_free_memory()
     try:

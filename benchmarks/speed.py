@@ -113,7 +113,7 @@ def dattris(case: Case) -> Contender:
 
 
 def _per_example(case: Case) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Token losses one an example: Captum's sample-wise path drops Embedding and LayerNorm."""
+    """Token losses, one per example: Captum's sample-wise path drops Embedding and LayerNorm."""
 
     def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         tokens = torch.nn.functional.cross_entropy(
@@ -154,7 +154,7 @@ def timed(run: Contender) -> float:
 
 
 def added_memory(case: Case, own: bool, name: str, threads: int) -> float | None:
-    """MiB by which one call raises the peak of a fresh process; None where nothing tells."""
+    """MiB by which one call raises the peak of a fresh process; None if it cannot be measured."""
     if not sys.platform.startswith("linux"):
         return None
     request = json.dumps({"case": case.name, "own": own, "name": name, "threads": threads})
@@ -230,7 +230,7 @@ def machine() -> str:
 
 
 def write_section(section: str) -> None:
-    """Puts a section into ``RESULTS.md``, in the place of the one with the same heading."""
+    """Puts a section into ``RESULTS.md``, replacing the one with the same heading."""
     text = RESULTS.read_text() if RESULTS.exists() else ""
     parts = [part.strip() + "\n" for part in re.split(r"(?m)^(?=# )", text) if part.strip()]
     heading = section.splitlines()[0]

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from influence_kit import KMostInfluentialResults
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.methods.gradient_cache import Build
+from influence_kit.methods.gradient_cache import CacheBuild
 
 every_method = pytest.mark.parametrize("method", METHODS)
 every_case = pytest.mark.parametrize("case", SHORT.values(), ids=SHORT.keys())
@@ -99,9 +99,9 @@ def test_a_small_workspace_does_not_matter(
     method: str, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = plain_scores(method, case)
-    for name in ("forms", "rows", "functional", "gradient_source"):
+    for name in ("form", "rows", "functional", "batch_memory"):
         monkeypatch.setattr(f"influence_kit.gradients.{name}.workspace_bytes", lambda device: 300)
-    monkeypatch.setattr("influence_kit.gradients.forms.resident_bytes", lambda device: 300)
+    monkeypatch.setattr("influence_kit.gradients.form.resident_bytes", lambda device: 300)
     assert_close(plain_scores(method, case), expected)
 
 
@@ -385,7 +385,7 @@ def test_a_store_is_asked_in_place_of_the_data(
     asked = build(method, case, **kept)
     with monkeypatch.context() as patched:
         if "hessian_dataset" not in signature(type(asked)).parameters:
-            patched.setattr(Build, "_fill", None)  # nothing is written again ...
+            patched.setattr(CacheBuild, "_fill", None)  # nothing is written again ...
         assert_close(scores(asked, case.test), expected, close)
         if "hessian_dataset" not in signature(type(asked)).parameters:
             patched.setattr(asked._map, "cached", None)  # ... nor computed, once it is open

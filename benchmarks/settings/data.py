@@ -1,6 +1,6 @@
 """The data of a setting, as tensors: training and test examples.
 
-Letters: n training and m test examples.
+Shapes: n training and m test examples.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Scores of methods, kept in a folder with what they cost.
 
-Letters: n training and m test examples.
+Shapes: n training and m test examples.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ from influence_kit.storage.atomic import write_file
 
 @dataclass(frozen=True)
 class Variant:
-    """A method as it is asked.
+    """A method with its damping.
 
     Attributes:
-        name: as ``benchmarks.settings.methods`` knows it.
+        name: its name in ``benchmarks.settings.methods``.
         over_run: over all checkpoints of the run, for a method that takes the last by itself.
         damping: a number in place of the method's default.
     """

@@ -1,6 +1,6 @@
 """Losses of single examples, and measurements, of which higher is better.
 
-Letters: n examples, t positions, c classes.
+Shapes: n examples, t positions, c classes.
 """
 
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The methods that a run knows, by their names in ``influence_kit``, and what they are called with.
+"""The methods of a run, by their names in ``influence_kit``, and what they are called with.
 
 A name may end in a number: ``TRAK-10`` is TRAK over ten models, each trained on another random half
 of the training set.

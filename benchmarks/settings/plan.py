@@ -1,4 +1,4 @@
-"""How much a run does, and what it finds. Letters: T target models."""
+"""How much a run does, and what it finds. Shapes: T target models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Plan:
     """How much a run does.
 
     Attributes:
-        methods: names as ``benchmarks.settings.methods`` knows them.
+        methods: names in ``benchmarks.settings.methods``.
         subsets: random halves of the training set, for the linear datamodeling score; 0 for none.
         repeats: models trained on each half.
         targets: models whose predictions are attributed (T).

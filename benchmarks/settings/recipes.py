@@ -69,12 +69,12 @@ class WarmupCosine:
 class MiniBatches:
     """Steps on the mean loss of a batch's examples.
 
-    The seed draws the order of the examples, anew in every epoch, and what dropout leaves out. The
+    The seed draws the order of the examples in every epoch, and what dropout leaves out. The
     last batch of an epoch may be smaller.
 
     Attributes:
         epochs: passes over the examples.
-        batch_size: examples a step.
+        batch_size: examples per step.
         learning_rate: before the schedule.
         optimizer: "sgd", "adam" or "adamw".
         momentum: of SGD.

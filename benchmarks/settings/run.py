@@ -1,6 +1,6 @@
 """A run: how good methods are in a setting, by each of the metrics asked for.
 
-Letters: n training and m test examples, T target models, S subsets, R models on each.
+Shapes: n training and m test examples, T target models, S subsets, R models on each.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,6 +1,6 @@
 """The data of the language models: examples are pieces of tokens, each predicting the next.
 
-Letters: n examples, t positions.
+Shapes: n examples, t positions.
 """
 
 from collections import Counter

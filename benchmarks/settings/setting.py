@@ -1,6 +1,6 @@
 """A setting: data, model, recipe, what is measured, and what others published for it.
 
-Letters: n training and m test examples.
+Shapes: n training and m test examples.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,10 +51,10 @@ class Setting:
     """One setting of the benchmark; all that it holds can be pickled.
 
     Attributes:
-        name: as the command line knows it.
+        name: its name on the command line.
         title: what it is, in a line.
         loader: makes the data from a folder (None where it needs none) and sizes.
-        sizes: of the training and the test set, unless told otherwise.
+        sizes: the default sizes of the training and the test set.
         network: makes a model for the data, with weights from torch's global random numbers.
         loss_fn: the loss of each example ``[n]``, from outputs and targets; its mean is trained.
         measurement: what is measured of each test example ``[m]``, from outputs and targets; higher
@@ -112,7 +112,7 @@ class Setting:
 
         Args:
             data: as ``load`` gave it.
-            indices: the places of the examples to train on; None for all.
+            indices: the indices of the examples to train on; None for all.
             seed: of the weights, the order of the batches and dropout.
             device: where to train; the model comes back on it.
         """
@@ -159,8 +159,8 @@ class Setting:
 
         Args:
             data: as ``load`` gave it.
-            count: how many checkpoints, one an epoch at most.
-            indices: the places of the examples to train on; None for all.
+            count: how many checkpoints, at most one per epoch.
+            indices: the indices of the examples to train on; None for all.
             seed: of the weights, the order of the batches and dropout.
             device: where to train.
         """

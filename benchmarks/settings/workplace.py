@@ -1,6 +1,6 @@
 """The models of a run, each trained once, and the scores of methods for them.
 
-Letters: n training and m test examples, C checkpoints.
+Shapes: n training and m test examples, C checkpoints.
 """
 
 from collections.abc import Callable

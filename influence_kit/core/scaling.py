@@ -80,18 +80,6 @@ def balanced(values: Tensor) -> tuple[Tensor, Tensor]:
     return times_powers(values, -powers), powers
 
 
-def row_norms(values: Tensor) -> Tensor:
-    """The Euclidean norm of each row of ``[n, d]``, also of very small and very large rows.
-
-    Example:
-        >>> row_norms(torch.tensor([[3e-30, 4e-30], [3e30, 4e30]]))
-        tensor([5.0000e-30, 5.0000e+30])
-    """
-    rows, powers = balanced(values)
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    return times_powers(norms, powers)
-
-
 def unit_rows(values: Tensor) -> Tensor:
     """Each row of ``[n, d]`` divided by its norm; a zero row stays zero."""
     rows, _ = balanced(values)

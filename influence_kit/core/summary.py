@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# what the notes tell of, or what is the same for all methods of a model
+# arguments that the notes describe, or that are the same for all methods of a model
 LEFT_OUT = {
     "model",
     "module",
@@ -30,7 +30,7 @@ KEPT_AS = {
     "count_bias": "_count_bias",
     "hessian_dataset": "_hessian_data",
 }
-# what an argument becomes where it is left out
+# the text of an argument that was left out
 FILLED_IN = {"nearest_neighbors": "ExactNearestNeighbors", "features": "FeatureMap()"}
 MOST_ITEMS = 4
 
@@ -40,7 +40,7 @@ def summary(owner: Any, notes: Sequence[str] = ()) -> str:
 
     Args:
         owner: an object that keeps its arguments as attributes of their names.
-        notes: what else there is to be seen.
+        notes: further lines.
     """
     model = getattr(owner, "model", getattr(owner, "module", None))
     shown = []
@@ -106,3 +106,12 @@ def _object_text(value: Any, model: Any) -> str:
 def counted(count: int, noun: str) -> str:
     """The number with its noun: "1 layer", "1,234 parameters"."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def size_notes(checkpoints: int, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """The numbers of checkpoints, parameters and layers, as one line; no line if all are 0."""
+    layers = {name.rpartition(".")[0] for name in parameters}
+    size = counted(sum(p.numel() for p in parameters.values()), "parameter")
+    found = [counted(checkpoints, "checkpoint")] if checkpoints else []
+    found += [f"{size} in {counted(len(layers), 'layer')}"] if parameters else []
+    return [", ".join(found)] if found else []

@@ -26,7 +26,8 @@ from influence_kit.data.batches import (
     split,
 )
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.gradients.gradient_source import GradientSource, kept_bytes
+from influence_kit.gradients.batch_memory import kept_bytes
+from influence_kit.gradients.gradient_source import GradientSource
 from influence_kit.losses.loss import Loss
 from influence_kit.operators.block import Block
 from influence_kit.operators.operator import Operator

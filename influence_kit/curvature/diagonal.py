@@ -13,7 +13,8 @@ from torch import Tensor
 
 from influence_kit.core.scaling import exponents, scaled_by_powers
 from influence_kit.gradients.factored import Factored
-from influence_kit.gradients.forms import Dense, Form
+from influence_kit.gradients.form import Form
+from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.rows import Rows
 
 

@@ -25,7 +25,8 @@ from influence_kit.core.memory import rows_within, workspace_bytes
 from influence_kit.core.scaling import exponents, scaled_by_powers
 from influence_kit.curvature.matrix_layer import Forms, MatrixLayer, rotated, turned
 from influence_kit.gradients.factored import Factored
-from influence_kit.gradients.forms import Dense, Form
+from influence_kit.gradients.form import Form
+from influence_kit.gradients.forms import Dense
 
 # random sums for the estimate of the error of the shared form
 PROBES = 4

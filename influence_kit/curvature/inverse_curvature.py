@@ -24,12 +24,12 @@ from influence_kit.curvature.damping import (
     share_of,
 )
 from influence_kit.curvature.fit_data import FitData
+from influence_kit.curvature.wording import OF_CURVATURE, Wording
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.feature_map import FeatureMap
 from influence_kit.gradients.parameter_selection import group_by_layer
 from influence_kit.gradients.per_example import Transform
 from influence_kit.operators.partition import Partition
-from influence_kit.operators.wording import OF_CURVATURE, Wording
 
 # the tensors that are fitted at a checkpoint, by name
 State = dict[str, Tensor]

@@ -40,8 +40,8 @@ from influence_kit.curvature.sampled_slopes import settings_of
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.feature_map import FeatureMap
 from influence_kit.gradients.per_example import Gradients, Transform
+from influence_kit.operators.damping_by_block import damping_by_block
 from influence_kit.operators.partition import Partition
-from influence_kit.operators.solvers import damping_by_block
 
 FisherName = Literal["fisher", "empirical_fisher"]
 WithoutForm = Literal["diagonal", "leave_out", "error"]

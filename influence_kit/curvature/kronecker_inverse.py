@@ -13,7 +13,8 @@ from torch import Tensor
 from influence_kit.curvature.diagonal import Diagonal
 from influence_kit.curvature.eigenbasis import Eigenbasis, Preconditioned
 from influence_kit.curvature.matrix_layer import turned
-from influence_kit.gradients.forms import Dense, Form
+from influence_kit.gradients.form import Form
+from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rows import Rows
 

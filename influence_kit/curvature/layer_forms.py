@@ -20,7 +20,8 @@ from influence_kit.core.distributed import texts_of_ranks
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.convolved import Convolved
 from influence_kit.gradients.factored import Factored
-from influence_kit.gradients.forms import Dense, Form, Sum
+from influence_kit.gradients.form import Form
+from influence_kit.gradients.forms import Dense, Sum
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rows import Rows
 

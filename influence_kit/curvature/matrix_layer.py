@@ -13,7 +13,7 @@ from torch import Tensor
 
 from influence_kit.gradients.convolved import Convolved
 from influence_kit.gradients.factored import Factored
-from influence_kit.gradients.forms import Form
+from influence_kit.gradients.form import Form
 
 Forms = Mapping[str, Form]
 

@@ -9,8 +9,8 @@ from influence_kit.curvature.fit_data import FitData
 from influence_kit.curvature.inverse_curvature import InverseCurvature, State
 from influence_kit.curvature.passes import DataSet, Features, refuse_non_finite
 from influence_kit.gradients.per_example import Gradients, Transform
+from influence_kit.operators.damping_by_block import Damping, damping_by_block
 from influence_kit.operators.partition import Partition, spread
-from influence_kit.operators.solvers import Damping, damping_by_block
 
 
 class MeanInverse:

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from influence_kit.core.distributed import is_mine
 from influence_kit.core.memory import resident_bytes
+from influence_kit.curvature.wording import OF_CURVATURE
 from influence_kit.data.batches import Batch, example_count, take, to_device
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.operators.wording import OF_CURVATURE
 
 Features = Callable[[Tensor, Batch], Gradients]
 

@@ -25,9 +25,10 @@ from influence_kit.curvature.sample_preconditioner import (
 )
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.per_example import Gradients, Transform
+from influence_kit.operators.damping_by_block import damping_by_block
 from influence_kit.operators.low_rank import JacobiPreconditioner, NystromPreconditioner
 from influence_kit.operators.partition import Partition, spread
-from influence_kit.operators.solvers import Solve, damping_by_block
+from influence_kit.operators.solvers import Solve
 
 PreconditionerName = Literal["auto", "sample", "jacobi", "nystrom", "kfac", "ekfac"]
 PreconditionerArgument = PreconditionerName | InverseCurvature | None

@@ -25,7 +25,7 @@ UNSTACKABLE = (
     "each element in list of batch should be",
     "stack expects each tensor to be equal",
 )
-# a pass of so many times the promised length, or the data set's if the sampler has none, is endless
+# a pass is endless if it has 2 times the promised length; without one, 10 times the data set
 SURELY_MORE, ENDLESS = 2, 10
 
 

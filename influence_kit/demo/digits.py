@@ -66,7 +66,7 @@ def load_digits_split(test_share: float = 0.2, seed: int = 0) -> Digits:
     """The digits of scikit-learn, split at random.
 
     Raises:
-        ModuleNotFoundError: where scikit-learn is not installed.
+        ModuleNotFoundError: if scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits

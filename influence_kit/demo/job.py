@@ -52,8 +52,8 @@ def run(
         show_progress: progress bars while training and scoring.
 
     Raises:
-        InvalidArgumentError: where ``output`` is a file.
-        ModuleNotFoundError: where scikit-learn, which contains the digits, is not installed.
+        InvalidArgumentError: if ``output`` is a file.
+        ModuleNotFoundError: if scikit-learn, which contains the digits, is not installed.
     """
     settings, folder = settings or Settings(), _made(Path(output))
     digits = load_digits_split(seed=settings.seed)

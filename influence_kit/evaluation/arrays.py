@@ -189,7 +189,7 @@ def subset_masks(subsets: Values, n: int | None = None) -> Tensor:
 
     Args:
         subsets: booleans, or 0 and 1, ``[S, n]``.
-        n: how many examples there are, where that is known.
+        n: the number of examples, if it is known.
 
     Raises:
         InvalidArgumentError: for other values or shapes, or a subset that is empty.

@@ -27,7 +27,8 @@ from influence_kit.data.determinism import first_example
 from influence_kit.data.input_checks import refuse_uncollatable
 from influence_kit.data.loaders import as_loader
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
-from influence_kit.losses.loss import Loss, LossFunction, declared_reduction
+from influence_kit.losses.declared_reduction import declared_reduction
+from influence_kit.losses.loss import Loss, LossFunction
 from influence_kit.preservation.restore import borrowed
 
 ROWS = 256  # per batch of a data set
@@ -61,7 +62,7 @@ def checkpoint_losses(
     Raises:
         InvalidArgumentError: for no checkpoints or examples, a loader that shuffles, or a loss that
             is not made of the losses of single examples.
-        NonFiniteError: where a loss is NaN or infinite.
+        NonFiniteError: if a loss is NaN or infinite.
 
     Example:
         >>> data = torch.utils.data.TensorDataset(torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1))
@@ -104,7 +105,7 @@ def checkpoint_logits(
     Raises:
         InvalidArgumentError: for no checkpoints or examples, a loader that shuffles, or a model
             without logits ``[n, c]``.
-        NonFiniteError: where a logit is NaN or infinite.
+        NonFiniteError: if a logit is NaN or infinite.
     """
     check_count(batch_size, "batch_size")
     loader = _loader(model, dataset, batch_size)

@@ -39,7 +39,7 @@ from influence_kit.evaluation.stacked_models import (
     check_model,
     put_into,
 )
-from influence_kit.gradients.gradient_source import kept_bytes
+from influence_kit.gradients.batch_memory import kept_bytes
 from influence_kit.storage.folders import hash_of
 
 # more gain nothing: the arithmetic dominates by then

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.evaluation.arrays import standard_error
+from influence_kit.evaluation.row_mean import RowMean
 
 Correlation = Callable[[Tensor, Tensor], Tensor]
 SPLITS = 20
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class RowCorrelation:
+class RowCorrelation(RowMean):
     """A correlation for each test example, and their mean.
 
     Attributes:
@@ -29,30 +29,12 @@ class RowCorrelation:
         left_out: the indices of the test examples that were left out on request.
     """
 
-    per_test: Tensor
     constant: int
     ceiling: float | None = None
     left_out: tuple[int, ...] = ()
 
-    @property
-    def mean(self) -> float:
-        """The mean over test examples."""
-        return float(self.per_test.mean())
-
-    @property
-    def standard_error(self) -> float | None:
-        """The standard error of the mean over test examples; None for a single one."""
-        error = standard_error(self.per_test)
-        return None if error is None else float(error)
-
-    def cells(self) -> list[str]:
-        """The mean and its standard error, as text."""
-        error = self.standard_error
-        return [f"{self.mean:.3f}", "-" if error is None else f"{error:.3f}"]
-
     def __repr__(self) -> str:
-        error = "" if self.standard_error is None else f" +- {self.standard_error:.3f}"
-        parts = [f"{self.mean:.3f}{error} over {len(self.per_test)} test examples"]
+        parts = [super().__repr__()]
         parts += [f"{self.constant} of constant scores"] * (self.constant > 0)
         parts += [f"{len(self.left_out)} left out"] * bool(self.left_out)
         parts += [] if self.ceiling is None else [f"noise ceiling {self.ceiling:.2f}"]

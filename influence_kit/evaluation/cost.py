@@ -16,7 +16,7 @@ class Cost(NamedTuple):
 
     Attributes:
         seconds: wall time.
-        mebibytes: by how much the memory allocated on the GPUs rose at its peak; None where no GPU
+        mebibytes: by how much the memory allocated on the GPUs rose at its peak; None if no GPU
             is in use. What a call adds to the memory of a running process cannot be measured
             without changing the settings of that process: measure it in a process of its own, as
             ``benchmarks/costs.py`` does. PyTorch's peak statistics of the GPUs are reset.

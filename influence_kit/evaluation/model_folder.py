@@ -35,7 +35,7 @@ class Job:
     """One model to train.
 
     Attributes:
-        indices: the places of its training examples, ascending, int64.
+        indices: the indices of its training examples, ascending, int64.
         seed: what its training function is given.
         subset: a hash of the examples.
     """
@@ -67,7 +67,8 @@ class ModelFolder:
         description: what the models belong to, as JSON has it.
 
     Raises:
-        InvalidArgumentError: where the folder is of something else; with every difference.
+        InvalidArgumentError: if the folder belongs to something else; the message lists the
+            differences.
     """
 
     def __init__(self, path: str | Path, description: Mapping[str, Any]) -> None:

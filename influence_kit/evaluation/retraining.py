@@ -123,7 +123,7 @@ class Retraining:
         Raises:
             InvalidArgumentError: for invalid subsets, seeds, models or outputs, or a folder of
                 something else.
-            NonFiniteError: where an output is NaN or infinite.
+            NonFiniteError: if an output is NaN or infinite.
         """
         masks, each_seed = _pairs(subsets, seeds)
         rows = self.paired_outputs(masks, measure, each_seed)

@@ -37,7 +37,7 @@ LOCK = type(threading.Lock())
 NO_SETTINGS = (logging.Logger, io.IOBase, torch.Generator, np.random.Generator, nn.Module, LOCK)
 # tensors and containers with more items are data
 LARGE = 1000
-# at most so many objects are described
+# the most objects that are described
 MOST_OBJECTS = 5000
 
 

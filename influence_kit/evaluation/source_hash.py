@@ -60,7 +60,7 @@ def _digest(text: str) -> str:
 
 
 def _definition(code: CodeType) -> Definition | None:
-    """The definition that code was compiled from; None where that is not certain."""
+    """The definition that code was compiled from; None if that is not certain."""
     try:
         lines, _ = inspect.findsource(code)
         tree, compiled = _parsed("".join(lines))

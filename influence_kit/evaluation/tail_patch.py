@@ -31,7 +31,8 @@ from influence_kit.evaluation.arrays import Values
 from influence_kit.evaluation.at_checkpoints import ROWS, losses_alone
 from influence_kit.evaluation.row_mean import RowMean
 from influence_kit.evaluation.top_examples import TopExamples, top_examples
-from influence_kit.losses.loss import Loss, LossFunction, declared_reduction
+from influence_kit.losses.declared_reduction import declared_reduction
+from influence_kit.losses.loss import Loss, LossFunction
 from influence_kit.preservation.restore import borrowed
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
@@ -85,7 +86,7 @@ def tail_patch(
     Raises:
         InvalidArgumentError: for a ``k`` outside 1 to n, indices outside the data set, other than m
             test examples, or an optimizer that is not one.
-        NonFiniteError: where a loss is NaN or infinite.
+        NonFiniteError: if a loss is NaN or infinite.
 
     Example:
         >>> from functools import partial

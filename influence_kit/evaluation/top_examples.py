@@ -27,7 +27,7 @@ class Top(NamedTuple):
 
     Attributes:
         indices: int64 ``[m, k]``, best first, ties by index.
-        n: the number of training examples; None where only the best are known.
+        n: the number of training examples; None if only the best are known.
     """
 
     indices: Tensor
@@ -89,7 +89,7 @@ class Outliers:
     """How much the same few examples lead every list: the result of ``outlier_share``.
 
     Attributes:
-        share: the share of all m * k places in the lists that the k most frequent examples have.
+        share: the share of the m * k entries of all lists that the k most frequent examples have.
         indices: these examples, int64 ``[k]``, the most frequent first.
         frequency: the share of the test examples that have each in their top k, ``[k]``.
     """

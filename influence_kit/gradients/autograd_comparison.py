@@ -12,7 +12,7 @@ from influence_kit.core.dtypes import exact
 from influence_kit.core.memory import MIB
 from influence_kit.data.batches import Batch, example_count, take
 from influence_kit.gradients import functional
-from influence_kit.gradients.forms import Form
+from influence_kit.gradients.form import Form
 from influence_kit.losses.loss import Loss
 
 # how many examples go through the model together (few tensor lengths are a multiple of this), and

@@ -23,7 +23,8 @@ from influence_kit.core.dtypes import exact, exact_dtype, has_complex, real_shap
 from influence_kit.core.scaling import scaled_by_powers
 from influence_kit.data.batches import Batch, call_model, example_count, example_lengths
 from influence_kit.gradients import functional
-from influence_kit.gradients.forms import Dense, Form
+from influence_kit.gradients.form import Form
+from influence_kit.gradients.forms import Dense, add_forms
 from influence_kit.gradients.graph import refuse_without_graph, uses_in_graph
 from influence_kit.gradients.layouts import ROWS, SHARED, arrange, shared
 from influence_kit.gradients.loss_scaling import summed_loss
@@ -232,8 +233,7 @@ class Capture:
                 if dropped.issuperset(use.layer.names.values()):
                     continue
                 self.misplaced = list(use.layer.names.values())
-                for name, form in use_forms(use, use.layer.layout, n).items():
-                    forms[name] = forms[name].plus(form) if name in forms else form
+                add_forms(forms, use_forms(use, use.layer.layout, n))
         self.misplaced = []
         return {name: form for name, form in forms.items() if name not in dropped}
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from influence_kit.data.batches import Batch, call_model, example_count, take
@@ -27,14 +27,12 @@ from influence_kit.gradients.autograd_comparison import (
 )
 from influence_kit.gradients.capture import Capture, Layer, Use, use_forms
 from influence_kit.gradients.explanation import explanation
-from influence_kit.gradients.forms import Form
+from influence_kit.gradients.form import Form
+from influence_kit.gradients.forms import add_forms
 from influence_kit.gradients.layouts import ROWS, SHARED, candidates
 from influence_kit.gradients.precision import in_float64
 from influence_kit.losses.loss import Loss
 from influence_kit.preservation.training_flags import evaluating
-
-# in smaller batches the first and last example are not added, as they would be most of them
-FEW_IN_BATCH = 12
 
 
 def check(capture: Capture, batch: Batch, loss: Loss) -> set[str]:
@@ -217,8 +215,7 @@ class _LayoutSearch:
             except (ValueError, RuntimeError):
                 unfit |= set(use.layer.names.values())
                 continue
-            for name, form in found.items():
-                forms[name] = forms[name].plus(form) if name in forms else form
+            add_forms(forms, found)
         return {name: form for name, form in forms.items() if name not in unfit}
 
 
@@ -262,25 +259,3 @@ MIXES = (
     "The model or the loss mixes the examples of a batch, so no part of the loss belongs to one of "
     "them; batches of one example (batch_size=1) always work"
 )
-
-
-def drawn(n: int, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` of n indices in random order, not ascending; repeated if n is smaller."""
-    order = torch.randperm(n, generator=generator)[:count]
-    if n > 1 and bool((order.diff() > 0).all()):
-        order = order.flip(0)
-    # forwards and backwards, so that the reversed order differs
-    found = torch.cat([order, order.flip(0)]).repeat(count)[:count]
-    if count > 3:  # a model that sorts its examples puts equal ones side by side
-        found[-1] = found[0]
-    return found
-
-
-def drawn_of_batch(n: int, most: int, generator: torch.Generator) -> Tensor:
-    """At most ``most`` of n indices, in random order, to be compared with the whole batch."""
-    rows = torch.randperm(n, generator=generator)[: min(most, max(min(n, 2), n // 8))]
-    if n < FEW_IN_BATCH:
-        return rows
-    # a model that sorts by length, with many equal lengths, moves the first or the last example
-    found: Tensor = torch.cat([rows, torch.tensor([0, n - 1])]).unique()
-    return found.flip(0)

@@ -150,7 +150,7 @@ class Chunk:
         """The file, whose header is in order.
 
         Raises:
-            InvalidArgumentError: where it is not there, damaged, or another chunk.
+            InvalidArgumentError: if it is missing, damaged, or another chunk.
         """
         if not self.path.exists():
             raise InvalidArgumentError(
@@ -172,7 +172,7 @@ class Chunk:
 
     @property
     def entry(self) -> dict[str, Any]:
-        """What the manifest says of the chunk."""
+        """The entry of the chunk in the manifest."""
         file = self.file
         rows = [self.rows.start, self.rows.stop]
         return {"rows": rows, "size": file.size, "checksum": file.checksum}
@@ -194,7 +194,7 @@ class Chunk:
         """Compare rows with the checksum.
 
         Raises:
-            InvalidArgumentError: where they are not what was written.
+            InvalidArgumentError: if they differ from what was written.
         """
         try:
             self.file.check({TENSOR: values})

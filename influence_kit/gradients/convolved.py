@@ -21,7 +21,8 @@ from torch import Tensor
 
 from influence_kit.core.scaling import balanced
 from influence_kit.gradients.factored import Factored
-from influence_kit.gradients.forms import Dense, Form, element_cost, with_formed
+from influence_kit.gradients.form import Form, element_cost, with_formed
+from influence_kit.gradients.forms import Dense
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +151,7 @@ class Convolved(Form):
         left, right = torch.cat([f.left for f in alike]), torch.cat([f.right for f in alike])
         return replace(self, left=left, right=right)
 
-    def plus(self, other: Form) -> Form:
+    def plus(self, other: Form) -> Form | None:
         # a layer may be called on several maps of different sizes
         return Dense(self.dense(), self.shape).plus(Dense(other.dense(), self.shape))
 

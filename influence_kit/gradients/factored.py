@@ -15,14 +15,8 @@ from torch.nn.functional import pad
 
 from influence_kit.core.scaling import balanced
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.gradients.forms import (
-    Dense,
-    Form,
-    element_cost,
-    products,
-    require_tensors,
-    with_formed,
-)
+from influence_kit.gradients.form import Form, element_cost, products, require_tensors, with_formed
+from influence_kit.gradients.forms import Dense
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,9 +186,9 @@ class Factored(Form):
         inputs = [pad(f.inputs, (0, 0, 0, t - f.inputs.shape[1])) for f in alike]
         return replace(self, deltas=torch.cat(deltas), inputs=torch.cat(inputs))
 
-    def plus(self, other: Form) -> Form:
+    def plus(self, other: Form) -> Form | None:
         if not self._is_like(other):
-            return super().plus(other)
+            return None
         deltas = torch.cat([self.deltas, other.deltas], dim=1)
         return replace(self, deltas=deltas, inputs=torch.cat([self.inputs, other.inputs], dim=1))
 

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from influence_kit.core.arguments import shown
 from influence_kit.core.dtypes import real_shape
 from influence_kit.core.summary import summary
 from influence_kit.data.batches import Batch
+from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.gradient_source import GradientSource
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.losses.loss import Loss
@@ -78,7 +80,7 @@ class FeatureMap:
         """The transposed map: gradients whose products with gradients are those of the features."""
         return features
 
-    # What is cached of training examples, where that is more than their features.
+    # What is cached of training examples, if that is more than their features.
 
     @property
     def cached_settings(self) -> dict[str, Any]:
@@ -148,3 +150,19 @@ class FeatureMap:
 
     def forget(self) -> None:
         """Drop what has been learnt."""
+
+
+def check_feature_map(features: Any) -> FeatureMap:
+    """The argument ``features``, checked; None stands for the gradients themselves.
+
+    Raises:
+        InvalidArgumentError: if it is not a feature map.
+    """
+    if features is None:
+        return FeatureMap()
+    if not isinstance(features, FeatureMap):
+        raise InvalidArgumentError(
+            "`features` must be a FeatureMap, such as `influence_kit.projections.Projected(256)`; "
+            f"got {shown(features)}"
+        )
+    return features

@@ -1,6 +1,5 @@
 """The source of a method's gradients: a capture that is checked repeatedly."""
 
-import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,25 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from influence_kit.core.arguments import shown
-from influence_kit.core.memory import rows_within, workspace_bytes
 from influence_kit.core.objects import is_one_of
-from influence_kit.data.batches import Batch, call_model, example_count, example_lengths, take
+from influence_kit.data.batches import Batch, call_model, example_count, take
 from influence_kit.errors import InvalidArgumentError, LabelError, PassAgain
 from influence_kit.gradients import functional
 from influence_kit.gradients.autograd_comparison import EXAMPLES, is_random
 from influence_kit.gradients.capture import Capture
-from influence_kit.gradients.check import check, drawn, drawn_of_batch
+from influence_kit.gradients.check import check
 from influence_kit.gradients.check_schedule import Schedule
+from influence_kit.gradients.drawn_examples import drawn, drawn_of_batch, few_examples
 from influence_kit.gradients.explanation import explanation
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.spot_check import added_up, compare, compare_widely, not_yet_moving
 from influence_kit.losses.loss import Loss
 
-MOST_ROWS = 2048
 # the most examples of a later batch that are compared; fewer of a small batch
 MOST_COMPARED = 8
-# how many examples go through the first check, the best first
-COUNTS = (EXAMPLES, 7, 4, 3)
 Verify = Literal["repeated", "once"]
 
 
@@ -162,7 +158,7 @@ class GradientSource:
         is_due = seen < distinct or (n > 1 and not loss.settled)
         if is_due:
             before = self.capture.settings if self._checked else None
-            self._check(batch, loss, self._few(batch))
+            self._check(batch, loss, few_examples(batch, self._generator))
             if before not in (None, self.capture.settings):
                 self._start_again(())
         return is_due
@@ -188,16 +184,6 @@ class GradientSource:
         seen = max(seen, min(example_count(batch), EXAMPLES))
         self._checked[key] = (loss, seen, moving)
         self._warn_of_slow()
-
-    def _few(self, batch: Batch) -> Batch:
-        """Some examples drawn from the whole batch; one example is not cut."""
-        n = example_count(batch)
-        if n == 1:
-            return batch
-        lengths = {length for shape in example_lengths(batch) for length in shape if length > 1}
-        # a number of which no tensor length is a multiple, if possible
-        counts = [c for c in COUNTS if not any(length % c == 0 for length in lengths)]
-        return take(batch, drawn(n, (counts or [EXAMPLES])[0], self._generator))
 
     def _check_again(
         self, batch: Batch, loss: Loss, gradients: Gradients, is_checked: bool
@@ -252,7 +238,7 @@ class GradientSource:
 
     def _give_up(self, wrong: set[str], batch: Batch, loss: Loss) -> NoReturn:
         """Compute parameters with wrong gradients in another way, and start again."""
-        capture, few = self.capture, self._few(batch)
+        capture, few = self.capture, few_examples(batch, self._generator)
         if not wrong <= self._searched:  # the layout may have been wrong
             self._searched |= wrong
             before = capture.settings
@@ -308,27 +294,3 @@ class GradientSource:
                 "`layers` can leave them out",
                 stacklevel=2,
             )
-
-
-def comfortable_rows(model: nn.Module, batch: Batch, device: torch.device) -> int:
-    """How many examples like the batch's first to run in one batch."""
-    # saved activations, the gradients at the same points, and products of the two
-    rows = rows_within(4 * workspace_bytes(device), 2 * kept_bytes(model, batch))
-    # matrix products are fastest if rows are a power of two
-    return min(MOST_ROWS, 1 << round(math.log2(rows)))
-
-
-def kept_bytes(model: nn.Module, batch: Batch) -> int:
-    """The bytes that the model saves for the backward pass of the batch's first example."""
-    kept: dict[int, int] = {}
-    parameters = {parameter.data_ptr() for parameter in model.parameters()}
-
-    def count(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in parameters:
-            kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        return tensor
-
-    one = take(batch, slice(0, 1))
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-        call_model(model, one)
-    return sum(kept.values())

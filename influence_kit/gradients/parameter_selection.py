@@ -1,4 +1,4 @@
-"""Which parameters a method looks at, and how they are grouped by layer."""
+"""The parameters whose gradients a method takes, and their groups by layer."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ def choose_parameters(model: nn.Module, layers: Sequence[str] | None) -> dict[st
     A frozen parameter of a named layer counts, with a warning; it is frozen again afterwards.
 
     Raises:
-        InvalidArgumentError: where there are none.
+        InvalidArgumentError: if there are none.
     """
     if layers is None:
         chosen = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -95,7 +95,5 @@ def choose_blocks(model: nn.Module, names: Sequence[str], blocks: Any) -> Mappin
         seen += own
     twice = sorted({name for name in seen if seen.count(name) > 1})
     if twice:
-        raise InvalidArgumentError(
-            f"the parameters {twice} stand in more than one place of `blocks`"
-        )
+        raise InvalidArgumentError(f"the parameters {twice} occur more than once in `blocks`")
     return {block: list(own) for block, own in blocks.items()}

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from influence_kit.gradients.forms import Dense, Form, aligned, join
+from influence_kit.gradients.form import Form
+from influence_kit.gradients.forms import Dense, add_forms, aligned, join
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,7 @@ class Gradients:
     def plus(self, other: Gradients) -> Gradients:
         """The sum, example by example."""
         forms = dict(self.forms)
-        for name, form in other.forms.items():
-            forms[name] = forms[name].plus(form) if name in forms else form
+        add_forms(forms, other.forms)
         return self._with(self.n, forms)
 
     def of(self, names: Sequence[str]) -> Gradients:

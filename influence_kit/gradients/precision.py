@@ -4,7 +4,7 @@ Autocast does not change float64, so operations that run in half precision insid
 too.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import torch
@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from influence_kit.core.memory import free_bytes
 from influence_kit.data.batches import Batch, call_model, map_tensors
 from influence_kit.losses.loss import Loss
-
-Widen = Callable[[Batch], Batch]
 
 
 def as_float64(batch: Batch) -> Batch:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from influence_kit.core.memory import rows_within, workspace_bytes
 from influence_kit.core.scaling import powers_of, times_powers
-from influence_kit.gradients.forms import Form, element_cost, with_formed
+from influence_kit.gradients.form import Form, element_cost, with_formed
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,9 +187,9 @@ class Rows(Form):
         ids, values = torch.cat([f.ids for f in alike]), torch.cat([f.values for f in alike])
         return Rows(torch.cat(examples), ids, values, count, self.shape)
 
-    def plus(self, other: Form) -> Form:
+    def plus(self, other: Form) -> Form | None:
         if not isinstance(other, Rows):
-            return super().plus(other)
+            return None
         keys = torch.cat([f.examples * self.shape[0] + f.ids for f in (self, other)])
         unique, inverse = keys.unique(return_inverse=True)
         values = self.values.new_zeros(len(unique), self.shape[1])

@@ -8,7 +8,7 @@ from torch import nn
 from influence_kit.core.arguments import shown
 from influence_kit.core.dtypes import real_shape
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.gradients.forms import Form
+from influence_kit.gradients.form import Form
 
 
 def checked_result(

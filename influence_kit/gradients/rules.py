@@ -25,7 +25,8 @@ from influence_kit.core.arguments import check_function, shown
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.convolved import Convolved
 from influence_kit.gradients.factored import Factored
-from influence_kit.gradients.forms import Dense, Form
+from influence_kit.gradients.form import Form
+from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.rows import Rows
 
 # the first argument is a layer of the type that the rule is registered for

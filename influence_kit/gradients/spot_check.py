@@ -23,7 +23,8 @@ from influence_kit.gradients.autograd_comparison import (
 from influence_kit.gradients.capture import Capture
 from influence_kit.gradients.check import MIXES
 from influence_kit.gradients.explanation import explanation
-from influence_kit.gradients.forms import Form, join
+from influence_kit.gradients.form import Form
+from influence_kit.gradients.forms import join
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.precision import in_float64
 from influence_kit.losses.loss import Loss

@@ -155,7 +155,7 @@ class GradientStore:
             for chunk in range(self.layout.chunks)
             if not is_mine(chunk) or self._path(checkpoint, chunk).exists()
         }
-        # as it is now, also where another process writes chunks meanwhile
+        # read again: another process may write chunks meanwhile
         self._skipped[checkpoint] = skipped
         try:
             for chunk, values in whole_chunks(pieces, self.layout, skipped):
@@ -226,7 +226,7 @@ class GradientStore:
         parts = self.layout.cut(start, stop)
         if len(parts) == 1:
             return self._inside(checkpoint, *parts[0])
-        for chunk, _ in parts:  # before memory is taken for what a manifest says
+        for chunk, _ in parts:  # before memory is allocated for the sizes in a manifest
             self._file(checkpoint, chunk).require_size()
         values = torch.empty(stop - start, self.layout.width, dtype=self.layout.dtype)
         for chunk, rows in parts:

@@ -37,7 +37,7 @@ DTYPES = {
 CHUNK_BYTES, SMALL_CHUNK_BYTES = 64 * MIB, 4 * MIB
 # small stores are cut into this many: a killed build loses little, and ranks can share them
 FEWEST_CHUNKS = 32
-# how many times as large chunks may be as are wanted now: nobody else's file decides on memory
+# the most by which stored chunks may exceed the default size: a file must not decide on memory
 LARGER = 16
 KIND = "gradients"
 CHUNK_NAME = re.compile(r"(\d{4,})-(\d{6,})\.safetensors")
@@ -112,7 +112,7 @@ class Layout:
         return next(name for name, end in zip(self.columns, ends, strict=True) if column < end)
 
     def count_of(self, names: Iterable[str]) -> int:
-        """How many of some files' names are those of chunks."""
+        """How many of the file names belong to chunks."""
         found = (CHUNK_NAME.fullmatch(name) for name in names)
         keys = [(int(match[1]), int(match[2])) for match in found if match]
         return sum(key[0] < self.checkpoints and key[1] < self.chunks for key in keys)
@@ -127,7 +127,7 @@ class Layout:
         return f"{checkpoint:04d}-{chunk:06d}.safetensors"
 
     def too_large(self, wanted: Layout) -> list[str]:
-        """What is wrong with the size of chunks, which memory must hold one of, in words."""
+        """Why chunks are too large (memory must hold one of them), in words; or nothing."""
         row = self.width * self.dtype.itemsize
         most = max(min(wanted.chunk_rows, wanted.rows) * row, CHUNK_BYTES) * LARGER
         size = min(self.chunk_rows, self.rows) * row

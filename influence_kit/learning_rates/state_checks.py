@@ -1,6 +1,6 @@
 """Checks of the states of optimizers and schedulers that are saved beside the weights.
 
-They are read for the learning rate alone. ``of_given_states`` says of which file they are.
+They are read for the learning rate alone. ``of_given_states`` names their file in errors.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -58,7 +58,7 @@ def check_states(optimizers: Sequence[State], schedulers: Sequence[State]) -> No
         schedulers: the state dicts of the schedulers.
 
     Raises:
-        DamagedState: with the key and what is there.
+        DamagedState: with the key and its value.
     """
     for optimizer in optimizers:
         _check_optimizer(optimizer)

@@ -6,18 +6,15 @@ gradient of l_i. A mean over anything else (tokens, with padding; examples weigh
 not define them, and is refused.
 """
 
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from influence_kit.core.arguments import check_flag
 from influence_kit.data.batches import Batch, map_outputs, map_tensors, targets_of
-from influence_kit.data.class_labels import IGNORED_LABEL, check_labels, label_in
+from influence_kit.data.class_labels import label_in
 from influence_kit.errors import InvalidArgumentError, LabelError
 from influence_kit.losses.model_losses import (
     OwnLoss,
@@ -26,48 +23,21 @@ from influence_kit.losses.model_losses import (
     still_own,
 )
 from influence_kit.losses.reduction_check import compare_parts
+from influence_kit.losses.torch_losses import (
+    CROSS_ENTROPIES,
+    check_class_labels,
+    only_reads,
+    squared_errors,
+    unequal_shares,
+)
 
 LossFunction = Callable[[Any, Any], Tensor]
-CROSS_ENTROPIES = (nn.CrossEntropyLoss, nn.NLLLoss)
 # losses whose mean is over examples, or is checked from the examples' labels
 PLAIN = (*CROSS_ENTROPIES, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss)
 NO_EXAMPLE_LOSS = (
     "A mean over tokens with padding or over examples weighted by class has no loss per example: "
     "pass a loss with one value per example (reduction='none', shape [n] or [n, tokens])"
 )
-
-
-def declared_reduction(
-    loss_fn: LossFunction | None, sample_wise: bool | None, name: str = "loss_fn"
-) -> str | None:
-    """The loss's reduction: "none", "sum" or "mean", or None if only a call can show it.
-
-    With ``sample_wise`` None any loss is accepted; True and False follow the rules of Captum's
-    ``sample_wise_grads_per_batch``.
-    """
-    if sample_wise is not None:
-        check_flag(sample_wise, "sample_wise_grads_per_batch")
-    if loss_fn is None:
-        return None
-    known = getattr(loss_fn, "reduction", None)
-    if sample_wise is None:
-        return known if known in ("none", "sum", "mean") else None
-    wanted = ("sum", "mean") if sample_wise else ("none",)
-    if known in wanted:
-        return known
-    flag = f"`sample_wise_grads_per_batch` is {sample_wise}"
-    words = " or ".join(f'"{word}"' for word in wanted)
-    if known is not None:
-        raise InvalidArgumentError(
-            f'reduction for `{name}` must be {words} when {flag}; got "{known}". Leave '
-            "`sample_wise_grads_per_batch` out to use a loss of any reduction"
-        )
-    meaning = "the sum over the batch" if sample_wise else "one loss per example"
-    warnings.warn(
-        f"`{name}` has no attribute `reduction`; since {flag}, it is assumed to return {meaning}",
-        stacklevel=4,
-    )
-    return wanted[0]
 
 
 class Loss:
@@ -86,7 +56,7 @@ class Loss:
         self.name = name
         self._formula = self._model_loss if loss_fn is None else loss_fn
         if type(loss_fn) is nn.MSELoss:
-            self._formula = partial(_squared_errors, loss_fn)
+            self._formula = partial(squared_errors, loss_fn)
         self._is_models_own = loss_fn is None
         # the losses per example that gave the model's own loss in all batches so far
         self._own: list[OwnLoss] = []
@@ -110,21 +80,11 @@ class Loss:
     def values(self, outputs: Any, batch: Batch) -> Tensor:
         """What the loss returns, checked to be a tensor."""
         targets = targets_of(batch)
-        self._check_labels(outputs, targets)
-        if not self._is_known_to_read:
+        check_class_labels(self._formula, outputs, targets)
+        if not (self._is_models_own or only_reads(self._formula)):
             # it may write into its arguments: the user's data, the next call's inputs, a leaf
             outputs, targets = map_tensors((outputs, targets), Tensor.clone)
         return self.returned(outputs, targets)
-
-    @property
-    def _is_known_to_read(self) -> bool:
-        """Whether the loss is torch's or ours, and so never changes its arguments."""
-        formula = self._formula
-        while isinstance(formula, partial):
-            formula = formula.func
-        named = formula if hasattr(formula, "__qualname__") else type(formula)
-        home = str(getattr(named, "__module__", None))
-        return self._is_models_own or home.startswith(("torch.nn.", "influence_kit."))
 
     def returned(self, outputs: Any, targets: Any) -> Tensor:
         """What the loss returns for these tensors, not copies of them."""
@@ -202,7 +162,12 @@ class Loss:
                 self._refuse_unknown(value, n)
             if self.reduction != "mean":
                 return value
-            self._check_shares(targets_of(batch), n)
+            shares = unequal_shares(self._formula, targets_of(batch), n)
+            if shares is not None:
+                raise InvalidArgumentError(
+                    f"`{self.name}` is not a mean over examples: by their classes and tokens, the "
+                    f"{n} of a batch weigh {shares}. {NO_EXAMPLE_LOSS}"
+                )
             return value * n
         if self.reduction in ("sum", "mean"):
             raise InvalidArgumentError(
@@ -304,34 +269,6 @@ class Loss:
                 f"loss per example and returned a scalar for {n} examples"
             )
 
-    def _check_labels(self, outputs: Any, targets: Any) -> None:
-        """Refuse labels that torch's cross-entropy cannot look up: a GPU would not name them."""
-        loss = self._formula
-        ignored = loss.ignore_index if isinstance(loss, CROSS_ENTROPIES) else IGNORED_LABEL
-        # a subclass may reshape outputs and targets
-        plain = type(loss) in CROSS_ENTROPIES or loss in (F.cross_entropy, F.nll_loss)
-        labels = plain and isinstance(targets, Tensor) and not targets.is_floating_point()
-        if labels and isinstance(outputs, Tensor) and outputs.dim() > 0:
-            check_labels(targets, outputs.shape[min(1, outputs.dim() - 1)], ignored)
-
-    def _check_shares(self, targets: Any, n: int) -> None:
-        """Refuse a mean of torch's cross-entropy in which a batch's examples weigh differently.
-
-        Checked in every batch: a single one may hold only one class, or no padding.
-        """
-        loss = self._formula
-        labels = isinstance(targets, Tensor) and not targets.is_floating_point()
-        if n == 1 or not labels or not isinstance(loss, CROSS_ENTROPIES):
-            return
-        kept = targets != loss.ignore_index
-        weights = kept if loss.weight is None else loss.weight[targets.where(kept, 0)] * kept
-        shares = weights.reshape(n, -1).sum(1, dtype=torch.float64)
-        if not torch.allclose(shares, shares[:1], 1e-6):
-            raise InvalidArgumentError(
-                f"`{self.name}` is not a mean over examples: by their classes and tokens, the {n} "
-                f"of a batch weigh {[round(x, 6) for x in shares.tolist()]}. {NO_EXAMPLE_LOSS}"
-            )
-
     def _take_formula(self, together: tuple[Any, Batch], singles: Tensor, closeness: float) -> bool:
         """Replace a model's own mean by a per-example formula that gives each example's loss."""
         outputs, batch = together
@@ -348,12 +285,3 @@ class Loss:
         if losses:
             self._formula, self._own = losses[0], losses
             self.reduction, self.settled = "none", True
-
-
-def _squared_errors(loss_fn: nn.MSELoss, outputs: Any, targets: Any) -> Tensor:
-    """``nn.MSELoss`` by plain arithmetic: torch's own cannot be differentiated often enough."""
-    if loss_fn.reduction == "none" or outputs.shape != targets.shape:
-        value: Tensor = loss_fn(outputs, targets)
-        return value
-    squares: Tensor = (outputs - targets).square()
-    return squares.mean() if loss_fn.reduction == "mean" else squares.sum()

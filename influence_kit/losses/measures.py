@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from influence_kit.data.batches import Batch
 from influence_kit.data.class_labels import labels_of, logits_of
 from influence_kit.errors import InvalidArgumentError
+from influence_kit.losses.declared_reduction import declared_reduction
 from influence_kit.losses.loss import Loss, LossFunction
 from influence_kit.losses.margins import OutputFunction, classification_margin
 
@@ -80,27 +81,32 @@ class LossOfTests(Loss):
             raise InvalidArgumentError(f"`test_loss_fn` returns {found}. {REMEDY}")
 
 
-def measure_of_tests(
+def losses_of(
     loss_fn: LossFunction | None,
-    output_fn: OutputFunction | None,
-    reduction: str | None,
-    train: Loss,
-) -> Loss:
-    """The loss whose test gradients scores are made of, given one of the two functions.
+    test_loss_fn: LossFunction | None,
+    test_output_fn: OutputFunction | None,
+    sample_wise: bool | None,
+) -> tuple[Loss, Loss]:
+    """The losses of training and of test examples, given the arguments of a method.
 
     Args:
-        loss_fn: the argument ``test_loss_fn``.
-        output_fn: the argument ``test_output_fn``.
-        reduction: what the function declares, as in ``Loss``.
-        train: the loss of training examples.
+        loss_fn: the loss of training examples; also of test examples if the others are None.
+        test_loss_fn: a loss of test examples.
+        test_output_fn: or an output of theirs that should rise.
+        sample_wise: the argument ``sample_wise_grads_per_batch``.
 
     Raises:
-        InvalidArgumentError: if the loss is ``classification_margin``.
+        InvalidArgumentError: if ``test_loss_fn`` is ``classification_margin``.
     """
-    if output_fn is not None:
-        return RaisedOutput(output_fn, reduction, "test_output_fn")
-    assert loss_fn is not None
-    return LossOfTests(loss_fn, reduction, train)
+    train = Loss(loss_fn, declared_reduction(loss_fn, sample_wise), "loss_fn")
+    if test_output_fn is not None:
+        name = "test_output_fn"
+        declared = declared_reduction(test_output_fn, sample_wise, name)
+        return train, RaisedOutput(test_output_fn, declared, name)
+    if test_loss_fn is None:
+        return train, train
+    declared = declared_reduction(test_loss_fn, sample_wise, "test_loss_fn")
+    return train, LossOfTests(test_loss_fn, declared, train)
 
 
 def refuse_both(loss_fn: object, output_fn: object) -> None:

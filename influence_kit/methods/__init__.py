@@ -1,1 +1,1 @@
-"""One method a file: its formula, its terms, and what is special about it."""
+"""The methods: one file per method, in a folder per family, with its formula and its terms."""

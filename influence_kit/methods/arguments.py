@@ -1,13 +1,15 @@
-"""The documentation of arguments that several classes share, written once."""
+"""Arguments that several classes share: their documentation, written once, and checks."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from influence_kit.core.arguments import check_function
+from influence_kit.core.objects import check_functions
 
 Class = TypeVar("Class", bound=type)
-SECTION = "    Args:\n"
 REFERENCES = re.compile(r"\n    The other arguments are those of ``InnerProductInfluence``\.\n")
 # by argument, from the class that describes them
 _described: dict[str, str] = {}
@@ -55,3 +57,12 @@ def _arguments_of(doc: str) -> dict[str, str]:
                 break
         entries[name] = entries.get(name, "") + ("\n" if name in entries else "") + line
     return entries
+
+
+def check_passed_functions(load: Any, loss: Any, test_loss: Any, test_output: Any) -> None:
+    """Refuse arguments that must be functions and are not."""
+    if load is None:
+        check_function(load, "checkpoints_load_func", "checkpoints_load_func(model, checkpoint)")
+    check_functions({"checkpoints_load_func": load}, "checkpoints_load_func(model, checkpoint)")
+    losses = {"loss_fn": loss, "test_loss_fn": test_loss, "test_output_fn": test_output}
+    check_functions(losses, "fn(outputs, targets)")

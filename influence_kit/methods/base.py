@@ -17,20 +17,20 @@ from tqdm.auto import tqdm
 
 from influence_kit.checkpoints.discovery import LoadFunction, find_checkpoints, load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader, Fingerprint
-from influence_kit.core.arguments import check_function
 from influence_kit.core.dtypes import exact_dtype
 from influence_kit.core.locks import alone_with
-from influence_kit.core.objects import check_flags, check_functions, check_model
-from influence_kit.core.summary import counted, summary
+from influence_kit.core.objects import check_flags, check_model
+from influence_kit.core.summary import size_notes, summary
 from influence_kit.data.batches import Batch, call_model
 from influence_kit.data.checked_batches import CheckedBatches
 from influence_kit.data.loaders import loader_length
 from influence_kit.gradients.check import refuse_meta, refuse_mixing_layers
 from influence_kit.gradients.gradient_source import GradientSource, Verify, check_verify
 from influence_kit.gradients.parameter_selection import choose_parameters
-from influence_kit.losses.loss import Loss, LossFunction, declared_reduction
+from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
-from influence_kit.losses.measures import measure_of_tests, refuse_both
+from influence_kit.losses.measures import losses_of, refuse_both
+from influence_kit.methods.arguments import check_passed_functions
 from influence_kit.methods.caches import Caches
 from influence_kit.methods.data_fingerprint import data_fingerprint
 from influence_kit.methods.example_batches import TRAIN, BatchSize, ExampleBatches
@@ -39,9 +39,8 @@ from influence_kit.methods.function_fingerprint import function_fingerprint
 from influence_kit.methods.layer_names import Layers, check_layers
 from influence_kit.methods.read_only import Made, read_only
 from influence_kit.methods.restarts import check_k, starts_again
-from influence_kit.methods.structure import Structure
+from influence_kit.methods.structure import Structure, unchanged_by_errors
 from influence_kit.preservation.restore import borrowed
-from influence_kit.preservation.training_flags import outputs_of
 from influence_kit.scoring.reducers import AllScores, KMostInfluentialResults, Reducer, TopK
 
 Selection = Callable[[nn.Module, Sequence[str] | None], Mapping[str, nn.Parameter]]
@@ -85,7 +84,7 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
     ) -> None:
         self.model = check_model(model)
         check_flags({"eval_mode": eval_mode})
-        _check_functions(checkpoints_load_func, loss_fn, test_loss_fn, test_output_fn)
+        check_passed_functions(checkpoints_load_func, loss_fn, test_loss_fn, test_output_fn)
         refuse_both(test_loss_fn, test_output_fn)
         self.verify = check_verify(verify)
         self.batch_axes = batch_axes
@@ -109,7 +108,12 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
             self._caches.why_fixed,
         )
         self.batch_size = self._examples.batch_size
-        self._take_losses(loss_fn, test_loss_fn, test_output_fn, sample_wise_grads_per_batch)
+        self.sample_wise_grads_per_batch = sample_wise_grads_per_batch
+        self._train_loss, self._test_loss = losses_of(
+            loss_fn, test_loss_fn, test_output_fn, sample_wise_grads_per_batch
+        )
+        self.reduction_type = self._train_loss.reduction
+        self.test_reduction_type = self._test_loss.reduction
         self._caches.sources = {
             TRAIN: partial(data_fingerprint, train_dataset),
             "loss_fn": partial(function_fingerprint, loss_fn, model),
@@ -121,26 +125,6 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
             self._look_at(layers)
             self._structure = Structure(model)
         self._examples.add_given(train_dataset, TRAIN)
-
-    def _take_losses(
-        self,
-        loss_fn: LossFunction | None,
-        test_loss_fn: LossFunction | None,
-        test_output_fn: OutputFunction | None,
-        sample_wise: bool | None,
-    ) -> None:
-        self.sample_wise_grads_per_batch = sample_wise
-        self.reduction_type = declared_reduction(loss_fn, sample_wise)
-        self.test_reduction_type = self.reduction_type
-        self._train_loss = self._test_loss = Loss(loss_fn, self.reduction_type, "loss_fn")
-        name = "test_loss_fn" if test_output_fn is None else "test_output_fn"
-        measure = test_loss_fn if test_output_fn is None else test_output_fn
-        if measure is not None:
-            declared = declared_reduction(measure, sample_wise, name)
-            self.test_reduction_type = declared
-            self._test_loss = measure_of_tests(
-                test_loss_fn, test_output_fn, declared, self._train_loss
-            )
 
     # Scores.
 
@@ -279,12 +263,7 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
 
     def notes(self) -> list[str]:
         """What ``repr`` shows beside the arguments, one line per entry."""
-        parameters = self._source.capture.parameters
-        layers = {name.rpartition(".")[0] for name in parameters}
-        size = counted(sum(p.numel() for p in parameters.values()), "parameter")
-        found = [counted(len(self.checkpoints), "checkpoint")] if self.checkpoints else []
-        found += [f"{size} in {counted(len(layers), 'layer')}"] if parameters else []
-        return [", ".join(found)] if found else []
+        return size_notes(len(self.checkpoints), self._source.capture.parameters)
 
     # The model.
 
@@ -314,13 +293,8 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
 
     def _look_whole(self, layers: Any) -> None:
         """``_look_at``; an error leaves the object as it was."""
-        before = dict(vars(self))
-        try:
+        with unchanged_by_errors(self):
             self._look_at(layers)
-        except BaseException:
-            self.__dict__.clear()
-            self.__dict__.update(before)
-            raise
 
     @contextmanager
     def session(self) -> Iterator[CheckpointLoader]:
@@ -362,9 +336,7 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
         """What model and loss return for a batch; None means the first training examples."""
         if batch is None:
             batch = self._examples.first(FEW)
-        outputs = outputs_of(partial(call_model, self.model, batch))
-        losses = outputs_of(lambda: self._train_loss.values(call_model(self.model, batch), batch))
-        return Given(batch, outputs or [], losses or [])
+        return Given.of(self.model, self._train_loss, batch)
 
     def _get_device(self) -> torch.device:
         return next(iter(self._parameters.values())).device
@@ -393,11 +365,3 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
     def progress(self, doing: str, total: int | None, show: bool) -> "tqdm[Any]":
         text = f"Using {self.get_name()} to {doing}"
         return tqdm(desc=text, total=total, disable=not show)
-
-
-def _check_functions(load: Any, loss: Any, test_loss: Any, test_output: Any) -> None:
-    if load is None:
-        check_function(load, "checkpoints_load_func", "checkpoints_load_func(model, checkpoint)")
-    check_functions({"checkpoints_load_func": load}, "checkpoints_load_func(model, checkpoint)")
-    losses = {"loss_fn": loss, "test_loss_fn": test_loss, "test_output_fn": test_output}
-    check_functions(losses, "fn(outputs, targets)")

@@ -33,7 +33,7 @@ from influence_kit.data.loaders import loader_length
 WHOLE_BYTES = 2**24
 # rows that are compared of larger values
 ROWS = 64
-# lists up to this length are compared by values; of longer ones, at most so many entries
+# lists up to this length are compared by values; of longer ones, at most this many entries
 FEW, ITEMS = 256, 50_000
 EXAMPLES = 8
 DEPTH = 6

@@ -34,8 +34,8 @@ from influence_kit.data.input_checks import (
 )
 from influence_kit.data.loaders import as_loader, check_order, loader_length
 from influence_kit.errors import InvalidArgumentError, PassAgain
+from influence_kit.gradients.batch_memory import comfortable_rows
 from influence_kit.gradients.check import refuse_mixing_layers
-from influence_kit.gradients.gradient_source import comfortable_rows
 from influence_kit.preservation.restore import borrowed
 
 BatchSize = int | Literal["auto"] | None

@@ -5,11 +5,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import Self
 
 from influence_kit.checkpoints.loader import Fingerprint
-from influence_kit.data.batches import Batch
+from influence_kit.data.batches import Batch, call_model
+from influence_kit.losses.loss import Loss
 from influence_kit.methods.data_fingerprint import what_changed
+from influence_kit.preservation.training_flags import outputs_of
 
 Source = Callable[[], dict[str, Any]]
 
@@ -20,6 +23,13 @@ class Given(NamedTuple):
     batch: Batch
     outputs: list[Tensor]
     losses: list[Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module, loss: Loss, batch: Batch) -> Self:
+        """What a model and a loss return for a batch; empty lists where they fail."""
+        outputs = outputs_of(lambda: call_model(model, batch))
+        losses = outputs_of(lambda: loss.values(call_model(model, batch), batch))
+        return cls(batch, outputs or [], losses or [])
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The training side of a method, kept: in memory while the object lives, or in a folder."""
+"""The cached training gradients of a method: in memory while the object lives, or in a folder."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +11,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from influence_kit.checkpoints.loader import CheckpointLoader
-from influence_kit.core.distributed import from_first_rank, is_first_rank, wait_for_all
+from influence_kit.core.distributed import from_first_rank, is_alone, is_first_rank, wait_for_all
+from influence_kit.core.memory import resident_bytes
 from influence_kit.data.batches import Batch, example_count, to_device
 from influence_kit.errors import PassAgain
 from influence_kit.gradients.feature_map import FeatureMap
@@ -24,50 +25,50 @@ from influence_kit.scoring.term import Side
 from influence_kit.storage.locks import ranks_alone_in
 
 
-class Places(tuple[Any, ...]):
-    """What stands for a batch of training examples whose gradients are kept: ``(places [n],)``."""
+class CachedBatch(tuple[Any, ...]):
+    """Stands for a batch of training examples whose gradients are cached: ``(indices [n],)``."""
 
     @property
     def ends(self) -> tuple[int, int]:
-        """The first place, and the one after the last."""
+        """The first index, and the last plus 1."""
         return int(self[0][0]), int(self[0][-1]) + 1
 
 
-class KeptRows(ABC):
+class CachedGradients(ABC):
     """Gradients of the whole training set at every checkpoint."""
 
     @abstractmethod
     def batches(self) -> Sequence[Batch]:
-        """The training set in pieces: ``Places``."""
+        """The training set in pieces: ``CachedBatch``."""
 
     @abstractmethod
-    def gradients(self, checkpoint: int, batch: Places) -> Gradients:
+    def gradients(self, checkpoint: int, batch: CachedBatch) -> Gradients:
         """The gradients of one of the pieces."""
 
 
-class RowsInMemory(KeptRows):
+class GradientsInMemory(CachedGradients):
     """Gradients in memory, in the batches in which they were computed."""
 
     def __init__(self, parts: Sequence[Sequence[Gradients]]) -> None:
         self._parts: dict[tuple[int, int], Gradients] = {}
-        self._batches: dict[int, Places] = {}
+        self._batches: dict[int, CachedBatch] = {}
         for checkpoint, batches in enumerate(parts):
             start = 0
             for gradients in batches:
                 stop = start + gradients.n
-                self._batches[start] = Places((torch.arange(start, stop),))
+                self._batches[start] = CachedBatch((torch.arange(start, stop),))
                 self._parts[checkpoint, start] = gradients
                 start = stop
 
     def batches(self) -> Sequence[Batch]:
         return list(self._batches.values())
 
-    def gradients(self, checkpoint: int, batch: Places) -> Gradients:
+    def gradients(self, checkpoint: int, batch: CachedBatch) -> Gradients:
         return self._parts[checkpoint, batch.ends[0]]
 
 
 @dataclass(frozen=True)
-class RowsOnDisk(KeptRows):
+class StoredGradients(CachedGradients):
     """Gradients in a store, in pieces that fit the workspace."""
 
     store: GradientStore
@@ -75,22 +76,22 @@ class RowsOnDisk(KeptRows):
 
     def batches(self) -> Sequence[Batch]:
         tiles = self.store.tiles(self.sample)
-        return [Places((torch.arange(tile.start, tile.stop),)) for tile in tiles]
+        return [CachedBatch((torch.arange(tile.start, tile.stop),)) for tile in tiles]
 
-    def gradients(self, checkpoint: int, batch: Places) -> Gradients:
+    def gradients(self, checkpoint: int, batch: CachedBatch) -> Gradients:
         return self.store.gradients(checkpoint, *batch.ends, self.sample)
 
 
 class GradientCache(Cache):
-    """The gradients of the training set, where they are kept: in memory, or in a store.
+    """The gradients of the training set, cached in memory or in a store.
 
     Args:
-        store: the folder; None keeps no files.
+        store: the folder; None writes no files.
     """
 
     def __init__(self, store: str | Path | None) -> None:
         self.store = store
-        self.rows: KeptRows | None = None
+        self.rows: CachedGradients | None = None
 
     @property
     def since(self) -> str | None:
@@ -98,7 +99,7 @@ class GradientCache(Cache):
         return None if self.rows is None else "the gradients of the training set were computed"
 
     def clear(self) -> None:
-        """Let go of them; a store stays."""
+        """Drop them; a store stays."""
         self.rows = None
 
     def why_fixed(self, name: str) -> str | None:
@@ -120,18 +121,18 @@ class LearntFeatures(Cache):
         return "the mask was learnt" if self.map.is_learnt and self.map.state else None
 
     def clear(self) -> None:
-        """Let go of it."""
+        """Drop it."""
         self.map.forget()
 
 
 @dataclass(frozen=True)
-class Build:
-    """One pass over the training set at each checkpoint, whose gradients are kept.
+class CacheBuild:
+    """One pass over the training set at each checkpoint, whose gradients are cached.
 
     Args:
-        sides: what is kept, of each checkpoint.
+        sides: the gradients to cache, by checkpoint.
         batches: the training set.
-        loader: puts the checkpoints into the model.
+        loader: loads checkpoints into the model.
         sample: a tensor with the dtype and device of scores.
         bar: makes a bar over the checkpoints.
     """
@@ -142,8 +143,8 @@ class Build:
     sample: Tensor
     bar: Callable[[], "tqdm[Any]"]
 
-    def in_memory(self) -> RowsInMemory:
-        """Keep them in memory."""
+    def in_memory(self) -> GradientsInMemory:
+        """Cache them in memory."""
         parts = []
         with self.bar() as bar:
             for side in self.sides:
@@ -151,7 +152,7 @@ class Build:
                 on_device = (to_device(batch, self.sample.device) for batch in self.batches)
                 parts.append([side(batch) for batch in on_device])
                 bar.update()
-        return RowsInMemory(parts)
+        return GradientsInMemory(parts)
 
     def on_disk(
         self,
@@ -159,8 +160,8 @@ class Build:
         description: Mapping[str, Any],
         columns: Mapping[str, torch.Size],
         dtype: torch.dtype | None,
-    ) -> RowsOnDisk:
-        """Write what a folder lacks of them; of several ranks each writes its share.
+    ) -> StoredGradients:
+        """Write the rows that are missing in a folder; of several ranks each writes its share.
 
         A second run that builds the same store waits for the first, and then reads it.
         """
@@ -187,26 +188,33 @@ class Build:
                     if is_first_rank():
                         store.finish()
                     wait_for_all()
-        return RowsOnDisk(store, self.sample)
+        return StoredGradients(store, self.sample)
 
     def _fill(self, store: GradientStore, rows: int) -> None:
-        """Write what the store lacks of so many rows a checkpoint."""
+        """Write the missing rows, of ``rows`` per checkpoint."""
         with self.bar() as bar:
             for side in self.sides:
                 if store.wanted(side.checkpoint, 0, rows):
                     self.loader.load(side.checkpoint)
                     try:
                         store.fill(side.checkpoint, self._wanted(store, side))
-                    except PassAgain:  # what was written is in doubt, too
+                    except PassAgain:  # the rows that were written may be wrong, too
                         store.empty()
                         raise
                 bar.update()
 
     def _wanted(self, store: GradientStore, side: Side) -> Iterator[tuple[int, Tensor]]:
-        """The rows of the batches that the store lacks, each with the place of its first."""
+        """The missing rows, by batch, each with the index of its first example."""
         start = 0
         for batch in self.batches:
             stop = start + example_count(batch)
             if store.wanted(side.checkpoint, start, stop):
                 yield start, side(to_device(batch, self.sample.device)).flat()
             start = stop
+
+
+def fits_memory(rows: int, shapes: Mapping[str, torch.Size], sample: Tensor) -> bool:
+    """Whether rows of these shapes, with the dtype of the sample, may be cached in memory."""
+    size = rows * sum(shape.numel() for shape in shapes.values()) * sample.element_size()
+    # ranks divide the training set: no rank would cache all of it
+    return is_alone() and 0 < size <= resident_bytes(sample.device)

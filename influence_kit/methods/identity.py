@@ -1,4 +1,4 @@
-"""What kept or saved numbers belong to: weights, data and loss, as a description can say it."""
+"""What cached or saved numbers belong to: weights, data and loss, described in JSON types."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -23,16 +23,16 @@ def identity(
     loss: Loss,
     batches: Iterable[Batch],
 ) -> dict[str, Any]:
-    """Weights, parameters, examples, losses and gradients: what kept numbers belong to.
+    """Weights, parameters, examples, losses and gradients: what stored numbers belong to.
 
-    One pass over the data, and the gradients of a few examples from all over it. All of the data
-    is hashed, so that no other data is taken for it: a second per gigabyte of tensors, far less
-    than it takes most data sets to make them.
+    One pass over the data, and the gradients of a few examples spread over it. All of the data is
+    hashed, so that changed data is detected: a second per gigabyte of tensors, far less than most
+    data sets take to produce them.
 
     Args:
-        loader: of the checkpoints, in a session.
-        checkpoints: how many there are.
-        features: of the method, bound to its model.
+        loader: loads the checkpoints, in a session.
+        checkpoints: the number of checkpoints.
+        features: the feature map of the method, bound to its model.
         loss: the training loss.
         batches: the data.
     """
@@ -56,7 +56,7 @@ def identity(
 
 
 def _noting(counts: list[int], sample: Spread, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches; on their way their examples are counted, and some are taken."""
+    """The batches; their examples are counted, and some are taken, as they pass."""
     for batch in batches:
         n = example_count(batch)
         sample.add(torch.arange(counts[0], counts[0] + n), batch)

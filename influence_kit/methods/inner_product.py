@@ -5,7 +5,6 @@ Shapes: m test examples, n training examples, P chosen parameters, C checkpoints
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader
-from influence_kit.core.arguments import shown
-from influence_kit.core.distributed import is_alone
-from influence_kit.core.memory import resident_bytes
 from influence_kit.core.objects import check_dtype, check_path
 from influence_kit.data.batches import Batch, example_count, take, to_device
 from influence_kit.data.loaders import loader_length
-from influence_kit.errors import InvalidArgumentError
-from influence_kit.gradients.feature_map import FeatureMap
+from influence_kit.gradients.feature_map import FeatureMap, check_feature_map
 from influence_kit.gradients.gradient_source import Verify
 from influence_kit.gradients.parameter_selection import group_by_layer
 from influence_kit.gradients.per_example import Gradients, Transform
@@ -33,17 +28,21 @@ from influence_kit.methods.arguments import describes_arguments
 from influence_kit.methods.base import ExampleInfluence
 from influence_kit.methods.example_batches import BatchSize
 from influence_kit.methods.gradient_cache import (
-    Build,
+    CacheBuild,
+    CachedBatch,
+    CachedGradients,
     GradientCache,
-    KeptRows,
     LearntFeatures,
-    Places,
+    fits_memory,
 )
 from influence_kit.methods.identity import identity
 from influence_kit.methods.layer_names import Layers
 from influence_kit.methods.restarts import given, starts_again
+from influence_kit.methods.term_vectors import term_vectors
+from influence_kit.methods.terms_by_parameter import terms_by_parameter
 from influence_kit.scoring.features import chosen_rows
 from influence_kit.scoring.reducers import AllScores, Reducer
+from influence_kit.scoring.side_gradients import SideGradients
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term
 from influence_kit.scoring.watch import Watch
@@ -139,7 +138,7 @@ class InnerProductInfluence(ExampleInfluence):
             check_path(store, "store", "None")
         if store_dtype is not None:
             check_dtype(store_dtype, "store_dtype")
-        self.features = _checked(features)
+        self.features = check_feature_map(features)
         self.store, self.store_dtype = store, store_dtype
         self._cache = self._caches.add(GradientCache(store))
         self._learnt = self._caches.add(LearntFeatures())
@@ -177,7 +176,7 @@ class InnerProductInfluence(ExampleInfluence):
             n = sum(example_count(batch) for batch in self.train_dataloader)
             self._map.learn(self._examples_at, n, self._train_loss)
         if self._cache.rows is None:
-            self._cache.rows = self._made_rows(loader, show_progress)
+            self._cache.rows = self._cached_gradients(loader, show_progress)
 
     # What a user calls.
 
@@ -219,20 +218,15 @@ class InnerProductInfluence(ExampleInfluence):
         with self.session() as loader:
             terms, batches = self._plan(loader, inputs, show_progress=show_progress)
             rounds = [[term] for term in terms] if outer_loop_by_checkpoints else [terms]
-            outer = self.progress(
-                f"{doing} checkpoint", len(rounds), show_progress and len(rounds) > 1
-            )
-            total = torch.zeros(())
-            with outer:
+            shows_rounds = show_progress and len(rounds) > 1
+            total = torch.zeros((), device=self.device)
+            with self.progress(f"{doing} checkpoint", len(rounds), shows_rounds) as outer:
                 for some in rounds:
-                    reducer = AllScores()
-                    with self.progress(
-                        f"{doing} batch", _times(batches, some), show_progress
-                    ) as bar:
-                        Stream(some, loader, self._sample, tick=bar.update).self_scores(
-                            batches, reducer
-                        )
-                    total = reducer.result() + total.to(self.device)
+                    reducer, steps = AllScores(), _times(batches, some)
+                    with self.progress(f"{doing} batch", steps, show_progress) as bar:
+                        stream = Stream(some, loader, self._sample, tick=bar.update)
+                        stream.self_scores(batches, reducer)
+                    total = reducer.result() + total
                     outer.update()
         return total.to(self._dtype)
 
@@ -264,15 +258,20 @@ class InnerProductInfluence(ExampleInfluence):
         chosen = chosen_rows(self.train_dataloader, indices, lambda: None)
         return (to_device(take(batch, rows), self.device) for _, rows, batch in chosen)
 
-    def _made_rows(self, loader: CheckpointLoader, show_progress: bool) -> KeptRows | None:
+    def _cached_gradients(
+        self, loader: CheckpointLoader, show_progress: bool
+    ) -> CachedGradients | None:
         """The training features of all examples; None if they are computed in each call."""
-        if self.store is None and not (self._map.is_short and self._fits()):
-            return None
+        if self.store is None:
+            rows = self._examples.train_count * len(self.checkpoints)
+            shapes = self._map.cached_shapes
+            if not (self._map.is_short and fits_memory(rows, shapes, self._sample)):
+                return None
         indices = range(len(self.checkpoints))
         sides = [Side(index, partial(self._cached, index)) for index in indices]
         doing = "compute the gradients of the training set. Processing checkpoint"
         bar = partial(self.progress, doing, len(sides), show_progress)
-        build = Build(sides, self.train_dataloader, loader, self._sample, bar)
+        build = CacheBuild(sides, self.train_dataloader, loader, self._sample, bar)
         if self.store is None:
             return build.in_memory()
         description = {
@@ -283,18 +282,10 @@ class InnerProductInfluence(ExampleInfluence):
 
     def _cached(self, checkpoint: int, batch: Batch) -> Gradients:
         """The cached features of training examples: from the cache, or computed."""
-        if isinstance(batch, Places):
+        if isinstance(batch, CachedBatch):
             assert self._cache.rows is not None
             return self._cache.rows.gradients(checkpoint, batch)
         return self._map.cached(checkpoint, batch, self._train_loss)
-
-    def _fits(self) -> bool:
-        """Whether the training features of all examples may be cached in memory."""
-        rows = self._examples.train_count * len(self.checkpoints)
-        each = sum(shape.numel() for shape in self._map.cached_shapes.values())
-        size = rows * each * self._sample.element_size()
-        # ranks divide the training set: no rank would cache all of it
-        return is_alone() and 0 < size <= resident_bytes(self.device)
 
     def _identity(self, loader: CheckpointLoader, batches: Iterable[Batch]) -> dict[str, Any]:
         """The model, data and losses that stored numbers belong to."""
@@ -326,7 +317,9 @@ class InnerProductInfluence(ExampleInfluence):
             terms, test = self._plan(loader, given(inputs), not aggregate, show_progress)
             train = self._train_batches
             if groups is not None and self._map.has_parts:
-                terms, train = self._by_parameter(terms), self.train_dataloader
+                names = list(self._parameters)
+                terms = terms_by_parameter(terms, self._map, self._train_loss, names)
+                train = self.train_dataloader
             with self.progress(doing, _times(train, terms), show_progress) as bar:
                 stream = Stream(
                     terms,
@@ -339,24 +332,6 @@ class InnerProductInfluence(ExampleInfluence):
                 )
                 stream.scores(test, train, reducer, aggregate)
 
-    def _by_parameter(self, terms: list[Term]) -> list[Term]:
-        """The terms with each parameter's part of the training features, and whole test features.
-
-        The parts are computed again: only their sum is cached.
-        """
-        names = list(self._parameters)
-
-        def split(term: Term) -> Term:
-            index, solved = term.train.checkpoint, term.test.solved
-            parts = partial(self._map.by_parameter, index)
-            return replace(
-                term,
-                test=replace(term.test, solve=lambda f: self._map.repeated(solved(f), names)),
-                train=Side(index, lambda batch: parts(batch, self._train_loss)),
-            )
-
-        return [split(term) for term in terms]
-
     def watch(self, terms: Sequence[Term]) -> Watch | None:
         """The observer of a pass that computes scores."""
         return None
@@ -365,41 +340,13 @@ class InnerProductInfluence(ExampleInfluence):
         """Features of the inputs at each checkpoint times the root of its weight, concatenated."""
         with self.session() as loader:
             terms, batches = self._plan(loader, inputs, ordered=not aggregate)
-            stream = Stream(terms, loader, self._sample)
-            blocks = []
-            for term in stream.terms:
-                if not term.is_symmetric:
-                    raise NotImplementedError(
-                        f"{self.get_name()} treats test and training examples differently: scores "
-                        "are asymmetric, so no single vector per example reproduces them as dot "
-                        "products; use `influence`"
-                    )
-                side = term.test if of_tests else term.train
-                kind = "test" if of_tests else "training" if inputs is None else "input"
-                vectors = stream.vectors(side, batches, aggregate, kind)
-                weight = term.weight_at(loader.load(term.train.checkpoint))
-                if weight < 0:
-                    raise InvalidArgumentError(
-                        f"checkpoint {term.train.checkpoint} has the negative learning rate "
-                        f"{weight}, for which no vectors reproduce the scores as dot products; "
-                        "`TracInCP` and `TracInCPFast` support it in `influence`"
-                    )
-                blocks.append(vectors * weight**0.5)
-        return torch.cat(blocks, dim=1).to(self._dtype)
+            gradients = SideGradients(loader, self._sample)
+            kind = "test" if of_tests else "training" if inputs is None else "input"
+            found = term_vectors(terms, gradients, batches, kind, aggregate, self.get_name())
+        return found.to(self._dtype)
 
 
 def _times(batches: Iterable[Batch], terms: Sequence[Term]) -> int | None:
     """The number of steps of the progress bar in a pass over the batches."""
     length = loader_length(batches)
     return None if length is None else length * len(terms)
-
-
-def _checked(features: FeatureMap | None) -> FeatureMap:
-    if features is None:
-        return FeatureMap()
-    if not isinstance(features, FeatureMap):
-        raise InvalidArgumentError(
-            "`features` must be a FeatureMap, such as `influence_kit.projections.Projected(256)`; "
-            f"got {shown(features)}"
-        )
-    return features

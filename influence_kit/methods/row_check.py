@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from influence_kit.data.batches import Batch, example_count, take
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.autograd_comparison import is_random
-from influence_kit.gradients.check import drawn_of_batch
+from influence_kit.gradients.drawn_examples import drawn_of_batch
 
 # tolerances relative to the largest entry: another batch size changes the order of summation
 CLOSE, CLOSE_OF_HALF = 1e-3, 5e-2

@@ -1,5 +1,8 @@
 """The modules and parameters of a model, to detect that it has been changed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -53,3 +56,15 @@ def _text(kind: object) -> str:
         shape, dtype, device = kind
         return f"{shape} of {dtype} on {device}"
     return str(kind)
+
+
+@contextmanager
+def unchanged_by_errors(owner: object) -> Iterator[None]:
+    """A context whose errors leave the attributes of an object as they were."""
+    before = dict(vars(owner))
+    try:
+        yield
+    except BaseException:
+        vars(owner).clear()
+        vars(owner).update(before)
+        raise

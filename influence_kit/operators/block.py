@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from influence_kit.core.memory import rows_within, workspace_bytes
-from influence_kit.errors import CurvatureError
-from influence_kit.operators.wording import OF_CURVATURE, Wording
+from influence_kit.operators.indefinite import indefinite
 
 
 @dataclass(frozen=True)
@@ -43,26 +42,21 @@ class Block:
         """The number of rows P."""
         return len(self.core) if self.rows is None else self.rows.shape[1]
 
-    def inverse(
-        self, damping: float, name: str = "the block", wording: Wording = OF_CURVATURE
-    ) -> Callable[[Tensor], Tensor]:
+    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
         """(C + damping)^-1 times vectors ``[k, P]`` in float64, by the Cholesky factor of the core.
 
         Args:
             damping: added to the eigenvalues of C.
-            name: the name of the block in errors.
-            wording: the names of C and the damping in errors.
 
         Raises:
-            CurvatureError: if the damped block is singular or has negative eigenvalues; the message
-                has their range.
+            IndefiniteBlockError: if the damped block is singular or has negative eigenvalues.
         """
-        factor = self._factor(damping, name, wording)
+        factor = self._factor(damping)
         if self.rows is None:
             return partial(_solved, factor)
         return partial(_through_rows, factor, self.rows, damping)
 
-    def _factor(self, damping: float, name: str, wording: Wording) -> Tensor:
+    def _factor(self, damping: float) -> Tensor:
         """The Cholesky factor of the damped core."""
         damped = self.core.double().clone()
         damped.diagonal().add_(damping)
@@ -74,22 +68,13 @@ class Block:
         if self.size > len(damped):
             least = least.clamp(max=damping)
         if failed or least <= rounding:
-            self._refuse(damping, name, wording)
+            raise indefinite(self._eigenvalues(), damping)
         return factor
 
-    def _refuse(self, damping: float, name: str, wording: Wording) -> None:
+    def _eigenvalues(self) -> Tensor:
         values = torch.linalg.eigvalsh(self.core.double())
         # the eigenvalues of directions outside the rows
-        values = torch.cat([values, values.new_zeros(self.size - len(values))])
-        least, most = float(values.min()), float(values.max())
-        negative = int((values < -1e-12 * max(abs(least), abs(most))).sum())
-        what = f"has {negative} negative eigenvalues" if negative else "is singular"
-        raise CurvatureError(
-            f"{name} {what}: its {len(values)} eigenvalues go from {least:.4g} to {most:.4g}, and "
-            f"{wording.damping} {damping:.4g} does not make it positive definite. "
-            f"Use a {wording.damping} above {max(-least, 0) + 1e-8 * abs(most):.3g}"
-            + (f", or {wording.remedy}" if negative else "")
-        )
+        return torch.cat([values, values.new_zeros(self.size - len(values))])
 
 
 def _solved(factor: Tensor, vectors: Tensor) -> Tensor:

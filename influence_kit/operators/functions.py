@@ -16,6 +16,7 @@ from influence_kit.core.arguments import check_function, shown
 from influence_kit.core.objects import is_one_of
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.operators.checks import check_mode
+from influence_kit.operators.damping_by_block import Damping, damping_by_block
 from influence_kit.operators.low_rank import LowRank, arnoldi, nystrom
 from influence_kit.operators.operator import Operator, check_operator, check_vectors
 from influence_kit.operators.partition import Partition
@@ -26,14 +27,7 @@ from influence_kit.operators.products import (
     gauss_newton_product,
     hessian_product,
 )
-from influence_kit.operators.solvers import (
-    Cholesky,
-    Damping,
-    Solve,
-    conjugate_gradients,
-    damping_by_block,
-    lissa,
-)
+from influence_kit.operators.solvers import Cholesky, Solve, conjugate_gradients, lissa
 
 Parameters = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 SOLVERS = ("cholesky", "cg", "lissa", "arnoldi", "nystrom")

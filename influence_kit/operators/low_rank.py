@@ -12,9 +12,9 @@ from torch import Tensor
 from influence_kit.core.arguments import check_count, check_flag, check_number, shown
 from influence_kit.errors import CurvatureError, InvalidArgumentError
 from influence_kit.operators.checks import check_blocks, check_matrix
+from influence_kit.operators.damping_by_block import Damping, damping_by_block
 from influence_kit.operators.operator import Operator, check_operator, check_vectors
 from influence_kit.operators.partition import spread
-from influence_kit.operators.solvers import Damping, damping_by_block
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,13 @@ from influence_kit.core.arguments import check_count, check_number
 from influence_kit.core.objects import check_functions, is_one_of
 from influence_kit.core.scaling import balanced, times_powers
 from influence_kit.errors import CurvatureError
+from influence_kit.operators.damping_by_block import Damping, damping_by_block
 from influence_kit.operators.operator import Operator, check_operator, check_vectors
 from influence_kit.operators.partition import spread
 from influence_kit.operators.solvers import (
     DIVERGED,
     MOST,
-    Damping,
     Solve,
-    damping_by_block,
     refuse_non_finite_rows,
 )
 

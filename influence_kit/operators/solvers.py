@@ -8,74 +8,27 @@ Shapes: k vectors, P rows of C, B blocks.
 
 import warnings
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from influence_kit.core.arguments import check_count, check_number, check_texts, shown
+from influence_kit.core.arguments import check_count, check_number, check_texts
 from influence_kit.core.objects import check_functions, is_one_of
 from influence_kit.core.scaling import balanced, times_powers
-from influence_kit.errors import CurvatureError, InvalidArgumentError, NonFiniteError
+from influence_kit.errors import CurvatureError, NonFiniteError
 from influence_kit.operators.block import Block
 from influence_kit.operators.checks import check_blocks, check_square
+from influence_kit.operators.damping_by_block import Damping, damping_by_block
+from influence_kit.operators.indefinite import IndefiniteBlockError, indefinite
 from influence_kit.operators.operator import Operator, check_operator, check_vectors
 from influence_kit.operators.partition import dots, spread
-from influence_kit.operators.wording import OF_CURVATURE, Wording
 
-Damping = float | Tensor | Sequence[float]
 Solve = Callable[[Tensor], Tensor]
 Report = Callable[[Tensor, Tensor], object]
 # rounds that would never end
 MOST = 10**9
-REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 # an iteration that has grown by this factor will not converge
 DIVERGED = 1e6
-
-
-def damping_by_block(damping: Damping, blocks: int, positive: bool = False) -> Tensor:
-    """The damping of each block, float64 ``[B]``, checked."""
-    values = _as_numbers(damping)
-    values = values.expand(blocks) if values.dim() == 0 else values
-    if values.shape != (blocks,):
-        raise InvalidArgumentError(
-            f"got {list(values.shape)} values of damping for {blocks} blocks"
-        )
-    if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
-        raise InvalidArgumentError(f"damping must be finite and not negative; got {damping}")
-    if positive and bool((values <= 0).any()):
-        raise InvalidArgumentError(
-            "damping must be positive here, because directions without curvature are divided by "
-            f"it; got {values.tolist()}"
-        )
-    return values
-
-
-def _as_numbers(damping: Any) -> Tensor:
-    """The damping in float64: of a number, a tensor or array of real numbers, or a sequence."""
-    if isinstance(damping, Tensor | np.ndarray):
-        usable = _is_real(damping)
-    else:
-        values = damping if isinstance(damping, list | tuple) else [damping]
-        usable = all(_is_number(value) for value in values)
-    if not usable:
-        raise InvalidArgumentError(
-            f"damping must be a number, or one per block; got {shown(damping)}"
-        )
-    return torch.as_tensor(damping, dtype=torch.float64)
-
-
-def _is_number(value: Any) -> bool:
-    fits = not isinstance(value, Integral) or abs(int(value)) < 2**63
-    return isinstance(value, Real) and not isinstance(value, bool) and fits
-
-
-def _is_real(values: Tensor | np.ndarray[Any, Any]) -> bool:
-    if isinstance(values, np.ndarray):
-        return values.dtype.kind in "iuf"
-    return values.dtype in REAL and values.layout == torch.strided and not values.is_meta
 
 
 def refuse_non_finite_rows(vectors: Tensor) -> Tensor:
@@ -100,7 +53,6 @@ class Cholesky:
         blocks: the blocks of C, each written out or as a ``Block``.
         damping: added to their eigenvalues.
         names: the names of the blocks in errors.
-        wording: the names of C and the damping in errors.
 
     Raises:
         InvalidArgumentError: for blocks that are not square matrices of finite floats.
@@ -113,7 +65,6 @@ class Cholesky:
         blocks: Sequence[Tensor | Block],
         damping: Damping,
         names: Sequence[str] | None = None,
-        wording: Wording = OF_CURVATURE,
     ) -> None:
         check_blocks(blocks, "blocks", "square matrices")
         values = damping_by_block(damping, len(blocks)).tolist()
@@ -125,10 +76,13 @@ class Cholesky:
             for number, block in enumerate(blocks)
         ]
         self.sizes = [block.size for block in known]
-        self.inverses = [
-            block.inverse(value, wording.block.format(name), wording)
-            for block, value, name in zip(known, values, names, strict=True)
-        ]
+        self.inverses = []
+        for block, value, name in zip(known, values, names, strict=True):
+            try:
+                self.inverses.append(block.inverse(value))
+            except IndefiniteBlockError as error:
+                matrix = f"the curvature of block '{name}'"
+                raise indefinite(error.eigenvalues, error.damping, matrix) from None
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """(C + damping)^-1 v for each row v of ``[k, P]``."""

@@ -1,10 +1,10 @@
 """Ctrl-C while a model is restored is delivered when the model is whole again.
 
-While a model is in use, a handler of SIGINT stands before the user's. It passes interrupts on,
-except where the model would stay changed: in functions that are ``uninterrupted``, at whose end
-they are delivered, and inside contextlib between a ``with`` block and the restoration, where they
-are tried again a moment later. None is lost. Only the main thread runs handlers of signals; other
-threads need nothing.
+While a model is in use, a SIGINT handler wraps the user's. It passes interrupts on, except where
+the model would stay changed: in functions that are ``uninterrupted``, at whose end they are
+delivered, and inside contextlib between a ``with`` block and the restoration, where they are tried
+again a moment later. None is lost. Only the main thread runs handlers of signals; other threads
+need nothing.
 """
 
 import _thread
@@ -76,7 +76,7 @@ class Interrupts:
         return held
 
     def _begin(self) -> None:
-        """Stand before the user's handler, unless that is no function."""
+        """Install itself around the user's handler, unless that is not a function."""
         handler = signal.getsignal(signal.SIGINT)
         if callable(handler) and handler is not self:
             self._users = handler
@@ -84,7 +84,7 @@ class Interrupts:
         self._depth += 1
 
     def _end(self) -> None:
-        """Deliver what was held back; after the last use, let the user's handler stand alone."""
+        """Deliver held interrupts; after the last use, install the user's handler again."""
         self._depth -= 1
         if self._depth:
             return
@@ -122,7 +122,7 @@ class Interrupts:
         return False
 
     def _would_skip(self, generator: Any) -> bool:
-        """Whether a generator waits at its ``yield``, inside a ``with`` that restores a model."""
+        """Whether a generator is suspended inside a ``with`` that restores a model."""
         own = generator.gi_frame
         in_use = any(own is frame for frames in self._in_use.values() for frame in frames)
         return in_use and not generator.gi_running

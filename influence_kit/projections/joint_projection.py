@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from influence_kit.core.dtypes import real_shape
 from influence_kit.gradients.factored import Factored
-from influence_kit.gradients.forms import Dense, Form
+from influence_kit.gradients.form import Form
+from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.projections.maps import Placed, VectorMap
 from influence_kit.projections.random_maps import random_map

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from influence_kit.core.draws import Draws
 from influence_kit.core.memory import rows_within, workspace_bytes
-from influence_kit.gradients.forms import element_cost
+from influence_kit.gradients.form import element_cost
 from influence_kit.projections.maps import VectorMap
 
 

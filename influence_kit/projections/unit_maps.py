@@ -16,7 +16,8 @@ from torch.nn.functional import pad
 
 from influence_kit.gradients.convolved import Convolved
 from influence_kit.gradients.factored import Factored
-from influence_kit.gradients.forms import Form, Sum
+from influence_kit.gradients.form import Form
+from influence_kit.gradients.forms import Sum
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rows import Rows
 from influence_kit.projections.maps import VectorMap

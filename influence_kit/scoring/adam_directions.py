@@ -18,7 +18,8 @@ from influence_kit.core.arguments import check_count, check_sequence, check_text
 from influence_kit.core.dtypes import real
 from influence_kit.core.objects import check_model
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.gradients.forms import Dense, Form
+from influence_kit.gradients.form import Form
+from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients, Transform
 
 

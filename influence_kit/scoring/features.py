@@ -34,7 +34,7 @@ class MostInfluentialFeatures(NamedTuple):
     influence_scores: Tensor
 
 
-def check_places(train_indices: Any, count: int) -> Tensor | None:
+def check_train_indices(train_indices: Any, count: int) -> Tensor | None:
     """Indices in a training set of ``count`` examples (0 if unknown), ``[n]``; None for all."""
     if train_indices is None:
         return None

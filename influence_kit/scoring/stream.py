@@ -9,7 +9,6 @@ c loads per chunk, however many batches there are, and holds one chunk of data, 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -20,9 +19,14 @@ from influence_kit.core.distributed import is_mine
 from influence_kit.core.memory import MIB, rows_within
 from influence_kit.data.batches import Batch, example_count, nbytes, to_device
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
-from influence_kit.gradients.per_example import Gradients, join_examples
+from influence_kit.gradients.per_example import Gradients
 from influence_kit.scoring.reducers import Reducer
-from influence_kit.scoring.term import Side, Term
+from influence_kit.scoring.side_gradients import (
+    SideGradients,
+    errors_named,
+    refuse_non_finite_examples,
+)
+from influence_kit.scoring.term import Term
 from influence_kit.scoring.watch import Watch
 
 # the size of a chunk of raw data, and of a block of scores that is reduced and dropped
@@ -61,11 +65,16 @@ class Stream:
     tick: Callable[[], None] = field(default=_nothing)
     watch: Watch | None = None
 
+    @property
+    def sides(self) -> SideGradients:
+        """Computes the gradients of the terms' sides."""
+        return SideGradients(self.loader, self.sample)
+
     def scores(
         self, inputs: Iterable[Batch], train: Iterable[Batch], reducer: Reducer, aggregate: bool
     ) -> None:
         """Pass the scores of all test and training examples to the reducer."""
-        kept = {0: self.test_side(self.terms[0].test, inputs, aggregate, self.watch)}
+        kept = {0: self.sides.of(self.terms[0].test, inputs, aggregate, self.watch)}
         m = kept[0].n
         rows = None if reducer.keeps_all else _block_rows(kept[0])
         empty = True
@@ -73,7 +82,7 @@ class Stream:
             indices, columns = _columns(chunk)
             block = self._empty_block(m, len(indices))
             for number, term in enumerate(self.terms):
-                test = kept.pop(number, None) or self.test_side(term.test, inputs, aggregate)
+                test = kept.pop(number, None) or self.sides.of(term.test, inputs, aggregate)
                 if number == 0 or not is_last:
                     kept[number] = test
                 self._add(block, columns, chunk, term, test)
@@ -94,7 +103,7 @@ class Stream:
         """Add a term's scores for one chunk to the block."""
         weight = term.weight_at(self.loader.load(term.train.checkpoint))
         for (start, batch), rows in zip(chunk, columns, strict=True):
-            train = self._side(term.train, batch, start, "training")
+            train = self.sides.batch(term.train, batch, start, "training")
             if self.groups is None:
                 part = train.inner(test, self.total)
             else:
@@ -106,63 +115,6 @@ class Stream:
             block[..., rows].add_(part, alpha=weight)
             self.tick()
 
-    def _side(self, side: Side, batch: Batch, start: int, kind: str) -> Gradients:
-        """The gradients of a side for a batch whose first example has the index ``start``."""
-        batch = to_device(batch, self.sample.device)
-        with _named(side, batch, start, kind):
-            return side(batch)
-
-    def test_side(
-        self,
-        side: Side,
-        inputs: Iterable[Batch],
-        aggregate: bool = False,
-        watch: Watch | None = None,
-    ) -> Gradients:
-        """The gradients of a side for all inputs, or their sum."""
-        self.loader.load(side.checkpoint)
-        parts: list[Gradients] = []
-        start = 0
-        for batch in inputs:
-            part = self._side(side, batch, start, "test")
-            # a sum does not show whose gradient it was, and a solver may treat NaN as solved
-            if (aggregate or side.solve is not None) and not part.has_finite_factors:
-                refuse_non_finite_examples(part, start, "test", side.checkpoint)
-            start += part.n
-            if aggregate:
-                part = part.summed()
-                parts = [parts[0].plus(part).compact() if parts else part]
-            else:
-                parts.append(part)
-        if not parts:
-            raise InvalidArgumentError("`inputs` holds no examples")
-        joined = join_examples(parts)
-        if watch is not None:
-            watch.see_tests(joined)
-        return side.solved(joined)
-
-    def vectors(
-        self, side: Side, inputs: Iterable[Batch], aggregate: bool = False, kind: str = "test"
-    ) -> Tensor:
-        """The gradients of a side for all inputs, written out ``[n, P]``, or their sum ``[1, P]``.
-
-        ``kind`` is the word for the examples in errors.
-        """
-        if aggregate or side.solve is not None:
-            return self.test_side(side, inputs, aggregate).flat()
-        self.loader.load(side.checkpoint)
-        parts: list[Tensor] = []
-        start = 0
-        for batch in inputs:
-            part = self._side(side, batch, start, kind)
-            parts.append(part.flat())
-            if not part.has_finite_factors:
-                refuse_non_finite_examples(part, start, kind, side.checkpoint)
-            start += part.n
-        if not parts:
-            raise InvalidArgumentError("`inputs` holds no examples")
-        return torch.cat(parts)
-
     def self_scores(self, batches: Iterable[Batch], reducer: Reducer) -> None:
         """Pass each example's score with itself, ``[n]``, to the reducer."""
         empty = True
@@ -173,7 +125,7 @@ class Stream:
                 weight = term.weight_at(self.loader.load(term.train.checkpoint))
                 for (start, batch), rows in zip(chunk, columns, strict=True):
                     batch = to_device(batch, self.sample.device)
-                    with _named(term.train, batch, start, "training"):
+                    with errors_named(term.train, batch, start, "training"):
                         train, part = term.self_products(batch)
                     if not torch.isfinite(part.sum()):
                         _refuse_non_finite(part, train, train, start, term.train.checkpoint)
@@ -226,35 +178,6 @@ def _block_rows(test: Gradients) -> int:
     """The most training examples in a block of scores that is not kept."""
     budget = BLOCK_BYTES // test.sample.element_size()
     return max(FEWEST_CHUNK_ROWS, rows_within(budget, test.n))
-
-
-@contextmanager
-def _named(side: Side, batch: Batch, start: int, kind: str) -> Iterator[None]:
-    """Inside, a solver's error about non-finite rows becomes one that names example and layer."""
-    try:
-        yield
-    except NonFiniteError:
-        refuse_non_finite_examples(side.features(batch), start, kind, side.checkpoint)
-        raise
-
-
-def refuse_non_finite_examples(side: Gradients, start: int, kind: str, checkpoint: int) -> None:
-    """Raise an error that names the first example, and its layer, with a NaN or infinite gradient.
-
-    Args:
-        side: the gradients.
-        start: the index of the first of their examples.
-        kind: "training" or "test", the word for the examples.
-        checkpoint: the index of the checkpoint in the model.
-    """
-    found = side.non_finite()
-    if found is not None:
-        example, parameter = found
-        layer = parameter.rpartition(".")[0] or parameter
-        raise NonFiniteError(
-            f"the gradient of {kind} example {start + example} at '{parameter}' (layer '{layer}') "
-            f"is NaN or infinite at checkpoint {checkpoint}; check that example and its loss"
-        )
 
 
 def _refuse_non_finite(

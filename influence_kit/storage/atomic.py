@@ -1,8 +1,8 @@
-"""Writing a file so that there is all of it, or what was there before.
+"""Atomic writes: a file has all of its new contents or its old ones, never a part.
 
-A file is written beside its final name, under a temporary name that no other program uses, brought
-to the disk, and renamed last. The folder is brought to the disk after it, so that the name survives
-a power cut as well. Permissions follow the umask, as those of files that a program opens itself.
+A file is written in the same folder under a temporary name that no other program uses, flushed to
+disk, and renamed last. The folder is flushed after it, so that the name survives a power cut, too.
+Permissions follow the umask, as those of files that a program opens itself.
 """
 
 import errno
@@ -17,7 +17,7 @@ from uuid import uuid4
 from influence_kit.errors import InvalidArgumentError, StorageError
 
 TEMPORARY = re.compile(r"\.influence_kit-[0-9a-f]{32}\.part")
-# what file systems answer that cannot bring a folder to the disk
+# errors of file systems that cannot flush a folder to disk
 NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
@@ -27,7 +27,7 @@ def write_file(path: Path, *parts: bytes | memoryview) -> None:
     Several processes may write the same file: each has a temporary file of its own.
 
     Raises:
-        StorageError: where the system does not let it be written; it names the file.
+        StorageError: if the system refuses to write it; the message names the file.
     """
     temporary = path.with_name(f".influence_kit-{uuid4().hex}.part")
     with _clear_errors(path, "written", "; what was there before is unchanged"):
@@ -40,7 +40,7 @@ def write_file(path: Path, *parts: bytes | memoryview) -> None:
             try:
                 temporary.replace(path)
             except FileNotFoundError:
-                # another builder was done, and swept away what it took for that of a killed one
+                # another builder finished, and removed this file as the remains of a killed one
                 if not path.exists():
                     raise
         finally:
@@ -50,21 +50,21 @@ def write_file(path: Path, *parts: bytes | memoryview) -> None:
 
 
 def remove_file(path: Path) -> None:
-    """Remove a file, if it is there.
+    """Remove a file if it exists.
 
     Raises:
-        StorageError: where the system does not let it be removed.
+        StorageError: if the system refuses to remove it.
     """
     with _clear_errors(path, "removed"):
         path.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, where they are not there.
+    """Create a folder and its parents, unless they exist.
 
     Raises:
-        InvalidArgumentError: where there is a file of that name.
-        StorageError: where the system does not let it be made.
+        InvalidArgumentError: if a file of that name exists.
+        StorageError: if the system refuses to create it.
     """
     if folder.exists() and not folder.is_dir():
         raise InvalidArgumentError(f"'{folder}' is a file; name a folder")
@@ -73,8 +73,8 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the file system can do so."""
-    if os.name != "posix":  # folders cannot be opened there
+    """Flush the names in a folder to disk, if the file system supports it."""
+    if os.name != "posix":  # folders cannot be opened on Windows
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -87,19 +87,19 @@ def sync_folder(folder: Path) -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file of that name is one that ``write_file`` has not finished."""
+    """Whether a file of that name is an unfinished one of ``write_file``."""
     return TEMPORARY.fullmatch(name) is not None
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what killed writers have left. No writer may be at work there."""
+    """Remove the temporary files of killed writers. No writer may be active in the folder."""
     for path in folder.iterdir():
         if is_temporary(path.name):
             remove_file(path)
 
 
 def _new_file(path: Path) -> IO[bytes]:
-    """A new file, opened for writing: never one that is there, nor what a link points to."""
+    """A new file, opened for writing: never an existing one, nor the target of a link."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     return os.fdopen(os.open(path, flags, 0o666), "wb")
@@ -107,7 +107,7 @@ def _new_file(path: Path) -> IO[bytes]:
 
 @contextmanager
 def _clear_errors(path: Path, done: str, more: str = "") -> Iterator[None]:
-    """Errors of the system inside name the file, and say what to do."""
+    """Inside, errors of the system name the file and the remedy."""
     try:
         yield
     except OSError as error:

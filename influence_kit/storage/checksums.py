@@ -5,18 +5,18 @@ import zlib
 from collections.abc import Callable, Iterable
 
 BLANK = b"0" * 64
-# CRC-32 is some four times as fast: for files of which terabytes are read
+# CRC-32 is about four times as fast: for files of terabytes
 SHA256, CRC32 = "sha256", "crc32"
 
 
 def sealed(start: bytes, rest: bytes) -> bytes:
-    """A text with its own SHA-256 between two parts, computed with zeros in its position."""
+    """A text with its own SHA-256 between two parts, computed with zeros in its place."""
     digest = hashlib.sha256(start + BLANK + rest).hexdigest().encode()
     return start + digest + rest
 
 
 def is_sealed(text: bytes, start: bytes) -> bool:
-    """Whether a text is as ``sealed`` made it, to the last bit."""
+    """Whether a text is unchanged since ``sealed`` made it."""
     if not text.startswith(start):
         return False
     stop = len(start) + len(BLANK)
@@ -31,7 +31,7 @@ def checksum(parts: Iterable[memoryview], algorithm: str = SHA256) -> str:
 
 
 def is_checksum(parts: Iterable[memoryview], expected: str) -> bool:
-    """Whether a checksum, of any algorithm that is known here, is that of some bytes."""
+    """Whether a checksum, of any supported algorithm, is that of some bytes."""
     algorithm = expected.partition(":")[0]
     return algorithm in _CHECKSUMS and checksum(parts, algorithm) == expected
 

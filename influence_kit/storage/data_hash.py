@@ -11,7 +11,7 @@ from influence_kit.data.batches import Batch, map_tensors
 
 
 def hash_of(batches: Iterable[Batch]) -> str:
-    """A hash of all tensors of a data set, whatever the batches they come in."""
+    """A hash of all tensors of a data set, independent of how they are batched."""
     hashes: dict[int, Any] = {}
     for batch in batches:
         tensors: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""In which parts the description in a manifest differs from what is described now."""
+"""The differences between the description in a manifest and the current one."""
 
 import json
 import math
@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 
 LOSSES = "losses of some examples"
 NORMS = "squared norms of the gradients of some examples"
-# relative differences of recorded numbers that another machine's order of summation explains: of
-# sums in float64, and of what is in the model's precision; and what of the largest such number
+# relative differences of recorded numbers that another machine's order of summation explains: for
+# sums in float64, and for numbers in the model's precision; and the share of the largest of these
 CLOSE = 1e-9
 CLOSE_OF, FLOOR = {LOSSES: 1e-4, NORMS: 1e-3}, 1e-4
-# characters of a value that an error shows whole
+# the most characters of a value that an error shows in full
 SHORT = 48
 
 
 class Near(NamedTuple):
-    """Up to which difference two numbers are the same.
+    """The largest difference of two numbers that count as equal.
 
     Attributes:
         share: relative to the larger one.
@@ -29,7 +29,7 @@ class Near(NamedTuple):
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """The keys in which a manifest differs from what is described here, each with both values."""
+    """The keys in which two descriptions differ, each with both values."""
     expected = json.loads(json.dumps(here))
     found = []
     for key in sorted(there.keys() | expected.keys()):
@@ -43,7 +43,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 
 def _difference(there: Any, here: Any, near: Near) -> str:
-    """Both values; of long lists how many entries differ, and the first that does."""
+    """Both values; for long lists, how many entries differ and the first that does."""
     texts = [json.dumps(value) for value in (there, here)]
     lists = isinstance(there, list) and isinstance(here, list)
     if not lists or max(map(len, texts)) <= SHORT:
@@ -59,7 +59,7 @@ def _difference(there: Any, here: Any, near: Near) -> str:
 
 
 def _excerpt(text: str, other: str) -> str:
-    """A text, or a part of it from a little before it leaves the other."""
+    """A text, or if it is long, the part of it around the first difference."""
     if len(text) <= SHORT:
         return text
     alike = (a == b for a, b in zip(text, other, strict=False))

@@ -1,13 +1,13 @@
-"""A folder of files: which are its own, and tensors in it beside a manifest.
+"""A folder of tensors with a manifest, and the rule for which files belong to it.
 
 Every folder that the library writes (stores of gradients, saved fits, traces of training, retrained
-models, activations) keeps these rules:
+models, activations) follows these rules:
 
-- A file is the folder's own if the manifest lists it, or if its header says so (the kind of folder
-  and its name there, under a checksum). No other file is ever replaced or removed.
+- A file is the folder's own if the manifest lists it, or if its header names the kind of folder and
+  the file's name in it (under a checksum). No other file is ever replaced or removed.
 - A folder with other files and without a manifest is refused.
 - New contents are written under new names, the manifest is replaced last, and files of the old
-  contents are removed after that: at every moment one of the two is whole.
+  contents are removed after that: at every moment one of the two is complete.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -48,7 +48,7 @@ __all__ = [
     "write_own",
 ]
 FIT, TENSORS = "fit", "tensors"
-# how often reading begins again where another process replaces the contents meanwhile
+# how often to read again if another process replaces the contents meanwhile
 TRIES = 5
 SAVE_AGAIN = "save it again, in a new or empty folder"
 
@@ -59,17 +59,17 @@ def write_folder(
     description: Mapping[str, Any],
     kind: str = FIT,
 ) -> None:
-    """Write tensors and what they belong to; contents of this kind from before are replaced.
+    """Write tensors with a description; earlier contents of the same kind are replaced.
 
     Args:
-        folder: a new or empty one, or one that holds the same kind.
+        folder: a new or empty folder, or one with contents of the same kind.
         tensors: by name.
-        description: what they belong to, as JSON can say it.
-        kind: what the folder holds, a key of ``manifest.KINDS``.
+        description: what they belong to, in JSON types.
+        kind: the kind of contents, a key of ``manifest.KINDS``.
 
     Raises:
-        InvalidArgumentError: where the folder holds something else.
-        StorageError: where the system does not let it be written; what was there is unchanged.
+        InvalidArgumentError: if the folder holds something else.
+        StorageError: if the system refuses to write; the old contents are then unchanged.
     """
     path = Path(folder)
     with alone_in(path):
@@ -82,25 +82,25 @@ def write_folder(
 def read_folder(
     folder: str | Path, description: Mapping[str, Any], kind: str = FIT
 ) -> dict[str, Tensor]:
-    """The tensors of a folder, which must belong to what is described.
+    """The tensors of a folder, which must have the given description.
 
     Raises:
-        InvalidArgumentError: where there is no such folder, it belongs to something else (with
-            every difference), or it is damaged.
+        InvalidArgumentError: if the folder does not exist, has another description (the message
+            lists the differences), or is damaged.
     """
     path, tries = Path(folder), TRIES
     while True:
         try:
             return _tensors(path, description, kind)
         except FileNotFoundError as error:
-            # another process may have saved again, and removed what the manifest listed
+            # another process may have saved again, and removed files that the manifest listed
             tries -= 1
             if not tries:
                 raise InvalidArgumentError(f"{error}; {SAVE_AGAIN}") from error
 
 
 def _tensors(folder: Path, description: Mapping[str, Any], kind: str) -> dict[str, Tensor]:
-    """The same, or a ``FileNotFoundError`` where a file is not there."""
+    """The same, or a ``FileNotFoundError`` if a file is missing."""
     manifest = Manifest.read(folder, kind, SAVE_AGAIN)
     found = differences(manifest.description, description)
     if found:
@@ -120,14 +120,14 @@ def _tensors(folder: Path, description: Mapping[str, Any], kind: str) -> dict[st
 def write_listed(
     folder: Path, kind: str, stem: str, tensors: Mapping[str, Tensor], listed: Collection[str]
 ) -> tuple[str, dict[str, Any]]:
-    """Write tensors under a name that their checksum is part of; the entry of the manifest.
+    """Write tensors to a file named after their checksum; returns its entry for the manifest.
 
     Args:
-        folder: where.
-        kind: of the folder.
-        stem: how the name begins.
-        tensors: what is written.
-        listed: the files of the contents that are there, which are not in doubt.
+        folder: the folder.
+        kind: its kind.
+        stem: the beginning of the file name.
+        tensors: the tensors, by name.
+        listed: the files that the current manifest lists, which may be replaced.
     """
     packed = PackedTensors.of(tensors)
     name = f"{stem}-{packed.checksum.partition(':')[2][:16]}{SUFFIX}"
@@ -137,11 +137,11 @@ def write_listed(
 
 
 def read_listed(folder: Path, manifest: Manifest, name: str, remedy: str) -> dict[str, Tensor]:
-    """The tensors of a file that a manifest lists, compared with their checksum.
+    """The tensors of a file that a manifest lists, verified by its checksum.
 
     Raises:
-        FileNotFoundError: where it is not there.
-        InvalidArgumentError: where it is damaged, or another file.
+        FileNotFoundError: if it is missing.
+        InvalidArgumentError: if it is damaged, or another file.
     """
     path, entry = folder / name, (manifest.files or {})[name]
     try:
@@ -157,12 +157,12 @@ def read_listed(folder: Path, manifest: Manifest, name: str, remedy: str) -> dic
 
 
 def replace_contents(folder: Path, manifest: Manifest, listed: Collection[str]) -> None:
-    """Write a manifest whose files are there, and remove what belonged to the one before.
+    """Write a manifest whose files exist, and remove the files of the previous one.
 
     Args:
-        folder: where; no other process writes there.
-        manifest: the new one.
-        listed: the files of the one before.
+        folder: the folder; no other process may write to it.
+        manifest: the new manifest.
+        listed: the files of the previous one.
     """
     manifest.write(folder)
     _remove_all_but(folder, manifest, listed)
@@ -170,11 +170,11 @@ def replace_contents(folder: Path, manifest: Manifest, listed: Collection[str]) 
 
 @contextmanager
 def removed_if_broken_off(folder: Path, kind: str) -> Iterator[None]:
-    """Inside, new contents are written; what an error or an interrupt leaves of them is removed."""
+    """Inside, new contents are written; after an error or interrupt their files are removed."""
     try:
         yield
     except BaseException:
-        with suppress(Exception):  # the error that is told is the first one
+        with suppress(Exception):  # the first error is the one to report
             there = (folder / MANIFEST).exists()
             manifest = Manifest.read(folder, kind, "") if there else Manifest(kind, {})
             _remove_all_but(folder, manifest)
@@ -182,7 +182,7 @@ def removed_if_broken_off(folder: Path, kind: str) -> Iterator[None]:
 
 
 def _remove_all_but(folder: Path, manifest: Manifest, listed: Collection[str] = ()) -> None:
-    """Remove files of the library's, and those listed, that the manifest does not list."""
+    """Remove the folder's own files that the manifest does not list."""
     kept = {*(manifest.files or ())}
     for path in folder.iterdir():
         if path.name in kept or not path.name.endswith(SUFFIX):
@@ -192,7 +192,7 @@ def _remove_all_but(folder: Path, manifest: Manifest, listed: Collection[str] = 
     remove_temporaries(folder)
 
 
-# Which files are whose.
+# Which files are the folder's own.
 
 
 def write_own(
@@ -202,10 +202,10 @@ def write_own(
     facts: Mapping[str, str],
     listed: Collection[str] = (),
 ) -> None:
-    """Write a file of a folder, unless that would replace one that is not the folder's own.
+    """Write a file of a folder, unless that would replace a file that is not the folder's own.
 
     Raises:
-        InvalidArgumentError: where there is a file of that name that the library did not write.
+        InvalidArgumentError: if a file of that name exists that the library did not write.
     """
     there = path.exists() or path.is_symlink()
     if there and path.name not in listed and not is_own_file(path, kind):
@@ -217,15 +217,15 @@ def write_own(
 
 
 def claim(folder: Path, kind: str) -> list[str]:
-    """The files that the folder's manifest lists; none where it is new.
+    """The files that the folder's manifest lists; none if the folder is new.
 
     Raises:
-        InvalidArgumentError: where the folder holds something else.
+        InvalidArgumentError: if the folder holds something else.
     """
     path = folder / MANIFEST
     is_new = not (path.exists() or path.is_symlink())
     other = foreign_file(folder, kind) if is_new else None
-    if other is not None and not path.exists():  # another process may have made it by now
+    if other is not None and not path.exists():  # another process may have created it by now
         raise InvalidArgumentError(
             f"{folder} holds files ('{other}') and no {MANIFEST}: it is not {KINDS[kind]} of this "
             "version of influence_kit; name a new or empty folder"
@@ -237,7 +237,7 @@ def claim(folder: Path, kind: str) -> list[str]:
 
 
 def foreign_file(folder: Path, kind: str) -> str | None:
-    """A name in a folder that neither this kind of folder nor its writers have made, if any."""
+    """The name of a file in the folder that is not the folder's own, if there is one."""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     own = (
         name == LOCK

@@ -1,8 +1,8 @@
-"""Files that users give, and that others may have made: looked at before they are opened or read.
+"""Files that users pass, and that others may have made: checked before they are opened or read.
 
-Opening a FIFO waits for ever, a small file may unpack to more than the memory, and JSON may be
-nested beyond what Python can parse. Every reader of files begins here: with ``opened`` where it
-reads bytes itself, with ``check_regular`` where another library takes a path.
+Opening a FIFO blocks, a small file may unpack to more than the memory, and JSON may be nested more
+deeply than Python can parse. Every reader of files begins here: with ``opened`` if it reads bytes
+itself, with ``check_regular`` if another library takes a path.
 """
 
 import json
@@ -21,7 +21,7 @@ KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
 }
-# what a file may unpack to: torch.save does not compress, so these are generous
+# the most bytes that a file may unpack to: torch.save does not compress, so these are generous
 MOST_TIMES, ALWAYS_BYTES = 8, 2**26
 ARCHIVE = b"PK\x03\x04"
 MOST_JSON_BYTES = 2**26
@@ -31,8 +31,8 @@ def check_regular(path: Path) -> Path:
     """The path, which must lead to an ordinary file; links are followed.
 
     Raises:
-        InvalidArgumentError: where there is none, or a FIFO, socket, device or folder, whose
-            opening could wait for ever; for a link to itself.
+        InvalidArgumentError: if it does not exist, or is a FIFO, socket, device or folder, whose
+            opening could block; for a link to itself.
     """
     try:
         mode = os.stat(path).st_mode
@@ -46,12 +46,12 @@ def check_regular(path: Path) -> Path:
 
 
 def opened(path: Path) -> IO[bytes]:
-    """An ordinary file, opened for reading without waiting for anybody.
+    """An ordinary file, opened for reading without blocking.
 
     Raises:
-        InvalidArgumentError: for a FIFO, device or folder, also one that has just taken the place
-            of a file.
-        OSError: where the system does not let it be opened.
+        InvalidArgumentError: for a FIFO, device or folder, also one that has just replaced a
+            file.
+        OSError: if the system refuses to open it.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
     flags |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)

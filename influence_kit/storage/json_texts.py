@@ -1,6 +1,6 @@
-"""JSON in the files that the library writes, which somebody else may have written after all.
+"""JSON in files of the library, which may have been damaged or forged.
 
-What Python reads and cannot handle afterwards is refused here: nesting beyond its recursion, whole
+Text that Python reads but cannot handle afterwards is refused: nesting beyond its recursion, whole
 numbers beyond the range of floats, and objects with the same key twice.
 """
 
@@ -35,12 +35,12 @@ def parsed(text: bytes | str) -> Any:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a key stands twice in one of its objects")
+        raise ValueError("one of its objects has the same key twice")
     return found
 
 
 def _whole_number(digits: str) -> int:
-    # long before the many digits that Python takes a long time for
+    # Python takes a long time to parse numbers of many digits
     if len(digits) > len(str(LARGEST)) + 1 or abs(int(digits)) > LARGEST:
         raise ValueError("it holds a whole number of more than 64 bits")
     return int(digits)

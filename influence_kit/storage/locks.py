@@ -1,7 +1,7 @@
 """One writer at a time in a folder, among processes and threads.
 
-The system takes the lock away when its process ends, however that happens, so that a killed build
-never keeps the next one out. A lock file that a killed process left is of no importance.
+The system releases the lock when its process ends, however that happens, so a killed build never
+blocks the next one. A lock file that a killed process left behind has no effect.
 """
 
 import errno
@@ -29,20 +29,20 @@ else:
 
 LOCK = ".influence_kit.lock"
 FLAGS = os.O_RDWR | os.O_CREAT
-# neither through a link, nor waiting for the other end of a FIFO
+# do not follow links, nor block on a FIFO
 for _name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"):
     FLAGS |= getattr(os, _name, 0)
-# seconds between two tries, and of waiting in silence
+# seconds between two attempts, and of waiting before a warning
 PAUSE, SILENCE = 0.02, 1.0
 _BUSY = {errno.EAGAIN, errno.EACCES, errno.EDEADLK}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 class FolderLock:
-    """The lock of a folder, which is made where it is not there.
+    """The lock of a folder, which is created if it does not exist.
 
     Args:
-        folder: which.
+        folder: the folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,10 +51,10 @@ class FolderLock:
         self._is_taken = False
 
     def acquire(self) -> bool:
-        """Take the lock, if nobody has it; whether it was taken.
+        """Take the lock if it is free; returns whether it was taken.
 
         Raises:
-            StorageError: where the lock file cannot be made.
+            StorageError: if the lock file cannot be created.
         """
         make_folder(self._folder)
         try:
@@ -68,7 +68,7 @@ class FolderLock:
             if self._is_taken:
                 holder = f"process {os.getpid()} on {socket.gethostname()}"
                 os.ftruncate(self._descriptor, 0)
-                with suppress(OSError):  # a full disk is told where it matters
+                with suppress(OSError):  # a full disk is reported by the writer
                     os.write(self._descriptor, holder.encode())
         finally:
             if not self._is_taken:
@@ -76,12 +76,12 @@ class FolderLock:
         return self._is_taken
 
     def release(self) -> None:
-        """Give the lock back, and take its file away."""
+        """Release the lock, and remove its file."""
         descriptor, taken = self._descriptor, self._is_taken
         self._descriptor, self._is_taken = None, False
         if descriptor is None:
             return
-        # the name first: who waits for this file then finds that it has none, and takes the next
+        # the name first: a process that waits for this file then finds no name, and takes the next
         if taken and sys.platform != "win32":
             self._path.unlink(missing_ok=True)
             fcntl.flock(descriptor, fcntl.LOCK_UN)
@@ -89,7 +89,7 @@ class FolderLock:
 
     @property
     def holder(self) -> str:
-        """Who has it, as far as is known."""
+        """The holder of the lock, as far as it is known."""
         try:
             with opened(self._path) as file:
                 return file.read(200).decode(errors="replace") or "another process"
@@ -122,7 +122,7 @@ class FolderLock:
         )
 
     def _is_named(self, descriptor: int) -> bool:
-        """Whether the file is still that of the name: the one before may have taken it away."""
+        """Whether the name still belongs to this file: the previous holder may have removed it."""
         try:
             there = os.stat(self._path)
         except FileNotFoundError:
@@ -133,9 +133,9 @@ class FolderLock:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Inside, no other process or thread that asks for this writes in the folder.
+    """Inside, no other process or thread that uses this function writes to the folder.
 
-    Waits for the one that does, with a warning after a second.
+    Waits for the current holder, with a warning after a second.
     """
     with _held(folder, lambda taken: taken):
         yield
@@ -143,14 +143,14 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def ranks_alone_in(folder: Path, device: torch.device) -> Iterator[None]:
-    """The same for all ranks of a run together: the first one takes the lock for them.
+    """The same for all ranks of a run together: the first rank takes the lock for them.
 
-    Every rank must call it; those that wait hear from the first one in between, so that no
-    collective operation waits longer than a moment.
+    Every rank must call it. While they wait, the first rank reports each attempt to the others, so
+    that no collective operation waits for long.
 
     Args:
-        folder: which.
-        device: where collective operations take their tensors.
+        folder: the folder.
+        device: the device of the tensors of collective operations.
     """
 
     def agreed(taken: bool) -> bool:
@@ -162,7 +162,7 @@ def ranks_alone_in(folder: Path, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _held(folder: Path, agreed: Callable[[bool], bool], takes: bool = True) -> Iterator[None]:
-    """Inside, the lock is held; ``agreed`` hears of each try, and says whether it was taken."""
+    """Inside, the lock is held; ``agreed`` gets the result of each attempt, and returns it."""
     lock, since, told = FolderLock(folder), time.monotonic(), False
     try:
         while not agreed(takes and lock.acquire()):
@@ -178,13 +178,13 @@ def _held(folder: Path, agreed: Callable[[bool], bool], takes: bool = True) -> I
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether another process or thread is writing in a folder now; makes no file."""
+    """Whether another process or thread is writing to a folder now; creates no file."""
     if not (folder / LOCK).is_file():
         return False
     lock = FolderLock(folder)
     try:
         return not lock.acquire()
-    except StorageError:  # a folder that is only read
+    except StorageError:  # a read-only folder
         return False
     finally:
         lock.release()

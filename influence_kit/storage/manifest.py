@@ -1,7 +1,7 @@
-"""The manifest of a folder: what it holds, what that belongs to, and which files are its own.
+"""The manifest of a folder: its kind of contents, what they belong to, and its files.
 
-``manifest.json`` is written last. It carries its own checksum, and the size and checksum of each
-file that it lists, so that what is read is what was written.
+``manifest.json`` is written last. It contains its own checksum, and the size and checksum of each
+file that it lists, so that any later change is detected.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from influence_kit.storage.given_files import opened
 from influence_kit.storage.json_texts import parsed
 
 MANIFEST = "manifest.json"
-# 1 was that of version 0.1, which had no checksums but in stores
+# format 1 was that of version 0.1, which had checksums in stores only
 FORMAT = 2
-# how errors speak of a folder of each kind
+# what errors call a folder of each kind
 KINDS = {
     "gradients": "a store of gradients",
     "fit": "a saved fit",
@@ -33,22 +33,22 @@ KINDS = {
     "activations": "activations of a layer",
 }
 _START = b'{\n  "checksum": "'
-# of a million files; a forged one takes no more memory
+# enough for a million files; limits the memory that a forged manifest takes
 _LARGEST = 64 * MIB
-# what the library calls files
+# the names of files that the library writes
 _NAME = re.compile(r"[0-9A-Za-z_-][0-9A-Za-z_.-]*")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder says of itself.
+    """The description of a folder.
 
     Args:
-        kind: what it holds, a key of ``KINDS``.
-        description: what that belongs to: weights, data, settings.
-        layout: how it is cut into files.
-        files: of each file its ``size`` in bytes and its ``checksum``; None where files come one by
-            one, and carry what identifies them themselves.
+        kind: the kind of contents, a key of ``KINDS``.
+        description: what they belong to: weights, data, settings.
+        layout: how they are divided into files.
+        files: the ``size`` in bytes and ``checksum`` of each file; None if files are added one by
+            one, and identify themselves by their headers.
     """
 
     kind: str
@@ -57,7 +57,7 @@ class Manifest:
     files: Mapping[str, Mapping[str, Any]] | None = None
 
     def text(self) -> bytes:
-        """The file's contents."""
+        """The contents of the file."""
         values = {
             "format": FORMAT,
             "holds": self.kind,
@@ -68,7 +68,7 @@ class Manifest:
         return sealed(_START, b'",' + json.dumps(values, indent=2).encode()[1:])
 
     def write(self, folder: Path) -> None:
-        """Write it, in place of the one before, where it says something else."""
+        """Write it, unless the existing one is the same."""
         path, text = folder / MANIFEST, self.text()
         if not (path.is_file() and path.stat().st_size == len(text) and _read(path) == text):
             write_file(path, text)
@@ -78,12 +78,12 @@ class Manifest:
         """Read the manifest of a folder.
 
         Args:
-            folder: where it is.
-            kind: what the folder must hold.
-            remedy: ends every error: what to do.
+            folder: the folder.
+            kind: the kind that it must have.
+            remedy: what to do, the end of every error.
 
         Raises:
-            InvalidArgumentError: where there is none of this kind and format, or it is damaged.
+            InvalidArgumentError: if there is none of this kind and format, or it is damaged.
         """
         path = folder / MANIFEST
         values = _values(path, remedy)
@@ -100,7 +100,7 @@ class Manifest:
 
 
 def _values(path: Path, remedy: str) -> dict[str, Any]:
-    """The values of a manifest of this format, as they were written."""
+    """The values of a manifest of this format."""
     text = _text(path, remedy)
     try:
         values = parsed(text)
@@ -144,7 +144,7 @@ def _read(path: Path) -> bytes:
 
 
 def _are_files(files: Any) -> bool:
-    """Whether it may be a list of files: names inside the folder, with sizes and checksums."""
+    """Whether a value is a valid list of files: names in the folder, with sizes and checksums."""
     return files is None or (
         isinstance(files, dict)
         and all(_NAME.fullmatch(name) for name in files)

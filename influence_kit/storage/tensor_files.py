@@ -1,9 +1,9 @@
-"""One file of tensors: safetensors, with a header that carries its own checksum.
+"""A file of tensors: safetensors, with a header that contains its own checksum.
 
-The bytes depend on the tensors, their names and the facts alone, so that a file that is written
-again is the same. The header says what kind of folder the file belongs to, its name there, the
-checksum of its numbers, and its own, so that a flipped bit anywhere is noticed, and so that a file
-of the user's is never taken for one of the library's. Other programs read it as any safetensors.
+The bytes depend only on the tensors, their names and the metadata, so writing again gives the same
+file. The header contains the kind of folder that the file belongs to, its name there, the checksum
+of its numbers, and its own, so that a flipped bit anywhere is detected, and a file of the user is
+never mistaken for one of the library. Other programs read it as any safetensors file.
 """
 
 from __future__ import annotations
@@ -58,24 +58,24 @@ _CODES = {
 DTYPES = {getattr(torch, name): code for name, code in _CODES.items() if hasattr(torch, name)}
 _BY_CODE = {code: dtype for dtype, code in DTYPES.items()}
 _START = b'{"__metadata__":{"checksum":"'
-# so that numbers begin at a multiple of a cache line
+# numbers begin at a multiple of a cache line
 _ALIGNMENT = 64
-# names and facts take far less; a forged length of the header takes no more memory than this
+# names and metadata take far less; limits the memory that a forged length of the header takes
 _LARGEST_HEADER = 64 * MIB
 
 
 class UnreadableFileError(InvalidArgumentError):
-    """A file that is not what was written; says why, in words that go into a sentence."""
+    """A file that differs from what was written; the message is the reason, as a clause."""
 
 
 @dataclass(frozen=True)
 class PackedTensors:
-    """Tensors as a file has them.
+    """Tensors in the layout of the file.
 
     Attributes:
-        entries: of each its type, shape and range of bytes, as the header has them.
+        entries: the type, shape and range of bytes of each, as in the header.
         parts: the bytes of each.
-        checksum: of all bytes.
+        checksum: the checksum of all bytes.
     """
 
     entries: Mapping[str, Any]
@@ -84,10 +84,10 @@ class PackedTensors:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], algorithm: str = SHA256) -> PackedTensors:
-        """Pack tensors; those that share memory are written once each.
+        """Pack tensors; those that share memory are each written in full.
 
         Raises:
-            InvalidArgumentError: for a dtype that safetensors does not have.
+            InvalidArgumentError: for a dtype that safetensors does not support.
         """
         for name, tensor in tensors.items():
             if tensor.dtype not in DTYPES:
@@ -111,12 +111,12 @@ class PackedTensors:
         return cls(entries, parts, checksum(parts, algorithm))
 
     def write(self, path: Path, kind: str, facts: Mapping[str, str]) -> None:
-        """Write the file, all at once.
+        """Write the file atomically.
 
         Args:
-            path: where.
-            kind: of the folder that it belongs to.
-            facts: more that the header says.
+            path: its path.
+            kind: the kind of folder that it belongs to.
+            facts: further metadata for the header.
         """
         metadata = {"data": self.checksum, "kind": kind, "file": path.name, **facts}
         rest = '",' + _inside(metadata) + ("," if self.entries else "") + _inside(self.entries)
@@ -127,14 +127,14 @@ class PackedTensors:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A file that ``PackedTensors`` has written, whose header is as it was written.
+    """A file that ``PackedTensors`` has written, with an undamaged header.
 
     Attributes:
-        path: where it is.
-        facts: what the header says beside the tensors.
-        entries: of each tensor its type, shape and range of bytes.
-        size: of the file, in bytes.
-        data_bytes: how many of them are those of the tensors.
+        path: its path.
+        facts: the metadata in the header.
+        entries: the type, shape and range of bytes of each tensor.
+        size: the size of the file in bytes.
+        data_bytes: how many of them belong to the tensors.
     """
 
     path: Path
@@ -145,10 +145,10 @@ class TensorFile:
 
     @classmethod
     def open(cls, path: Path) -> TensorFile:
-        """Read the header alone, in memory that the size of the file bounds.
+        """Read the header only, in no more memory than the size of the file.
 
         Raises:
-            UnreadableFileError: where it is another file, or damaged.
+            UnreadableFileError: if it is another file, or damaged.
         """
         found = sealed_header(path)
         if found is None:
@@ -166,7 +166,7 @@ class TensorFile:
 
     @property
     def checksum(self) -> str:
-        """Of the numbers, as they were written."""
+        """The checksum of the numbers, as written."""
         return str(self.facts.get("data"))
 
     def is_named(self, kind: str) -> bool:
@@ -174,16 +174,20 @@ class TensorFile:
         return (self.facts.get("kind"), self.facts.get("file")) == (kind, self.path.name)
 
     def mapped(self) -> dict[str, Tensor]:
-        """The tensors, private maps of the file, before they are compared with the checksum.
+        """The tensors, as private memory maps of the file, not yet verified by the checksum.
 
         Raises:
-            UnreadableFileError: where the file is gone, or its header lies about the tensors.
+            UnreadableFileError: if the file is gone, or its header does not fit the tensors.
         """
         try:
             with opened(self.path) as file:
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             return {name: self._tensor(data, entry) for name, entry in self.entries.items()}
-        except (OSError, ValueError, RuntimeError) as error:  # torch's: shapes beyond any memory
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # torch, for huge shapes
             raise UnreadableFileError(str(error)) from error
 
     def _tensor(self, data: mmap.mmap, entry: Mapping[str, Any]) -> Tensor:
@@ -198,20 +202,20 @@ class TensorFile:
         return torch.frombuffer(data, dtype=dtype, count=count, offset=start).view(shape)
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
-        """Compare the bytes of all tensors with the checksum.
+        """Verify the bytes of all tensors by the checksum.
 
         Raises:
-            UnreadableFileError: where they are not those that were written.
+            UnreadableFileError: if they differ from those that were written.
         """
         names = sorted(self.entries, key=lambda name: self.entries[name]["data_offsets"])
         if not is_checksum((_bytes(tensors[name]) for name in names), self.checksum):
             raise UnreadableFileError("it is damaged: its numbers are not those of its checksum")
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors, as they were written.
+        """The tensors, verified.
 
         Raises:
-            UnreadableFileError: where they are damaged.
+            UnreadableFileError: if they are damaged.
         """
         found = self.mapped()
         self.check(found)
@@ -235,7 +239,7 @@ def sealed_header(path: Path) -> tuple[bytes, int] | None:
 
 
 def _parts(header: bytes) -> tuple[dict[str, str], dict[str, Any]]:
-    """The facts and the entries of a header; a ``ValueError`` where they are not as written."""
+    """The metadata and the entries of a header; a ``ValueError`` if they are damaged."""
     entries = parsed(header)
     facts = entries.pop("__metadata__", None) if isinstance(entries, dict) else None
     if not isinstance(facts, dict) or not all(isinstance(text, str) for text in facts.values()):
@@ -250,14 +254,14 @@ def _parts(header: bytes) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def _are_sizes(values: Any, count: int | None = None) -> bool:
-    """Whether it is a list of sizes as memory has them, of so many if that is known."""
+    """Whether a value is a list of valid sizes, of the given length if that is known."""
     if not isinstance(values, list) or count not in (None, len(values)):
         return False
     return all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 def is_own_file(path: Path, kind: str) -> bool:
-    """Whether the library has written this file, under this name, in a folder of this kind."""
+    """Whether the library wrote this file, under this name, in a folder of this kind."""
     try:
         return TensorFile.open(path).is_named(kind)
     except UnreadableFileError:
@@ -265,17 +269,17 @@ def is_own_file(path: Path, kind: str) -> bool:
 
 
 def check_if_own(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Compare tensors of a file with its checksum, where the file has one.
+    """Verify the tensors of a file by its checksum, if it has one.
 
     Raises:
-        UnreadableFileError: where it is damaged.
+        UnreadableFileError: if it is damaged.
     """
     if sealed_header(path) is not None:
         TensorFile.open(path).check(tensors)
 
 
 def _inside(values: Mapping[str, Any]) -> str:
-    """A JSON object without the brace that opens it."""
+    """A JSON object without its opening brace."""
     return json.dumps(values, separators=(",", ":"))[1:]
 
 

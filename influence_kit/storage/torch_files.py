@@ -1,4 +1,4 @@
-"""Reading files of ``torch.save``: nothing is unpickled but tensors and plain values."""
+"""Reads files of ``torch.save``; only tensors and plain values are unpickled."""
 
 import pickle
 import re
@@ -12,9 +12,9 @@ import torch
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.storage.given_files import check_regular, check_unpacked, is_archive, opened
 
-# how a file begins that is not an archive; those of 2016, which torch unpacks, are not read
+# the first bytes of a file that is not an archive; files of 2016, which torch unpacks, are refused
 PICKLE = b"\x80"
-# the one type that torch unpickles and that takes its size from a number
+# the only type that torch unpickles whose size is given by a number
 BYTEARRAY = re.compile(rb"c(__builtin__|builtins)\nbytearray\n")
 
 
@@ -22,8 +22,8 @@ def load_file(path: Path) -> Any:
     """Read a file.
 
     Raises:
-        InvalidArgumentError: where it is damaged, is not an ordinary file, would unpack to far
-            more than its size, or holds other Python objects.
+        InvalidArgumentError: if it is damaged, is not an ordinary file, would unpack to far more
+            than its size, or holds other Python objects.
     """
     _refuse_large(check_regular(path))
     try:
@@ -33,7 +33,7 @@ def load_file(path: Path) -> Any:
         if refused is None or not isinstance(error, pickle.UnpicklingError):
             raise damaged(path, error) from error
         raise InvalidArgumentError(
-            f"'{path}' holds a {refused[1]} beside tensors and is not unpickled unasked; save a "
+            f"'{path}' holds a {refused[1]} beside tensors and is not unpickled by default; save a "
             "state dict, trust that class with torch.serialization.add_safe_globals, or pass a "
             "`checkpoints_load_func`"
         ) from error
@@ -48,7 +48,7 @@ def _refuse_large(path: Path) -> None:
                 # entries, not names: of two with one name each may be read
                 pickles = [e for e in archive.infolist() if e.filename.endswith(".pkl")]
                 found = any(BYTEARRAY.search(archive.read(entry)) for entry in pickles)
-        except Exception as error:  # whatever is wrong with the archive: zlib, encryption, ...
+        except Exception as error:  # any error of the archive: zlib, encryption, ...
             raise damaged(path, error) from error
     else:
         with opened(path) as file:
@@ -71,9 +71,9 @@ def damaged(path: Path, error: Exception) -> InvalidArgumentError:
 def values_of(path: Path, mapped: bool = False) -> dict[str, Any]:
     """The dict in a file, its tensors left on disk; empty for a file that cannot be read.
 
-    Files of old versions of torch cannot be left on disk: they are read whole, unless ``mapped``.
+    Files of old versions of torch cannot be left on disk: they are read in full, unless ``mapped``.
     """
-    if not path.is_file():  # also a FIFO, whose opening would wait for ever
+    if not path.is_file():  # also a FIFO, whose opening would block
         return {}
     try:
         _refuse_large(path)
@@ -83,6 +83,6 @@ def values_of(path: Path, mapped: bool = False) -> dict[str, Any]:
             if mapped:
                 return {}
             held = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # whatever is wrong with a file beside the weights, they can be read
+    except Exception:  # the weights can be read whatever the error in a file beside them is
         return {}
     return held if isinstance(held, dict) else {}

@@ -31,7 +31,7 @@ class Clipping:
 
     @property
     def factor(self) -> Tensor | None:
-        """What gradients are multiplied by; None where clipping changes nothing."""
+        """The factor of the gradients; None if clipping changes nothing."""
         if self.most is None:
             return None
         factor = self.most / (self.norm + EPS)

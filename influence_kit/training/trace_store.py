@@ -59,7 +59,7 @@ class TraceInMemory:
 class TraceInFolder:
     """The same in files ``step-0.safetensors``, ...; a file that exists is complete.
 
-    Beside them stands a ``manifest.json``, by which a folder is known for that of a trace.
+    A ``manifest.json`` identifies the folder as that of a trace.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -141,7 +141,7 @@ class TraceInFolder:
         return self._read(FINAL) if count == self._count else None
 
     def _number(self, path: Path) -> int:
-        """After how many steps the trace was finished, by what its last file says."""
+        """The number of steps after which the trace was finished, from its last file."""
         try:
             return int(self._file(path).facts[COUNT])
         except (KeyError, ValueError) as error:

@@ -32,7 +32,7 @@ class DataOOB(Valuation):
     The other arguments are those of ``Valuation``.
 
     Raises:
-        InvalidArgumentError: where an example is in every bag.
+        InvalidArgumentError: if an example is in every bag.
 
     Example:
         >>> labels = np.array([0.0, 0.0, 0.0, 1.0])
@@ -60,7 +60,7 @@ class DataOOB(Valuation):
         """The values with their standard errors, ``[1, n]``.
 
         Raises:
-            NonFiniteError: where a score is NaN or infinite.
+            NonFiniteError: if a score is NaN or infinite.
         """
         bags = self._drawn()
         outside = map(np.flatnonzero, self._outside(bags))

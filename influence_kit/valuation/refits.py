@@ -150,7 +150,7 @@ def as_scores(given: Any, name: str) -> Tensor:
 
     Raises:
         InvalidArgumentError: for anything else.
-        NonFiniteError: where one is NaN or infinite.
+        NonFiniteError: if one is NaN or infinite.
     """
     try:
         scores = as_tensor(given, name, "a number, or one per test example [m]").double()

@@ -52,7 +52,7 @@ class Semivalue(Valuation, DataInfluence):
             show_progress: a progress bar over the fitted models.
 
         Raises:
-            NonFiniteError: where a score is NaN or infinite.
+            NonFiniteError: if a score is NaN or infinite.
         """
 
     @overload

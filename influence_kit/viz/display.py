@@ -39,7 +39,7 @@ class Shown(NamedTuple):
         enlarged: whether the page enlarges the image, because it is small.
         text: the text, or its beginning.
         numbers: names and values.
-        rest: a note of what is left out; empty where nothing is.
+        rest: a note about the parts that are left out; empty if there are none.
     """
 
     image: str | None = None

@@ -61,7 +61,7 @@ def proponents_and_opponents(
             output; without one, or where None, they lowered the loss.
 
     Raises:
-        InvalidArgumentError: where the numbers of images, titles and results differ, or an image
+        InvalidArgumentError: if the numbers of images, titles and results differ, or an image
             cannot be drawn.
     """
     heads = heads_of(checked_heads(heads), method)
@@ -110,7 +110,7 @@ def suspects(
         cmap: the matplotlib colormap of images with one channel; "gray_r" draws 0 as white.
 
     Raises:
-        InvalidArgumentError: where the numbers differ, or an image cannot be drawn.
+        InvalidArgumentError: if the numbers differ, or an image cannot be drawn.
     """
     m = len(check_sequence(images, "images", "images"))
     titles = check_texts(titles, "titles", "one title per image")

@@ -33,7 +33,7 @@ def feature_matrix(
         title: of the figure.
 
     Raises:
-        InvalidArgumentError: where the numbers of names and values differ, or values are not
+        InvalidArgumentError: if the numbers of names and values differ, or values are not
             finite.
     """
     rows = check_texts(rows, "rows", "one name per row")
@@ -49,7 +49,7 @@ def feature_matrix(
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     limit = float(np.abs(numbers_).max()) or 1.0
-    # so many decimals that the largest number has two digits
+    # decimals such that the largest number has two digits
     decimals = max(0, 1 - math.floor(math.log10(limit)))
     form = f"+.{decimals}f" if decimals <= MOST_DECIMALS else "+.1e"
     # + 0.0: without negative zeros

@@ -274,7 +274,7 @@ class Report:
 
         Raises:
             InvalidArgumentError: for no path, or a report without any section.
-            StorageError: where the system does not let it be written.
+            StorageError: if the system refuses to write it.
         """
         path = check_path(path, "path")
         if path.is_dir():

@@ -25,7 +25,7 @@ class Entry(NamedTuple):
         number: its index in the training set.
         shown: the example itself.
         label: its label, where known.
-        truth: the correct label, where it is known and differs.
+        truth: the correct label, if it is known and differs.
         score: its score, as text.
         sign: of the score: "positive", "negative" or "zero".
         share: the length of its bar, in percent of the longest.

@@ -87,7 +87,7 @@ def influential_texts(
             output; without one, or where None, they lowered the loss.
 
     Raises:
-        InvalidArgumentError: where the numbers of texts and results differ, or ``lines`` is not
+        InvalidArgumentError: if the numbers of texts and results differ, or ``lines`` is not
             positive.
     """
     heads = checked_heads(heads)

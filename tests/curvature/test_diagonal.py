@@ -16,10 +16,11 @@ from influence_kit.curvature.layer_forms import (
     ObservedForms,
     is_bias_of,
 )
-from influence_kit.gradients import forms
+from influence_kit.gradients import form as forms_base
 from influence_kit.gradients.convolved import Convolved
 from influence_kit.gradients.factored import Factored
-from influence_kit.gradients.forms import Dense, Form, Sum
+from influence_kit.gradients.form import Form
+from influence_kit.gradients.forms import Dense, Sum
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.rows import Rows
 from influence_kit.projections.map_covariance import map_products, map_squares
@@ -67,7 +68,7 @@ every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("workspace", [1, 1 << 24])
 def test_sums_of_squares(form: Form, workspace: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one example at a time."""
-    monkeypatch.setattr(forms, "workspace_bytes", lambda device: workspace)
+    monkeypatch.setattr(forms_base, "workspace_bytes", lambda device: workspace)
     found = square_sums(form)
     assert found.dtype == torch.float64
     assert_close(found, form.dense().square().sum(0), 1e-12)

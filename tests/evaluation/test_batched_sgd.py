@@ -56,8 +56,10 @@ RECIPES = {
 }
 
 
-def alone(recipe: BatchedSGD, indices: Tensor, seed: int) -> nn.Module:
-    """The loop that the class promises, with torch's own optimizer."""
+def started(
+    recipe: BatchedSGD, seed: int
+) -> tuple[nn.Module, torch.Generator, torch.optim.Optimizer]:
+    """The model, the generator of its batches, and torch's own optimizer."""
     torch.manual_seed(seed)
     model = recipe.make_model().train()
     generator = torch.Generator().manual_seed(seed)
@@ -67,6 +69,12 @@ def alone(recipe: BatchedSGD, indices: Tensor, seed: int) -> nn.Module:
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
     )
+    return model, generator, optimizer
+
+
+def alone(recipe: BatchedSGD, indices: Tensor, seed: int) -> nn.Module:
+    """The loop that the class promises, with torch's own optimizer."""
+    model, generator, optimizer = started(recipe, seed)
     for _ in range(recipe.epochs):
         order = indices[torch.randperm(len(indices), generator=generator)]
         for rows in order.split(recipe.batch_size):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_batched_sgd import RECIPES, N, alone, weights
+from test_batched_sgd import RECIPES, N, alone, started, weights
 from torch import Tensor, nn
 
 from influence_kit import TracInCP
@@ -16,15 +16,7 @@ EVERYTHING = torch.arange(N)
 
 def with_gaps(recipe: BatchedSGD, indices: Tensor, seed: int) -> nn.Module:
     """The loop that ``same_batches`` promises, with torch's own optimizer."""
-    torch.manual_seed(seed)
-    model = recipe.make_model().train()
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=recipe.learning_rate,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-    )
+    model, generator, optimizer = started(recipe, seed)
     for _ in range(recipe.epochs):
         for rows in torch.randperm(N, generator=generator).split(recipe.batch_size):
             optimizer.zero_grad()

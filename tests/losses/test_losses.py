@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from influence_kit import TracInCP
 from influence_kit.data.batches import call_model, example_count, take
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.losses.loss import Loss, declared_reduction
+from influence_kit.losses.declared_reduction import declared_reduction
+from influence_kit.losses.loss import Loss
 
 N, CLASSES, TOKENS = 4, 3, 5
 CLOSENESS = 1e-9

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import influence_kit
 from influence_kit.errors import DampingWarning
 from influence_kit.evaluation import half_subsets, tune_damping
-from influence_kit.methods.influence_functions import damping_check, influence_function
+from influence_kit.methods.influence_functions import damping_check, damping_warning
 from influence_kit.methods.influence_functions.damping_check import DampingCheck, Figures, figures
 from influence_kit.scoring.reducers import AllScores
 from influence_kit.scoring.stream import Stream
@@ -135,7 +135,8 @@ def test_both_means_must_be_below_by_two_standard_errors() -> None:
 def seen_by(method: Any, monkeypatch: pytest.MonkeyPatch, *args: Any, **keywords: Any) -> Figures:
     found: list[Figures] = []
     with monkeypatch.context() as patch:
-        patch.setattr(type(method), "_tell", lambda _, figures: found.append(figures))
+        watched = lambda total, tell: DampingCheck(total, found.append)  # noqa: E731
+        patch.setattr(damping_warning, "DampingCheck", watched)
         method.influence(*(args or (TESTS,)), **keywords)
     (figures,) = found
     return figures
@@ -285,7 +286,7 @@ def test_gradients_from_a_store_are_looked_at(tmp_path: Path, monkeypatch: Any) 
 
 
 def test_only_the_first_rank_tells(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(influence_function, "is_first_rank", lambda: False)
+    monkeypatch.setattr(damping_warning, "is_first_rank", lambda: False)
     assert told(make()) == []
 
 

@@ -205,7 +205,7 @@ def test_the_mask_is_learnt_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return learnt_mask(gradients, k)
 
     monkeypatch.setattr("influence_kit.projections.projected.learnt_mask", counted)
-    monkeypatch.setattr("influence_kit.methods.inner_product.resident_bytes", lambda device: 0)
+    monkeypatch.setattr("influence_kit.methods.gradient_cache.resident_bytes", lambda device: 0)
     case = CASES["mlp"]
     influence = make("GraSS", mask="learnt", checkpoints=case.checkpoints())
     layers = len(influence._map.maps.maps)

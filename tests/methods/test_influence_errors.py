@@ -172,9 +172,9 @@ def test_an_unknown_curvature(model: nn.Module, refused: Any, method: str, curva
         ({"a": ["0.weight", "9.bias"]}, "block 'a' must be a list .* and there are"),
         (
             {"a": ["0.weight", "0.bias"], "b": ["2.bias", "0.bias"]},
-            r"the parameters \['0.bias'\] stand in more than one place of `blocks`",
+            r"the parameters \['0.bias'\] occur more than once in `blocks`",
         ),
-        ({"a": ["0.bias", "0.bias"]}, r"the parameters \['0.bias'\] stand in more than one place"),
+        ({"a": ["0.bias", "0.bias"]}, r"the parameters \['0.bias'\] occur more than once"),
     ],
 )
 def test_blocks_that_cannot_be_meant(

@@ -467,7 +467,7 @@ def test_kept_in_memory_or_not(
     kept = make(method, name, **own)
     expected = kept.influence(case.test), kept.self_influence(), kept.influence(case.test, k=3)
     assert kept._cache.rows is not None
-    monkeypatch.setattr("influence_kit.methods.inner_product.resident_bytes", lambda device: 0)
+    monkeypatch.setattr("influence_kit.methods.gradient_cache.resident_bytes", lambda device: 0)
     anew = make(method, name, **own)
     assert_close(anew.influence(case.test), expected[0], 1e-10)
     assert anew._cache.rows is None
@@ -481,7 +481,7 @@ def test_kept_in_memory_or_not(
 def test_what_does_not_fit_is_computed_at_every_question(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("influence_kit.methods.inner_product.resident_bytes", lambda device: 0)
+    monkeypatch.setattr("influence_kit.methods.gradient_cache.resident_bytes", lambda device: 0)
     case = CASES["mlp"]
     model = case.model()
     influence = make(method, "mlp", model=model, verify="once").fit()

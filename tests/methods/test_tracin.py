@@ -117,7 +117,7 @@ def test_a_batch_larger_than_memory_wants_is_taken_in_pieces(
         return original(self, x)
 
     monkeypatch.setattr(TanhMLP, "forward", counting)
-    budget = "influence_kit.gradients.gradient_source.workspace_bytes"
+    budget = "influence_kit.gradients.batch_memory.workspace_bytes"
     monkeypatch.setattr(budget, lambda device: 300)
     assert_close(scores(build("TracInCP", MLP, batch_size="auto"), MLP.test), expected)
     assert max(sizes) < MLP.n

@@ -19,7 +19,7 @@ from influence_kit.operators import (
     largest_eigenvalue,
     lissa,
 )
-from influence_kit.operators.solvers import damping_by_block
+from influence_kit.operators.damping_by_block import damping_by_block
 
 P = 12
 SPECTRUM = torch.logspace(0, -2, P).tolist()

@@ -19,7 +19,7 @@ def nested(depth: int) -> str:
         (nested(34), "it is nested more than 32 deep"),
         (nested(100_000), "it is nested too deeply"),
         ('{"a":' * 40 + "1" + "}" * 40, "it is nested more than 32 deep"),
-        ('{"a": [{"b": 1, "b": 2}]}', "a key stands twice in one of its objects"),
+        ('{"a": [{"b": 1, "b": 2}]}', "one of its objects has the same key twice"),
         (str(2**64 + 1), "it holds a whole number of more than 64 bits"),
         (str(-(2**64) - 1), "it holds a whole number of more than 64 bits"),
         ("9" * 10**6, "it holds a whole number of more than 64 bits"),

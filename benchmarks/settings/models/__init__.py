@@ -1,1 +1,1 @@
-"""The models of the settings. Letters: n examples, t positions, h heads, w width, c outputs."""
+"""The models of the settings. Shapes: n examples, t positions, h heads, w width, c outputs."""

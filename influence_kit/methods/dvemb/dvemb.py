@@ -19,10 +19,11 @@ from influence_kit.gradients.per_example import Gradients, from_flat
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.arguments import documented
-from influence_kit.methods.caches import Cache
 from influence_kit.methods.data_fingerprint import data_fingerprint
 from influence_kit.methods.dvemb.backward_pass import backward_pass, check_memory
 from influence_kit.methods.dvemb.embedding_term import EmbeddingTerm, index_batches
+from influence_kit.methods.dvemb.embeddings import Embeddings
+from influence_kit.methods.dvemb.final_weights import check_one_checkpoint, weights_after_training
 from influence_kit.methods.dvemb.plain_steps import check_plain
 from influence_kit.methods.dvemb.step_gradients import StepGradients
 from influence_kit.methods.example_batches import BatchSize
@@ -32,26 +33,10 @@ from influence_kit.methods.layer_names import Layers
 from influence_kit.methods.restarts import given, starts_again
 from influence_kit.projections.projected import Dim, Projected, check_dim
 from influence_kit.scoring.reducers import Reducer
-from influence_kit.scoring.stream import Stream
+from influence_kit.scoring.side_gradients import SideGradients
 from influence_kit.scoring.term import Side, Term
 from influence_kit.training.step import check_epochs, steps_of
 from influence_kit.training.trace import TrainingTrace
-
-
-class Embeddings(Cache):
-    """The cached embeddings of the training examples."""
-
-    of_checkpoints = False  # they depend on the weights in the trace
-    rows: Tensor | None = None
-
-    @property
-    def since(self) -> str | None:
-        """What was done when they were computed."""
-        return None if self.rows is None else "the training examples were embedded"
-
-    def clear(self) -> None:
-        """Drop them."""
-        self.rows = None
 
 
 @documented
@@ -151,7 +136,7 @@ class DVEmb(InnerProductInfluence):
         super().__init__(
             model,
             train_dataset,
-            _after_training(checkpoints, trace),
+            weights_after_training(checkpoints, trace),
             checkpoints_load_func,
             layers,
             loss_fn,
@@ -166,7 +151,7 @@ class DVEmb(InnerProductInfluence):
             if projection_dim is None
             else Projected(projection_dim, "gaussian", seed),
         )
-        _check_one(self.checkpoints)
+        check_one_checkpoint(self.checkpoints)
         self._embedded = self._caches.add(Embeddings(), first=True)
         if not isinstance(trace, TrainingTrace):  # which may only grow
             self._caches.sources["trace"] = partial(data_fingerprint, trace)
@@ -241,7 +226,9 @@ class DVEmb(InnerProductInfluence):
         """
         with self.session() as loader:
             batches = self.batches(given(inputs), ordered=not aggregate)
-            vectors = Stream([], loader, self._sample).vectors(self.test_at(0), batches, aggregate)
+            vectors = SideGradients(loader, self._sample).vectors(
+                self.test_at(0), batches, aggregate
+            )
         return vectors.to(self._dtype)
 
     # Implementation.
@@ -253,8 +240,8 @@ class DVEmb(InnerProductInfluence):
 
     @checkpoints.setter
     def checkpoints(self, checkpoints: Any) -> None:
-        found = self._found_checkpoints(_after_training(checkpoints, self.trace))
-        _check_one(found)
+        found = self._found_checkpoints(weights_after_training(checkpoints, self.trace))
+        check_one_checkpoint(found)
         self._checkpoints = found
         self._examples.forget()
 
@@ -314,23 +301,3 @@ class DVEmb(InnerProductInfluence):
     def _size(self) -> int:
         """P, the number of entries of a gradient."""
         return sum(shape.numel() for shape in self._map.shapes.values())
-
-
-def _after_training(checkpoints: Any, trace: Any) -> Any:
-    """The argument ``checkpoints``, or the weights at the end of a trace."""
-    if checkpoints is not None:
-        return checkpoints
-    if not isinstance(trace, TrainingTrace):
-        raise InvalidArgumentError(
-            "`checkpoints` must be the weights after training, [state_dict]; it may be None only "
-            "if `trace` is a TrainingTrace, which contains them; got None"
-        )
-    return [trace.final]
-
-
-def _check_one(checkpoints: Sequence[Any]) -> None:
-    if len(checkpoints) > 1:
-        raise InvalidArgumentError(
-            "`checkpoints` must be one checkpoint for DVEmb, the weights after the recorded run; "
-            f"got {len(checkpoints)}"
-        )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from influence_kit.data.batches import Batch
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.methods.gradient_cache import Places
+from influence_kit.methods.gradient_cache import CachedBatch
 from influence_kit.scoring.term import Term
 
 
@@ -32,4 +32,4 @@ class EmbeddingTerm(Term):
 
 def index_batches(n: int, rows: int) -> Iterable[Batch]:
     """The indices of n training examples, in batches of at most ``rows``."""
-    return [Places((indices,)) for indices in torch.arange(n).split(rows)]
+    return [CachedBatch((indices,)) for indices in torch.arange(n).split(rows)]

@@ -21,14 +21,14 @@ from influence_kit.gradients.per_example import Gradients, join_examples
 MOST_TESTS, FEWEST_TESTS = 32, 5
 # sampled training examples (up to twice as many), spread over the set; and the minimum
 SAMPLED, FEWEST_SAMPLED = 64, 20
-# one in so many examples counts as leading, and as last
+# one in 16 examples counts as leading, and one in 16 as last
 LEADING = 16
 # Figures below these are poor: for a curvature of all layers together, whose inverse changes
 # gradients more, and for a curvature by layer. Over the settings of `benchmarks.settings` the
 # defaults of all classes stay above them; scores that predict half as well as at the best damping
 # are mostly below.
 LEAST_OF_WHOLE, LEAST_OF_LAYERS = 0.28, 0.38
-ERRORS = 2.0  # a mean must be below by so many standard errors
+ERRORS = 2.0  # a mean must be below by this many standard errors
 
 
 @dataclass(frozen=True)

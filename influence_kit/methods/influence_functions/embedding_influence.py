@@ -20,7 +20,7 @@ from influence_kit.methods.example_batches import BatchSize
 from influence_kit.methods.influence_functions.influence_function import InfluenceFunction
 from influence_kit.methods.layer_names import Layers
 from influence_kit.methods.restarts import given, starts_again
-from influence_kit.scoring.stream import Stream
+from influence_kit.scoring.side_gradients import SideGradients
 from influence_kit.scoring.term import Side
 
 
@@ -133,7 +133,7 @@ class EmbeddingInfluence(InfluenceFunction):
             features = (self.test_at if test else self.train_at)(0).features
             side = Side(0, features, (self._embed,))
             with self.progress("embed examples. Processing checkpoint", 1, show_progress) as bar:
-                vectors = Stream([], loader, self._sample).vectors(side, batches, aggregate)
+                vectors = SideGradients(loader, self._sample).vectors(side, batches, aggregate)
                 bar.update()
         vectors = vectors.to(self._dtype)
         return vectors.cpu() if return_on_cpu else vectors

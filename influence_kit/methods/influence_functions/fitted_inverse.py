@@ -6,13 +6,17 @@ Shapes: B blocks of the curvature.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+from influence_kit.core.arguments import shown
 from influence_kit.curvature.damping import AUTO, DampingArgument, as_text, check_damping
 from influence_kit.curvature.fit_data import FitData
 from influence_kit.curvature.inverse_curvature import InverseCurvature
+from influence_kit.errors import InvalidArgumentError
+from influence_kit.gradients.feature_map import FeatureMap
 from influence_kit.gradients.per_example import Gradients, Transform
 from influence_kit.methods.fit_cache import FitCache
 from influence_kit.operators.partition import Partition
@@ -124,3 +128,14 @@ class FittedInverse:
         # a list: the order counts
         blocks = [list(block) for block in self.partition.blocks.items()]
         return {**self.inverse.settings, "blocks": blocks}
+
+
+def check_inverse(inverse: Any, features: FeatureMap) -> InverseCurvature:
+    """The argument ``inverse``, checked to be an inverse curvature that supports the features."""
+    if not isinstance(inverse, InverseCurvature):
+        raise InvalidArgumentError(
+            "`inverse` must be an InverseCurvature, such as `influence_kit.curvature.EKFAC()`; got "
+            f"{shown(inverse)}"
+        )
+    inverse.check_features(features)
+    return inverse

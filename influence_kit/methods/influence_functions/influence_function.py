@@ -4,7 +4,6 @@ Shapes: m test examples, n training examples, P chosen parameters, C checkpoints
 blocks.
 """
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +19,6 @@ from typing_extensions import Self
 from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.core.arguments import shown
-from influence_kit.core.distributed import is_first_rank
 from influence_kit.core.objects import is_one_of
 from influence_kit.curvature.damping import DampingArgument
 from influence_kit.curvature.fit_data import FitData
@@ -29,23 +27,22 @@ from influence_kit.curvature.passes import DataSet, Memory
 from influence_kit.data.batches import Batch
 from influence_kit.data.checked_batches import CheckedBatches
 from influence_kit.data.loaders import HESSIAN_DATA
-from influence_kit.errors import DampingWarning, InvalidArgumentError
+from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.feature_map import FeatureMap
 from influence_kit.gradients.gradient_source import Verify
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
+from influence_kit.methods.checkpoint_fits import CheckpointFits
 from influence_kit.methods.data_fingerprint import data_fingerprint
 from influence_kit.methods.example_batches import TRAIN, BatchSize
 from influence_kit.methods.fit_cache import FitCache
-from influence_kit.methods.influence_functions.damping_check import (
-    LEAST_OF_LAYERS,
-    LEAST_OF_WHOLE,
-    DampingCheck,
-    Figures,
-    advice,
+from influence_kit.methods.influence_functions.damping_warning import damping_watch
+from influence_kit.methods.influence_functions.fitted_inverse import FittedInverse, check_inverse
+from influence_kit.methods.influence_functions.perturbation import (
+    Perturbation,
+    Perturbed,
+    refuse_other_scores,
 )
-from influence_kit.methods.influence_functions.fitted_inverse import FittedInverse
-from influence_kit.methods.influence_functions.perturbation import Perturbation, Perturbed
 from influence_kit.methods.influence_functions.preconditioned_gradients import (
     check_preconditioned,
     preconditioned_features,
@@ -55,12 +52,12 @@ from influence_kit.methods.layer_names import Layers, check_layer
 from influence_kit.methods.restarts import check_k, given, starts_again
 from influence_kit.scoring.features import (
     MostInfluentialFeatures,
-    check_places,
+    check_train_indices,
     chosen_rows,
     joined,
     most_influential,
 )
-from influence_kit.scoring.stream import Stream
+from influence_kit.scoring.side_gradients import SideGradients
 from influence_kit.scoring.term import Side, Term
 from influence_kit.scoring.transforms import unit_influence
 from influence_kit.scoring.watch import Watch
@@ -165,11 +162,12 @@ class InfluenceFunction(InnerProductInfluence):
             store_dtype=store_dtype,
         )
         self.relative = relative
-        self.inverse = _checked(inverse, self.features)
+        self.inverse = check_inverse(inverse, self.features)
         self._take_hessian_data(hessian_dataset)
         fitted_on = TRAIN if hessian_dataset is None else HESSIAN_DATA
         cache = FitCache(inverse.wording.matrix, "measured", fitted_on)
         self._fitted = FittedInverse(inverse, self._caches.add(cache, first=True))
+        self._fits = CheckpointFits(self, self._caches, cache, self._fit_at, self._description)
         self._cache.remedy = self._learnt.remedy = cache.remedy
         self._memory = Memory()
         self._said: set[str] = set()
@@ -247,9 +245,7 @@ class InfluenceFunction(InnerProductInfluence):
         Args:
             show_progress: a bar over the checkpoints.
         """
-        self.forget()
-        with self.session() as loader:
-            self._fit_everywhere(loader, show_progress)
+        self._fits.fit(show_progress)
         return self
 
     @starts_again
@@ -258,9 +254,7 @@ class InfluenceFunction(InnerProductInfluence):
 
         Settings that can change without a new fit (a damping, a ridge) are not saved.
         """
-        with self.session() as loader:
-            self._fit_everywhere(loader)
-            self._fitted.cache.save(folder, self._description(loader))
+        self._fits.save(folder)
 
     @starts_again
     def load(self, folder: str | Path) -> Self:
@@ -269,16 +263,8 @@ class InfluenceFunction(InnerProductInfluence):
         Raises:
             InvalidArgumentError: if they were saved for another model, data set, loss or setting.
         """
-        with self._caches.beside(), self.session() as loader:
-            self._fitted.cache.load(
-                folder,
-                self._description(loader),
-                loader,
-                len(self.checkpoints),
-                self.device,
-                self._caches,
-            )
-            self._map.take_state(self.fit_state[0])
+        self._fits.load(folder)
+        self._map.take_state(self.fit_state[0])
         return self
 
     @starts_again
@@ -294,9 +280,9 @@ class InfluenceFunction(InnerProductInfluence):
         """
         with self.session() as loader:
             terms, batches = self._plan(loader, given(inputs), ordered=not aggregate)
-            stream = Stream(terms, loader, self._sample)
+            gradients = SideGradients(loader, self._sample)
             blocks = [
-                stream.test_side(term.test, batches, aggregate).flat() * term.weight_at(1.0)
+                gradients.of(term.test, batches, aggregate).flat() * term.weight_at(1.0)
                 for term in terms
             ]
         return torch.cat(blocks, dim=1).to(self._dtype)
@@ -360,26 +346,16 @@ class InfluenceFunction(InnerProductInfluence):
             torch.Size([4, 5, 2])
         """
         check_k(k)
-        if self.relative is not None:
-            raise NotImplementedError(
-                f'with relative="{self.relative}" scores are divided by a norm that depends on the '
-                "training input, too; `perturbation_influence` needs relative=None"
-            )
-        if not self._map.is_linear:
-            raise NotImplementedError(
-                f"the scores of {self.get_name()} are not linear in the gradient of the training "
-                "loss, which `perturbation_influence` differentiates: use an influence function "
-                "(`EKFACInfluenceFunction`, `LoGra`)"
-            )
+        refuse_other_scores(self.get_name(), self.relative, self._map)
         name = None if layer is None else check_layer(self.model, layer)
-        indices = check_places(train_indices, self._examples.train_count)
+        indices = check_train_indices(train_indices, self._examples.train_count)
         perturbed = Perturbed(self.model, name)
         with self.session() as loader:
             # refuse inputs that cannot be perturbed before fitting the curvature
             perturbed.value(DataSet(self.train_dataloader, self.device).first())
             terms, batches = self._plan(loader, given(inputs), show_progress=show_progress)
-            stream = Stream(terms, loader, self._sample)
-            sides = [(stream.test_side(term.test, batches), term.weight_at(1.0)) for term in terms]
+            gradients = SideGradients(loader, self._sample)
+            sides = [(gradients.of(term.test, batches), term.weight_at(1.0)) for term in terms]
             vectors = [self._map.transpose(side).flat() * weight for side, weight in sides]
             found = Perturbation(self._source, self._train_loss, perturbed, loader, vectors)
             doing = "compute perturbation influence for training batches"
@@ -396,7 +372,8 @@ class InfluenceFunction(InnerProductInfluence):
 
     def prepare(self, loader: CheckpointLoader, show_progress: bool = False) -> None:
         # before the data is divided: every rank takes part in the fit
-        self._fit_everywhere(loader, show_progress)
+        super().prepare(loader, show_progress)
+        self._fits.at_all(loader, show_progress)
 
     def _plan(
         self,
@@ -420,17 +397,8 @@ class InfluenceFunction(InnerProductInfluence):
         check_preconditioned(quantities, self._fitted.size, len(self.checkpoints))
         return quantities
 
-    def _fit_everywhere(self, loader: CheckpointLoader, show_progress: bool = False) -> None:
-        """Compute the inverses at all checkpoints, with a bar over them if one is not fitted."""
-        super().prepare(loader, show_progress)
-        indices = range(len(self.checkpoints))
-        show = show_progress and not all(index in self.fit_state for index in indices)
-        doing = f"fit {self._fitted.cache.what}. Processing checkpoint"
-        with self.progress(doing, len(indices), show) as bar:
-            for index in indices:
-                loader.load(index)
-                self._fitted.fit(self._fit_data(index))
-                bar.update()
+    def _fit_at(self, index: int) -> None:
+        self._fitted.fit(self._fit_data(index))
 
     def _fit_data(self, index: int) -> FitData:
         """The data that the inverse curvature is fitted to at a checkpoint."""
@@ -485,31 +453,6 @@ class InfluenceFunction(InnerProductInfluence):
     def watch(self, terms: Sequence[Term]) -> Watch | None:
         # preconditioned test gradients that a user passes cannot be compared
         is_given = terms[0].test.solve is None
-        if (
-            self._fitted.cache.is_compared
-            or is_given
-            or not (self._warns_of_damping and is_first_rank())
-        ):
+        if is_given or not self._warns_of_damping:
             return None
-        return DampingCheck(self._examples.train_count, self._tell)
-
-    def _tell(self, figures: Figures | None) -> None:
-        """Warn of the damping if its scores look poor."""
-        if figures is None:
-            return
-        self._fitted.cache.is_compared = True
-        least = LEAST_OF_WHOLE if self.inverse.couples_layers else LEAST_OF_LAYERS
-        if figures.are_below(least):
-            fitted = self._fitted
-            text = advice(figures, self.get_name(), fitted.damping_text, fitted.is_auto)
-            warnings.warn(text, DampingWarning, stacklevel=2)
-
-
-def _checked(inverse: Any, features: FeatureMap) -> InverseCurvature:
-    if not isinstance(inverse, InverseCurvature):
-        raise InvalidArgumentError(
-            "`inverse` must be an InverseCurvature, such as `influence_kit.curvature.EKFAC()`; got "
-            f"{shown(inverse)}"
-        )
-    inverse.check_features(features)
-    return inverse
+        return damping_watch(self._fitted, self._examples.train_count, self.get_name())

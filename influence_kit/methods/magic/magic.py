@@ -14,7 +14,8 @@ from influence_kit.core.arguments import check_count, check_number, check_seed
 from influence_kit.core.distributed import is_mine
 from influence_kit.data.batches import to_device
 from influence_kit.errors import FixedAttributeError
-from influence_kit.gradients.gradient_source import Verify, kept_bytes
+from influence_kit.gradients.batch_memory import kept_bytes
+from influence_kit.gradients.gradient_source import Verify
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.arguments import documented
@@ -27,7 +28,7 @@ from influence_kit.methods.magic.smoothness import Smoothness, drawn_examples
 from influence_kit.methods.magic.weighted_run import check_weights, mean_measures
 from influence_kit.methods.restarts import given, starts_again
 from influence_kit.scoring.reducers import Reducer, WholeRows
-from influence_kit.scoring.stream import Stream
+from influence_kit.scoring.side_gradients import SideGradients
 from influence_kit.scoring.term import Side
 from influence_kit.training.step import check_epochs
 from influence_kit.training.step_loss import StepLoss
@@ -242,9 +243,9 @@ class MAGIC(ExampleInfluence):
     def _test_gradients(self, inputs: Any, aggregate: bool) -> list[list[Tensor]]:
         """The test gradients ``[m, P]`` at each measured state, by run."""
         with self.session() as loader:
-            stream = Stream([], loader, self._sample)
+            sides = SideGradients(loader, self._sample)
             found = [
-                stream.vectors(
+                sides.vectors(
                     Side(number, lambda batch: self._source(batch, self._test_loss)),
                     self.batches(inputs, ordered=not aggregate),
                     aggregate,

@@ -4,7 +4,6 @@ Shapes: m test examples, n training examples, t positions (1 unless an example i
 features of the last layer, c outputs.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,30 +17,30 @@ from typing_extensions import Self
 from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.core.arguments import check_count
-from influence_kit.core.dtypes import has_complex
 from influence_kit.data.batches import Batch
-from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.factored import Factored
 from influence_kit.gradients.gradient_source import Verify
-from influence_kit.gradients.parameter_selection import choose_parameters
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.gradients.rules import linear, rule_for, transposed_linear
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.arguments import documented
+from influence_kit.methods.checkpoint_fits import CheckpointFits
 from influence_kit.methods.example_batches import TRAIN, BatchSize
 from influence_kit.methods.fit_cache import FitCache
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.layer_names import check_layer
-from influence_kit.methods.representer.last_layer import chosen_outputs
+from influence_kit.methods.representer.linear_layer import linear_parameters, output_count
+from influence_kit.methods.representer.point_gradients import (
+    CHOSEN,
+    VALUE,
+    output_gradients,
+    point_gradients,
+)
 from influence_kit.methods.representer.refit import Head, Refit, Settings
 from influence_kit.methods.restarts import given, starts_again
 from influence_kit.methods.row_check import RowCheck
-from influence_kit.scoring.stream import Stream
+from influence_kit.scoring.side_gradients import SideGradients
 from influence_kit.scoring.term import Side, Term
-
-# the factors of a training and of a test example
-VALUE, CHOSEN = "representer value", "chosen output"
 
 
 @documented
@@ -158,10 +157,11 @@ class RepresenterPointSelection(InnerProductInfluence):
             batch_axes=batch_axes,
             verify=verify,
         )
-        self._select = _linear_parameters
+        self._select = linear_parameters
         self._look_at(self.layers)
-        self._fit = self._caches.add(FitCache("the last layer", "fitted", TRAIN), first=True)
-        self._cache.remedy = self._fit.remedy
+        cache = self._caches.add(FitCache("the last layer", "fitted", TRAIN), first=True)
+        self._fits = CheckpointFits(self, self._caches, cache, self._fit_at, self._description)
+        self._cache.remedy = cache.remedy
 
     # The definition of the method.
 
@@ -182,9 +182,7 @@ class RepresenterPointSelection(InnerProductInfluence):
     @property
     def explains_output(self) -> bool:
         """Whether a positive score means that training raised an output, not lowered a loss."""
-        weight = self.final_fc_layer.get_parameter("weight")
-        outputs = weight.shape[0 if rule_for(self.final_fc_layer) is linear else 1]
-        return self.test_output_fn is not None or outputs > 1
+        return self.test_output_fn is not None or output_count(self.final_fc_layer) > 1
 
     @starts_again
     def fit(self, show_progress: bool = False) -> Self:
@@ -193,17 +191,13 @@ class RepresenterPointSelection(InnerProductInfluence):
         Args:
             show_progress: a bar over the checkpoints.
         """
-        self.forget()
-        with self.session() as loader:
-            self.prepare(loader, show_progress)
+        self._fits.fit(show_progress)
         return self
 
     @starts_again
     def save(self, folder: str | Path) -> None:
         """Write the refitted layers to a folder; refits at checkpoints without one."""
-        with self.session() as loader:
-            self.prepare(loader)
-            self._fit.save(folder, self._description(loader))
+        self._fits.save(folder)
 
     @starts_again
     def load(self, folder: str | Path) -> Self:
@@ -212,15 +206,7 @@ class RepresenterPointSelection(InnerProductInfluence):
         Raises:
             InvalidArgumentError: if they were saved for another model, data set, loss or setting.
         """
-        with self._caches.beside(), self.session() as loader:
-            self._fit.load(
-                folder,
-                self._description(loader),
-                loader,
-                len(self.checkpoints),
-                self.device,
-                self._caches,
-            )
+        self._fits.load(folder)
         return self
 
     def representer_values(self, checkpoint: int = 0) -> Tensor:
@@ -269,21 +255,17 @@ class RepresenterPointSelection(InnerProductInfluence):
     def prepare(self, loader: CheckpointLoader, show_progress: bool = False) -> None:
         # before the data is divided: every rank needs all of it
         super().prepare(loader, show_progress)
-        indices, states = range(len(self.checkpoints)), self._fit.states
-        show = show_progress and not all(index in states for index in indices)
-        doing = "fit the last layer. Processing checkpoint"
-        with self.progress(doing, len(indices), show) as bar:
-            for index in indices:
-                loader.load(index)
-                if index not in states:
-                    head = self._refit.head(self.train_dataloader, self.device)
-                    examples = torch.tensor(head.n)
-                    states[index] = {"weights": head.weights, "examples": examples}
-                bar.update()
+        self._fits.at_all(loader, show_progress)
+
+    def _fit_at(self, index: int) -> None:
+        states = self._fits.cache.states
+        if index not in states:
+            head = self._refit.head(self.train_dataloader, self.device)
+            states[index] = {"weights": head.weights, "examples": torch.tensor(head.n)}
 
     def _head(self, index: int) -> Head:
         """The refitted layer of a checkpoint."""
-        state = self._fit.states[index]
+        state = self._fits.cache.states[index]
         return Head(state["weights"], int(state["examples"]))
 
     def _side(self, index: int, kind: str) -> Side:
@@ -298,26 +280,13 @@ class RepresenterPointSelection(InnerProductInfluence):
         return Side(index, partial(features, index), (one_of_both,))
 
     def _output_side(self, index: int, batch: Batch) -> Gradients:
-        """A batch as test examples of the user's output function: (its slopes) f^T."""
-        head, sample = self._head(index), self._sample
+        """A batch as test examples of the user's output function."""
         measured = replace(self._refit, loss=self._test_loss, loss_fn=self.test_output_fn)
-        seen = measured.seen(batch)
-        slopes, shape = -measured.slopes(seen, head), head.weights.shape
-        form = Factored(slopes.to(sample), seen.features.to(sample), shape)
-        return Gradients(len(slopes), {CHOSEN: form}, {CHOSEN: shape}, sample)
+        return output_gradients(measured, self._head(index), batch, self._sample)
 
     def _both_sides(self, index: int, batch: Batch) -> Gradients:
-        """A batch as training and as test examples: alpha f^T and (chosen output) f^T."""
-        head, sample = self._head(index), self._sample
-        seen = self._refit.seen(batch)
-        values = self._refit.values(seen, head)
-        chosen = chosen_outputs(values, seen.batch, self._train_loss.shift)
-        features, shape = seen.features.to(sample), head.weights.shape
-        forms = {
-            kind: Factored(deltas.to(sample), features, shape)
-            for kind, deltas in ((VALUE, values), (CHOSEN, chosen))
-        }
-        return Gradients(len(values), forms, dict.fromkeys(forms, shape), sample)
+        """A batch as training and as test examples."""
+        return point_gradients(self._refit, self._head(index), batch, self._sample)
 
     def _values(self, inputs: Any, checkpoint: int) -> tuple[Factored, Head]:
         """The training features of examples (None: the training set), and the refitted layer."""
@@ -325,25 +294,9 @@ class RepresenterPointSelection(InnerProductInfluence):
         with self.session() as loader:
             _, batches = self._plan(loader, inputs)
             side = Side(checkpoint, partial(self._both_sides, checkpoint))
-            form = Stream([], loader, self._sample).test_side(side, batches).forms[VALUE]
+            form = SideGradients(loader, self._sample).of(side, batches).forms[VALUE]
         assert isinstance(form, Factored)
         return form, self._head(checkpoint)
-
-
-def _linear_parameters(
-    model: nn.Module, layers: Sequence[str] | None
-) -> Mapping[str, nn.Parameter]:
-    """The parameters of the last layer, which must be linear and real."""
-    assert layers is not None
-    name, layer = layers[0], model.get_submodule(layers[0])
-    if rule_for(layer) not in (linear, transposed_linear):
-        raise InvalidArgumentError(f"`final_fc_layer` must be a linear layer; '{name}' is {layer}")
-    if has_complex(layer):
-        raise InvalidArgumentError(
-            f"`final_fc_layer` '{name}' has complex parameters, which the refit does not "
-            "support; use a method of gradients such as `TracInCPFast`"
-        )
-    return choose_parameters(model, layers)
 
 
 def _without_one(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The outputs of layers for a data set, on disk, and what they belong to."""
+"""The outputs of layers for a data set, on disk, with a description of model, layer and data."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -65,11 +65,11 @@ class SavedActivations:
 
     @property
     def is_there(self) -> bool:
-        """Whether something is saved, of whatever it may be."""
+        """Whether anything is saved."""
         return (self.folder / MANIFEST).exists()
 
     def trouble(self) -> str | None:
-        """Why what is saved here cannot be used, if so."""
+        """Why the saved activations cannot be used; None if they can."""
         try:
             manifest, names = self._contents()
             saved = self._read(manifest, names[0])["first"].to(self.first)
@@ -82,7 +82,7 @@ class SavedActivations:
 
     @contextmanager
     def being_written(self) -> Iterator[None]:
-        """Inside, new contents are written beside those that are there."""
+        """Inside, new contents are written; the old ones stay until the end."""
         make_folder(self.folder)
         self._listed = claim(self.folder, KIND)
         with removed_if_broken_off(self.folder, KIND):
@@ -98,7 +98,7 @@ class SavedActivations:
             self._flush()
 
     def end(self) -> None:
-        """Write what waits, and the manifest; what was there before is removed."""
+        """Write the remaining outputs and the manifest; old contents are removed."""
         self._flush()
         manifest = Manifest(KIND, self.description, files=self._files)
         replace_contents(self.folder, manifest, self._listed)
@@ -190,7 +190,7 @@ class Sources:
         Args:
             folder: where they are.
             layers: names of layers.
-            reuse: take what has been saved before, where it belongs to the same.
+            reuse: use activations saved earlier, if they belong to the same model, layer and data.
         """
         batch = next(self._batches(), None)
         if batch is None:

@@ -16,21 +16,17 @@ from influence_kit.curvature.damping import TRACE, DampingArgument
 from influence_kit.curvature.fit_data import FitData
 from influence_kit.curvature.inverse_curvature import InverseCurvature, State
 from influence_kit.curvature.passes import DataSet
+from influence_kit.curvature.wording import Wording
 from influence_kit.data.batches import Batch
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.gradients.per_example import Gradients, Transform
 from influence_kit.methods.trak.output_features import FEATURES, SLOPE
+from influence_kit.operators.indefinite import IndefiniteBlockError, indefinite
 from influence_kit.operators.solvers import Cholesky
-from influence_kit.operators.wording import Wording
 
 # the inverted matrix is not a curvature, and the number added to it is not a damping
-OF_FEATURES = Wording(
-    matrix="Phi^T Phi",
-    block="Phi^T Phi of the training set",
-    damping="ridge",
-    data="the training set",
-    remedy="a model in float64: Phi^T Phi has negative eigenvalues by rounding alone",
-)
+OF_FEATURES = Wording(matrix="Phi^T Phi", damping="ridge", data="the training set")
+FLOAT64 = "a model in float64: Phi^T Phi has negative eigenvalues by rounding alone"
 GRAM = "gram"
 # the share of the mean eigenvalue that ridge="auto" is with one checkpoint
 SHARE_OF_ONE = 1.5
@@ -65,7 +61,7 @@ class NormalEquations(InverseCurvature):
         return trace_of_features(state[GRAM], data.count, data.argument)
 
     def inverse(self, state: State, damping: Tensor, data: FitData) -> Transform:
-        return data.through(Cholesky([state[GRAM]], damping, [FEATURES], OF_FEATURES))
+        return data.through(inverse_of(state[GRAM], damping))
 
 
 def normal_equations(
@@ -137,3 +133,16 @@ def _refuse_non_finite(features: Callable[[Batch], Gradients], data: DataSet) ->
         "process are finite: products overflow (use float64), or the error on another rank names "
         "the example"
     )
+
+
+def inverse_of(gram: Tensor, ridge: Tensor) -> Cholesky:
+    """(Phi^T Phi + ridge I)^-1.
+
+    Raises:
+        CurvatureError: if the matrix is singular or has negative eigenvalues.
+    """
+    try:
+        return Cholesky([gram], ridge)
+    except IndefiniteBlockError as error:
+        matrix = "Phi^T Phi of the training set"
+        raise indefinite(error.eigenvalues, error.damping, matrix, "ridge", FLOAT64) from None

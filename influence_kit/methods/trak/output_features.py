@@ -19,7 +19,8 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.feature_map import FeatureMap
 from influence_kit.gradients.forms import Dense
 from influence_kit.gradients.per_example import Gradients
-from influence_kit.losses.loss import Loss, declared_reduction
+from influence_kit.losses.declared_reduction import declared_reduction
+from influence_kit.losses.loss import Loss
 from influence_kit.losses.margins import (
     OutputFunction,
     classification_margin,

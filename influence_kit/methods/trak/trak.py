@@ -23,7 +23,7 @@ from influence_kit.methods.restarts import starts_again
 from influence_kit.methods.trak.normal_equations import NormalEquations
 from influence_kit.methods.trak.output_features import FEATURES, SLOPE, OutputFeatures
 from influence_kit.scoring.reducers import Reducer, Weighted
-from influence_kit.scoring.stream import Stream
+from influence_kit.scoring.side_gradients import SideGradients
 from influence_kit.scoring.term import Side
 
 
@@ -186,7 +186,7 @@ class TRAK(InfluenceFunction):
         assert isinstance(self._map, OutputFeatures)
         slopes_of = partial(self._map.slopes_alone, loss=self._train_loss)
         with self.session() as loader:
-            stream, batches = Stream([], loader, self._sample), self.batches(inputs)
+            gradients, batches = SideGradients(loader, self._sample), self.batches(inputs)
             sides = [Side(index, slopes_of) for index in range(len(self.checkpoints))]
-            slopes = [stream.vectors(side, batches) for side in sides]
+            slopes = [gradients.vectors(side, batches) for side in sides]
         return torch.cat(slopes, dim=1).mean(1)
