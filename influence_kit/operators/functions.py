@@ -23,11 +23,11 @@ from influence_kit.operators.partition import Partition
 from influence_kit.operators.products import (
     Mode,
     Tree,
-    differentiable_attention,
     gauss_newton_product,
     hessian_product,
 )
 from influence_kit.operators.solvers import Cholesky, Solve, conjugate_gradients, lissa
+from influence_kit.operators.twice_differentiable import twice_differentiable
 
 Parameters = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 SOLVERS = ("cholesky", "cg", "lissa", "arnoldi", "nystrom")
@@ -169,7 +169,7 @@ def fisher(losses: Callable[[Any], Tensor], parameters: Parameters) -> Operator:
         def function(values: Tree) -> Tensor:
             return losses(_as_given(parameters, values))
 
-        with differentiable_attention(), torch.no_grad():
+        with twice_differentiable(), torch.no_grad():
             found, pull_back = vjp(function, dict(tree))  # type: ignore[misc]
             along = vmap(lambda v: jvp(function, (dict(tree),), (v,))[1])(dict(vectors))
             result: dict[str, Tensor] = vmap(pull_back)(along / len(found))[0]

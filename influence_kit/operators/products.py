@@ -7,31 +7,19 @@ Shapes: k vectors. ``Tree``: tensors by name.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from influence_kit.core.locks import FORWARD_MODE
 from influence_kit.operators.checks import check_products
+from influence_kit.operators.twice_differentiable import twice_differentiable
 
 Mode = Literal["forward", "reverse"]
 Tree = Mapping[str, Tensor]
 Result = TypeVar("Result")
-
-
-@contextmanager
-def differentiable_attention() -> Iterator[None]:
-    """Inside, attention uses a kernel that can be differentiated twice, in any mode.
-
-    One thread at a time: the levels of forward mode and the choice of kernels are global in torch.
-    """
-    with FORWARD_MODE, sdpa_kernel(SDPBackend.MATH):
-        yield
 
 
 def hessian_product(
@@ -49,7 +37,7 @@ def hessian_product(
         InvalidArgumentError: if the arguments do not fit together.
     """
     check_products({"function": function}, parameters, vectors, mode)
-    with differentiable_attention():
+    with twice_differentiable():
         if mode == "reverse":
             return _hessian_reverse(function, parameters, vectors)
         slope = grad(function)
@@ -76,7 +64,7 @@ def gauss_newton_product(
         InvalidArgumentError: if the arguments do not fit together.
     """
     check_products({"outputs": outputs, "loss": loss}, parameters, vectors, mode)
-    with differentiable_attention():
+    with twice_differentiable():
         if mode == "reverse":
             return _gauss_newton_reverse(outputs, loss, parameters, vectors)
         slope = grad(loss)
@@ -109,7 +97,7 @@ def mixed_product(
     Returns:
         ``[v, *shape of the shift]``.
     """
-    with differentiable_attention():
+    with twice_differentiable():
         if mode == "reverse":
             leaves, point = _leaves(parameters), shift.detach().requires_grad_()
             with torch.enable_grad():

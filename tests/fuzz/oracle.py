@@ -12,6 +12,9 @@ from fuzz.losses import Loss
 from fuzz.nets import logits_of
 from fuzz.subjects import Subject, call, cast_model, loss_of, single
 
+# of central differences
+STEP = 1e-5
+
 
 def doubled(item: Any) -> Any:
     if isinstance(item, Tensor):
@@ -121,7 +124,34 @@ class Oracle:
                 total = total + loss_of(model, self.example(example), loss)
             first = flat_gradient(total, parameters, create_graph=True)
             rows = [flat_gradient(g, parameters, retain_graph=True) for g in first]
-        return torch.stack(rows).detach() / len(self.subject.train)
+        found = torch.stack(rows).detach() / len(self.subject.train)
+        if torch.allclose(found, found.T, 1e-6, 1e-9):
+            return found
+        # torch's own second derivative is wrong: of fused weight norm, say
+        return self._differences(checkpoint)
+
+    def _differences(self, checkpoint: int) -> Tensor:
+        """The Hessian by central differences of gradients."""
+        model = self.model_at(checkpoint)
+        parameters, loss = self.parameters(model), self.loss(False)
+
+        def slope() -> Tensor:
+            losses = [loss_of(model, self.example(one), loss) for one in self.subject.train]
+            return flat_gradient(sum(losses, torch.zeros(())), parameters)
+
+        rows = []
+        for parameter in parameters:
+            entries = parameter.data.view(-1)
+            for i in range(len(entries)):
+                value = float(entries[i])
+                ends = []
+                for at in (value + STEP, value - STEP):
+                    entries[i] = at
+                    ends.append(slope())
+                entries[i] = value
+                rows.append((ends[0] - ends[1]) / (2 * STEP))
+        found = torch.stack(rows) / len(self.subject.train)
+        return (found + found.T) / 2
 
     def gauss_newton(self, checkpoint: int) -> Tensor:
         """Mean over examples of J^T H J, ``[P, P]``."""

@@ -24,6 +24,7 @@ from recorded_runs import (
     weighted,
 )
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -231,6 +232,17 @@ class Attention(nn.Module):
 
 def test_attention():
     loop = Loop(build=Attention, options={"lr": 0.5, "momentum": 0.5})
+    model, trace = record(loop)
+    assert_close(make(model, trace).influence(TEST), central_differences(loop), CLOSE)
+
+
+def test_weight_norm():
+    """Torch's own second derivative of it is wrong."""
+
+    def build():
+        return nn.Sequential(weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2))
+
+    loop = Loop(build=build, options={"lr": 0.5, "momentum": 0.5})
     model, trace = record(loop)
     assert_close(make(model, trace).influence(TEST), central_differences(loop), CLOSE)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from influence_kit.core.memory import rows_within, workspace_bytes
-from influence_kit.operators.products import differentiable_attention
+from influence_kit.operators.twice_differentiable import twice_differentiable
 from influence_kit.training.replay import Moment, Replay
 
 Vectors = Mapping[str, Tensor]
@@ -54,7 +54,7 @@ class StepGradient:
         first = next(iter(self._leaves.values()))
         weights = torch.ones(len(indices), dtype=first.dtype, device=first.device)
         weights.requires_grad_()
-        with torch.enable_grad(), differentiable_attention():
+        with torch.enable_grad(), twice_differentiable():
             loss = self._replay.part_loss(self._number, part, indices, weights)
             found = torch.autograd.grad(
                 loss, list(self._leaves.values()), create_graph=True, allow_unused=True
