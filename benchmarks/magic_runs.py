@@ -45,7 +45,8 @@ def scores_of(data: Data, rows: Tensor, seed: int) -> Tensor:
             loss_fn(model(inputs[indices]), targets[indices]).backward()
             trace.record(indices)
             optimizer.step()
-    magic = MAGIC(model, data.train, trace=trace, loss_fn=loss_fn)
+    measure = SETTINGS["digits-mlp"].measurement
+    magic = MAGIC(model, data.train, trace=trace, loss_fn=loss_fn, test_output_fn=measure)
     return magic.influence(data.test.tensors)
 
 

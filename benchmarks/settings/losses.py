@@ -6,7 +6,7 @@ Shapes: n examples, t positions, c classes.
 from torch import Tensor
 from torch.nn import functional as F
 
-from influence_kit.losses.loss import IGNORED_LABEL
+from influence_kit.data.class_labels import IGNORED_LABEL
 
 
 def class_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from benchmarks.settings.readers.text import (
     read_tokenizer,
     read_wikitext,
 )
-from influence_kit.losses.loss import IGNORED_LABEL
+from influence_kit.data.class_labels import IGNORED_LABEL
 
 MUSIC_CONTEXT, SHAKESPEARE_CONTEXT, GPT2_BLOCK, HELP_CONTEXT = 256, 256, 512, 64
 TRAIN_SHARE = 0.9
