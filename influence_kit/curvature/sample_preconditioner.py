@@ -112,6 +112,11 @@ class SamplePreconditioner:
         found = torch.cat(rows).double() / self.count
         return (found + found.T) / 2
 
+    def condition(self) -> float:
+        """The largest condition number of a block of the damped sample, from below."""
+        pairs = zip(self.factors, self.damping.tolist(), strict=True)
+        return max(_largest_of_factor(factor) / float(damping) for factor, damping in pairs)
+
     def __call__(self, vectors: Tensor) -> Tensor:
         """The inverse times each row of ``[k, P]``."""
         tests = self.partition.gradients(vectors, self.sample[0])
@@ -129,3 +134,12 @@ class SamplePreconditioner:
         lift = spread(self.damping, self.partition.sizes).to(vectors.device)
         left = vectors.double() - torch.cat(sums, dim=1).double()
         return (left / lift).to(vectors)
+
+
+def _largest_of_factor(factor: Tensor, iterations: int = 20) -> float:
+    """The largest eigenvalue of L L^T by power iteration from the row sums."""
+    vector = factor @ factor.sum(0)
+    for _ in range(iterations):
+        vector = factor @ (factor.T @ (vector / vector.norm()))
+    largest: Tensor = vector.norm()
+    return float(largest)

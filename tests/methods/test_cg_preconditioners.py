@@ -118,7 +118,7 @@ def test_the_inverse_of_a_sample(blocks: Any) -> None:
 
 def sample_of(**arguments: Any) -> Tensor:
     """The gradients of the sample, in the order of the preconditioner."""
-    cg = make(max_iter=300, **arguments)
+    cg = make(max_iter=300, preconditioner="sample", **arguments)
     cg.influence(TEST)
     made = cg._fitted.cache.inverses[0].preconditioner(None)
     return torch.cat([part.flat() for part in made.sample])
@@ -160,6 +160,17 @@ def test_a_loss_that_is_no_likelihood_has_gradients_at_the_labels_of_the_data() 
     rows = sample_of(loss_fn=focal, damping=0.3, curvature="empirical_fisher")
     assert_close(rows, oracles.gradients(MODEL, TRAIN, focal))
     assert_close(sample_of(loss_fn=focal, damping=0.3), rows)
+
+
+def test_a_large_damping_has_no_preconditioner_by_default() -> None:
+    """Above 1/24 of the largest eigenvalue of the sample."""
+    largest = float(torch.linalg.matrix_norm(sample_of(damping=1.0), 2)) ** 2 / (4 * N)
+    found = {}
+    for damping in (largest / 25, largest / 23):
+        cg = make(max_iter=300, damping=damping)
+        cg.influence(TEST)
+        found[damping] = cg._fitted.cache.inverses[0].preconditioner is None
+    assert list(found.values()) == [False, True]
 
 
 def test_a_damping_of_zero_has_no_preconditioner() -> None:

@@ -58,7 +58,8 @@ class CGInfluenceFunction(InfluenceFunction):
             pass with 50 vectors); "kfac" or "ekfac", fitted with ``seed``; an inverse curvature,
             such as ``EKFAC(layers_without_kronecker="leave_out")``; another influence function of
             the same model, parameters and checkpoints, whose fit is used if it is fitted; or None.
-            "auto" is "sample", and None if the damping is 0.
+            "auto" is "sample", and None if the damping is 0 or above 1/24 of the largest eigenvalue
+            of the sample: then few iterations are needed.
 
     Raises:
         CurvatureError: if C + damping is not positive definite.
