@@ -72,7 +72,11 @@ class FeatureMap:
 
     def features(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
         """The features of each example, at the checkpoint that is in the model."""
-        return self.source(batch, loss)
+        return self.of_gradients(checkpoint, self.source(batch, loss))
+
+    def of_gradients(self, checkpoint: int, gradients: Gradients) -> Gradients:
+        """The features, given the gradients of the examples."""
+        return gradients
 
     def transpose(self, features: Gradients) -> Gradients:
         """The transposed map: gradients whose products with gradients are those of the features."""

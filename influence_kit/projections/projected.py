@@ -82,8 +82,8 @@ class Projected(FeatureMap):
     def shapes(self) -> Mapping[str, torch.Size]:
         return self.maps.shapes
 
-    def features(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
-        return self.maps(super().features(checkpoint, batch, loss))
+    def of_gradients(self, checkpoint: int, gradients: Gradients) -> Gradients:
+        return self.maps(gradients)
 
     def transpose(self, features: Gradients) -> Gradients:
         shapes, sample = self.gradient_shapes, features.sample
