@@ -26,7 +26,8 @@ OPTIMIZERS: dict[str, Any] = {
     "SGD": partial(torch.optim.SGD, lr=0.3),
     "Adam": partial(torch.optim.Adam, lr=0.003),
 }
-OVER_RUN = ["GradDot", "GradCos", "TracInCP", "LESS", "EKFACInfluenceFunction", "SOURCE"]
+OVER_RUN = ["GradDot", "GradCos", "TracInCP", "EKFACInfluenceFunction"]
+OF_OPTIMIZER = {"SGD": ["SOURCE"], "Adam": ["LESS", "TrackStar"]}
 
 
 def train(data: Data, rows: Tensor, optimizer: str, seed: int) -> tuple[nn.Module, list[Any]]:
@@ -48,10 +49,8 @@ def train(data: Data, rows: Tensor, optimizer: str, seed: int) -> tuple[nn.Modul
 
 def methods_of(optimizer: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The methods with their own arguments; each over the whole run."""
-    of_other = {"SGD": "LESS", "Adam": "SOURCE"}[optimizer]
-    for name in OVER_RUN:
-        if name != of_other:
-            yield name, {}
+    for name in [*OVER_RUN, *OF_OPTIMIZER[optimizer]]:
+        yield name, {}
     if optimizer == "Adam":
         yield "LESS", {"similarity": "dot"}
 

@@ -43,6 +43,7 @@ from influence_kit import (
     TracInCPFast,
     TracInCPFastRandProj,
     TracInCPRandProj,
+    TrackStar,
     TrainingTrace,
 )
 
@@ -364,6 +365,12 @@ METHODS = {
         of_whole_set=True,
     ),
     "FactGraSS": _inverted(_curved(FactGraSS, projection_dim=5, blow_up=2)),
+    # its oracle, with a symmetric root of R, is in ``test_trackstar``
+    "TrackStar": replace(
+        _inverted(_curved(TrackStar, projection_dim=(2, 3))),
+        doubles_with_the_test_loss=False,
+        checkpoints=with_adam,
+    ),
     "TRAK": Method(
         _whole_model(TRAK, projection_dim=4, projection="sjlt"),
         None,

@@ -40,8 +40,8 @@ class Autocorrelation(Explicit):
         seed: has no effect; the features have their own seed.
     """
 
+    # as LoGra's: eigenvalues have other units than the model's learning rates
     rules = (MEAN, TRACE)
-    auto_rule, auto_share = TRACE, 0.1
     wording = OF_GRADIENTS
 
     def __init__(

@@ -125,6 +125,8 @@ FINE: dict[str, set[str]] = {
     "store": NONE | TEXT,
     "store_dtype": NONE,
     "hessian_dataset": NONE,
+    "eval_dataset": NONE,
+    "mixing": NONE | ZERO,
     "relative": NONE,
     "seed": SEEDS,
     "show_progress": FLAGS,
@@ -230,6 +232,7 @@ CLASSES: list[Any] = [
     ik.LoGra,
     ik.GraSS,
     ik.FactGraSS,
+    ik.TrackStar,
     ik.KNNShapley,
     ik.RepresenterPointSelection,
     ik.SimilarityInfluence,
@@ -238,6 +241,7 @@ CLASSES: list[Any] = [
 GOOD_OF: dict[str, dict[str, Callable[[], Any]]] = {
     "DVEmb": {"checkpoints": lambda: checkpoints()[-1:]},
     "LESS": {"checkpoints": with_adam},
+    "TrackStar": {"checkpoints": with_adam, "eval_dataset": train},
     "MAGIC": {"trace": recorded},
     "SOURCE": {"rate_sums": is_([0.5, 1.5])},
     "MAGIC.replay": {"weights": lambda: torch.full((len(train()),), 0.5)},
@@ -251,6 +255,7 @@ REFUSED = {
     "MAGIC.self_influence",
     "SOURCE.self_influence",
     "TRAK.perturbation_influence",
+    "TrackStar.perturbation_influence",
     "RepresenterPointSelection.compute_intermediate_quantities",
     "DataOOB.influence",
 }

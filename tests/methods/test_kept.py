@@ -52,8 +52,8 @@ KEEPS_NOTHING = {
     "KNNShapley, of a layer",
     "MAGIC",
 }
-# checkpoints here are weights alone; the caches of these two are those of GradCos and EK-FAC
-OF_WEIGHTS = [name for name in METHODS if name not in ("LESS", "SOURCE")]
+# checkpoints here are weights alone; the caches of these are those of GradCos, EK-FAC and LoGra
+OF_WEIGHTS = [name for name in METHODS if name not in ("LESS", "SOURCE", "TrackStar")]
 OTHER_WEIGHTS = "checkpoint 0 holds other weights than when .*; call `(fit|forget)"
 OTHER_DATA = "`(train|hessian)_dataset` is not what it was .* when .*; call `(fit|forget)"
 OTHER_MODEL = "the model is not what it was .* when .*; call `(fit|forget)"

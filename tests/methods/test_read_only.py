@@ -74,7 +74,8 @@ def test_what_is_assigned_takes_effect(method: str) -> None:
             continue
         if name == "damping" and "damping" not in inspect.signature(type(made)).parameters:
             continue  # of Captum's two it is `hessian_reg`, and of TRAK `ridge`
-        if name == "checkpoints" and method in ("LESS", "SOURCE"):  # with more than weights
+        # with more than weights
+        if name == "checkpoints" and method in ("LESS", "SOURCE", "TrackStar"):
             value = METHODS[method].checkpoints(MLP)[:1]
         before = made.influence(MLP.test, k=None)
         setattr(made, name, value)

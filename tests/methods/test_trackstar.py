@@ -12,7 +12,6 @@ from cases import CASES, SHORT, Case, Examples
 from contract import assert_close, with_adam
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
-from transformers.optimization import Adafactor
 
 from influence_kit import GradCos, LoGra, TrackStar
 from influence_kit.errors import ChangedError, InvalidArgumentError
@@ -165,6 +164,8 @@ def adafactor_scales(kind: str, held: Mapping[str, Any], shapes: Sequence[torch.
 
 @pytest.mark.parametrize("kind", ["torch", "transformers"])
 def test_adafactor(kind: str) -> None:
+    from transformers.optimization import Adafactor
+
     torch.manual_seed(0)
     model = Factored().double()
     x, y = torch.randn(9, 2, 3, dtype=torch.float64), torch.arange(9) % 2

@@ -81,9 +81,9 @@ class TrackStar(InfluenceFunction):
         mixing: lambda, from 0 to 1. The paper chose .9 for queries of one form (here the default)
             and .99 for arbitrary text, so that about 1000 components are weighed down.
         projection_dim, projection, seed: as in ``LoGra``.
-        damping: added to the eigenvalues of R: a number, a dict by layer, or "auto" (or "trace"): a
-            tenth of the mean eigenvalue in the layer, its trace over min(entries of u, examples);
-            "mean" always divides by the entries of u.
+        damping: added to the eigenvalues of R: a number, a dict by layer, or "auto" (or "trace"):
+            the mean eigenvalue in the layer, its trace over min(entries of u, examples); "mean"
+            always divides by the entries of u.
         blocks: "layer", "full" (R couples the layers), or a dict of blocks.
         hessian_dataset: the examples of R_train; the training set if None.
 
