@@ -125,6 +125,7 @@ FINE: dict[str, set[str]] = {
     "store": NONE | TEXT,
     "store_dtype": NONE,
     "hessian_dataset": NONE,
+    "optimizer": NONE,
     "eval_dataset": NONE,
     "mixing": NONE | ZERO,
     "relative": NONE,

@@ -52,6 +52,7 @@ from influence_kit.methods.influence_functions.preconditioned_gradients import (
 )
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.layer_names import Layers, check_layer
+from influence_kit.methods.optimizer_state import Optimizer
 from influence_kit.methods.restarts import check_k, given, starts_again
 from influence_kit.scoring.features import (
     MostInfluentialFeatures,
@@ -139,6 +140,8 @@ class InfluenceFunction(InnerProductInfluence):
         batch_axes: Any = None,
         verify: Verify = "repeated",
         features: FeatureMap | None = None,
+        optimizer: Optimizer | None = None,
+        parameter_names: Sequence[str] | None = None,
         store: str | Path | None = None,
         store_dtype: torch.dtype | None = None,
     ) -> None:
@@ -161,6 +164,8 @@ class InfluenceFunction(InnerProductInfluence):
             batch_axes=batch_axes,
             verify=verify,
             features=features,
+            optimizer=optimizer,
+            parameter_names=parameter_names,
             store=store,
             store_dtype=store_dtype,
         )
@@ -365,7 +370,7 @@ class InfluenceFunction(InnerProductInfluence):
                 f'with relative="{self.relative}" scores are divided by a norm that depends on the '
                 "training input, too; `perturbation_influence` needs relative=None"
             )
-        if not self._map.is_linear:
+        if not self._map.is_linear or self._is_directed:
             raise NotImplementedError(
                 f"the scores of {self.get_name()} are not linear in the gradient of the training "
                 "loss, which `perturbation_influence` differentiates: use an influence function "

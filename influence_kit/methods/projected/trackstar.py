@@ -14,7 +14,6 @@ from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.checkpoints.second_moments import SecondMomentsOf
 from influence_kit.core.arguments import check_number, shown
-from influence_kit.core.objects import is_one_of
 from influence_kit.curvature.autocorrelation import Autocorrelation
 from influence_kit.curvature.damping import DampingArgument
 from influence_kit.curvature.fit_data import FitData
@@ -34,7 +33,7 @@ from influence_kit.methods.example_batches import BatchSize
 from influence_kit.methods.identity import identity
 from influence_kit.methods.influence_functions.influence_function import InfluenceFunction
 from influence_kit.methods.layer_names import Layers
-from influence_kit.methods.optimizer_fingerprint import optimizer_fingerprint
+from influence_kit.methods.optimizer_state import check_optimizer, optimizer_fingerprint
 from influence_kit.projections.normalized import NormalizedProjected
 from influence_kit.projections.projected import Dim, Kind, Projected
 from influence_kit.scoring.adam_directions import check_names
@@ -42,6 +41,7 @@ from influence_kit.scoring.term import Term
 from influence_kit.scoring.transforms import unit_influence
 from influence_kit.storage.folders import LOSSES, NORMS
 
+MOMENTS = ("adam", "adafactor")
 # the share of evaluation gradients in R for the paper's task with a fixed set of queries
 MIXING = 0.9
 
@@ -137,7 +137,7 @@ class TrackStar(InfluenceFunction):
         store_dtype: torch.dtype | None = None,
     ) -> None:
         share = _checked_mixing(mixing, eval_dataset is not None)
-        moments = _checked_optimizer(optimizer)
+        moments = check_optimizer(optimizer, parameter_names, MOMENTS)
         names = check_names(parameter_names)
         features = Projected(projection_dim, projection, seed)
         if moments is not None:
@@ -227,15 +227,6 @@ class TrackStar(InfluenceFunction):
             # with those of evaluation examples, which have another loss
             **{key: described[key] + own[key] for key in (LOSSES, NORMS)},
         }
-
-
-def _checked_optimizer(optimizer: Any) -> SecondMomentsOf | None:
-    if not is_one_of(optimizer, ("adam", "adafactor", None)):
-        raise InvalidArgumentError(
-            f'`optimizer` must be "adam", "adafactor" or None; got {shown(optimizer)}'
-        )
-    checked: SecondMomentsOf | None = optimizer
-    return checked
 
 
 def _checked_mixing(mixing: Any, has_queries: bool) -> float:
