@@ -2,7 +2,7 @@
 
 Prints the linear datamodeling score of methods over five checkpoints of a run, which hold the state
 of the optimizer, on the sparse features of ``make quality``: 40 halves, two models each, three
-target models. A minute for each optimizer.
+target models. Two minutes for each optimizer.
 """
 
 import copy
@@ -27,7 +27,7 @@ OPTIMIZERS: dict[str, Any] = {
     "Adam": partial(torch.optim.Adam, lr=0.003),
 }
 OVER_RUN = ["GradDot", "GradCos", "TracInCP", "EKFACInfluenceFunction"]
-OF_OPTIMIZER = {"SGD": ["SOURCE"], "Adam": ["LESS", "TrackStar"]}
+OF_OPTIMIZER = {"SGD": ["SOURCE"], "Adam": ["LESS", "LoGra", "TrackStar"]}
 
 
 def train(data: Data, rows: Tensor, optimizer: str, seed: int) -> tuple[nn.Module, list[Any]]:
@@ -53,6 +53,9 @@ def methods_of(optimizer: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield name, {}
     if optimizer == "Adam":
         yield "LESS", {"similarity": "dot"}
+        yield "TrackStar", {"optimizer": None}
+        for name in ("GradDot", "GradCos", "TracInCP", "LoGra"):
+            yield name, {"optimizer": "adam"}
 
 
 def main() -> None:
@@ -76,10 +79,8 @@ def main() -> None:
                 score = linear_datamodeling_score(scores, halves, outputs, "margin")
                 found.append(float(score.mean))
             each = ", ".join(f"{value:.3f}" for value in found)
-            print(
-                f"{optimizer:5} {name + ' ' + own.get('similarity', ''):24} "
-                f"{np.mean(found):.3f} ({each})"
-            )
+            values = " ".join(map(str, own.values()))
+            print(f"{optimizer:5} {name + ' ' + values:24} {np.mean(found):.3f} ({each})")
 
 
 if __name__ == "__main__":

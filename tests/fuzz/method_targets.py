@@ -253,6 +253,7 @@ GOOD_OF: dict[str, dict[str, Callable[[], Any]]] = {
 # methods that a class refuses, whatever the arguments
 REFUSED = {
     "TracInCPFastRandProj.self_influence",
+    "LESS.compute_intermediate_quantities",
     "MAGIC.self_influence",
     "SOURCE.self_influence",
     "TRAK.perturbation_influence",
