@@ -211,6 +211,10 @@ class InfluenceFunction(InnerProductInfluence):
             for c in range(len(self.checkpoints))
         ]
 
+    def fitted_checkpoints(self) -> Sequence[int]:
+        """The indices of the checkpoints at which the inverse is fitted: all, unless overridden."""
+        return range(len(self.checkpoints))
+
     def _train_side(self, index: int) -> Side:
         if self.relative is None:
             return self.train_at(index)
@@ -428,16 +432,16 @@ class InfluenceFunction(InnerProductInfluence):
     def _fit_everywhere(self, loader: CheckpointLoader, show_progress: bool = False) -> None:
         """Compute the inverses at all checkpoints, with a bar over them if one is not fitted."""
         super().prepare(loader, show_progress)
-        indices = range(len(self.checkpoints))
+        indices = self.fitted_checkpoints()
         show = show_progress and not all(index in self.fit_state for index in indices)
         doing = f"fit {self._fitted.cache.what}. Processing checkpoint"
         with self.progress(doing, len(indices), show) as bar:
             for index in indices:
                 loader.load(index)
-                self._fitted.fit(self._fit_data(index))
+                self._fitted.fit(self._fit_data(index, loader))
                 bar.update()
 
-    def _fit_data(self, index: int) -> FitData:
+    def _fit_data(self, index: int, loader: CheckpointLoader) -> FitData:
         """The data that the inverse curvature is fitted to at a checkpoint."""
         inverse, of_training = self.inverse, self._hessian_data is None
         is_cached = of_training and inverse.takes_own_labels and self._map.is_short

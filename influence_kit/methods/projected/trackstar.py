@@ -204,8 +204,8 @@ class TrackStar(InfluenceFunction):
     def _evaluation_loader(self) -> CheckedBatches:
         return self._examples.of(self.eval_dataset, EVAL_DATA)
 
-    def _fit_data(self, index: int) -> FitData:
-        data = super()._fit_data(index)
+    def _fit_data(self, index: int, loader: CheckpointLoader) -> FitData:
+        data = super()._fit_data(index, loader)
         if self.eval_dataset is None:
             return data
 
