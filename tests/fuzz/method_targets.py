@@ -128,6 +128,7 @@ FINE: dict[str, set[str]] = {
     "optimizer": NONE,
     "eval_dataset": NONE,
     "mixing": NONE | ZERO,
+    "segments": NONE | TWO,
     "relative": NONE,
     "seed": SEEDS,
     "show_progress": FLAGS,
