@@ -51,6 +51,8 @@ def methods_of(optimizer: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The methods with their own arguments; each over the whole run."""
     for name in [*OVER_RUN, *OF_OPTIMIZER[optimizer]]:
         yield name, {}
+    if optimizer == "SGD":
+        yield "SOURCE", {"segments": 1}
     if optimizer == "Adam":
         yield "LESS", {"similarity": "dot"}
         yield "TrackStar", {"optimizer": None}

@@ -48,8 +48,8 @@ class SOURCE(InfluenceFunction):
 
     Args:
         segments: the number L of segments, each with as many checkpoints, or a list of their
-            numbers of checkpoints in the order of the run. None for one checkpoint per segment: as
-            many passes, with finer steps.
+            numbers of checkpoints in the order of the run. None for one checkpoint per segment:
+            as many passes, and means over fewer checkpoints in more steps.
         rate_sums: R_l of each segment: the number of its steps times the learning rate / (1 -
             momentum), where these are constant. None reads from the checkpoints (of SGD, with
             optimizer and scheduler, or with "learning_rate", "step" and "momentum") the sums over
