@@ -25,6 +25,7 @@ from influence_kit.methods.knn_shapley.knn_shapley import KNNShapley
 from influence_kit.methods.magic.magic import MAGIC
 from influence_kit.methods.projected.grass import FactGraSS, GraSS
 from influence_kit.methods.projected.logra import LoGra
+from influence_kit.methods.projected.trackstar import TrackStar
 from influence_kit.methods.representer.representer import RepresenterPointSelection
 from influence_kit.methods.selection import max_over_groups, two_stage
 from influence_kit.methods.similarity.distances import cosine_similarity, euclidean_distance
@@ -84,6 +85,7 @@ __all__ = [
     "TracInCPFast",
     "TracInCPFastRandProj",
     "TracInCPRandProj",
+    "TrackStar",
     "TrainingTrace",
     "checkpoint_table",
     "classification_margin",

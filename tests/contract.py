@@ -43,6 +43,7 @@ from influence_kit import (
     TracInCPFast,
     TracInCPFastRandProj,
     TracInCPRandProj,
+    TrackStar,
     TrainingTrace,
 )
 
@@ -279,6 +280,11 @@ def _adam_cosines(case: Case) -> Tensor:
     return oracles.adam_scores(*_given(case)[:4], with_adam(case))
 
 
+def _adam_dots(case: Case) -> Tensor:
+    saved = [{**held, "learning_rate": 1.0} for held in with_adam(case)]
+    return oracles.adam_scores(*_given(case)[:4], saved, cosine=False)
+
+
 FEW_PASSES = {"curvature": "empirical_fisher"}
 
 METHODS = {
@@ -291,6 +297,9 @@ METHODS = {
         doubles_with_the_test_loss=False,
         quantities=None,
         checkpoints=with_adam,
+    ),
+    "GradDot, adam": Method(
+        _whole_model(GradDot, optimizer="adam"), _adam_dots, quantities=None, checkpoints=with_adam
     ),
     "TracInCPFast": Method(_last_layer(TracInCPFast), _tracin_of_last),
     "TracInCPFastRandProj": Method(_rand_proj, _tracin_of_last, has_self_influence=False),
@@ -352,6 +361,10 @@ METHODS = {
         close=(1e-8, 2e-3),
     ),
     "LoGra": _inverted(_curved(LoGra, projection_dim=(2, 3), relative="theta")),
+    # its oracle is in ``test_optimizer_argument``
+    "LoGra, adam": replace(
+        _inverted(_curved(LoGra, projection_dim=(2, 3), optimizer="adam")), checkpoints=with_adam
+    ),
     # with more than twice as many entries in the block as examples
     "LoGra, kept": replace(
         _inverted(_whole_model(LoGra, projection_dim=9, blocks="full")), of_whole_set=True
@@ -364,6 +377,12 @@ METHODS = {
         of_whole_set=True,
     ),
     "FactGraSS": _inverted(_curved(FactGraSS, projection_dim=5, blow_up=2)),
+    # its oracle, with a symmetric root of R, is in ``test_trackstar``
+    "TrackStar": replace(
+        _inverted(_curved(TrackStar, projection_dim=(2, 3))),
+        doubles_with_the_test_loss=False,
+        checkpoints=with_adam,
+    ),
     "TRAK": Method(
         _whole_model(TRAK, projection_dim=4, projection="sjlt"),
         None,

@@ -152,6 +152,24 @@ def adam_scores(
     return scores
 
 
+def adam_scales(model: nn.Module, checkpoint: Mapping[str, Any]) -> Tensor:
+    """1 / (sqrt(v / (1 - beta2^t)) + eps) of all entries ``[P]``, read from a state dict of Adam.
+
+    Its parameters are all of the model's, in their order; entries with v = 0 are 0.
+    """
+    held = checkpoint["optimizer"]
+    (group,) = held["param_groups"]
+    pieces = []
+    for number, parameter in enumerate(model.parameters()):
+        own = held["state"].get(number)
+        if own is None:
+            pieces.append(torch.zeros(parameter.numel(), dtype=torch.float64))
+            continue
+        v = own["exp_avg_sq"].double().flatten() / (1 - group["betas"][1] ** float(own["step"]))
+        pieces.append(torch.where(v > 0, 1 / (v.sqrt() + group["eps"]), 0.0))
+    return torch.cat(pieces)
+
+
 def cosines(
     model: nn.Module,
     train: Any,

@@ -395,8 +395,7 @@ def test_a_store_is_asked_in_place_of_the_data(
             assert_close(asked.self_influence(), live.self_influence(), close)
         aggregated = asked.influence(case.test, k=None, aggregate=True)
         assert_close(aggregated, expected.sum(0, keepdim=True), close)
-    other = build(
-        method, case, model=case.model(7), checkpoints=[case.model(9).state_dict()], **kept
-    )
+    others = {**METHODS[method].checkpoints(case)[0], "state_dict": case.model(9).state_dict()}
+    other = build(method, case, model=case.model(7), checkpoints=[others], **kept)
     with pytest.raises(InvalidArgumentError, match="was built for something else"):
         scores(other, case.test)

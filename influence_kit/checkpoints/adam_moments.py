@@ -63,7 +63,7 @@ def adam_moments(
             or AdamW or took no steps, or one whose parameters are not those of the model.
     """
     try:
-        optimizer = _optimizer_of(checkpoint)
+        optimizer = optimizer_of(checkpoint)
         groups, state = _checked(optimizer)
         shapes = {index: own[FIRST].shape for index, own in state.items()}
         indices = indices_by_name(model, groups, shapes, parameter_names)
@@ -83,9 +83,9 @@ def _moments(own: State, group: State) -> Moments:
     return Moments(own.get(FIRST), own.get(SECOND), step, betas, float(group["eps"]))
 
 
-def _optimizer_of(checkpoint: Any) -> State:
-    """The state dict of the only optimizer."""
-    found = _optimizers(checkpoint)
+def optimizer_of(checkpoint: Any) -> State:
+    """The state dict of the only optimizer of a checkpoint."""
+    found = optimizers_of(checkpoint)
     if len(found) != 1:
         raise InvalidArgumentError(
             f"it holds the states of {len(found)} optimizers, and one is needed; {SAVED}"
@@ -93,7 +93,8 @@ def _optimizer_of(checkpoint: Any) -> State:
     return found[0]
 
 
-def _optimizers(checkpoint: Any) -> Sequence[State]:
+def optimizers_of(checkpoint: Any) -> Sequence[State]:
+    """The state dicts of the optimizers that a checkpoint holds."""
     if isinstance(checkpoint, Mapping):
         return wrapped_state(checkpoint, None).optimizers
     if not isinstance(checkpoint, str | Path):

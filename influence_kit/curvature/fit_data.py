@@ -42,6 +42,8 @@ class FitData:
             computed.
         training_count: returns the number of training examples.
         is_of_training: whether the examples are the training set.
+        evaluation: passes over evaluation examples, and their features given their indices and
+            batch; None if there are none.
         checkpoints: all checkpoints of the method.
         loader: the data loader of the examples.
         argument: the damping as given, for errors.
@@ -61,6 +63,7 @@ class FitData:
     is_of_training: bool = True
     argument: str = "damping"
     said: set[str] = field(default_factory=set)
+    evaluation: tuple[DataSet, Features] | None = None
 
     @property
     def source(self) -> GradientSource:

@@ -128,7 +128,8 @@ def refuse_all_but_gradients(features: FeatureMap, name: str) -> None:
     Raises:
         InvalidArgumentError: for projected gradients, for example.
     """
-    if type(features).features is not FeatureMap.features:
+    own, plain = type(features), FeatureMap
+    if (own.features, own.of_gradients) != (plain.features, plain.of_gradients):
         raise InvalidArgumentError(
             f"{name} is a curvature of the model's parameters, and `features` is "
             f"{type(features).__name__}, which has none: leave `features` out, or use "

@@ -112,14 +112,16 @@ class Explicit(OperatorInverse):
     """Computed as a matrix and factorized, block by block; see ``ExplicitInfluenceFunction``."""
 
     def fit(self, data: FitData) -> State:
-        curvature = self.operator(data)
-        _check_memory(curvature)
         state = {}
-        for number, block in enumerate(curvature.blocks()):
+        for number, block in enumerate(self.blocks_at(data)):
             state[f"curvature.{number}"] = block.core
             if block.rows is not None:
                 state[f"rows.{number}"] = block.rows
         return state
+
+    def blocks_at(self, data: FitData) -> list[Block]:
+        """The blocks of the curvature at the checkpoint that is in the model."""
+        return blocks_within_memory(self.operator(data))
 
     def traces(self, state: State, data: FitData) -> Tensor:
         return torch.stack([block.core.diagonal().sum() for block in _blocks(state, data)])
@@ -132,6 +134,12 @@ class Explicit(OperatorInverse):
 def _blocks(state: State, data: FitData) -> list[Block]:
     numbers = range(len(data.partition.blocks))
     return [Block(state[f"curvature.{i}"], state.get(f"rows.{i}")) for i in numbers]
+
+
+def blocks_within_memory(curvature: Curvature) -> list[Block]:
+    """The blocks of a curvature; an error if they do not fit in memory."""
+    _check_memory(curvature)
+    return curvature.blocks()
 
 
 def _check_memory(curvature: Curvature) -> None:

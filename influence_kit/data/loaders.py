@@ -19,7 +19,8 @@ from influence_kit.data.index_order import LISTED, fixed_order, index_sampler, l
 from influence_kit.data.input_checks import reads_once, refuse_no_data
 from influence_kit.errors import InvalidArgumentError
 
-HESSIAN_DATA = "hessian_dataset"
+# data that only a fit reads: results hold no indices of its examples
+HESSIAN_DATA, EVAL_DATA = "hessian_dataset", "eval_dataset"
 
 
 class Slices:
@@ -67,7 +68,7 @@ def as_loader(data: Any, batch_size: int | None, name: str) -> Iterable[Batch]:
         if type(data) is TensorDataset:
             return Slices(data, batch_size)
         return DataLoader(data, batch_size=batch_size, shuffle=False)
-    check_order(data, name, of_results=name != HESSIAN_DATA)
+    check_order(data, name, of_results=name not in (HESSIAN_DATA, EVAL_DATA))
     if isinstance(data, DataLoader) and data.drop_last:
         warnings.warn(
             f"`{name}` is a DataLoader with drop_last=True: the examples of a short last "

@@ -14,12 +14,17 @@ from torch import Tensor
 
 from influence_kit.core.arguments import shown
 from influence_kit.core.dtypes import real_shape
+from influence_kit.core.memory import rows_within, workspace_bytes
 from influence_kit.core.summary import summary
 from influence_kit.data.batches import Batch
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.gradient_source import GradientSource
-from influence_kit.gradients.per_example import Gradients
+from influence_kit.gradients.per_example import Gradients, Transform, join_examples
 from influence_kit.losses.loss import Loss
+
+# a transform for each checkpoint, given by its index
+AtCheckpoint = Callable[[int], Transform]
+DIRECTION = "direction of "
 
 
 class FeatureMap:
@@ -36,6 +41,7 @@ class FeatureMap:
     # whether they are a linear map of the gradients of the loss
     is_linear = True
     _source: GradientSource | None = None
+    _direction: AtCheckpoint | None = None
 
     def __repr__(self) -> str:
         return summary(self)
@@ -45,10 +51,16 @@ class FeatureMap:
         """What the features depend on beside model, data and loss."""
         return {"features": "gradients"}
 
-    def bound_to(self, source: GradientSource) -> FeatureMap:
-        """A copy for the parameters of a model."""
+    def bound_to(self, source: GradientSource, direction: AtCheckpoint | None = None) -> FeatureMap:
+        """A copy for the parameters of a model.
+
+        Args:
+            source: the gradients of these parameters.
+            direction: turns gradients into the directions of an optimizer's step, whose features
+                training examples have; see ``directed``.
+        """
         bound = copy.copy(self)
-        bound._source = source
+        bound._source, bound._direction = source, direction
         bound.bind()
         return bound
 
@@ -74,7 +86,11 @@ class FeatureMap:
 
     def features(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
         """The features of each example, at the checkpoint that is in the model."""
-        return self.source(batch, loss)
+        return self.of_gradients(checkpoint, self.source(batch, loss))
+
+    def of_gradients(self, checkpoint: int, gradients: Gradients) -> Gradients:
+        """The features, given the gradients of the examples."""
+        return gradients
 
     def transpose(self, features: Gradients) -> Gradients:
         """The transposed map: gradients whose products with gradients are those of the features."""
@@ -85,20 +101,62 @@ class FeatureMap:
     @property
     def cached_settings(self) -> dict[str, Any]:
         """What cached features depend on beside model, data and loss."""
-        return self.settings
+        return {**self.settings, "optimizer": "adam"} if self._has_both else self.settings
 
     @property
     def cached_shapes(self) -> Mapping[str, torch.Size]:
         """The shapes of what is cached of a training example."""
-        return self.shapes
+        both = {f"{DIRECTION}{name}": shape for name, shape in self.shapes.items()}
+        return {**self.shapes, **both} if self._has_both else self.shapes
 
     def cached(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
         """What is cached of training examples."""
-        return self.features(checkpoint, batch, loss)
+        if not self._has_both:
+            return self.features(checkpoint, batch, loss)
+        gradients = self.source(batch, loss)
+        own = self.of_gradients(checkpoint, gradients)
+        moved = self._of_directions(checkpoint, gradients)
+        forms = {**own.forms, **{f"{DIRECTION}{name}": f for name, f in moved.forms.items()}}
+        return Gradients(own.n, forms, self.cached_shapes, own.sample)
 
     def of_cached(self, cached: Gradients) -> Gradients:
-        """The features in what is cached."""
-        return cached
+        """The features in what is cached; features themselves stay as they are."""
+        return self._named(cached, "") if self._has_both else cached
+
+    # The directions of an optimizer, for training examples.
+
+    def directed(self, checkpoint: int) -> Transform:
+        """The transform of what is cached to the features of directions."""
+        assert self._direction is not None
+        if self._has_both:
+            return lambda cached: self._named(cached, DIRECTION)
+        return self._direction(checkpoint)
+
+    @property
+    def _has_both(self) -> bool:
+        """Whether features of gradients and of directions are cached: neither gives the other."""
+        is_plain = type(self).of_gradients is FeatureMap.of_gradients
+        return self._direction is not None and not is_plain
+
+    def _of_directions(self, checkpoint: int, gradients: Gradients) -> Gradients:
+        """The features of directions, which have no zeros where gradients have."""
+        assert self._direction is not None
+        direction, sample = self._direction(checkpoint), gradients.sample
+        p = sum(shape.numel() for shape in gradients.parameters.values())
+        step = rows_within(workspace_bytes(sample.device), 2 * p * sample.element_size())
+        slices = (slice(start, start + step) for start in range(0, gradients.n, step))
+        return join_examples(
+            [self.of_gradients(checkpoint, direction(gradients.rows(rows))) for rows in slices]
+        )
+
+    def _named(self, cached: Gradients, prefix: str) -> Gradients:
+        """The features whose names in what is cached begin with this, under their own names."""
+        forms = {
+            name: cached.forms[prefix + name]
+            for name in self.shapes
+            if prefix + name in cached.forms
+        }
+        return Gradients(cached.n, forms, self.shapes, cached.sample)
 
     def identifying_losses(self, loss: Loss) -> list[Loss]:
         """What training features depend on: ``loss``, the training loss, or other functions."""
@@ -152,11 +210,15 @@ class FeatureMap:
         """Drop what has been learnt."""
 
 
-def check_feature_map(features: Any) -> FeatureMap:
+def check_feature_map(features: Any, optimizer: str | None = None) -> FeatureMap:
     """The argument ``features``, checked; None stands for the gradients themselves.
 
+    Args:
+        features: the argument.
+        optimizer: the optimizer whose directions take the place of gradients; None for none.
+
     Raises:
-        InvalidArgumentError: if it is not a feature map.
+        InvalidArgumentError: if it is not a feature map, or maps no gradients that are given.
     """
     if features is None:
         return FeatureMap()
@@ -164,5 +226,11 @@ def check_feature_map(features: Any) -> FeatureMap:
         raise InvalidArgumentError(
             "`features` must be a FeatureMap, such as `influence_kit.projections.Projected(256)`; "
             f"got {shown(features)}"
+        )
+    if optimizer is not None and type(features).features is not FeatureMap.features:
+        raise InvalidArgumentError(
+            f'optimizer="{optimizer}" changes gradients before `features` maps them, and '
+            f"{type(features).__name__} computes features from batches: let it override "
+            "`of_gradients` in place of `features`"
         )
     return features

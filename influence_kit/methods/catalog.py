@@ -275,6 +275,21 @@ METHODS = (
         reference="2505.18976",
     ),
     Method(
+        name="TrackStar",
+        family="projected",
+        summary="the cosine, under R^-1, of projected gradients that Adam's second moments scale",
+        formula=(
+            r"mean over $c$ of $\cos(R_c^{-1/2} u'_c, R_c^{-1/2} u_c)$, $u$ the projection of "
+            r"$g / \sqrt{v}$, $R$ a mean of $u u^T$"
+        ),
+        unit="none: between $-1$ and $1$",
+        needs="the state of Adam, AdamW or Adafactor in each checkpoint (or `optimizer=None`)",
+        fit_cost="one pass, one small inverse per layer",
+        call_cost=_SHORT_PRODUCT,
+        memory=_GRADIENT_CACHE,
+        reference="2410.17413",
+    ),
+    Method(
         name="TRAK",
         family="trak",
         summary="influence function of the margin, from projected gradients; a mean over models",

@@ -1,6 +1,6 @@
 """What a method fits at each of its checkpoints: in the first call, or read from a folder."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,20 @@ class CheckpointFits:
         method: ExampleInfluence,
         caches: Caches,
         cache: FitCache,
-        fit_at: Callable[[int], None],
+        fit_at: Callable[[int, CheckpointLoader], None],
         description: Callable[[CheckpointLoader], Mapping[str, Any]],
     ) -> None:
         self._method, self._caches, self.cache = method, caches, cache
         self._fit_at, self._description = fit_at, description
 
-    def at_all(self, loader: CheckpointLoader, show_progress: bool) -> None:
-        """Fit at all checkpoints, with a bar over them if one is not fitted."""
-        indices = range(len(self._method.checkpoints))
+    def at_all(self, loader: CheckpointLoader, show_progress: bool, indices: Sequence[int]) -> None:
+        """Fit at checkpoints, with a bar over them if one is not fitted."""
         show = show_progress and not all(index in self.cache.states for index in indices)
         doing = f"fit {self.cache.what}. Processing checkpoint"
         with self._method.progress(doing, len(indices), show) as bar:
             for index in indices:
                 loader.load(index)
-                self._fit_at(index)
+                self._fit_at(index, loader)
                 bar.update()
 
     def fit(self, show_progress: bool) -> None:

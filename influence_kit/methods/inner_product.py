@@ -4,7 +4,8 @@ Shapes: m test examples, n training examples, P chosen parameters, C checkpoints
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,15 @@ from influence_kit.methods.gradient_cache import (
 )
 from influence_kit.methods.identity import identity
 from influence_kit.methods.layer_names import Layers
+from influence_kit.methods.optimizer_state import (
+    Optimizer,
+    check_optimizer,
+    optimizer_fingerprint,
+)
 from influence_kit.methods.restarts import given, starts_again
 from influence_kit.methods.term_vectors import term_vectors
 from influence_kit.methods.terms_by_parameter import terms_by_parameter
+from influence_kit.scoring.adam_directions import AdamDirections, check_names
 from influence_kit.scoring.features import chosen_rows
 from influence_kit.scoring.reducers import AllScores, Reducer
 from influence_kit.scoring.side_gradients import SideGradients
@@ -87,6 +94,14 @@ class InnerProductInfluence(ExampleInfluence):
         features: the map that is applied to gradients before their inner products are taken, the
             same for test and training examples (``influence_kit.projections.Projected``); None
             takes the gradients themselves.
+        optimizer: "adam": training examples have the direction of Adam's next step on them in place
+            of their gradient, as in ``LESS``, before ``features`` and everything else; test
+            gradients stay. The moments are read from the ``torch.optim.Adam`` or ``AdamW`` that
+            each checkpoint holds beside the weights (see ``LESS``). None for the gradient, the
+            direction of SGD.
+        parameter_names: the names of the optimizer's parameters in its order. None takes the
+            model's order (all its parameters, or those that require a gradient) within each
+            parameter group, where the shapes allow only one such order.
         store: a folder for the training set's gradients (projected, if the method projects): the
             first call builds it, later calls and other processes read it. A build that was
             interrupted is continued; a folder that was made for another model, data set, loss or
@@ -95,7 +110,8 @@ class InnerProductInfluence(ExampleInfluence):
             model's precision if None.
 
     Raises:
-        InvalidArgumentError: (a ``ValueError``) for invalid arguments.
+        InvalidArgumentError: (a ``ValueError``) for invalid arguments; in a call, for an
+            ``optimizer`` whose state a checkpoint does not hold.
         UnknownLayerError: for layers that the model does not have.
     """
 
@@ -116,6 +132,8 @@ class InnerProductInfluence(ExampleInfluence):
         batch_axes: Any = None,
         verify: Verify = "repeated",
         features: FeatureMap | None = None,
+        optimizer: Optimizer | None = None,
+        parameter_names: Sequence[str] | None = None,
         store: str | Path | None = None,
         store_dtype: torch.dtype | None = None,
     ) -> None:
@@ -138,14 +156,22 @@ class InnerProductInfluence(ExampleInfluence):
             check_path(store, "store", "None")
         if store_dtype is not None:
             check_dtype(store_dtype, "store_dtype")
-        self.features = check_feature_map(features)
+        check_optimizer(optimizer, parameter_names)
+        self.features = check_feature_map(features, optimizer)
+        self.optimizer: str | None = optimizer
+        self.parameter_names = check_names(parameter_names)
+        self._is_directed = optimizer is not None
+        self._directions: AdamDirections | None = None
         self.store, self.store_dtype = store, store_dtype
         self._cache = self._caches.add(GradientCache(store))
         self._learnt = self._caches.add(LearntFeatures())
         self._bind(self._bind_features)
 
     def _bind_features(self) -> None:
-        self._map = self._learnt.map = self.features.bound_to(self._source)
+        direction = self._direction if self._is_directed else None
+        self._map = self._learnt.map = self.features.bound_to(self._source, direction)
+        if self._is_directed and self._map.cached_shapes != self._map.shapes:
+            self._caches.sources["checkpoints"] = self._optimizer_fingerprint
 
     # The definition of a method.
 
@@ -159,7 +185,10 @@ class InnerProductInfluence(ExampleInfluence):
         def features(batch: Batch) -> Gradients:
             return self._map.of_cached(self._cached(checkpoint, batch))
 
-        return Side(checkpoint, features, transforms)
+        if not self._is_directed:
+            return Side(checkpoint, features, transforms)
+        directed = (self._map.directed(checkpoint), *transforms)
+        return Side(checkpoint, partial(self._cached, checkpoint), directed)
 
     def test_at(self, checkpoint: int, *transforms: Transform) -> Side:
         """Features of the test loss at a checkpoint, transformed."""
@@ -167,6 +196,8 @@ class InnerProductInfluence(ExampleInfluence):
         def features(batch: Batch) -> Gradients:
             return self._map.features(checkpoint, batch, self._test_loss)
 
+        if self._is_directed:  # also of training examples that are scored with themselves
+            transforms = (self._map.of_cached, *transforms)
         return Side(checkpoint, features, transforms)
 
     def prepare(self, loader: CheckpointLoader, show_progress: bool = False) -> None:
@@ -177,6 +208,18 @@ class InnerProductInfluence(ExampleInfluence):
             self._map.learn(self._examples_at, n, self._train_loss)
         if self._cache.rows is None:
             self._cache.rows = self._cached_gradients(loader, show_progress)
+
+    @contextmanager
+    def session(self) -> Iterator[CheckpointLoader]:
+        with super().session() as loader:
+            if self._is_directed:
+                self._directions = AdamDirections(
+                    self.model, self.checkpoints, self.parameter_names
+                )
+            try:
+                yield loader
+            finally:
+                self._directions = None
 
     # What a user calls.
 
@@ -253,6 +296,14 @@ class InnerProductInfluence(ExampleInfluence):
         """The batches for the training features of the terms, in the order of the training set."""
         rows = self._cache.rows
         return self.train_dataloader if rows is None else rows.batches()
+
+    def _direction(self, checkpoint: int) -> Transform:
+        """The transform of gradients to directions of the optimizer, in a session."""
+        assert self._directions is not None
+        return self._directions.at(checkpoint)
+
+    def _optimizer_fingerprint(self) -> dict[str, Any]:
+        return optimizer_fingerprint(self.checkpoints)
 
     def _examples_at(self, indices: Tensor) -> Iterable[Batch]:
         chosen = chosen_rows(self.train_dataloader, indices, lambda: None)

@@ -35,7 +35,8 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """V times g over its norm along all dimensions but ``dim``; -1: along all."""
     others = tuple(range(v.dim())) if dim == -1 else tuple(i for i in range(v.dim()) if i != dim)
     norm = torch.linalg.vector_norm(v, dim=others, keepdim=True).reshape(g.shape)
-    return v * (g / norm)
+    found: Tensor = v * (g / norm)
+    return found
 
 
 @contextmanager

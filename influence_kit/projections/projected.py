@@ -82,8 +82,8 @@ class Projected(FeatureMap):
     def shapes(self) -> Mapping[str, torch.Size]:
         return self.maps.shapes
 
-    def features(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
-        return self.maps(super().features(checkpoint, batch, loss))
+    def of_gradients(self, checkpoint: int, gradients: Gradients) -> Gradients:
+        return self.maps(gradients)
 
     def transpose(self, features: Gradients) -> Gradients:
         shapes, sample = self.gradient_shapes, features.sample
@@ -173,10 +173,10 @@ class Masked(FactMasked):
     @property
     def cached_settings(self) -> dict[str, Any]:
         if self.mask == "random":
-            return self.settings
+            return super().cached_settings
         # learnt elsewhere it may differ, and so would the meaning of the columns
         chosen = {name: mask.chosen.tolist() for name, (_, mask) in self._masked().items()}
-        return {**self.settings, "learnt mask": f"{key_of(chosen):032x}"}
+        return {**super().cached_settings, "learnt mask": f"{key_of(chosen):032x}"}
 
     def map_of(self, unit: Unit) -> UnitMap:
         shapes = {name: self._shape(name) for name in unit.names}

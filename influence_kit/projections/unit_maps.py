@@ -7,7 +7,7 @@ its gradient, k entries of the projection.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,11 @@ class UnitMap(ABC):
     @abstractmethod
     def k(self) -> int:
         """The number of entries of the image."""
+
+    @property
+    @abstractmethod
+    def names(self) -> Sequence[str]:
+        """The parameters of the group."""
 
     @abstractmethod
     def __call__(self, gradients: Gradients) -> Tensor | None:
@@ -57,6 +62,10 @@ class TwoSided(UnitMap):
     def k(self) -> int:
         """The number of entries of the image."""
         return self.left.k * self.right.k if self.then is None else self.then.k
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self.unit.names
 
     def __call__(self, gradients: Gradients) -> Tensor | None:
         form = gradients.forms.get(self.unit.names[0])
@@ -126,6 +135,10 @@ class WrittenOut(UnitMap):
     def k(self) -> int:
         """The number of entries of the image."""
         return self.map.k
+
+    @property
+    def names(self) -> Sequence[str]:
+        return list(self.shapes)
 
     def __call__(self, gradients: Gradients) -> Tensor | None:
         forms = {name: form for name, form in gradients.forms.items() if name in self.shapes}

@@ -125,6 +125,10 @@ FINE: dict[str, set[str]] = {
     "store": NONE | TEXT,
     "store_dtype": NONE,
     "hessian_dataset": NONE,
+    "optimizer": NONE,
+    "eval_dataset": NONE,
+    "mixing": NONE | ZERO,
+    "segments": NONE | TWO,
     "relative": NONE,
     "seed": SEEDS,
     "show_progress": FLAGS,
@@ -230,6 +234,7 @@ CLASSES: list[Any] = [
     ik.LoGra,
     ik.GraSS,
     ik.FactGraSS,
+    ik.TrackStar,
     ik.KNNShapley,
     ik.RepresenterPointSelection,
     ik.SimilarityInfluence,
@@ -238,6 +243,7 @@ CLASSES: list[Any] = [
 GOOD_OF: dict[str, dict[str, Callable[[], Any]]] = {
     "DVEmb": {"checkpoints": lambda: checkpoints()[-1:]},
     "LESS": {"checkpoints": with_adam},
+    "TrackStar": {"checkpoints": with_adam, "eval_dataset": train},
     "MAGIC": {"trace": recorded},
     "SOURCE": {"rate_sums": is_([0.5, 1.5])},
     "MAGIC.replay": {"weights": lambda: torch.full((len(train()),), 0.5)},
@@ -248,9 +254,11 @@ GOOD_OF: dict[str, dict[str, Callable[[], Any]]] = {
 # methods that a class refuses, whatever the arguments
 REFUSED = {
     "TracInCPFastRandProj.self_influence",
+    "LESS.compute_intermediate_quantities",
     "MAGIC.self_influence",
     "SOURCE.self_influence",
     "TRAK.perturbation_influence",
+    "TrackStar.perturbation_influence",
     "RepresenterPointSelection.compute_intermediate_quantities",
     "DataOOB.influence",
 }

@@ -559,8 +559,8 @@ def test_every_class_is_what_it_says() -> None:
         if isinstance(found := getattr(influence_kit, name), type)
         and issubclass(found, influence_kit.InfluenceFunction)
     }
-    # of projected gradients, whose errors are in ``test_logra`` and ``test_trak``
-    projected = {"LoGra", "GraSS", "FactGraSS", "TRAK"}
+    # of projected gradients, whose errors are in ``test_logra``, ``test_trak``, ``test_trackstar``
+    projected = {"LoGra", "GraSS", "FactGraSS", "TRAK", "TrackStar"}
     # whose errors are in ``test_source``
     there -= {"InfluenceFunction", "SOURCE"}
     assert there == {*OURS, *CAPTUMS, *projected}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import CASES, Examples, TanhMLP
+from cases import CASES, Case, Examples, TanhMLP
 from contract import METHODS, assert_close, build, stores
 from torch import nn
 from torch.utils.data import (
@@ -52,8 +52,8 @@ KEEPS_NOTHING = {
     "KNNShapley, of a layer",
     "MAGIC",
 }
-# checkpoints here are weights alone; the caches of these two are those of GradCos and EK-FAC
-OF_WEIGHTS = [name for name in METHODS if name not in ("LESS", "SOURCE")]
+# checkpoints here are weights alone; the caches of others are those of GradCos, EK-FAC and LoGra
+OF_WEIGHTS = [name for name in METHODS if METHODS[name].checkpoints is Case.checkpoints]
 OTHER_WEIGHTS = "checkpoint 0 holds other weights than when .*; call `(fit|forget)"
 OTHER_DATA = "`(train|hessian)_dataset` is not what it was .* when .*; call `(fit|forget)"
 OTHER_MODEL = "the model is not what it was .* when .*; call `(fit|forget)"

@@ -37,6 +37,7 @@ TABLE = {
     "MAGIC": "MAGIC",
     "LESS": "LESS",
     "SOURCE": "SOURCE",
+    "TrackStar": "TrackStar",
 }
 MLP = SHORT["mlp"]
 KINDS: dict[str, Callable[[tuple[Tensor, Tensor]], Any]] = {

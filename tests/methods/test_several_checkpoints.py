@@ -119,8 +119,9 @@ def test_every_checkpoint_has_its_own_damping(method):
     arguments = {"projection": "identity", "projection_dim": 10**4} if method == "TRAK" else {}
     if method == "GraSS, learnt":
         arguments = {"mask": "random"}
-    alone = [build(method, CASE, checkpoints=[c], **arguments).fit().damping_used for c in three()]
-    together = build(method, CASE, checkpoints=three(), **arguments).fit().damping_used
+    run = METHODS[method].checkpoints(CASE)
+    alone = [build(method, CASE, checkpoints=[c], **arguments).fit().damping_used for c in run]
+    together = build(method, CASE, checkpoints=run, **arguments).fit().damping_used
     values = torch.tensor([list(used.values()) for used in together])
     expected = torch.tensor([list(used[0].values()) for used in alone])
     if method == "TRAK":  # whose automatic ridge is less for several

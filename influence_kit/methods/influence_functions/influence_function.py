@@ -49,6 +49,7 @@ from influence_kit.methods.influence_functions.preconditioned_gradients import (
 )
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.layer_names import Layers, check_layer
+from influence_kit.methods.optimizer_state import Optimizer
 from influence_kit.methods.restarts import check_k, given, starts_again
 from influence_kit.scoring.features import (
     MostInfluentialFeatures,
@@ -136,6 +137,8 @@ class InfluenceFunction(InnerProductInfluence):
         batch_axes: Any = None,
         verify: Verify = "repeated",
         features: FeatureMap | None = None,
+        optimizer: Optimizer | None = None,
+        parameter_names: Sequence[str] | None = None,
         store: str | Path | None = None,
         store_dtype: torch.dtype | None = None,
     ) -> None:
@@ -158,6 +161,8 @@ class InfluenceFunction(InnerProductInfluence):
             batch_axes=batch_axes,
             verify=verify,
             features=features,
+            optimizer=optimizer,
+            parameter_names=parameter_names,
             store=store,
             store_dtype=store_dtype,
         )
@@ -203,6 +208,10 @@ class InfluenceFunction(InnerProductInfluence):
             )
             for c in range(len(self.checkpoints))
         ]
+
+    def fitted_checkpoints(self) -> Sequence[int]:
+        """The indices of the checkpoints at which the inverse is fitted: all, unless overridden."""
+        return range(len(self.checkpoints))
 
     def _train_side(self, index: int) -> Side:
         if self.relative is None:
@@ -346,7 +355,8 @@ class InfluenceFunction(InnerProductInfluence):
             torch.Size([4, 5, 2])
         """
         check_k(k)
-        refuse_other_scores(self.get_name(), self.relative, self._map)
+        is_linear = self._map.is_linear and not self._is_directed
+        refuse_other_scores(self.get_name(), self.relative, is_linear)
         name = None if layer is None else check_layer(self.model, layer)
         indices = check_train_indices(train_indices, self._examples.train_count)
         perturbed = Perturbed(self.model, name)
@@ -373,7 +383,7 @@ class InfluenceFunction(InnerProductInfluence):
     def prepare(self, loader: CheckpointLoader, show_progress: bool = False) -> None:
         # before the data is divided: every rank takes part in the fit
         super().prepare(loader, show_progress)
-        self._fits.at_all(loader, show_progress)
+        self._fits.at_all(loader, show_progress, self.fitted_checkpoints())
 
     def _plan(
         self,
@@ -397,10 +407,10 @@ class InfluenceFunction(InnerProductInfluence):
         check_preconditioned(quantities, self._fitted.size, len(self.checkpoints))
         return quantities
 
-    def _fit_at(self, index: int) -> None:
-        self._fitted.fit(self._fit_data(index))
+    def _fit_at(self, index: int, loader: CheckpointLoader) -> None:
+        self._fitted.fit(self._fit_data(index, loader))
 
-    def _fit_data(self, index: int) -> FitData:
+    def _fit_data(self, index: int, loader: CheckpointLoader) -> FitData:
         """The data that the inverse curvature is fitted to at a checkpoint."""
         inverse, of_training = self.inverse, self._hessian_data is None
         is_cached = of_training and inverse.takes_own_labels and self._map.is_short

@@ -28,7 +28,6 @@ from influence_kit.data.batches import (
 )
 from influence_kit.errors import InvalidArgumentError, NonFiniteError
 from influence_kit.gradients.batch_memory import kept_bytes
-from influence_kit.gradients.feature_map import FeatureMap
 from influence_kit.gradients.gradient_source import GradientSource
 from influence_kit.losses.loss import Loss
 from influence_kit.operators.partition import Partition
@@ -170,14 +169,14 @@ class Perturbation:
         return self.either_mode(partial(mixed_product, function, values, zeros, along))
 
 
-def refuse_other_scores(method: str, relative: str | None, features: FeatureMap) -> None:
+def refuse_other_scores(method: str, relative: str | None, is_linear: bool) -> None:
     """Refuse scores that are not linear in the gradient of the training loss."""
     if relative is not None:
         raise NotImplementedError(
             f'with relative="{relative}" scores are divided by a norm that depends on the '
             "training input, too; `perturbation_influence` needs relative=None"
         )
-    if not features.is_linear:
+    if not is_linear:
         raise NotImplementedError(
             f"the scores of {method} are not linear in the gradient of the training loss, which "
             "`perturbation_influence` differentiates: use an influence function "

@@ -1,5 +1,6 @@
 """LoGra: Choe et al. 2024, arXiv 2405.13954."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from influence_kit.methods.arguments import documented
 from influence_kit.methods.example_batches import BatchSize
 from influence_kit.methods.influence_functions.influence_function import InfluenceFunction
 from influence_kit.methods.layer_names import Layers
+from influence_kit.methods.optimizer_state import Optimizer
 from influence_kit.methods.projected.projected_inverse import ProjectedInverse
 from influence_kit.projections.projected import Dim, Kind, Projected
 
@@ -101,6 +103,8 @@ class LoGra(InfluenceFunction):
         hessian_dataset: Dataset[Any] | DataLoader[Any] | None = None,
         relative: Literal["theta", "l"] | None = None,
         seed: int = 0,
+        optimizer: Optimizer | None = None,
+        parameter_names: Sequence[str] | None = None,
         test_output_fn: OutputFunction | None = None,
         eval_mode: bool = True,
         batch_axes: Any = None,
@@ -122,6 +126,8 @@ class LoGra(InfluenceFunction):
             hessian_dataset=hessian_dataset,
             relative=relative,
             features=Projected(projection_dim, projection, seed),
+            optimizer=optimizer,
+            parameter_names=parameter_names,
             test_output_fn=test_output_fn,
             eval_mode=eval_mode,
             batch_axes=batch_axes,

@@ -255,9 +255,9 @@ class RepresenterPointSelection(InnerProductInfluence):
     def prepare(self, loader: CheckpointLoader, show_progress: bool = False) -> None:
         # before the data is divided: every rank needs all of it
         super().prepare(loader, show_progress)
-        self._fits.at_all(loader, show_progress)
+        self._fits.at_all(loader, show_progress, range(len(self.checkpoints)))
 
-    def _fit_at(self, index: int) -> None:
+    def _fit_at(self, index: int, loader: CheckpointLoader) -> None:
         states = self._fits.cache.states
         if index not in states:
             head = self._refit.head(self.train_dataloader, self.device)

@@ -19,7 +19,6 @@ from influence_kit.methods.arguments import documented
 from influence_kit.methods.example_batches import BatchSize
 from influence_kit.methods.inner_product import InnerProductInfluence
 from influence_kit.methods.layer_names import Layers
-from influence_kit.scoring.adam_directions import AdamDirections, check_names
 from influence_kit.scoring.term import Term
 from influence_kit.scoring.transforms import unit_norm
 
@@ -102,7 +101,6 @@ class LESS(InnerProductInfluence):
             raise InvalidArgumentError(
                 f'`similarity` must be "cosine" or "dot"; got {shown(similarity)}'
             )
-        parameter_names = check_names(parameter_names)
         super().__init__(
             model,
             train_dataset,
@@ -113,6 +111,8 @@ class LESS(InnerProductInfluence):
             batch_size,
             test_loss_fn,
             sample_wise_grads_per_batch,
+            optimizer="adam",
+            parameter_names=parameter_names,
             test_output_fn=test_output_fn,
             eval_mode=eval_mode,
             batch_axes=batch_axes,
@@ -120,13 +120,12 @@ class LESS(InnerProductInfluence):
             store=store,
             store_dtype=store_dtype,
         )
-        self.similarity, self.parameter_names = similarity, parameter_names
+        self.similarity = similarity
 
     def terms(self) -> list[Term]:
-        """One term per checkpoint, training gradients turned into Adam's directions."""
-        directions = AdamDirections(self.model, self.checkpoints, self.parameter_names)
+        """One term per checkpoint; ``train_at`` turns training gradients into directions."""
         last = (unit_norm,) if self.similarity == "cosine" else ()
         return [
-            Term(self.test_at(c, *last), self.train_at(c, directions.at(c), *last))
+            Term(self.test_at(c, *last), self.train_at(c, *last))
             for c in range(len(self.checkpoints))
         ]
