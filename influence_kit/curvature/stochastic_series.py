@@ -37,6 +37,9 @@ class LiSSA(OperatorInverse):
         hessian_batch_size: examples sampled in each iteration; None for all of them.
     """
 
+    # each iteration has its own sample, and they are multiplied in order
+    is_symmetric = False
+
     def __init__(
         self,
         damping: DampingArgument = "auto",

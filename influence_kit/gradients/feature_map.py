@@ -33,6 +33,8 @@ class FeatureMap:
     is_short = False
     # whether they are a linear map of the gradients of the loss
     is_linear = True
+    # whether a gradient is written out to be turned into features
+    writes_out = False
     _source: GradientSource | None = None
 
     def __repr__(self) -> str:
@@ -73,6 +75,16 @@ class FeatureMap:
     def features(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
         """The features of each example, at the checkpoint that is in the model."""
         return self.source(batch, loss)
+
+    def train_features(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
+        """The features of training examples, for terms."""
+        return self.of_cached(self.cached(checkpoint, batch, loss))
+
+    def with_source(self, source: GradientSource) -> FeatureMap:
+        """The bound map, of gradients from another source (of tokens, each like an example)."""
+        other = copy.copy(self)
+        other._source = source
+        return other
 
     def transpose(self, features: Gradients) -> Gradients:
         """The transposed map: gradients whose products with gradients are those of the features."""

@@ -26,6 +26,7 @@ from influence_kit.losses.model_losses import (
     example_means,
     next_token_losses,
     same_slopes,
+    token_losses,
 )
 from influence_kit.losses.reduction_check import compare_parts
 
@@ -99,6 +100,18 @@ class Loss:
         """By how many positions labels lag behind logits: 1 for a language model's own loss."""
         formula = self._formula
         return int(isinstance(formula, partial) and next_token_losses in formula.args)
+
+    @property
+    def is_own_of_tokens(self) -> bool:
+        """Whether the model computes the loss, as a mean over labelled tokens."""
+        return self._own_formula in (next_token_losses, token_losses)
+
+    @property
+    def function(self) -> Any:
+        """What is called with outputs and targets: the user's function, if there is one."""
+        formula: Any = self._formula
+        is_squared = isinstance(formula, partial) and formula.func is _squared_errors
+        return formula.args[0] if is_squared else formula
 
     @property
     def is_of_outputs(self) -> bool:

@@ -4,11 +4,11 @@ Shapes: m test examples, n training examples, P chosen parameters, C checkpoints
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -41,11 +41,14 @@ from influence_kit.methods.gradient_cache import (
 )
 from influence_kit.methods.identity import identity
 from influence_kit.methods.layer_names import Layers
-from influence_kit.methods.restarts import given, starts_again
+from influence_kit.methods.restarts import check_k, given, starts_again
+from influence_kit.methods.side_features import SideFeatures
+from influence_kit.methods.token_influence import PerToken, TokenInfluence, check_per_token
 from influence_kit.scoring.features import chosen_rows
-from influence_kit.scoring.reducers import AllScores, Reducer
+from influence_kit.scoring.reducers import AllScores, KMostInfluentialResults, Reducer
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term
+from influence_kit.scoring.token_results import KMostInfluentialTokens
 from influence_kit.scoring.watch import Watch
 
 
@@ -160,7 +163,8 @@ class InnerProductInfluence(ExampleInfluence):
         def features(batch: Batch) -> Gradients:
             return self._map.of_cached(self._cached(checkpoint, batch))
 
-        return Side(checkpoint, features, transforms)
+        found = SideFeatures(checkpoint, features, self._train_loss, of_tests=False)
+        return Side(checkpoint, found, transforms)
 
     def test_at(self, checkpoint: int, *transforms: Transform) -> Side:
         """Features of the test loss at a checkpoint, transformed."""
@@ -168,7 +172,8 @@ class InnerProductInfluence(ExampleInfluence):
         def features(batch: Batch) -> Gradients:
             return self._map.features(checkpoint, batch, self._test_loss)
 
-        return Side(checkpoint, features, transforms)
+        found = SideFeatures(checkpoint, features, self._test_loss, of_tests=True)
+        return Side(checkpoint, found, transforms)
 
     def prepare(self, loader: CheckpointLoader, show_progress: bool = False) -> None:
         """Compute what the terms need: the gradients of the training set, if they are cached."""
@@ -179,7 +184,140 @@ class InnerProductInfluence(ExampleInfluence):
         if self._cache.rows is None:
             self._cache.rows = self._made_rows(loader, show_progress)
 
+    # whether the inverse of ``solve`` is a symmetric linear map
+    is_symmetric = False
+
+    def train_weights(self) -> Callable[[], Tensor] | None:
+        """A function for numbers ``[n]`` that the scores of training examples are multiplied by."""
+        return None
+
     # What a user calls.
+
+    @overload
+    def influence(
+        self,
+        inputs: Any = None,
+        k: None = None,
+        proponents: bool = True,
+        show_progress: bool = False,
+        aggregate: bool = False,
+        *,
+        per_token: PerToken | None = None,
+        doc_ids: Tensor | Sequence[Tensor] | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def influence(
+        self,
+        inputs: Any,
+        k: int,
+        proponents: bool = True,
+        show_progress: bool = False,
+        aggregate: bool = False,
+        *,
+        per_token: None = None,
+        doc_ids: None = None,
+    ) -> KMostInfluentialResults: ...
+
+    @overload
+    def influence(
+        self,
+        inputs: Any,
+        k: int,
+        proponents: bool = True,
+        show_progress: bool = False,
+        aggregate: bool = False,
+        *,
+        per_token: PerToken,
+        doc_ids: None = None,
+    ) -> KMostInfluentialTokens: ...
+
+    @overload
+    def influence(
+        self,
+        inputs: Any,
+        k: int,
+        proponents: bool = True,
+        show_progress: bool = False,
+        aggregate: bool = False,
+        *,
+        per_token: PerToken,
+        doc_ids: Tensor | Sequence[Tensor],
+    ) -> KMostInfluentialResults: ...
+
+    @starts_again
+    def influence(
+        self,
+        inputs: Any = None,
+        k: int | None = None,
+        proponents: bool = True,
+        show_progress: bool = False,
+        aggregate: bool = False,
+        *,
+        per_token: PerToken | None = None,
+        doc_ids: Tensor | Sequence[Tensor] | None = None,
+    ) -> Tensor | KMostInfluentialResults | KMostInfluentialTokens:
+        r"""The scores of all training examples for each test example, or the k best.
+
+        .. math::
+            \text{score}_{ij} = \sum_s \text{score}_{ijs}
+
+        With ``per_token`` also their parts by token, which sum to the scores. Gradients are sums
+        over the positions s at which layers act, :math:`\sum_s \delta_s a_s^T` of a linear layer,
+        so that a score is the sum of :math:`\delta_s^T V a_s`, with V the gradient of the other
+        example (preconditioned, if the method does that).
+
+        Args:
+            inputs: test examples: one batch (tuple, list or dict), a DataLoader, or a Dataset,
+                which is batched like the training set.
+            k: how many proponents or opponents to return; None for all scores.
+            proponents: the highest scores; False for the lowest.
+            show_progress: a bar over the training set, and before it one over the checkpoints if
+                something is fitted or cached at each.
+            aggregate: the influence on the sum of the test examples' losses (or outputs): one row.
+            per_token: None for scores of examples. "train": by token of the training example, the
+                part of its gradient that passes through the position. "test_positions": the same
+                by token of the test example. "test_terms": by the token's own term of the test
+                example's loss, the effect on the prediction of that token; the terms that the loss
+                ignores (padding, a prompt) are 0. It takes one pass per token over the test
+                examples; the others none.
+            doc_ids: with "train": the document of each training token, whole numbers ``[n, t]`` (or
+                n tensors ``[t]``), -1 for none: scores are summed by document.
+
+        Returns:
+            Scores ``[m, n]`` (``[1, n]`` if ``aggregate``) in the order of the training set, or
+            ``KMostInfluentialResults`` of ``[m, min(k, n)]``. Positive: a proponent, training on it
+            lowered the test loss (raised ``test_output_fn``, if that is given). Scores have the
+            model's precision, and float32 for a model in half precision. Complex parameters count
+            as pairs of real numbers: an inner product of gradients is Re(conj(g) . g').
+
+            With ``per_token`` ``[m, n, t]``, t the number of tokens of the longest example (beyond
+            the tokens of a shorter batch scores are 0); with ``k`` ``KMostInfluentialTokens``, in
+            memory for m * k * t. With ``doc_ids`` ``[m, D]``, D the largest document plus 1; with
+            ``k`` the k best documents as ``KMostInfluentialResults``. If the inverse curvature is
+            found by iterations (conjugate gradients), sums over test tokens equal the scores to its
+            tolerance.
+
+        Raises:
+            InvalidArgumentError: with ``per_token``, for parameters without a gradient per position
+                (those without a rule of a layer, of convolutions, of layers that act at another
+                number of positions: ``layers`` can leave them out); for "test_terms", if the loss
+                does not show the term of each token; if all token scores do not fit the memory.
+            NotImplementedError: with ``per_token``, for methods whose gradients are no sum over
+                tokens (``DVEmb``, ``RepresenterPointSelection``, the training side of ``LESS``).
+        """
+        if per_token is None:
+            if doc_ids is not None:
+                raise InvalidArgumentError('`doc_ids` needs per_token="train"; got None')
+            return super().influence(inputs, k, proponents, show_progress, aggregate)
+        check_k(k)
+        documents = check_per_token(per_token, doc_ids, aggregate, inputs)
+        call = TokenInfluence(self, per_token, inputs, show_progress, aggregate)
+        if documents is not None:
+            return call.of_documents(documents, k, proponents)
+        if k is None:
+            return call.all()
+        return call.of_pairs(super().influence(inputs, k, proponents, show_progress, aggregate))
 
     @starts_again
     def influence_by_layer(

@@ -1,0 +1,305 @@
+"""The loops over data for token scores: from terms with a side by token to blocks of scores.
+
+Shapes: m test examples, n training examples, t tokens, P parameters.
+
+By token of the training example, the test gradients V are made once and held, and the training set
+is read once: the score of a token is <V, its part of the gradient>, delta_s^T V a_s in a linear
+layer. By token of the test example, the parts of the test gradients are held and the training
+gradients are preconditioned instead, as (C + damping)^-1 is symmetric: memory is that of the test
+gradients' factors. If the inverse is not symmetric, or takes longer for the training examples, the
+parts are preconditioned, in groups that fit the memory, and each group takes a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from influence_kit.checkpoints.loader import CheckpointLoader
+from influence_kit.core.distributed import is_mine
+from influence_kit.core.memory import resident_bytes, rows_within
+from influence_kit.data.batches import (
+    Batch,
+    example_count,
+    example_lengths,
+    nbytes,
+    split,
+    to_device,
+)
+from influence_kit.errors import NonFiniteError
+from influence_kit.gradients.per_example import Gradients, join_examples
+from influence_kit.scoring.stream import CHUNK_BYTES, Stream, refuse_non_finite_examples
+from influence_kit.scoring.term import Term
+from influence_kit.scoring.token_results import Block, TokenScores
+from influence_kit.scoring.token_side import TokenSide
+
+# a batch, with the indices of its examples
+Numbered = tuple[Tensor, Batch]
+Weights = Callable[[], Tensor]
+
+
+class TokenTerm(NamedTuple):
+    """A term, and one of its sides by token."""
+
+    term: Term
+    tokens: TokenSide
+
+
+class Piece(NamedTuple):
+    """Some tokens of test examples: a batch, the index of its first example, and which tokens."""
+
+    start: int
+    batch: Batch
+    part: slice | None = None
+
+
+class _Held(NamedTuple):
+    """The features of the tokens of a group of test examples.
+
+    Attributes:
+        gradients: the features, each token like an example.
+        pieces: of each piece, the index of its first row, and the test example and the token of
+            each of its rows.
+    """
+
+    gradients: Gradients
+    pieces: list[tuple[int, Tensor, Tensor]]
+
+
+def numbered(batches: Iterable[Batch]) -> Iterator[Numbered]:
+    """All batches of a data set, in order."""
+    start = 0
+    for batch in batches:
+        n = example_count(batch)
+        yield torch.arange(start, start + n), batch
+        start += n
+
+
+@dataclass
+class TokenStream:
+    """One call for token scores.
+
+    Args:
+        terms: the terms of the method.
+        loader: loads checkpoints into the model.
+        sample: a tensor with the dtype and device of the scores.
+        scores: takes the blocks.
+        total: the number of training examples, 0 if unknown.
+        weights: returns weights of the training examples, to multiply their scores by.
+        tick: called after each training batch of each term.
+    """
+
+    terms: Sequence[TokenTerm]
+    loader: CheckpointLoader
+    sample: Tensor
+    scores: TokenScores
+    total: int
+    weights: Weights | None
+    tick: Callable[[], None]
+    # the numbers of examples that were seen
+    m: int = field(default=0, init=False)
+    n: int = field(default=0, init=False)
+
+    def of_train(self, inputs: Iterable[Batch], train: Iterable[Numbered], aggregate: bool) -> None:
+        """Pass the scores of the tokens of all training examples on."""
+        stream = Stream([term for term, _ in self.terms], self.loader, self.sample)
+        tests: dict[int, Gradients] = {}
+        for chunk in self._chunks(train):
+            parts: list[Tensor] = []
+            for number, (term, tokens) in enumerate(self.terms):
+                if number not in tests:
+                    tests[number] = stream.test_side(term.test, inputs, aggregate)
+                weight = term.weight_at(self.loader.load(term.train.checkpoint))
+                found = [
+                    self._of_train_batch(numbers, term, tokens, tests[number]) for numbers in chunk
+                ]
+                parts = _added(parts, [values * weight for values in found])
+            self.m = tests[0].n
+            for (indices, _), values in zip(chunk, parts, strict=True):
+                self._pass_on(torch.arange(self.m), indices, 0, values)
+
+    def _of_train_batch(
+        self, numbers: Numbered, term: Term, tokens: TokenSide, test: Gradients
+    ) -> Tensor:
+        """The scores ``[m, b, t]`` of one batch and term."""
+        indices, batch = numbers
+        batch = to_device(batch, self.sample.device)
+        n, found = len(indices), self.sample.new_zeros(0)
+        for rows, gradients, length in tokens(batch, n):
+            if not len(found):
+                found = self.sample.new_zeros(test.n, n * length)
+            found[:, rows] = gradients.inner(test, max(1, self.total) * length)
+        self._require_finite(found, term, batch, indices)
+        self.tick()
+        return found.view(test.n, n, -1)
+
+    def of_tests(
+        self,
+        groups: Iterable[Sequence[Piece]],
+        train: Callable[[], Iterable[Numbered]],
+        solves_tests: bool,
+    ) -> None:
+        """Pass the scores of the tokens of all test examples on.
+
+        Args:
+            groups: pieces of the test examples; each group takes a pass over the training examples.
+            train: gives the training examples.
+            solves_tests: whether ``solve`` is applied to the test tokens, not to training examples.
+        """
+        for group in groups:
+            self.m = max(self.m, *(piece.start + example_count(piece.batch) for piece in group))
+            held: dict[int, _Held] = {}
+            for chunk in self._chunks(train()):
+                parts: list[Tensor] = []
+                for number, one in enumerate(self.terms):
+                    if number not in held:
+                        held[number] = self._held(group, *one, solves_tests)
+                    weight = one.term.weight_at(self.loader.load(one.term.train.checkpoint))
+                    found = [
+                        self._of_tests_batch(numbers, one.term, held[number], solves_tests) * weight
+                        for numbers in chunk
+                    ]
+                    parts = _added(parts, found)
+                for (indices, _), rows in zip(chunk, parts, strict=True):
+                    self._pass_on_pieces(held[0], indices, rows)
+
+    def _held(
+        self, group: Sequence[Piece], term: Term, tokens: TokenSide, solves_tests: bool
+    ) -> _Held:
+        """The features of the tokens of a group."""
+        self.loader.load(term.test.checkpoint)
+        parts: list[Gradients] = []
+        pieces = []
+        first = 0
+        for start, batch, part in group:
+            batch = to_device(batch, self.sample.device)
+            n = example_count(batch)
+            rows = []
+            for found in tokens(batch, n, part):
+                self._require_finite_features(
+                    found.gradients, start + found.rows // found.length, term.test.checkpoint
+                )
+                parts.append(found.gradients)
+                rows.append(torch.stack([found.rows // found.length, found.rows % found.length]))
+            if rows:
+                examples, columns = torch.cat(rows, dim=1)
+                pieces.append((first, start + examples, columns))
+                first += len(columns)
+        gradients = join_examples(parts)
+        return _Held(term.test.solved(gradients) if solves_tests else gradients, pieces)
+
+    def _of_tests_batch(
+        self, numbers: Numbered, term: Term, held: _Held, solves_tests: bool
+    ) -> Tensor:
+        """The scores ``[rows, b]`` of the held tokens with one training batch."""
+        indices, batch = numbers
+        batch = to_device(batch, self.sample.device)
+        train = term.train(batch)
+        if solves_tests or term.test.solve is None:
+            found = train.inner(held.gradients, self.total)
+        else:
+            self._require_finite_features(train, indices, term.train.checkpoint, "training")
+            found = held.gradients.inner(term.test.solved(train), held.gradients.n).T
+        self._require_finite(found, term, batch, indices)
+        self.tick()
+        return found
+
+    def _pass_on_pieces(self, held: _Held, indices: Tensor, rows: Tensor) -> None:
+        for first, examples, columns in held.pieces:
+            start, token = int(examples.min()), int(columns.min())
+            shape = int(examples.max()) - start + 1, len(indices), int(columns.max()) - token + 1
+            values = rows.new_zeros(shape)
+            own = rows[first : first + len(columns)]
+            values[examples - start, :, columns - token] = own
+            self._pass_on(torch.arange(start, start + shape[0]), indices, token, values)
+
+    def _pass_on(self, queries: Tensor, indices: Tensor, first: int, values: Tensor) -> None:
+        self.n = max(self.n, int(indices.max()) + 1)
+        if self.weights is not None:
+            weights = self.weights()
+            values = values * weights[indices.to(weights.device)].to(values)[:, None]
+        self.scores.add(Block(queries, indices, first, values))
+
+    def _chunks(self, batches: Iterable[Numbered]) -> Iterator[list[Numbered]]:
+        """This rank's batches; with several terms, as many as may be held at once."""
+        chunk: list[Numbered] = []
+        size = 0
+        for number, (indices, batch) in enumerate(batches):
+            self.n = max(self.n, int(indices.max()) + 1)
+            if not is_mine(number):
+                continue
+            if chunk and (len(self.terms) == 1 or size + nbytes(batch) > CHUNK_BYTES):
+                yield chunk
+                chunk, size = [], 0
+            chunk.append((indices, batch))
+            size += nbytes(batch)
+        if chunk:
+            yield chunk
+
+    def _require_finite(self, found: Tensor, term: Term, batch: Batch, indices: Tensor) -> None:
+        if bool(torch.isfinite(found.sum())) or bool(torch.isfinite(found).all()):
+            return
+        checkpoint = term.train.checkpoint
+        self._require_finite_features(term.train.features(batch), indices, checkpoint, "training")
+        raise NonFiniteError(
+            f"a token score with the training examples {int(indices.min())} to "
+            f"{int(indices.max())} overflows at checkpoint {checkpoint}; use float64"
+        )
+
+    def _require_finite_features(
+        self, gradients: Gradients, indices: Tensor, checkpoint: int = 0, kind: str = "test"
+    ) -> None:
+        """Refuse NaN and infinite features; ``indices`` are those of the examples, by row."""
+        found = None if gradients.has_finite_factors else gradients.non_finite()
+        if found is not None:
+            row = found[0]
+            one = gradients.rows(slice(row, row + 1))
+            refuse_non_finite_examples(one, int(indices[row]), kind, checkpoint)
+
+
+def _added(sums: list[Tensor], parts: list[Tensor]) -> list[Tensor]:
+    """The sums of a chunk's batches with the parts of another term added."""
+    return [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+
+
+def one_group(batches: Iterable[Batch]) -> list[list[Piece]]:
+    """All test examples in one group."""
+    pieces = []
+    start = 0
+    for batch in batches:
+        pieces.append(Piece(start, batch))
+        start += example_count(batch)
+    return [pieces]
+
+
+def groups_within(
+    batches: Iterable[Batch], row_bytes: int, by_term: bool, device: torch.device
+) -> Iterator[list[Piece]]:
+    """The test examples in groups whose tokens fit the memory, at ``row_bytes`` bytes per token.
+
+    The number of tokens is estimated by the longest dimension of an example's tensors.
+    """
+    budget = rows_within(resident_bytes(device), row_bytes)
+    group: list[Piece] = []
+    held = start = 0
+    for batch in batches:
+        longest = max([length for lengths in example_lengths(batch) for length in lengths] or [1])
+        for piece in split(batch, max(1, budget // longest)):
+            n = example_count(piece)
+            step = max(1, budget // n) if by_term else budget
+            for first in range(0, longest, step):
+                is_last = first + step >= longest
+                part = slice(first, None if is_last else first + step)
+                rows = n * min(step, longest - first)
+                if group and held + rows > budget:
+                    yield group
+                    group, held = [], 0
+                group.append(Piece(start, piece, part))
+                held += rows
+            start += n
+    if group:
+        yield group
