@@ -32,8 +32,10 @@ class ByPosition(nn.Module):
                     layer._parameters[name] = known[s]
 
     def forward(self, x: Tensor) -> Tensor:
-        assert x.shape[1] == self.t
-        return torch.stack([layer(x[:, s]) for s, layer in enumerate(self.layers)], dim=1)
+        axis = min(1, x.dim() - 1)  # position ids [t] have no dimension of examples
+        assert x.shape[axis] == self.t
+        parts = [layer(x.select(axis, s)) for s, layer in enumerate(self.layers)]
+        return torch.stack(parts, dim=axis)
 
 
 def position_gradients(

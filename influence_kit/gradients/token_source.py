@@ -11,7 +11,8 @@ from typing import Literal
 
 import torch
 
-from influence_kit.data.batches import Batch, call_model
+from influence_kit.core.dtypes import exact
+from influence_kit.data.batches import Batch, call_model, map_outputs
 from influence_kit.gradients.gradient_source import GradientSource
 from influence_kit.gradients.per_example import Gradients, join_examples
 from influence_kit.gradients.positions import position_gradients
@@ -91,7 +92,8 @@ class TokenSource(GradientSource):
             found = position_gradients(self.capture, uses, whole, self._compared)
             return _Held(batch, loss, whole, found.length, tokens=found.gradients)
         with torch.no_grad():
-            terms = terms_of(loss, call_model(self.capture.model, batch), batch)
+            outputs = map_outputs(call_model(self.capture.model, batch), exact)
+            terms = terms_of(loss, outputs, batch)
         return _Held(batch, loss, whole, terms.values.shape[1], counted=set(terms.counted))
 
     def _by_position(self, held: _Held) -> Gradients:

@@ -16,6 +16,7 @@ from influence_kit.data.class_labels import labels_of, logits_of
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.losses.loss import Loss, LossFunction
 from influence_kit.losses.margins import OutputFunction, classification_margin
+from influence_kit.losses.targets import Target
 
 # relative tolerance, for float32 and a label's probability computed in another way
 SAME = 1e-5
@@ -48,9 +49,11 @@ class LossOfTests(Loss):
     """
 
     def __init__(self, loss_fn: LossFunction, reduction: str | None, train: Loss) -> None:
-        if _unwrapped(loss_fn) is classification_margin:
+        function = _unwrapped(loss_fn)
+        if function is classification_margin or isinstance(function, Target):
+            name = getattr(function, "__name__", type(function).__name__)
             raise InvalidArgumentError(
-                f"`test_loss_fn` is `classification_margin`, which is better when higher. {REMEDY}"
+                f"`test_loss_fn` is `{name}`, which is better when higher. {REMEDY}"
             )
         super().__init__(loss_fn, reduction, "test_loss_fn")
         self._train = train

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from influence_kit.core.arguments import shown
+from influence_kit.core.distributed import is_alone
 from influence_kit.core.objects import is_one_of
 from influence_kit.data.batches import Batch, example_count, take
 from influence_kit.errors import InvalidArgumentError
@@ -180,7 +181,8 @@ class TokenInfluence:
     ) -> None:
         method = self.method
         solved = any(term.test.solve is not None for term in terms)
-        solves_tests = solved and not method.is_symmetric
+        # ranks have different training examples, but solve together
+        solves_tests = solved and not (method.is_symmetric and is_alone())
         by_term = self.per_token == TERMS
         row_bytes = self._width * method._sample.element_size()
         groups: Iterable[Any] = one_group(tests)

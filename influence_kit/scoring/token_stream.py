@@ -107,18 +107,15 @@ class TokenStream:
     def of_train(self, inputs: Iterable[Batch], train: Iterable[Numbered], aggregate: bool) -> None:
         """Pass the scores of the tokens of all training examples on."""
         stream = Stream([term for term, _ in self.terms], self.loader, self.sample)
-        tests: dict[int, Gradients] = {}
+        # before the training examples are divided: every rank takes part in solving
+        tests = [stream.test_side(term.test, inputs, aggregate) for term, _ in self.terms]
+        self.m = tests[0].n
         for chunk in self._chunks(train):
             parts: list[Tensor] = []
-            for number, (term, tokens) in enumerate(self.terms):
-                if number not in tests:
-                    tests[number] = stream.test_side(term.test, inputs, aggregate)
+            for test, (term, tokens) in zip(tests, self.terms, strict=True):
                 weight = term.weight_at(self.loader.load(term.train.checkpoint))
-                found = [
-                    self._of_train_batch(numbers, term, tokens, tests[number]) for numbers in chunk
-                ]
+                found = [self._of_train_batch(numbers, term, tokens, test) for numbers in chunk]
                 parts = _added(parts, [values * weight for values in found])
-            self.m = tests[0].n
             for (indices, _), values in zip(chunk, parts, strict=True):
                 self._pass_on(torch.arange(self.m), indices, 0, values)
 
@@ -133,7 +130,7 @@ class TokenStream:
             if not len(found):
                 found = self.sample.new_zeros(test.n, n * length)
             found[:, rows] = gradients.inner(test, max(1, self.total) * length)
-        self._require_finite(found, term, batch, indices)
+        self._require_finite(found, term, batch, indices, test)
         self.tick()
         return found.view(test.n, n, -1)
 
@@ -152,18 +149,13 @@ class TokenStream:
         """
         for group in groups:
             self.m = max(self.m, *(piece.start + example_count(piece.batch) for piece in group))
-            held: dict[int, _Held] = {}
+            held = [self._held(group, *one, solves_tests) for one in self.terms]
             for chunk in self._chunks(train()):
                 parts: list[Tensor] = []
-                for number, one in enumerate(self.terms):
-                    if number not in held:
-                        held[number] = self._held(group, *one, solves_tests)
-                    weight = one.term.weight_at(self.loader.load(one.term.train.checkpoint))
-                    found = [
-                        self._of_tests_batch(numbers, one.term, held[number], solves_tests) * weight
-                        for numbers in chunk
-                    ]
-                    parts = _added(parts, found)
+                for own, (term, _) in zip(held, self.terms, strict=True):
+                    weight = term.weight_at(self.loader.load(term.train.checkpoint))
+                    found = [self._of_tests_batch(b, term, own, solves_tests) for b in chunk]
+                    parts = _added(parts, [rows * weight for rows in found])
                 for (indices, _), rows in zip(chunk, parts, strict=True):
                     self._pass_on_pieces(held[0], indices, rows)
 
@@ -240,11 +232,20 @@ class TokenStream:
         if chunk:
             yield chunk
 
-    def _require_finite(self, found: Tensor, term: Term, batch: Batch, indices: Tensor) -> None:
+    def _require_finite(
+        self,
+        found: Tensor,
+        term: Term,
+        batch: Batch,
+        indices: Tensor,
+        test: Gradients | None = None,
+    ) -> None:
         if bool(torch.isfinite(found.sum())) or bool(torch.isfinite(found).all()):
             return
         checkpoint = term.train.checkpoint
         self._require_finite_features(term.train.features(batch), indices, checkpoint, "training")
+        if test is not None:
+            self._require_finite_features(test, torch.arange(test.n), checkpoint)
         raise NonFiniteError(
             f"a token score with the training examples {int(indices.min())} to "
             f"{int(indices.max())} overflows at checkpoint {checkpoint}; use float64"
