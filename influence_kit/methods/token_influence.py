@@ -24,6 +24,7 @@ from influence_kit.methods.side_features import SideFeatures
 from influence_kit.scoring.features import chosen_rows
 from influence_kit.scoring.reducers import KMostInfluentialResults, TopK
 from influence_kit.scoring.term import Term
+from influence_kit.scoring.token_groups import Numbered, groups_within, numbered, one_group
 from influence_kit.scoring.token_results import (
     AllTokens,
     DocumentSums,
@@ -32,14 +33,7 @@ from influence_kit.scoring.token_results import (
     TokenScores,
 )
 from influence_kit.scoring.token_side import TokenSide, is_linear, is_scale
-from influence_kit.scoring.token_stream import (
-    Numbered,
-    TokenStream,
-    TokenTerm,
-    groups_within,
-    numbered,
-    one_group,
-)
+from influence_kit.scoring.token_stream import TokenStream, TokenTerm
 
 if TYPE_CHECKING:
     from influence_kit.methods.inner_product import InnerProductInfluence

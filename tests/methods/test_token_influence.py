@@ -13,7 +13,7 @@ from token_models import MODELS, T, adapted, checkpoints, terms, tied, tokens, t
 from torch import Tensor, nn
 
 import influence_kit as ik
-from influence_kit.scoring import token_stream
+from influence_kit.scoring import token_groups
 
 TRAIN, TEST = tokens(7, 1, ignored=2), tokens(3, 2, ignored=2)
 SIDES = ("train", "test_positions", "test_terms")
@@ -207,7 +207,7 @@ def test_groups_of_test_tokens(name: str, side: str, monkeypatch: pytest.MonkeyP
     whole = made[name]().influence(TEST, per_token=side)
     size = sum(p.numel() for p in model.parameters()) * 8
     for rows in (2, 7):
-        monkeypatch.setattr(token_stream, "resident_bytes", lambda device, r=rows: r * size)
+        monkeypatch.setattr(token_groups, "resident_bytes", lambda device, r=rows: r * size)
         assert_close(made[name]().influence(TEST, per_token=side), whole, 1e-9)
 
 

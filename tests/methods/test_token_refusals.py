@@ -263,5 +263,5 @@ def test_scores_that_overflow(side: str) -> None:
 
     model = adapted().float()
     method = ik.GradDot(model, Examples(TRAIN), [model.state_dict()], loss_fn=large)
-    with pytest.raises(NonFiniteError, match="a token score .* overflows at checkpoint 0"):
+    with pytest.raises(NonFiniteError, match=r"a token score .* overflows at checkpoint 0"):
         method.influence(TEST, per_token=side)
