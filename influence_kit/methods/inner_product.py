@@ -41,9 +41,9 @@ from influence_kit.methods.gradient_cache import (
 )
 from influence_kit.methods.identity import identity
 from influence_kit.methods.layer_names import Layers
-from influence_kit.methods.restarts import check_k, given, starts_again
+from influence_kit.methods.restarts import given, starts_again
 from influence_kit.methods.side_features import SideFeatures
-from influence_kit.methods.token_influence import PerToken, TokenInfluence, check_per_token
+from influence_kit.methods.token_influence import PerToken, token_influence
 from influence_kit.scoring.features import chosen_rows
 from influence_kit.scoring.reducers import AllScores, KMostInfluentialResults, Reducer
 from influence_kit.scoring.stream import Stream
@@ -245,7 +245,6 @@ class InnerProductInfluence(ExampleInfluence):
         doc_ids: Tensor | Sequence[Tensor],
     ) -> KMostInfluentialResults: ...
 
-    @starts_again
     def influence(
         self,
         inputs: Any = None,
@@ -310,14 +309,9 @@ class InnerProductInfluence(ExampleInfluence):
             if doc_ids is not None:
                 raise InvalidArgumentError('`doc_ids` needs per_token="train"; got None')
             return super().influence(inputs, k, proponents, show_progress, aggregate)
-        check_k(k)
-        documents = check_per_token(per_token, doc_ids, aggregate, inputs)
-        call = TokenInfluence(self, per_token, inputs, show_progress, aggregate)
-        if documents is not None:
-            return call.of_documents(documents, k, proponents)
-        if k is None:
-            return call.all()
-        return call.of_pairs(super().influence(inputs, k, proponents, show_progress, aggregate))
+        return token_influence(
+            self, inputs, k, proponents, show_progress, aggregate, per_token, doc_ids
+        )
 
     @starts_again
     def influence_by_layer(

@@ -19,7 +19,7 @@ from influence_kit.core.objects import is_one_of
 from influence_kit.data.batches import Batch, example_count, take
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.token_source import TokenSource
-from influence_kit.methods.restarts import given
+from influence_kit.methods.restarts import check_k, given, starts_again
 from influence_kit.methods.side_features import SideFeatures
 from influence_kit.scoring.features import chosen_rows
 from influence_kit.scoring.reducers import KMostInfluentialResults, TopK
@@ -88,6 +88,26 @@ def _checked_documents(doc_ids: Any, per_token: str) -> list[Tensor]:
     return [row.detach().cpu().long() for row in rows]
 
 
+@starts_again
+def token_influence(
+    method: InnerProductInfluence,
+    inputs: Any,
+    k: int | None,
+    proponents: bool,
+    show_progress: bool,
+    aggregate: bool,
+    per_token: PerToken,
+    doc_ids: Any,
+) -> Tensor | KMostInfluentialResults | KMostInfluentialTokens:
+    """What ``InnerProductInfluence.influence`` returns with ``per_token``."""
+    check_k(k)
+    documents = check_per_token(per_token, doc_ids, aggregate, inputs)
+    call = TokenInfluence(method, per_token, inputs, show_progress, aggregate)
+    if documents is not None:
+        return call.of_documents(documents, k, proponents)
+    return call.all() if k is None else call.of_pairs(call.best(k, proponents))
+
+
 class TokenInfluence:
     """One call of ``influence`` with ``per_token``.
 
@@ -123,6 +143,15 @@ class TokenInfluence:
         kept = PairTokens(best.indices, self.method._sample)
         found = self._run(kept, best.indices.unique().cpu())
         return KMostInfluentialTokens(*best, found.to(best.influence_scores))
+
+    def best(self, k: int, proponents: bool) -> KMostInfluentialResults:
+        """The k best training examples, by the scores of examples."""
+        reducer = self.method.make_reducer(k, proponents)
+        doing = "find the training examples for token scores. Processing training batches"
+        self.method.stream_scores(self.inputs, reducer, doing, self.show_progress, self.aggregate)
+        found = reducer.result()
+        assert isinstance(found, KMostInfluentialResults)
+        return found
 
     def of_documents(
         self, documents: Sequence[Tensor], k: int | None, proponents: bool

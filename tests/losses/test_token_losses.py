@@ -8,7 +8,7 @@ import torch
 from cases import Examples
 from contract import assert_close
 from oracles import gradients
-from token_models import T, VOCABULARY, adapted, terms, tokens
+from token_models import VOCABULARY, T, adapted, terms, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
 
