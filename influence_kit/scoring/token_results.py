@@ -154,6 +154,7 @@ class DocumentSums:
     def add(self, block: Block) -> None:
         """Add a block."""
         if len(block.queries) > len(self._sums):
+            self._require_room(len(block.queries))
             self._sums = pad(self._sums, (0, 0, 0, len(block.queries) - len(self._sums)))
         t = block.values.shape[2]
         for column, index in enumerate(block.indices.tolist()):
@@ -161,6 +162,16 @@ class DocumentSums:
             counts = ids >= 0
             values = block.values[:, column, : len(ids)]
             self._sums.index_add_(1, ids[counts], values[:, counts.to(values.device)])
+
+    def _require_room(self, m: int) -> None:
+        needed = m * self._count * self._sample.element_size()
+        budget = max(64 * MIB, free_bytes(self._sample.device)) // 2
+        if needed > budget:
+            raise InvalidArgumentError(
+                f"`doc_ids` holds {self._count - 1}, so that scores [{m}, {self._count}] take "
+                f"{needed / MIB:.0f} MiB, and there is room for {budget / MIB:.0f} MiB: number the "
+                "documents from 0 without gaps"
+            )
 
     def _documents_of(self, index: int, t: int) -> Tensor:
         if index >= len(self._documents):

@@ -46,6 +46,7 @@ def test_sums_of_test_examples_have_no_test_tokens() -> None:
         ([], "train", "`doc_ids` is empty"),
         (torch.zeros(6, T).long(), "train", "has 6 rows, and the training set has more"),
         (torch.zeros(8, T).long(), "train", "has 8 rows for 7 training examples"),
+        (torch.full((7, T), 2**62), "train", "`doc_ids` holds 4611686018427387904, so"),
         (torch.zeros(7, T + 1).long(), "train", "has 6 tokens for training example 0, which has 5"),
     ],
 )
