@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,9 +35,8 @@ from influence_kit.scoring.token_results import (
 from influence_kit.scoring.token_side import TokenSide, is_linear, is_scale
 from influence_kit.scoring.token_stream import TokenStream, TokenTerm
 
-if TYPE_CHECKING:
-    from influence_kit.methods.inner_product import InnerProductInfluence
-
+# the method, an InnerProductInfluence, which imports this module
+Method = Any
 PerToken = Literal["train", "test_positions", "test_terms"]
 TRAIN, POSITIONS, TERMS = "train", "test_positions", "test_terms"
 
@@ -90,7 +89,7 @@ def _checked_documents(doc_ids: Any, per_token: str) -> list[Tensor]:
 
 @starts_again
 def token_influence(
-    method: InnerProductInfluence,
+    method: Method,
     inputs: Any,
     k: int | None,
     proponents: bool,
@@ -121,7 +120,7 @@ class TokenInfluence:
 
     def __init__(
         self,
-        method: InnerProductInfluence,
+        method: Method,
         per_token: PerToken,
         inputs: Any,
         show_progress: bool,
