@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from influence_kit.core.arguments import check_count, check_flag, check_sequence, shown
 from influence_kit.data.class_labels import IGNORED_LABEL, check_labels, labels_of
 from influence_kit.errors import InvalidArgumentError
-from influence_kit.losses.targets import Target, token_logits
+from influence_kit.losses.targets import MOST, Target, token_logits
 
 
 class SequenceLogProbability(Target):
@@ -101,7 +101,7 @@ def prompt_and_answer(
     first = [_ids(ids, "prompts") for ids in check_sequence(prompts, "prompts", "lists of ids")]
     wanted = "lists of ids, one per prompt"
     then = [_ids(ids, "answers") for ids in check_sequence(answers, "answers", wanted, len(first))]
-    pad = check_count(pad, "pad", least=0)
+    pad = check_count(pad, "pad", least=0, most=MOST - 1)
     if not first:
         raise InvalidArgumentError("`prompts` is empty; there must be at least one")
     t = max(len(a) + len(b) for a, b in zip(first, then, strict=True))
@@ -118,7 +118,7 @@ def prompt_and_answer(
 def _ids(ids: Any, name: str) -> list[int]:
     found = ids.tolist() if isinstance(ids, Tensor) else ids
     is_list = isinstance(found, Sequence) and not isinstance(found, str) and len(found) > 0
-    if not is_list or not all(type(one) is int and one >= 0 for one in found):
+    if not is_list or not all(type(one) is int and 0 <= one < MOST for one in found):
         raise InvalidArgumentError(
             f"`{name}` must hold lists of one or more ids, ints of at least 0; got {shown(ids)}"
         )

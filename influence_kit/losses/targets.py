@@ -22,6 +22,8 @@ from influence_kit.data.class_labels import logits_of
 from influence_kit.errors import InvalidArgumentError
 
 LAST = "last"
+# what torch holds in an int
+MOST = 2**63
 
 
 class Target(ABC):
@@ -41,7 +43,8 @@ class _OfPosition(Target):
 
     def __init__(self, position: int | str) -> None:
         is_int = isinstance(position, int) and not isinstance(position, bool)
-        if not is_int and not isinstance(position, str):
+        is_known = isinstance(position, str) or (is_int and abs(int(position)) < MOST)
+        if not is_known:
             raise InvalidArgumentError(
                 '`position` must be an int, "last" (the last position that the attention mask '
                 f"counts), or the key of a dict batch that holds them [m]; got {shown(position)}"
@@ -171,7 +174,7 @@ def token_logits(outputs: Any) -> Tensor:
 
 
 def _check_token(token: Any, name: str, also: str = "") -> int | str | None:
-    is_id = isinstance(token, int) and not isinstance(token, bool) and token >= 0
+    is_id = isinstance(token, int) and not isinstance(token, bool) and 0 <= token < MOST
     if is_id or (isinstance(token, str) and token) or (token is None and also):
         found: int | str | None = token
         return found
