@@ -68,6 +68,11 @@ class TermLoss(Loss):
         return _terms(self._whole, outputs, batch)[0][:, self._column]
 
 
+def term_values(loss: Loss, outputs: Any, batch: Batch) -> Tensor:
+    """The terms of the losses of a batch ``[n, t]``, with a graph, not compared with their sum."""
+    return _terms(loss, outputs, batch)[0]
+
+
 def terms_of(loss: Loss, outputs: Any, batch: Batch) -> Terms:
     """The terms of the losses of a batch.
 

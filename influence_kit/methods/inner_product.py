@@ -278,8 +278,9 @@ class InnerProductInfluence(ExampleInfluence):
                 part of its gradient that passes through the position. "test_positions": the same
                 by token of the test example. "test_terms": by the token's own term of the test
                 example's loss, the effect on the prediction of that token; the terms that the loss
-                ignores (padding, a prompt) are 0. It takes one pass per token over the test
-                examples; the others none.
+                ignores (padding, a prompt) are 0. It takes a forward-mode pass over the test
+                examples per training example (with projected gradients, a backward pass per
+                token); the others take no other pass.
             doc_ids: with "train": the document of each training token, whole numbers ``[n, t]`` (or
                 n tensors ``[t]``), -1 for none: scores are summed by document.
 

@@ -205,16 +205,17 @@ class TokenInfluence:
         solved = any(term.test.solve is not None for term in terms)
         # ranks have different training examples, but solve together
         solves_tests = solved and not (method.is_symmetric and is_alone())
-        by_term = self.per_token == TERMS
-        row_bytes = self._width * method._sample.element_size()
         groups: Iterable[Any] = one_group(tests)
-        if solves_tests or by_term:
-            groups = groups_within(tests, row_bytes, by_term, method.device)
+        holds_products = stream.takes_products(solves_tests)
+        if not holds_products and (solves_tests or self.per_token == TERMS):
+            row_bytes = self._width * method._sample.element_size()
+            groups = groups_within(tests, row_bytes, self.per_token == TERMS, method.device)
         train = partial(self._train, chosen, cached=True)
         stream.of_tests(groups, train, solves_tests)
 
     @property
     def _width(self) -> int:
+        """The entries of an example's features."""
         return sum(shape.numel() for shape in self.method._map.shapes.values())
 
     def _train(self, chosen: Tensor | None, cached: bool) -> Iterator[Numbered]:
@@ -239,10 +240,15 @@ class TokenInfluence:
                 self._refuse(f"transformed by {_name(transform)}, which is not linear in them")
         source = TokenSource(method._source, "term" if self.per_token == TERMS else "position")
         found = method._map.with_source(source)
-        size = sum(s.numel() for s in found.gradient_shapes.values()) if found.writes_out else 0
-        size = size or (self._width if found.is_short else 0)
+        whole = sum(shape.numel() for shape in found.gradient_shapes.values())
+        # the gradients of terms are made one by one
+        is_whole = found.writes_out or (found.is_short and self.per_token == TERMS)
+        size = whole if is_whole else self._width if found.is_short else 0
         row_bytes = size * method._sample.element_size()
-        return TokenTerm(term, TokenSide(features.by(found), source, side.transforms, row_bytes))
+        side_by_token = TokenSide(
+            features.by(found), source, side.transforms, row_bytes, features.loss
+        )
+        return TokenTerm(term, side_by_token)
 
     def _refuse(self, why: str) -> None:
         side = "training" if self.per_token == TRAIN else "test"

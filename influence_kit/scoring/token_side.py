@@ -6,7 +6,7 @@ Shapes: n examples of a batch, t tokens of each.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -17,6 +17,8 @@ from influence_kit.core.memory import resident_bytes, rows_within
 from influence_kit.data.batches import Batch
 from influence_kit.gradients.per_example import Gradients, Transform
 from influence_kit.gradients.token_source import TokenSource
+from influence_kit.losses.loss import Loss
+from influence_kit.operators.products import EitherMode
 from influence_kit.scoring.transforms import unit_influence, unit_norm
 
 
@@ -43,12 +45,16 @@ class TokenSide:
         source: gradients of tokens, or of whole examples.
         transforms: those of the side.
         row_bytes: the memory that one token's features take while they are made; 0 if little.
+        loss: the loss of the examples.
     """
 
     features: Callable[[Batch], Gradients]
     source: TokenSource
     transforms: tuple[Transform, ...]
     row_bytes: int
+    loss: Loss
+    # forward mode, until the model has an operation without it
+    either_mode: EitherMode = field(default_factory=lambda: EitherMode("scores of terms are"))
 
     def __call__(self, batch: Batch, n: int, part: slice | None = None) -> Iterator[TokenRows]:
         """The features of all tokens of a batch of n examples, some at a time.
@@ -59,11 +65,7 @@ class TokenSide:
             part: some of the n * t positions, or of the t terms of all examples.
         """
         source = self.source
-        source.forget()
-        # captured, and compared with autograd, as whole examples
-        source.whole = True
-        factors = self._factors(self.features(batch))
-        source.whole = False
+        factors = self._factors(self.whole(batch))
         total = n * source.count if source.by == "position" else source.count
         chosen = range(total)[part or slice(None)]
         step = self._step(n) or max(1, len(chosen))
@@ -72,6 +74,24 @@ class TokenSide:
             found = self.features(batch)
             yield TokenRows(source.rows, self._scaled(found, factors), source.count)
         source.forget()
+
+    def factors(self, whole: Gradients) -> Tensor | None:
+        """What the transforms multiply each example by, given its features, ``[n]``; or None."""
+        found = self._factors(whole)
+        return torch.stack(found).prod(0) if found else None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the features are gradients, each at most multiplied by a number."""
+        return not self.row_bytes and all(is_scale(transform) for transform in self.transforms)
+
+    def whole(self, batch: Batch) -> Gradients:
+        """The features of whole examples, captured and compared with autograd."""
+        self.source.forget()
+        self.source.whole = True
+        found = self.features(batch)
+        self.source.whole = False
+        return found
 
     def _step(self, n: int) -> int | None:
         """How many positions, or terms of n examples, to do at a time; None for all."""

@@ -27,10 +27,11 @@ from influence_kit.data.batches import (
     nbytes,
     to_device,
 )
-from influence_kit.errors import NonFiniteError
 from influence_kit.gradients.per_example import Gradients, join_examples
-from influence_kit.scoring.stream import CHUNK_BYTES, Stream, refuse_non_finite_examples
+from influence_kit.scoring.finite_tokens import require_finite_features, require_finite_scores
+from influence_kit.scoring.stream import CHUNK_BYTES, Stream
 from influence_kit.scoring.term import Term
+from influence_kit.scoring.term_products import TermProducts
 from influence_kit.scoring.token_groups import Numbered, Piece
 from influence_kit.scoring.token_results import Block, TokenScores
 from influence_kit.scoring.token_side import TokenSide
@@ -46,15 +47,15 @@ class TokenTerm(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """The features of the tokens of a group of test examples.
+    """The tokens of a group of test examples.
 
     Attributes:
-        gradients: the features, each token like an example.
+        products: their scores ``[rows, b]`` with training gradients.
         pieces: of each piece, the index of its first row, and the test example and the token of
             each of its rows.
     """
 
-    gradients: Gradients
+    products: Callable[[Gradients], Tensor]
     pieces: list[tuple[int, Tensor, Tensor]]
 
 
@@ -109,7 +110,7 @@ class TokenStream:
             if not len(found):
                 found = self.sample.new_zeros(test.n, n * length)
             found[:, rows] = gradients.inner(test, max(1, self.total) * length)
-        self._require_finite(found, term, batch, indices, test)
+        require_finite_scores(found, term, batch, indices, test)
         self.tick()
         return found.view(test.n, n, -1)
 
@@ -138,30 +139,65 @@ class TokenStream:
                 for (indices, _), rows in zip(chunk, parts, strict=True):
                     self._pass_on_pieces(held[0], indices, rows)
 
+    def takes_products(self, solves_tests: bool) -> bool:
+        """Whether the scores of terms are made without their gradients."""
+        return all(self._takes_products(*one, solves_tests) for one in self.terms)
+
     def _held(
         self, group: Sequence[Piece], term: Term, tokens: TokenSide, solves_tests: bool
     ) -> _Held:
-        """The features of the tokens of a group."""
+        """The tokens of a group: their features, or, for terms, what gives their products."""
         self.loader.load(term.test.checkpoint)
+        if self._takes_products(term, tokens, solves_tests):
+            return self._held_terms(group, tokens)
         parts: list[Gradients] = []
         pieces = []
         first = 0
         for start, batch, part in group:
             batch = to_device(batch, self.sample.device)
-            n = example_count(batch)
             rows = []
-            for found in tokens(batch, n, part):
-                self._require_finite_features(
-                    found.gradients, start + found.rows // found.length, term.test.checkpoint
-                )
+            for found in tokens(batch, example_count(batch), part):
+                examples = start + found.rows // found.length
+                require_finite_features(found.gradients, examples, term.test.checkpoint)
                 parts.append(found.gradients)
-                rows.append(torch.stack([found.rows // found.length, found.rows % found.length]))
+                rows.append(torch.stack([examples, found.rows % found.length]))
             if rows:
                 examples, columns = torch.cat(rows, dim=1)
-                pieces.append((first, start + examples, columns))
+                pieces.append((first, examples, columns))
                 first += len(columns)
         gradients = join_examples(parts)
-        return _Held(term.test.solved(gradients) if solves_tests else gradients, pieces)
+        if solves_tests:
+            solved = term.test.solved(gradients)
+            return _Held(lambda train: train.inner(solved, self.total), pieces)
+        return _Held(lambda train: gradients.inner(train, gradients.n).T, pieces)
+
+    def _takes_products(self, term: Term, tokens: TokenSide, solves_tests: bool) -> bool:
+        """Whether scores of terms are derivatives along training gradients."""
+        is_exact = self.sample.dtype == next(iter(tokens.source.capture.parameters.values())).dtype
+        same = term.test.checkpoint == term.train.checkpoint
+        return (
+            tokens.source.by == "term"
+            and tokens.is_plain
+            and same
+            and is_exact
+            and not solves_tests
+        )
+
+    def _held_terms(self, group: Sequence[Piece], tokens: TokenSide) -> _Held:
+        made, pieces = [], []
+        first = 0
+        for start, batch, _ in group:
+            batch = to_device(batch, self.sample.device)
+            whole = tokens.whole(batch)  # checks the loss, too
+            tokens.source.forget()
+            examples = start + torch.arange(whole.n)
+            require_finite_features(whole, examples, self.loader.current or 0)
+            one = TermProducts(tokens, batch, tokens.factors(whole))
+            rows = torch.arange(example_count(batch) * one.length)
+            pieces.append((first, start + rows // one.length, rows % one.length))
+            first += len(rows)
+            made.append(one)
+        return _Held(lambda train: torch.cat([one.along(train) for one in made]), pieces)
 
     def _of_tests_batch(
         self, numbers: Numbered, term: Term, held: _Held, solves_tests: bool
@@ -170,12 +206,11 @@ class TokenStream:
         indices, batch = numbers
         batch = to_device(batch, self.sample.device)
         train = term.train(batch)
-        if solves_tests:
-            found = train.inner(held.gradients, self.total)
-        else:
-            self._require_finite_features(train, indices, term.train.checkpoint, "training")
-            found = held.gradients.inner(term.test.solved(train), held.gradients.n).T
-        self._require_finite(found, term, batch, indices)
+        if not solves_tests:
+            require_finite_features(train, indices, term.train.checkpoint, "training")
+            train = term.test.solved(train)
+        found = held.products(train)
+        require_finite_scores(found, term, batch, indices)
         self.tick()
         return found
 
@@ -210,35 +245,6 @@ class TokenStream:
             size += nbytes(batch)
         if chunk:
             yield chunk
-
-    def _require_finite(
-        self,
-        found: Tensor,
-        term: Term,
-        batch: Batch,
-        indices: Tensor,
-        test: Gradients | None = None,
-    ) -> None:
-        if bool(torch.isfinite(found.sum())) or bool(torch.isfinite(found).all()):
-            return
-        checkpoint = term.train.checkpoint
-        self._require_finite_features(term.train.features(batch), indices, checkpoint, "training")
-        if test is not None:
-            self._require_finite_features(test, torch.arange(test.n), checkpoint)
-        raise NonFiniteError(
-            f"a token score with the training examples {int(indices.min())} to "
-            f"{int(indices.max())} overflows at checkpoint {checkpoint}; use float64"
-        )
-
-    def _require_finite_features(
-        self, gradients: Gradients, indices: Tensor, checkpoint: int = 0, kind: str = "test"
-    ) -> None:
-        """Refuse NaN and infinite features; ``indices`` are those of the examples, by row."""
-        found = None if gradients.has_finite_factors else gradients.non_finite()
-        if found is not None:
-            row = found[0]
-            one = gradients.rows(slice(row, row + 1))
-            refuse_non_finite_examples(one, int(indices[row]), kind, checkpoint)
 
 
 def _added(sums: list[Tensor], parts: list[Tensor]) -> list[Tensor]:

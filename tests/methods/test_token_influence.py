@@ -13,7 +13,7 @@ from token_models import MODELS, T, adapted, checkpoints, terms, tied, tokens, t
 from torch import Tensor, nn
 
 import influence_kit as ik
-from influence_kit.scoring import token_groups
+from influence_kit.scoring import term_products, token_groups
 
 TRAIN, TEST = tokens(7, 1, ignored=2), tokens(3, 2, ignored=2)
 SIDES = ("train", "test_positions", "test_terms")
@@ -224,3 +224,48 @@ def test_damped_inverses_are_the_oracles() -> None:
     matrix = influence_oracles.empirical_fisher(model, TRAIN, total)
     g = oracles.gradients(model, TRAIN, total)
     assert_close(matrix, g.T @ g / len(g))
+
+
+class NoForwardMode(torch.autograd.Function):
+    """Tanh without a forward-mode derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return gradients[0] * (1 - y.square())
+
+
+class Reverse(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.inner, self.function = adapted(), function
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.inner.norm(self.inner.tokens(ids))
+        return self.inner.head(self.function(self.inner.mix(x)).cumsum(1))
+
+
+def test_terms_of_a_model_without_forward_mode() -> None:
+    model, plain = Reverse(NoForwardMode.apply), Reverse(torch.tanh)
+    states = [plain.state_dict()]
+    method = ik.GradDot(model, Examples(TRAIN), states, loss_fn=terms)
+    with pytest.warns(UserWarning, match="scores of terms are computed by two reverse passes"):
+        found = method.influence(TEST, per_token="test_terms")
+    oracle = ik.GradDot(plain, Examples(TRAIN), states, loss_fn=terms)
+    assert_close(found, oracle.influence(TEST, per_token="test_terms"), 1e-10)
+    assert_close(found, expected(plain, "test_terms"), 1e-10)
+
+
+def test_terms_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory for one training gradient at a time."""
+    monkeypatch.setattr(term_products, "workspace_bytes", lambda device: 1)
+    model = adapted()
+    method = ik.GradCos(model, Examples(TRAIN), [model.state_dict()], loss_fn=terms)
+    found = method.influence(TEST, per_token="test_terms")
+    assert_close(found.sum(2), method.influence(TEST), 1e-10)

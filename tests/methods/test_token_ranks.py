@@ -35,9 +35,8 @@ def _made(cls: Any, **own: Any) -> Any:
 METHODS: dict[str, Callable[[], Any]] = {
     "TracInCP": partial(_made, ik.TracInCP),
     # one batch, so that the second rank has none
-    "one batch": partial(_made, ik.TracInCP, batch_size=5),
+    "one batch": partial(_made, ik.EKFACInfluenceFunction, damping=0.1, batch_size=5),
     "CG": partial(_made, ik.CGInfluenceFunction, damping=5.0, tol=1e-13, batch_size=2),
-    "EK-FAC": partial(_made, ik.EKFACInfluenceFunction, damping=0.1, batch_size=2),
     "LoGra": partial(_made, ik.LoGra, projection_dim=4, damping=0.1),
 }
 
