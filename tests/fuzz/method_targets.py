@@ -656,11 +656,11 @@ def _tokens() -> list[Target]:
 
 TARGETS = [
     *_constructors(),
-    *_tokens(),
     *_selection(),
     *_methods(),
     *_checkpoints(),
     *_traces(),
     *_parts(),
     *_operators(),
+    *_tokens(),
 ]
