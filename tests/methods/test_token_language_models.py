@@ -79,7 +79,6 @@ def test_padding_has_no_part_in_training_tokens_of_causal_models() -> None:
     found = method.influence(batch(M), per_token="train")
     padded = train["attention_mask"] == 0
     assert padded.any()
-    # positions of padding have their own rows of the position table, which the loss does not reach
     assert not found.transpose(0, 1).transpose(1, 2)[padded].any()
 
 
