@@ -12,6 +12,7 @@ loss of predicting token s, which is computed from the logits at s - 1.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from influence_kit.data.class_labels import logits_of
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.losses.example_losses import UNREDUCED
 from influence_kit.losses.loss import Loss
+from influence_kit.losses.margins import classification_margin, margin_terms
 from influence_kit.losses.measures import RaisedOutput
 from influence_kit.losses.model_losses import labelled_losses
 
@@ -103,7 +105,7 @@ def terms_of(loss: Loss, outputs: Any, batch: Batch) -> Terms:
 def _terms(loss: Loss, outputs: Any, batch: Batch) -> Found:
     """The terms ``[n, t]``, and which of them count; None if all may."""
     targets = targets_of(batch)
-    ways = (_own, _declared, _of_entries)
+    ways = (_own, _declared, _of_margin, _of_entries)
     found = next((f for f in (way(loss, outputs, targets) for way in ways) if f is not None), None)
     if found is None:
         values = loss.values(outputs, batch)
@@ -151,6 +153,17 @@ def _declared(loss: Loss, outputs: Any, targets: Any) -> Found | None:
         got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise InvalidArgumentError(f"`terms` of `{loss.name}` must return [n, t]; got {got}")
     return values, None
+
+
+def _of_margin(loss: Loss, outputs: Any, targets: Any) -> Found | None:
+    """The margins of tokens, of which ``classification_margin`` is the sum."""
+    function: Any = loss.function
+    given: Any = {}
+    if isinstance(function, partial) and not function.args:
+        function, given = function.func, function.keywords
+    if function is not classification_margin or set(given) - {"shift"}:
+        return None
+    return margin_terms(outputs, targets, **given)
 
 
 def _of_entries(loss: Loss, outputs: Any, targets: Any) -> Found | None:

@@ -1,5 +1,6 @@
 """The terms of a loss: their gradients are those of the loss of each token by autograd."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -117,3 +118,43 @@ def test_an_output_that_should_rise() -> None:
     for side in ("train", "test_positions", "test_terms"):
         found = method.influence(TEST, per_token=side)
         assert_close(found, lower.influence(TEST, per_token=side), 1e-10)
+
+
+@pytest.mark.parametrize("shift", [None, 1])
+def test_margins(shift: int | None) -> None:
+    """`classification_margin` as the output to explain: labels lag behind logits by the shift."""
+    model, test = adapted(), tokens(3, 2, ignored=2)
+    method = ik.GradDot(
+        model,
+        Examples(TRAIN),
+        [model.state_dict()],
+        loss_fn=terms,
+        test_output_fn=partial(ik.classification_margin, shift=shift),
+    )
+
+    def margins(outputs: Tensor, labels: Tensor) -> Tensor:
+        known = labels.clamp(min=0)[..., None]
+        back = shift or 0
+        logits = outputs.roll(back, 1)
+        others = logits.scatter(2, known, -torch.inf).logsumexp(2)
+        counts = (labels >= 0) & (torch.arange(T) >= back)
+        return (logits.gather(2, known)[..., 0] - others) * counts
+
+    h = token_oracle.term_gradients(model, test, margins)
+    g = gradients(model, TRAIN, lambda o, y: terms(o, y).sum(1))
+    found = method.influence(test, per_token="test_terms")
+    assert_close(found, -torch.einsum("isp,jp->ijs", h, g), 1e-10)
+
+
+def test_the_margin_of_a_class_has_no_terms() -> None:
+    model = nn.Sequential(nn.Linear(4, 3)).double()
+    batch = torch.randn(6, 4).double(), torch.arange(6) % 3
+    method = ik.GradDot(
+        model,
+        Examples(batch),
+        [model.state_dict()],
+        loss_fn=nn.CrossEntropyLoss(reduction="none"),
+        test_output_fn=ik.classification_margin,
+    )
+    with pytest.raises(ValueError, match="does not show the term of each token"):
+        method.influence(batch, per_token="test_terms")
