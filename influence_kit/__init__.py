@@ -4,7 +4,9 @@ from influence_kit.checkpoints.discovery import checkpoint_table, load_checkpoin
 from influence_kit.checkpoints.dropout_ensemble import dropout_ensemble
 from influence_kit.checkpoints.selection import select_checkpoints
 from influence_kit.errors import CurvatureError
+from influence_kit.losses.answers import SequenceLogProbability, prompt_and_answer
 from influence_kit.losses.margins import classification_margin
+from influence_kit.losses.targets import TokenDifference, TokenLogit, TokenLogProbability
 from influence_kit.methods.contrast import contrast
 from influence_kit.methods.dvemb.dvemb import DVEmb
 from influence_kit.methods.influence_functions.arnoldi import ArnoldiInfluenceFunction
@@ -45,6 +47,7 @@ from influence_kit.methods.tracin.tracin_rand_proj import TracInCPFastRandProj
 from influence_kit.methods.trak.trak import TRAK
 from influence_kit.scoring.features import MostInfluentialFeatures
 from influence_kit.scoring.reducers import KMostInfluentialResults
+from influence_kit.scoring.token_results import KMostInfluentialTokens
 from influence_kit.training.trace import TrainingTrace
 
 __version__ = "0.1.0"
@@ -71,6 +74,7 @@ __all__ = [
     "InnerProductInfluence",
     "KFACInfluenceFunction",
     "KMostInfluentialResults",
+    "KMostInfluentialTokens",
     "KNNShapley",
     "LiSSAInfluenceFunction",
     "LoGra",
@@ -79,7 +83,11 @@ __all__ = [
     "NearestNeighbors",
     "NystromInfluenceFunction",
     "RepresenterPointSelection",
+    "SequenceLogProbability",
     "SimilarityInfluence",
+    "TokenDifference",
+    "TokenLogProbability",
+    "TokenLogit",
     "TracInCP",
     "TracInCPBase",
     "TracInCPFast",
@@ -95,6 +103,7 @@ __all__ = [
     "euclidean_distance",
     "load_checkpoint",
     "max_over_groups",
+    "prompt_and_answer",
     "select_checkpoints",
     "two_stage",
 ]

@@ -25,6 +25,7 @@ WITH_CODE = [
     "choosing",
     "influence_functions",
     "projections",
+    "tokens",
     "evaluation",
     "valuation",
     "from_captum",

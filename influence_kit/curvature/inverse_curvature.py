@@ -56,6 +56,8 @@ class InverseCurvature(ABC):
     auto_share = SHARE
     # what errors call the curvature and the damping
     wording: Wording = OF_CURVATURE
+    # whether ``inverse`` is a symmetric linear map (to the tolerance of a solver)
+    is_symmetric = True
 
     def __init__(self, damping: DampingArgument = "auto", seed: int = 0) -> None:
         self.damping = damping

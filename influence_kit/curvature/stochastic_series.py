@@ -42,6 +42,9 @@ class LiSSA(OperatorInverse):
             eigenvalue of M (C + damping).
     """
 
+    # each iteration has its own sample, and they are multiplied in order
+    is_symmetric = False
+
     def __init__(
         self,
         damping: DampingArgument = "auto",

@@ -116,6 +116,8 @@ class Capture:
         self.where = "the batch"
         self._calls: list[Call] | None = None
         self._examples = 0
+        # a batch whose uses are wanted, and the list for them
+        self._recorded: tuple[Batch, list[Use]] | None = None
 
     def go_without(self, names: Collection[str]) -> None:
         """Use the slower way for these parameters, as for those already without a rule."""
@@ -181,6 +183,16 @@ class Capture:
 
         return record
 
+    @contextmanager
+    def recording(self, batch: Batch) -> Iterator[list[Use]]:
+        """Inside, the uses of this batch (this object) are put into the list when it is called."""
+        found: list[Use] = []
+        self._recorded = (batch, found)
+        try:
+            yield found
+        finally:
+            self._recorded = None
+
     def uses(self, batch: Batch, loss: Loss, n: int) -> list[Use]:
         """Run the model forward and backward; returns every layer call that the loss depends on."""
         self._calls, self._examples = [], n
@@ -242,7 +254,10 @@ class Capture:
         n = example_count(batch)
         forms = {}
         if len(self.without_rule) < len(self.parameters):
-            forms = self.forms(self.uses(batch, loss, n), n)
+            uses = self.uses(batch, loss, n)
+            forms = self.forms(uses, n)
+            if self._recorded is not None and self._recorded[0] is batch:
+                self._recorded[1][:] = uses
         if self.without_rule:
             chosen = {name: self.parameters[name] for name in self.without_rule}
             # a single example needs no vmap

@@ -40,6 +40,8 @@ class FeatureMap:
     is_short = False
     # whether they are a linear map of the gradients of the loss
     is_linear = True
+    # whether a gradient is written out to be turned into features
+    writes_out = False
     _source: GradientSource | None = None
     _direction: AtCheckpoint | None = None
 
@@ -91,6 +93,16 @@ class FeatureMap:
     def of_gradients(self, checkpoint: int, gradients: Gradients) -> Gradients:
         """The features, given the gradients of the examples."""
         return gradients
+
+    def train_features(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
+        """The features of training examples, for terms."""
+        return self.of_cached(self.cached(checkpoint, batch, loss))
+
+    def with_source(self, source: GradientSource) -> FeatureMap:
+        """The bound map, of gradients from another source (of tokens, each like an example)."""
+        other = copy.copy(self)
+        other._source = source
+        return other
 
     def transpose(self, features: Gradients) -> Gradients:
         """The transposed map: gradients whose products with gradients are those of the features."""

@@ -21,6 +21,7 @@ from influence_kit.losses.model_losses import (
     next_token_losses,
     own_losses,
     still_own,
+    token_losses,
 )
 from influence_kit.losses.reduction_check import compare_parts
 from influence_kit.losses.torch_losses import (
@@ -66,6 +67,19 @@ class Loss:
     def shift(self) -> int:
         """By how many positions labels lag behind logits: 1 for a language model's own loss."""
         return int(bool(self._own) and self._own[0].formula is next_token_losses)
+
+    @property
+    def own_of_tokens(self) -> OwnLoss | None:
+        """The loss per example that gives the model's own, if it is one of tokens."""
+        own = self._own[0] if self._own else None
+        return own if own and own.formula in (next_token_losses, token_losses) else None
+
+    @property
+    def function(self) -> Any:
+        """What is called with outputs and targets: the user's function, if there is one."""
+        formula: Any = self._formula
+        is_squared = isinstance(formula, partial) and formula.func is squared_errors
+        return formula.args[0] if is_squared else formula
 
     @property
     def is_of_outputs(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from influence_kit.core.arguments import shown
 from influence_kit.core.dtypes import exact
@@ -43,6 +44,21 @@ def classification_margin(outputs: Any, targets: Any, shift: int | None = None) 
     """
     margins, counts = _margins(outputs, targets, shift)
     return (margins * counts).sum(1)
+
+
+def margin_terms(
+    outputs: Any, targets: Any, shift: int | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """The margin of each token, and whether it is labelled, ``[n, t]``, in the columns of labels.
+
+    None for one label per example.
+    """
+    labels = targets if isinstance(targets, Tensor) else labels_of(targets)
+    if labels.dim() != 2:
+        return None
+    margins, counts = _margins(outputs, targets, shift)
+    values, counted = (F.pad(x, (shift or 0, 0)) for x in (margins * counts, counts))
+    return values, counted > 0
 
 
 def one_minus_probability(outputs: Any, targets: Any, shift: int | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from influence_kit.errors import InvalidArgumentError
 from influence_kit.losses.declared_reduction import declared_reduction
 from influence_kit.losses.loss import Loss, LossFunction
 from influence_kit.losses.margins import OutputFunction, classification_margin
+from influence_kit.losses.targets import Target
 
 # relative tolerance, for float32 and a label's probability computed in another way
 SAME = 1e-5
@@ -49,9 +50,11 @@ class LossOfTests(Loss):
     """
 
     def __init__(self, loss_fn: LossFunction, reduction: str | None, train: Loss) -> None:
-        if _unwrapped(loss_fn) is classification_margin:
+        function = _unwrapped(loss_fn)
+        if function is classification_margin or isinstance(function, Target):
+            name = getattr(function, "__name__", type(function).__name__)
             raise InvalidArgumentError(
-                f"`test_loss_fn` is `classification_margin`, which is better when higher. {REMEDY}"
+                f"`test_loss_fn` is `{name}`, which is better when higher. {REMEDY}"
             )
         super().__init__(loss_fn, reduction, "test_loss_fn")
         self._train = train

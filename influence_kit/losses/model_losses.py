@@ -97,17 +97,25 @@ def token_losses(logits: Tensor, labels: Tensor, shift: int = 0) -> tuple[Tensor
     """Each sequence's cross-entropy summed over its labelled tokens, and their number, ``[n]``."""
     if logits.dim() != 3 or labels.dim() != 2 or len(labels) != len(logits):
         return None
-    logits = _exact(logits)
-    virtual = logits.shape[1] - labels.shape[1]
-    if virtual < 0:
+    if logits.shape[1] < labels.shape[1]:
         return None
+    losses, counted = labelled_losses(logits, labels, shift)
+    return losses.sum(1), counted.sum(1)
+
+
+def labelled_losses(logits: Tensor, labels: Tensor, shift: int) -> tuple[Tensor, Tensor]:
+    """The cross-entropy of each label, 0 where it is ignored, and where it is not.
+
+    Both ``[n, t - shift]`` for logits ``[n, t, c]``, whose position s predicts label s + shift.
+    """
+    logits = _exact(logits)
     # positions that the model prepends (a soft prompt) have no labels
-    labels = F.pad(labels, (virtual, 0), value=IGNORED_LABEL)
+    labels = F.pad(labels, (logits.shape[1] - labels.shape[1], 0), value=IGNORED_LABEL)
     logits, labels = logits[:, : logits.shape[1] - shift], labels[:, shift:]
     losses = F.cross_entropy(
         logits.transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none"
     )
-    return losses.sum(1), (labels != IGNORED_LABEL).sum(1)
+    return losses, labels != IGNORED_LABEL
 
 
 def next_token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -38,7 +38,7 @@ from influence_kit.methods.fingerprints import Given
 from influence_kit.methods.function_fingerprint import function_fingerprint
 from influence_kit.methods.layer_names import Layers, check_layers
 from influence_kit.methods.read_only import Made, read_only
-from influence_kit.methods.restarts import check_k, starts_again
+from influence_kit.methods.restarts import check_k, refuse_tokens, starts_again
 from influence_kit.methods.structure import Structure, unchanged_by_errors
 from influence_kit.preservation.restore import borrowed
 from influence_kit.scoring.reducers import AllScores, KMostInfluentialResults, Reducer, TopK
@@ -136,6 +136,9 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
         proponents: bool = True,
         show_progress: bool = False,
         aggregate: bool = False,
+        *,
+        per_token: None = None,
+        doc_ids: None = None,
     ) -> Tensor: ...
 
     @overload
@@ -146,6 +149,9 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
         proponents: bool = True,
         show_progress: bool = False,
         aggregate: bool = False,
+        *,
+        per_token: None = None,
+        doc_ids: None = None,
     ) -> KMostInfluentialResults: ...
 
     @starts_again
@@ -156,6 +162,9 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
         proponents: bool = True,
         show_progress: bool = False,
         aggregate: bool = False,
+        *,
+        per_token: str | None = None,
+        doc_ids: Any = None,
     ) -> Tensor | KMostInfluentialResults:
         """The scores of all training examples for each test example, or the k best.
 
@@ -167,6 +176,8 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
             show_progress: a bar over the training set, and before it one over the checkpoints if
                 something is fitted or cached at each.
             aggregate: the influence on the sum of the test examples' losses (or outputs): one row.
+            per_token: None; scores by token are those of ``InnerProductInfluence``.
+            doc_ids: None, as ``per_token``.
 
         Returns:
             Scores ``[m, n]`` (``[1, n]`` if ``aggregate``) in the order of the training set, or
@@ -175,6 +186,7 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
             model's precision, and float32 for a model in half precision. Complex parameters count
             as pairs of real numbers: an inner product of gradients is Re(conj(g) . g').
         """
+        refuse_tokens(self.get_name(), per_token, doc_ids)
         check_k(k)
         doing = "compute influence for training batches"
         if k is not None:

@@ -4,11 +4,11 @@ Shapes: m test examples, n training examples, P chosen parameters, C checkpoints
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from influence_kit.checkpoints.loader import CheckpointLoader
 from influence_kit.core.objects import check_dtype, check_path
 from influence_kit.data.batches import Batch, example_count, take, to_device
 from influence_kit.data.loaders import loader_length
+from influence_kit.errors import InvalidArgumentError
 from influence_kit.gradients.feature_map import FeatureMap, check_feature_map
 from influence_kit.gradients.gradient_source import Verify
 from influence_kit.gradients.parameter_selection import group_by_layer
@@ -44,14 +45,17 @@ from influence_kit.methods.optimizer_state import (
     optimizer_fingerprint,
 )
 from influence_kit.methods.restarts import given, starts_again
+from influence_kit.methods.side_features import SideFeatures
 from influence_kit.methods.term_vectors import term_vectors
 from influence_kit.methods.terms_by_parameter import terms_by_parameter
+from influence_kit.methods.token_influence import PerToken, token_influence
 from influence_kit.scoring.adam_directions import AdamDirections, check_names
 from influence_kit.scoring.features import chosen_rows
-from influence_kit.scoring.reducers import AllScores, Reducer
+from influence_kit.scoring.reducers import AllScores, KMostInfluentialResults, Reducer
 from influence_kit.scoring.side_gradients import SideGradients
 from influence_kit.scoring.stream import Stream
 from influence_kit.scoring.term import Side, Term
+from influence_kit.scoring.token_results import KMostInfluentialTokens
 from influence_kit.scoring.watch import Watch
 
 
@@ -185,10 +189,11 @@ class InnerProductInfluence(ExampleInfluence):
         def features(batch: Batch) -> Gradients:
             return self._map.of_cached(self._cached(checkpoint, batch))
 
-        if not self._is_directed:
-            return Side(checkpoint, features, transforms)
-        directed = (self._map.directed(checkpoint), *transforms)
-        return Side(checkpoint, partial(self._cached, checkpoint), directed)
+        if self._is_directed:
+            directed = (self._map.directed(checkpoint), *transforms)
+            return Side(checkpoint, partial(self._cached, checkpoint), directed)
+        found = SideFeatures(checkpoint, features, self._train_loss, of_tests=False)
+        return Side(checkpoint, found, transforms)
 
     def test_at(self, checkpoint: int, *transforms: Transform) -> Side:
         """Features of the test loss at a checkpoint, transformed."""
@@ -198,7 +203,8 @@ class InnerProductInfluence(ExampleInfluence):
 
         if self._is_directed:  # also of training examples that are scored with themselves
             transforms = (self._map.of_cached, *transforms)
-        return Side(checkpoint, features, transforms)
+        found = SideFeatures(checkpoint, features, self._test_loss, of_tests=True)
+        return Side(checkpoint, found, transforms)
 
     def prepare(self, loader: CheckpointLoader, show_progress: bool = False) -> None:
         """Compute what the terms need: the gradients of the training set, if they are cached."""
@@ -221,7 +227,135 @@ class InnerProductInfluence(ExampleInfluence):
             finally:
                 self._directions = None
 
+    # whether the inverse of ``solve`` is a symmetric linear map
+    is_symmetric = False
+
+    def train_weights(self) -> Callable[[], Tensor] | None:
+        """A function for numbers ``[n]`` that the scores of training examples are multiplied by."""
+        return None
+
     # What a user calls.
+
+    @overload
+    def influence(
+        self,
+        inputs: Any = None,
+        k: None = None,
+        proponents: bool = True,
+        show_progress: bool = False,
+        aggregate: bool = False,
+        *,
+        per_token: PerToken | None = None,
+        doc_ids: Tensor | Sequence[Tensor] | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def influence(
+        self,
+        inputs: Any,
+        k: int,
+        proponents: bool = True,
+        show_progress: bool = False,
+        aggregate: bool = False,
+        *,
+        per_token: None = None,
+        doc_ids: None = None,
+    ) -> KMostInfluentialResults: ...
+
+    @overload
+    def influence(
+        self,
+        inputs: Any,
+        k: int,
+        proponents: bool = True,
+        show_progress: bool = False,
+        aggregate: bool = False,
+        *,
+        per_token: PerToken,
+        doc_ids: None = None,
+    ) -> KMostInfluentialTokens: ...
+
+    @overload
+    def influence(
+        self,
+        inputs: Any,
+        k: int,
+        proponents: bool = True,
+        show_progress: bool = False,
+        aggregate: bool = False,
+        *,
+        per_token: PerToken,
+        doc_ids: Tensor | Sequence[Tensor],
+    ) -> KMostInfluentialResults: ...
+
+    def influence(
+        self,
+        inputs: Any = None,
+        k: int | None = None,
+        proponents: bool = True,
+        show_progress: bool = False,
+        aggregate: bool = False,
+        *,
+        per_token: PerToken | None = None,
+        doc_ids: Tensor | Sequence[Tensor] | None = None,
+    ) -> Tensor | KMostInfluentialResults | KMostInfluentialTokens:
+        r"""The scores of all training examples for each test example, or the k best.
+
+        .. math::
+            \text{score}_{ij} = \sum_s \text{score}_{ijs}
+
+        With ``per_token`` also their parts by token, which sum to the scores. Gradients are sums
+        over the positions s at which layers act, :math:`\sum_s \delta_s a_s^T` of a linear layer,
+        so that a score is the sum of :math:`\delta_s^T V a_s`, with V the gradient of the other
+        example (preconditioned, if the method does that).
+
+        Args:
+            inputs: test examples: one batch (tuple, list or dict), a DataLoader, or a Dataset,
+                which is batched like the training set.
+            k: how many proponents or opponents to return; None for all scores.
+            proponents: the highest scores; False for the lowest.
+            show_progress: a bar over the training set, and before it one over the checkpoints if
+                something is fitted or cached at each.
+            aggregate: the influence on the sum of the test examples' losses (or outputs): one row.
+            per_token: None for scores of examples. "train": by token of the training example, the
+                part of its gradient that passes through the position. "test_positions": the same
+                by token of the test example. "test_terms": by the token's own term of the test
+                example's loss, the effect on the prediction of that token; the terms that the loss
+                ignores (padding, a prompt) are 0. It takes a forward-mode pass over the test
+                examples per training example (with projected gradients, a backward pass per
+                token); the others take no other pass.
+            doc_ids: with "train": the document of each training token, whole numbers ``[n, t]`` (or
+                n tensors ``[t]``), -1 for none: scores are summed by document.
+
+        Returns:
+            Scores ``[m, n]`` (``[1, n]`` if ``aggregate``) in the order of the training set, or
+            ``KMostInfluentialResults`` of ``[m, min(k, n)]``. Positive: a proponent, training on it
+            lowered the test loss (raised ``test_output_fn``, if that is given). Scores have the
+            model's precision, and float32 for a model in half precision. Complex parameters count
+            as pairs of real numbers: an inner product of gradients is Re(conj(g) . g').
+
+            With ``per_token`` ``[m, n, t]``, t the number of tokens of the longest example (beyond
+            the tokens of a shorter batch scores are 0); with ``k`` ``KMostInfluentialTokens``, in
+            memory for m * k * t. With ``doc_ids`` ``[m, D]``, D the largest document plus 1; with
+            ``k`` the k best documents as ``KMostInfluentialResults``. If the inverse curvature is
+            found by iterations (conjugate gradients), sums over test tokens equal the scores to its
+            tolerance.
+
+        Raises:
+            InvalidArgumentError: with ``per_token``, for parameters without a gradient per position
+                (those without a rule of a layer, of convolutions, of layers that act at another
+                number of positions: ``layers`` can leave them out); for "test_terms", if the loss
+                does not show the term of each token; if all token scores do not fit the memory.
+            NotImplementedError: with ``per_token``, for methods whose gradients are no sum over
+                tokens (``DVEmb``, ``RepresenterPointSelection``, the training side of ``LESS``).
+        """
+        if per_token is None:
+            if doc_ids is not None:
+                raise InvalidArgumentError('`doc_ids` needs per_token="train"; got None')
+            return super().influence(inputs, k, proponents, show_progress, aggregate)
+        return token_influence(
+            self, inputs, k, proponents, show_progress, aggregate, per_token, doc_ids
+        )
 
     @starts_again
     def influence_by_layer(

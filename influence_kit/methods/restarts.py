@@ -70,3 +70,13 @@ def check_k(k: object) -> None:
         raise TypeError(f"k must be an int or None; got {shown(k)} of type {type(k).__name__}")
     if k is not None and k < 0:
         raise InvalidArgumentError(f"k must not be negative; got {k}")
+
+
+def refuse_tokens(name: str, per_token: object, doc_ids: object = None) -> None:
+    """Refuse scores by token, in a method that does not have them."""
+    if per_token is not None or doc_ids is not None:
+        raise NotImplementedError(
+            f"{name} has no scores by token (`per_token`, `doc_ids`): they are parts of inner "
+            "products of gradients; TracInCP, GradDot, GradCos, influence functions, LoGra and "
+            "TRAK have them"
+        )

@@ -112,6 +112,26 @@ def mixed_product(
         return _vmapped(lambda v: {"": jvp(slope, (parameters,), (v,))[1]}, vectors)[""]
 
 
+def forward_product(
+    function: Callable[[Tree], Tensor], parameters: Tree, vectors: Tree, mode: Mode = "forward"
+) -> Tensor:
+    """J v for each vector, J the Jacobian of a function of parameters.
+
+    Args:
+        function: maps parameters by name to a tensor.
+        parameters: the point at which to take the Jacobian.
+        vectors: ``[k, *shape]`` by name.
+        mode: "forward", or "reverse" for two reverse passes.
+
+    Returns:
+        ``[k, *shape of the tensor]``.
+    """
+    with twice_differentiable():
+        if mode == "reverse":
+            return _forward_by_reverse(function, parameters, vectors)
+        return _vmapped(lambda v: {"": jvp(function, (parameters,), (v,))[1]}, vectors)[""]
+
+
 class EitherMode:
     """Uses forward mode until a function fails in it, and reverse mode from then on.
 
@@ -174,6 +194,19 @@ def _pull(
         allow_unused=True,
         materialize_grads=True,
     )
+
+
+def _forward_by_reverse(
+    function: Callable[[Tree], Tensor], parameters: Tree, vectors: Tree
+) -> Tensor:
+    """J v as the derivative of u -> J^T u, which is linear in u."""
+    leaves = _leaves(parameters)
+    with torch.enable_grad():
+        value = function(leaves)
+        dual = torch.zeros_like(value).requires_grad_()
+        pulled = _pull([value], list(leaves.values()), [dual], keep=True)
+    rows = zip(*vectors.values(), strict=True)
+    return torch.stack([_pull(pulled, [dual], row, keep=False)[0] for row in rows])
 
 
 def _hessian_reverse(

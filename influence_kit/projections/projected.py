@@ -150,6 +150,8 @@ class Masked(FactMasked):
         seed: of mask and projection; that of a layer depends on its name alone.
     """
 
+    writes_out = True
+
     def __init__(
         self,
         projection_dim: int = 4096,

@@ -13,6 +13,7 @@ from influence_kit.viz.ranking import self_influence_ranking
 from influence_kit.viz.report import Report
 from influence_kit.viz.scatter import predicted_and_actual
 from influence_kit.viz.texts import influential_texts
+from influence_kit.viz.token_heat import token_heat
 
 __all__ = [
     "Report",
@@ -26,4 +27,5 @@ __all__ = [
     "self_influence_ranking",
     "suspects",
     "text_table",
+    "token_heat",
 ]

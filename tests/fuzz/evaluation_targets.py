@@ -677,6 +677,16 @@ def _figures() -> list[Target]:
             },
         ),
         Target(
+            "token_heat",
+            viz.token_heat,
+            {
+                "tokens": is_([["a", "b"], ["c", "d"]]),
+                "scores": drawn(2, 2),
+                "names": is_(["x", "y"]),
+            },
+            {"names": NONE},
+        ),
+        Target(
             "layer_bars",
             viz.layer_bars,
             {"by_layer": lambda: {"a": drawn(2)(), "b": drawn(2)()}, "titles": is_(["x", "y"])},

@@ -146,6 +146,8 @@ FINE: dict[str, set[str]] = {
     "k": NONE | ZERO | TWO | LARGE,
     "top_k": ZERO | TWO | LARGE,
     "epochs": NONE,
+    "per_token": NONE,
+    "doc_ids": NONE,
     "shift": NONE | ZERO,
     "train_indices": NONE,
     "nearest_neighbors": NONE,
@@ -599,6 +601,67 @@ def _selection() -> list[Target]:
     ]
 
 
+def _tokens() -> list[Target]:
+    def logits() -> Tensor:
+        return drawn(2, 3, 4)
+
+    def ids() -> Tensor:
+        return torch.tensor([1, 3])
+
+    def called(kind: Any) -> Callable[..., Any]:
+        def call(outputs: Any, targets: Any, **given: Any) -> Any:
+            return kind(**given)(outputs, targets)
+
+        return call
+
+    def by_token(**given: Any) -> Any:
+        dot = ik.GradDot(network(), train(), checkpoints(), loss_fn=nn.CrossEntropyLoss())
+        return dot.influence(batch(), **given)
+
+    given = {"outputs": logits, "targets": ids}
+    fine = {
+        "token": NONE | ZERO | TWO,
+        "other": ZERO | TWO,
+        "position": ZERO | TWO | NEGATIVE,
+        "shift": ZERO | TWO,
+        "mean": FLAGS,
+        "targets": set(BAD),  # not read, where there is a token
+    }
+    named = {"token": is_(1), "position": is_(-1)}
+    of_labels = {"outputs": logits, "targets": lambda: torch.ones(2, 3).long()}
+    ids_of_few = {"prompts": is_([[1, 2]]), "answers": is_([[3]]), "pad": is_(0)}
+    return [
+        Target("TokenLogit", called(ik.TokenLogit), given | named, fine),
+        Target("TokenLogProbability", called(ik.TokenLogProbability), given | named, fine),
+        Target(
+            "TokenDifference", called(ik.TokenDifference), given | named | {"other": is_(2)}, fine
+        ),
+        Target(
+            "SequenceLogProbability",
+            called(ik.SequenceLogProbability),
+            of_labels | {"shift": is_(1), "mean": is_(False)},
+            {"shift": ZERO | TWO, "mean": FLAGS},
+        ),
+        Target(
+            "SequenceLogProbability.terms",
+            lambda **given: ik.SequenceLogProbability().terms(**given),
+            of_labels,
+        ),
+        Target("prompt_and_answer", ik.prompt_and_answer, ids_of_few, {"pad": ZERO | TWO}),
+        target(
+            "influence, by token",
+            by_token,
+            {
+                "k": is_(2),
+                "per_token": is_("train"),
+                "doc_ids": lambda: torch.zeros(N, 1).long(),
+                "aggregate": is_(False),
+            },
+            {"per_token": set(), "doc_ids": NONE},
+        ),
+    ]
+
+
 TARGETS = [
     *_constructors(),
     *_selection(),
@@ -607,4 +670,5 @@ TARGETS = [
     *_traces(),
     *_parts(),
     *_operators(),
+    *_tokens(),
 ]

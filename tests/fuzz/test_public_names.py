@@ -21,6 +21,7 @@ EXTENSION = "made by the library for the code of extensions, or the base of thei
 NOT_TRIED = {
     "CurvatureError": "an error",
     **dict.fromkeys(("KMostInfluentialResults", "MostInfluentialFeatures"), RESULT),
+    "KMostInfluentialTokens": RESULT,
     **dict.fromkeys(("Brittleness", "Comparison", "Cost", "LeaveOneOutCorrelation"), RESULT),
     **dict.fromkeys(("MislabelReport", "MislabelRow", "RemovalCurve", "RidgeLeaveOneOut"), RESULT),
     **dict.fromkeys(("RowCorrelation", "Tuned", "Values"), RESULT),

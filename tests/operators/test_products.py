@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from influence_kit.operators import gauss_newton_product, hessian_product
+from influence_kit.operators.products import forward_product
 
 Tree = dict[str, Tensor]
 N, K = 5, 3
@@ -174,3 +175,16 @@ def test_products_leave_the_parameters_and_the_random_state_alone(mode: str) -> 
     assert all(not value.requires_grad for value in found.values())
     assert all(p.grad is None and torch.equal(p, before[n]) for n, p in parameters.items())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+def test_forward_products_are_those_of_the_jacobian(mode: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    point, v = (torch.randn(shape, generator=generator).double() for shape in ((3,), (5, 3)))
+
+    def function(values: Any) -> Tensor:
+        return torch.outer(values["w"].sin(), values["w"].exp())
+
+    jacobian = torch.autograd.functional.jacobian(lambda w: function({"w": w}), point)
+    found = forward_product(function, {"w": point}, {"w": v}, mode)
+    assert torch.allclose(found, torch.einsum("ijp,kp->kij", jacobian, v), atol=1e-12)

@@ -218,6 +218,11 @@ class InfluenceFunction(InnerProductInfluence):
             return self.train_at(index)
         return self.train_at(index, partial(unit_influence, self._fitted.at(index), self.relative))
 
+    @property
+    def is_symmetric(self) -> bool:  # type: ignore[override]
+        """Whether the inverse is a symmetric linear map (to the tolerance of a solver)."""
+        return self.inverse.is_symmetric
+
     # What a user reads, sets and calls.
 
     @property

@@ -20,7 +20,7 @@ from influence_kit.losses.margins import OutputFunction
 from influence_kit.methods.arguments import documented
 from influence_kit.methods.caches import Cache
 from influence_kit.methods.example_batches import BatchSize
-from influence_kit.methods.restarts import check_k, given, starts_again
+from influence_kit.methods.restarts import check_k, given, refuse_tokens, starts_again
 from influence_kit.methods.tracin.nearest_neighbors import ExactNearestNeighbors, NearestNeighbors
 from influence_kit.methods.tracin.tracin_fast import TracInCPFast
 from influence_kit.projections.maps import Identity
@@ -190,8 +190,12 @@ class TracInCPFastRandProj(TracInCPFast):
         proponents: bool = True,
         show_progress: bool = False,
         aggregate: bool = False,
+        *,
+        per_token: str | None = None,
+        doc_ids: Any = None,
     ) -> Tensor | KMostInfluentialResults:
         """The k best training examples for each test example; all scores if ``k`` is None."""
+        refuse_tokens(self.get_name(), per_token, doc_ids)
         check_k(k)
         query = self._vectors(given(inputs), of_tests=True, aggregate=aggregate)
         query = self._finite(query, "test")

@@ -49,6 +49,7 @@ class OutputFeatures(FeatureMap):
 
     is_short = True
     is_linear = False
+    writes_out = True
 
     def __init__(
         self,
@@ -115,6 +116,9 @@ class OutputFeatures(FeatureMap):
     def features(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
         """The features of test examples; ``loss`` is not used."""
         return self._at(checkpoint)(self.source(batch, self._test_output))
+
+    def train_features(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
+        return self._at(checkpoint)(self.source(batch, self._output))
 
     def cached(self, checkpoint: int, batch: Batch, loss: Loss) -> Gradients:
         features = self._at(checkpoint)(self.source(batch, self._output))

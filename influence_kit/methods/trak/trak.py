@@ -1,5 +1,6 @@
 """TRAK: Park et al. 2023, arXiv 2303.14186."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -176,6 +177,9 @@ class TRAK(InfluenceFunction):
 
     def make_reducer(self, k: int | None, proponents: bool) -> Reducer:
         return Weighted(super().make_reducer(k, proponents), self._mean_slopes)
+
+    def train_weights(self) -> Callable[[], Tensor]:
+        return self._mean_slopes
 
     def _mean_slopes(self) -> Tensor:
         """The mean over checkpoints of the training examples' slopes, ``[n]``."""
