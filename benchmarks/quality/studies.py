@@ -8,9 +8,9 @@ from typing import NamedTuple
 from benchmarks.quality.figures import Figure, Metrics, Row, Scores
 from benchmarks.settings.catalog import SETTINGS
 from benchmarks.settings.catalog_wide import WIDE
-from benchmarks.settings.data import Data
+from benchmarks.settings.data import Data, Sizes
 from benchmarks.settings.kept_scores import Variant
-from benchmarks.settings.methods import split_name
+from benchmarks.settings.methods import FOLLOWING, split_name
 from benchmarks.settings.plan import Plan
 from benchmarks.settings.run import over_targets, run, truth
 from benchmarks.settings.workplace import Workplace
@@ -29,10 +29,10 @@ AT_MINIMUM = [EXPLICIT, *(name for name in NETWORK if name != "TracInCP")]
 OF_VALUES = ["GradDot", "GradCos", EXPLICIT, CG]
 MINIMUM = "trained to the minimum, where all seeds give one model"
 # hundreds of products with the vectors of all test examples
-CG_IS_SLOW = {"cifar2-cnn", "help-gpt"}
+CG_IS_SLOW = {"cifar2-cnn", "help-gpt", "mnist-mlp", "shakespeare-gpt"}
+OWN_STUDIES = {"concrete", "concrete-mlp", "shakespeare-gpt"}
 
-# those with learning rates along a run, and those of one model
-FOLLOWING = {"TracInCP", "TracInCPFast"}
+# those of one model
 OF_ONE = {"GradDot", "GradCos", "ArnoldiInfluenceFunction"}
 DAMPED = {"DataInf", EXPLICIT, CG, *KRONECKER, *PROJECTED}
 DAMPINGS = [factor * 10.0**power for power in range(-6, 1) for factor in (1, 3)] + [10.0]
@@ -54,12 +54,14 @@ class Study:
         plan: how much is done.
         remark: what a reader of the page has to know.
         brief: methods that take too long for more than the default at the last checkpoint.
+        sizes: other sizes than those of the setting; None for its own.
     """
 
     setting: str
     plan: Plan
     remark: str
     brief: Sequence[str] = ()
+    sizes: Sizes | None = None
 
     @property
     def needs(self) -> str:
@@ -68,7 +70,7 @@ class Study:
 
     def load(self, folder: Path | None) -> Data:
         """The data of the setting, from the folder where it needs one."""
-        return SETTINGS[self.setting].load(folder if self.needs else None)
+        return SETTINGS[self.setting].load(folder if self.needs else None, self.sizes)
 
     def of_methods(self, names: Sequence[str] | None) -> "Study":
         """The same for some of the methods; None is all."""
@@ -155,11 +157,17 @@ def score_studies(processes: int) -> list[Study]:
     """The linear datamodeling scores: wide inputs first, then those of the other settings."""
 
     def network(
-        name: str, methods: Sequence[str] = NETWORK, subsets: int = 40, repeats: int = 2
+        name: str,
+        methods: Sequence[str] = NETWORK,
+        subsets: int = 40,
+        repeats: int = 2,
+        sizes: Sizes | None = None,
     ) -> Study:
         plan = Plan(methods, subsets, repeats, 3, checkpoints=CHECKPOINTS, processes=processes)
         remark = f"{subsets} halves x {repeats} models, three target models"
-        return Study(name, plan, remark, [CG] if name in CG_IS_SLOW else [])
+        if sizes is not None:
+            remark += f", {sizes.test} test examples"
+        return Study(name, plan, remark, [CG] if name in CG_IS_SLOW else [], sizes)
 
     def at_minimum(name: str, methods: Sequence[str] = AT_MINIMUM) -> Study:
         plan = Plan(methods, subsets=50, processes=processes)
@@ -168,7 +176,7 @@ def score_studies(processes: int) -> list[Study]:
     tokens = [name for name in NETWORK if name not in FEATURES]
     digits = [*NETWORK, EXPLICIT, *ITERATIVE, "TracInCPFast", "TRAK-10"]
     return [
-        *(network(one.name) for one in WIDE if one.name != "concrete"),
+        *(network(one.name) for one in WIDE if one.name not in OWN_STUDIES),
         network("concrete", [*NETWORK, EXPLICIT], repeats=6),
         network("digits-mlp", digits, subsets=100, repeats=10),
         network("help-gpt", tokens, subsets=30),
