@@ -55,6 +55,7 @@ class Study:
         remark: what a reader of the page has to know.
         brief: methods that take too long for more than the default at the last checkpoint.
         sizes: other sizes than those of the setting; None for its own.
+        has_sweep: whether methods are asked with other dampings, too.
     """
 
     setting: str
@@ -62,6 +63,7 @@ class Study:
     remark: str
     brief: Sequence[str] = ()
     sizes: Sizes | None = None
+    has_sweep: bool = True
 
     @property
     def needs(self) -> str:
@@ -91,7 +93,7 @@ def scores_of(study: Study, data: Data, folder: Path, after: Callable[[Scores], 
         return Judged(score, found.passes)
 
     for name in study.plan.methods:
-        variants = list(variants_of(name, has_run, name in study.brief))
+        variants = list(variants_of(name, has_run, name in study.brief, study.has_sweep))
         figures, ceiling = _figures(variants, workplace.target_seeds, judged)
         rows[name] = Row(
             figures.get(Variant(name)),
@@ -101,14 +103,16 @@ def scores_of(study: Study, data: Data, folder: Path, after: Callable[[Scores], 
         after(Scores(ceiling, study.remark, dict(rows)))
 
 
-def variants_of(name: str, has_run: bool, is_brief: bool = False) -> Iterator[Variant]:
+def variants_of(
+    name: str, has_run: bool, is_brief: bool = False, has_sweep: bool = True
+) -> Iterator[Variant]:
     """What a method is asked: its default and a sweep at the last checkpoint, and over the run."""
     kind, count = split_name(name)
     if kind not in FOLLOWING or not has_run:
         yield Variant(name)
     if is_brief or count:
         return
-    if kind in DAMPED:
+    if kind in DAMPED and has_sweep:
         yield from (Variant(name, damping=one) for one in OWN_DAMPINGS.get(kind, DAMPINGS))
     if has_run and kind not in OF_ONE:
         yield Variant(name, over_run=True)
@@ -162,12 +166,13 @@ def score_studies(processes: int) -> list[Study]:
         subsets: int = 40,
         repeats: int = 2,
         sizes: Sizes | None = None,
+        has_sweep: bool = True,
     ) -> Study:
         plan = Plan(methods, subsets, repeats, 3, checkpoints=CHECKPOINTS, processes=processes)
         remark = f"{subsets} halves x {repeats} models, three target models"
         if sizes is not None:
             remark += f", {sizes.test} test examples"
-        return Study(name, plan, remark, [CG] if name in CG_IS_SLOW else [], sizes)
+        return Study(name, plan, remark, [CG] if name in CG_IS_SLOW else [], sizes, has_sweep)
 
     def at_minimum(name: str, methods: Sequence[str] = AT_MINIMUM) -> Study:
         plan = Plan(methods, subsets=50, processes=processes)
@@ -178,6 +183,11 @@ def score_studies(processes: int) -> list[Study]:
     return [
         *(network(one.name) for one in WIDE if one.name not in OWN_STUDIES),
         network("concrete", [*NETWORK, EXPLICIT], repeats=6),
+        network(
+            "mnist-mlp", [*NETWORK, "SOURCE"], repeats=3, sizes=Sizes(5000, 60), has_sweep=False
+        ),
+        network("concrete-mlp", [*NETWORK, "SOURCE"], repeats=20, has_sweep=False),
+        network("shakespeare-gpt", [*tokens, "LESS"], subsets=30, has_sweep=False),
         network("digits-mlp", digits, subsets=100, repeats=10),
         network("help-gpt", tokens, subsets=30),
         at_minimum("wine-lr"),

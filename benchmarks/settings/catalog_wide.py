@@ -16,7 +16,7 @@ from benchmarks.settings.losses import (
 from benchmarks.settings.models.perceptrons import linear, perceptron
 from benchmarks.settings.models.small_cnn import small_cnn
 from benchmarks.settings.models.transformer import GPT
-from benchmarks.settings.recipes import MiniBatches
+from benchmarks.settings.recipes import MiniBatches, WarmupCosine
 from benchmarks.settings.setting import Loader, Setting
 from influence_kit.evaluation import log_odds
 
@@ -132,8 +132,14 @@ WIDE = [
         network=_small_gpt,
         loss_fn=token_losses,
         measurement=log_likelihoods,
+        # two seeds agree by .7 in rank, and by .1 if the learning rate is constant
         recipe=MiniBatches(
-            epochs=6, batch_size=32, learning_rate=3e-3, optimizer="adamw", weight_decay=0.01
+            epochs=6,
+            batch_size=32,
+            learning_rate=3e-3,
+            optimizer="adamw",
+            weight_decay=0.01,
+            schedule=WarmupCosine(warmup=0.1, floor=0.0),
         ),
         metrics=("LDS",),
         needs="input.txt",

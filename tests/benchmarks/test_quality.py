@@ -195,6 +195,9 @@ def test_what_a_method_is_asked():
     assert list(variants_of("TracInCP", has_run=False)) == [Variant("TracInCP")]
     assert list(variants_of("TRAK-10", has_run=True)) == [Variant("TRAK-10")]
     assert list(variants_of(CG, True, is_brief=True)) == [Variant(CG)]
+    assert list(variants_of("SOURCE", True)) == [Variant("SOURCE", over_run=True)]
+    both = [Variant("LoGra"), Variant("LoGra", over_run=True)]
+    assert list(variants_of("LoGra", True, has_sweep=False)) == both
     found = list(variants_of("LoGra", has_run=True))
     assert found[0] == Variant("LoGra")
     assert [one.damping for one in found[1:-1]] == DAMPINGS
@@ -275,8 +278,16 @@ def test_every_study_can_be_done():
         study.plan.check(SETTINGS[study.setting])
         assert study.of_methods(["TRAK"]).plan.methods in (["TRAK"], [])
     needing = {study.setting for study in score_studies(1) if study.needs}
-    assert {"texts", "mnist-pixels", "cifar2-cnn", "concrete"} < needing
+    assert {"texts", "mnist-pixels", "cifar2-cnn", "concrete", "mnist-mlp"} < needing
     assert "sparse" not in needing
+
+
+def test_a_study_may_have_sizes_of_its_own():
+    (one,) = [study for study in score_studies(1) if study.sizes is not None]
+    assert (one.setting, one.sizes) == ("mnist-mlp", (5000, 60))
+    assert one.remark.endswith(", three target models, 60 test examples")
+    own = replace(small(["GradDot"], subsets=2), sizes=Sizes(20, 3)).load(None)
+    assert (len(own.train), len(own.test)) == (20, 3)
 
 
 def test_the_command_keeps_what_it_finds(tmp_path, monkeypatch, capsys):
