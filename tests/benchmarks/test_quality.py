@@ -183,6 +183,15 @@ def test_sentences_of_the_choosing_page_count_for_themselves():
     assert "| `GradDot` | 0.990 | 0.500 | 0.250 |" in text
 
 
+def test_defaults_below_the_cosine_are_named():
+    assert "GradCos` (over" not in choosing(FIGURES)
+    rows = {**SPARSE.rows, "GradCos": Row(Figure(0.52))}
+    found = {**FIGURES.scores, "sparse": replace(SPARSE, rows=rows)}
+    text = choosing(replace(FIGURES, scores=found))
+    told = "`GradDot` in `sparse`; `TracInCP` in `sparse`; `DataInf` in `sparse`."
+    assert f"**Defaults below `GradCos`** (over the run, where they take one): {told}" in text
+
+
 def test_a_part_of_a_page_is_replaced_between_its_marks():
     assert with_part(f"a\n{FIRST}\nold\n{LAST}\nb", "new\n") == f"a\n{FIRST}\nnew\n{LAST}\nb"
     with pytest.raises(ValueError, match="the page has 0 parts between"):
