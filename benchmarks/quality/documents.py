@@ -84,6 +84,7 @@ def _lessons(scores: Mapping[str, Scores]) -> Iterator[str]:
     yield _of_runs(scores)
     yield _of_dampings(scores)
     yield _of_datainf(scores)
+    yield from _of_cosines(scores)
 
 
 def _of_runs(scores: Mapping[str, Scores]) -> str:
@@ -141,6 +142,20 @@ def _of_datainf(scores: Mapping[str, Scores]) -> str:
         "norms of the gradients, the mean of the inverses removes from a gradient little more than "
         "the example's own direction; if it is far above, nothing."
     )
+
+
+def _of_cosines(scores: Mapping[str, Scores]) -> Iterator[str]:
+    """The methods that a cosine of plain gradients beats."""
+    settings = {name: one for name, one in scores.items() if "GradCos" in one.rows}
+    below: dict[str, list[str]] = {}
+    for name, one in settings.items():
+        cosine = best_default(one.rows["GradCos"]).mean
+        for method, row in one.rows.items():
+            if best_default(row).mean < cosine:
+                below.setdefault(method, []).append(f"`{name}`")
+    if below:
+        told = "; ".join(f"`{method}` in {', '.join(names)}" for method, names in below.items())
+        yield f"**Defaults below `GradCos`** (over the run, where they take one): {told}."
 
 
 def _of_minima(figures: Figures) -> Iterator[str]:

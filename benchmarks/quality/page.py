@@ -20,13 +20,13 @@ defaults unless `benchmarks/settings/methods.py` sets something else.
 ## Summary
 
 The LDS of the defaults as a share of the ceiling: at the last checkpoint / over {checkpoints}
-checkpoints of the run, evenly spaced. GradDot and GradCos use the last checkpoint only, TracInCP
-uses the run. The mean is over the settings in which all methods of the table were measured, and it
-takes the figure over the run where there is one. *Passes* are counted by a hook: the number of
-examples that went forward through the model for the scores of all test examples, including fits, as
-a multiple of the number of all training and test examples; from the smallest to the largest over
-the settings. Most forward passes are followed by a backward pass, and nearly all passes of {cg}
-carry one vector per test example.
+checkpoints of the run, evenly spaced. GradDot and GradCos use the last checkpoint only, TracInCP,
+SOURCE and LESS use the run. The mean is over the settings in which all methods of the table were
+measured, and it takes the figure over the run where there is one. *Passes* are counted by a hook:
+the number of examples that went forward through the model for the scores of all test examples,
+including fits, as a multiple of the number of all training and test examples; from the smallest to
+the largest over the settings. Most forward passes are followed by a backward pass, and nearly all
+passes of {cg} carry one vector per test example.
 """
 CG = "`CGInfluenceFunction`"
 # of a default that the list of short ones names: why, where it is known

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from benchmarks.quality.figures import Figure, Metrics, Row, Scores
 from benchmarks.settings.catalog import SETTINGS
 from benchmarks.settings.catalog_wide import WIDE
-from benchmarks.settings.data import Data
+from benchmarks.settings.data import Data, Sizes
 from benchmarks.settings.kept_scores import Variant
-from benchmarks.settings.methods import split_name
+from benchmarks.settings.methods import FOLLOWING, split_name
 from benchmarks.settings.plan import Plan
 from benchmarks.settings.run import over_targets, run, truth
 from benchmarks.settings.workplace import Workplace
@@ -29,10 +29,10 @@ AT_MINIMUM = [EXPLICIT, *(name for name in NETWORK if name != "TracInCP")]
 OF_VALUES = ["GradDot", "GradCos", EXPLICIT, CG]
 MINIMUM = "trained to the minimum, where all seeds give one model"
 # hundreds of products with the vectors of all test examples
-CG_IS_SLOW = {"cifar2-cnn", "help-gpt"}
+CG_IS_SLOW = {"cifar2-cnn", "help-gpt", "mnist-mlp", "shakespeare-gpt"}
+OWN_STUDIES = {"concrete", "concrete-mlp", "shakespeare-gpt"}
 
-# those with learning rates along a run, and those of one model
-FOLLOWING = {"TracInCP", "TracInCPFast"}
+# those of one model
 OF_ONE = {"GradDot", "GradCos", "ArnoldiInfluenceFunction"}
 DAMPED = {"DataInf", EXPLICIT, CG, *KRONECKER, *PROJECTED}
 DAMPINGS = [factor * 10.0**power for power in range(-6, 1) for factor in (1, 3)] + [10.0]
@@ -54,12 +54,16 @@ class Study:
         plan: how much is done.
         remark: what a reader of the page has to know.
         brief: methods that take too long for more than the default at the last checkpoint.
+        sizes: other sizes than those of the setting; None for its own.
+        has_sweep: whether methods are asked with other dampings, too.
     """
 
     setting: str
     plan: Plan
     remark: str
     brief: Sequence[str] = ()
+    sizes: Sizes | None = None
+    has_sweep: bool = True
 
     @property
     def needs(self) -> str:
@@ -68,7 +72,7 @@ class Study:
 
     def load(self, folder: Path | None) -> Data:
         """The data of the setting, from the folder where it needs one."""
-        return SETTINGS[self.setting].load(folder if self.needs else None)
+        return SETTINGS[self.setting].load(folder if self.needs else None, self.sizes)
 
     def of_methods(self, names: Sequence[str] | None) -> "Study":
         """The same for some of the methods; None is all."""
@@ -89,7 +93,7 @@ def scores_of(study: Study, data: Data, folder: Path, after: Callable[[Scores], 
         return Judged(score, found.passes)
 
     for name in study.plan.methods:
-        variants = list(variants_of(name, has_run, name in study.brief))
+        variants = list(variants_of(name, has_run, name in study.brief, study.has_sweep))
         figures, ceiling = _figures(variants, workplace.target_seeds, judged)
         rows[name] = Row(
             figures.get(Variant(name)),
@@ -99,14 +103,16 @@ def scores_of(study: Study, data: Data, folder: Path, after: Callable[[Scores], 
         after(Scores(ceiling, study.remark, dict(rows)))
 
 
-def variants_of(name: str, has_run: bool, is_brief: bool = False) -> Iterator[Variant]:
+def variants_of(
+    name: str, has_run: bool, is_brief: bool = False, has_sweep: bool = True
+) -> Iterator[Variant]:
     """What a method is asked: its default and a sweep at the last checkpoint, and over the run."""
     kind, count = split_name(name)
     if kind not in FOLLOWING or not has_run:
         yield Variant(name)
     if is_brief or count:
         return
-    if kind in DAMPED:
+    if kind in DAMPED and has_sweep:
         yield from (Variant(name, damping=one) for one in OWN_DAMPINGS.get(kind, DAMPINGS))
     if has_run and kind not in OF_ONE:
         yield Variant(name, over_run=True)
@@ -155,11 +161,18 @@ def score_studies(processes: int) -> list[Study]:
     """The linear datamodeling scores: wide inputs first, then those of the other settings."""
 
     def network(
-        name: str, methods: Sequence[str] = NETWORK, subsets: int = 40, repeats: int = 2
+        name: str,
+        methods: Sequence[str] = NETWORK,
+        subsets: int = 40,
+        repeats: int = 2,
+        sizes: Sizes | None = None,
+        has_sweep: bool = True,
     ) -> Study:
         plan = Plan(methods, subsets, repeats, 3, checkpoints=CHECKPOINTS, processes=processes)
         remark = f"{subsets} halves x {repeats} models, three target models"
-        return Study(name, plan, remark, [CG] if name in CG_IS_SLOW else [])
+        if sizes is not None:
+            remark += f", {sizes.test} test examples"
+        return Study(name, plan, remark, [CG] if name in CG_IS_SLOW else [], sizes, has_sweep)
 
     def at_minimum(name: str, methods: Sequence[str] = AT_MINIMUM) -> Study:
         plan = Plan(methods, subsets=50, processes=processes)
@@ -168,8 +181,13 @@ def score_studies(processes: int) -> list[Study]:
     tokens = [name for name in NETWORK if name not in FEATURES]
     digits = [*NETWORK, EXPLICIT, *ITERATIVE, "TracInCPFast", "TRAK-10"]
     return [
-        *(network(one.name) for one in WIDE if one.name != "concrete"),
+        *(network(one.name) for one in WIDE if one.name not in OWN_STUDIES),
         network("concrete", [*NETWORK, EXPLICIT], repeats=6),
+        network(
+            "mnist-mlp", [*NETWORK, "SOURCE"], repeats=3, sizes=Sizes(5000, 60), has_sweep=False
+        ),
+        network("concrete-mlp", [*NETWORK, "SOURCE"], repeats=20, has_sweep=False),
+        network("shakespeare-gpt", [*tokens, "LESS"], subsets=30, has_sweep=False),
         network("digits-mlp", digits, subsets=100, repeats=10),
         network("help-gpt", tokens, subsets=30),
         at_minimum("wine-lr"),

@@ -1,5 +1,6 @@
 """The settings, by name: those of the field, and those that need no download."""
 
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -19,7 +20,7 @@ from benchmarks.settings.models.perceptrons import linear, perceptron
 from benchmarks.settings.models.resnet9 import resnet9
 from benchmarks.settings.models.transformer import GPT, MusicTransformer
 from benchmarks.settings.published import published
-from benchmarks.settings.recipes import Loss, MiniBatches, Minimum, WarmupCosine
+from benchmarks.settings.recipes import Loss, MiniBatches, Minimum, WarmupCosine, WarmupLine
 from benchmarks.settings.setting import Loader, Setting
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.evaluation import log_odds
@@ -63,6 +64,23 @@ def _gpt2(data: Data) -> nn.Module:
 
 
 _RESNET_RECIPE = MiniBatches(epochs=10, batch_size=64, learning_rate=0.01, momentum=0.9)
+_GPT2 = Setting(
+    name="wikitext2-gpt2",
+    title="WikiText-2, GPT-2 fine-tuned, blocks of 512 tokens",
+    loader=sequences.wikitext2,
+    sizes=Sizes(4656, 481),
+    network=_gpt2,
+    loss_fn=token_losses,
+    measurement=log_likelihoods,
+    recipe=MiniBatches(
+        epochs=3, batch_size=8, learning_rate=5e-5, optimizer="adamw", weight_decay=0.01
+    ),
+    metrics=("LDS",),
+    needs="wiki.train.raw, wiki.valid.raw, GPT-2's files",
+    published=published("wikitext2-gpt2"),
+    # all linear layers of the blocks; the embeddings have as many weights as a third of GPT-2
+    layers=("*.attn.c_attn", "*.attn.c_proj", "*.mlp.c_fc", "*.mlp.c_proj"),
+)
 
 FIELD = [
     Setting(
@@ -159,22 +177,21 @@ FIELD = [
         needs="nanoGPT's input.txt",
         published=published("shakespeare-nanogpt"),
     ),
-    Setting(
-        name="wikitext2-gpt2",
-        title="WikiText-2, GPT-2 fine-tuned, blocks of 512 tokens",
-        loader=sequences.wikitext2,
-        sizes=Sizes(4656, 481),
-        network=_gpt2,
-        loss_fn=token_losses,
-        measurement=log_likelihoods,
+    _GPT2,
+    replace(
+        _GPT2,
+        name="wikitext2-gpt2-leaderboard",
+        title="WikiText-2, GPT-2 fine-tuned in large batches, as bergson's leaderboard",
+        # its chunks are cut from the text in another way
+        sizes=Sizes(4608, 50),
         recipe=MiniBatches(
-            epochs=3, batch_size=8, learning_rate=5e-5, optimizer="adamw", weight_decay=0.01
+            epochs=4,
+            batch_size=256,
+            learning_rate=4e-4,
+            optimizer="adamw",
+            schedule=WarmupLine(warmup=0.25, floor=0.1),
         ),
-        metrics=("LDS",),
-        needs="wiki.train.raw, wiki.valid.raw, GPT-2's files",
-        published=published("wikitext2-gpt2"),
-        # all linear layers of the blocks; the embeddings have as many weights as a third of GPT-2
-        layers=("*.attn.c_attn", "*.attn.c_proj", "*.mlp.c_fc", "*.mlp.c_proj"),
+        published=published("wikitext2-gpt2-leaderboard"),
     ),
 ]
 

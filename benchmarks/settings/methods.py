@@ -4,15 +4,17 @@ A name may end in a number: ``TRAK-10`` is TRAK over ten models, each trained on
 of the training set.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from torch import nn
 
 import influence_kit
 from benchmarks.settings.data import Data
-from benchmarks.settings.recipes import Minimum
+from benchmarks.settings.recipes import MiniBatches, Minimum
 from benchmarks.settings.setting import Setting, Trained
 from influence_kit.errors import InvalidArgumentError
 
@@ -61,6 +63,29 @@ def _shared(question: Question) -> Keywords:
 
 def _of_training(question: Question) -> Keywords:
     return {**_shared(question), "checkpoints": question.target.checkpoints}
+
+
+def _of_segments(question: Question) -> Keywords:
+    """SOURCE takes the sum of the learning rates between checkpoints, which the recipe tells."""
+    recipe = question.setting.recipe
+    if not isinstance(recipe, MiniBatches) or not recipe.is_plain_sgd:
+        raise InvalidArgumentError(
+            f"SOURCE follows SGD; {question.setting.name} is trained by {recipe}"
+        )
+    steps = math.ceil(len(question.data.train) / recipe.batch_size)
+    ends = [0, *(checkpoint["epoch"] for checkpoint in question.target.checkpoints)]
+    an_epoch = steps * recipe.learning_rate / (1 - recipe.momentum)
+    sums = [(end - start) * an_epoch for start, end in pairwise(ends)]
+    return {**_of_training(question), "rate_sums": sums}
+
+
+def _of_adam(question: Question) -> Keywords:
+    """LESS takes the moments of Adam."""
+    if "optimizer" not in question.target.checkpoints[-1]:
+        raise InvalidArgumentError(
+            f"LESS follows Adam; {question.setting.name} is trained by {question.setting.recipe}"
+        )
+    return _of_training(question)
 
 
 def _of_last_layer(question: Question) -> Keywords:
@@ -125,7 +150,11 @@ METHODS: Mapping[str, Callable[[Question], Keywords]] = {
     "TRAK": _trak,
     "RepresenterPointSelection": _refitted,
     "KNNShapley": _neighbors,
+    "SOURCE": _of_segments,
+    "LESS": _of_adam,
 }
+# they take all checkpoints of one run
+FOLLOWING = {"TracInCP", "TracInCPFast", "SOURCE", "LESS"}
 
 
 def split_name(name: str) -> tuple[str, int]:
@@ -135,7 +164,7 @@ def split_name(name: str) -> tuple[str, int]:
         InvalidArgumentError: for a method that is not known, or cannot be over several models.
     """
     kind, _, count = name.partition("-")
-    if count and METHODS.get(kind) in (_of_training, _of_last_layer):
+    if count and kind in FOLLOWING:
         raise InvalidArgumentError(
             f"{kind} follows one training run, not several models; ask for '{kind}'"
         )

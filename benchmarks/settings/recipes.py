@@ -20,7 +20,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
 }
 Loss = Callable[[Tensor, Tensor], Tensor]
-AfterEpoch = Callable[[int, float], None]  # takes the epoch, from 1, and the last learning rate
+# takes the epoch, from 1, the last learning rate, and the optimizer; None where there is none
+AfterEpoch = Callable[[int, float, torch.optim.Optimizer | None], None]
 
 
 class Recipe(Protocol):
@@ -63,6 +64,17 @@ class WarmupCosine:
             return done / self.warmup
         fall = (1 + math.cos(math.pi * (done - self.warmup) / (1 - self.warmup))) / 2
         return self.floor + (1 - self.floor) * fall
+
+
+@dataclass(frozen=True)
+class WarmupLine(WarmupCosine):
+    """The same with a straight line down."""
+
+    def __call__(self, done: float) -> float:
+        """The factor of the learning rate where a share (0 to 1) of the steps is done."""
+        if done < self.warmup:
+            return done / self.warmup
+        return self.floor + (1 - self.floor) * (1 - done) / (1 - self.warmup)
 
 
 @dataclass(frozen=True)
@@ -129,7 +141,7 @@ class MiniBatches:
                     self._step(model, optimizer, rate, loss_fn(model(inputs[rows]), targets[rows]))
                     step += 1
                 if after_epoch is not None:
-                    after_epoch(epoch, rate)
+                    after_epoch(epoch, rate, optimizer)
         model.eval()
 
     def _rate(self, done: float) -> float:
@@ -214,4 +226,4 @@ class Minimum:
         optimizer.zero_grad(set_to_none=True)
         model.eval()
         if after_epoch is not None:
-            after_epoch(1, 1.0)
+            after_epoch(1, 1.0, None)

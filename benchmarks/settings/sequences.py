@@ -16,6 +16,7 @@ from benchmarks.settings.data import Data, Sizes, first
 from benchmarks.settings.readers.files import check_folder
 from benchmarks.settings.readers.music import PADDING, TOKENS, read_maestro
 from benchmarks.settings.readers.text import (
+    WORD,
     Paragraph,
     python_help,
     read_shakespeare,
@@ -25,8 +26,10 @@ from benchmarks.settings.readers.text import (
 from influence_kit.data.class_labels import IGNORED_LABEL
 
 MUSIC_CONTEXT, SHAKESPEARE_CONTEXT, GPT2_BLOCK, HELP_CONTEXT = 256, 256, 512, 64
+# of Shakespeare by words: the first windows of the text
+WORDS_CONTEXT, WORDS_PIECES = 32, 1100
 TRAIN_SHARE = 0.9
-UNKNOWN, RAREST = "<unknown>", 3  # a word of the help that occurs less often is unknown
+UNKNOWN, RAREST = "<unknown>", 3  # a word that occurs less often is unknown
 SPLIT_SEED = 0
 Pieces = Sequence[Sequence[int]]
 
@@ -120,6 +123,35 @@ def shakespeare(folder: Path | None, sizes: Sizes) -> Data:
     )
 
 
+def shakespeare_words(folder: Path | None, sizes: Sizes) -> Data:
+    """The first 1,100 windows of 32 words and marks; a tenth of them, drawn at random, for testing.
+
+    Words that occur once or twice in these windows are unknown. Names and phrases of a scene are in
+    training and test windows, so that training examples matter for test examples.
+    """
+    folder = check_folder(folder)
+    words = WORD.findall(read_shakespeare(folder))[: WORDS_PIECES * WORDS_CONTEXT + 1]
+    vocabulary = _known(Counter(words))
+    numbers = {word: number for number, word in enumerate(vocabulary)}
+    tokens = [numbers.get(word, numbers[UNKNOWN]) for word in words]
+    inputs, targets = next_tokens(windows(tokens, WORDS_CONTEXT + 1, WORDS_CONTEXT), WORDS_CONTEXT)
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    border = int(TRAIN_SHARE * len(inputs))
+    train, test = ((inputs[half], targets[half]) for half in (order[:border], order[border:]))
+    return Data(
+        first(train, sizes.train, "training"),
+        first(test, sizes.test, "test"),
+        outputs=len(vocabulary),
+        vocabulary=vocabulary,
+        folder=folder,
+    )
+
+
+def _known(counts: Counter[str]) -> tuple[str, ...]:
+    """The vocabulary: "<unknown>", and the words that are not rare."""
+    return (UNKNOWN, *sorted(word for word, count in counts.items() if count >= RAREST))
+
+
 def wikitext2(folder: Path | None, sizes: Sizes) -> Data:
     """Blocks of 512 tokens of GPT-2's tokenizer; test examples are of the validation part.
 
@@ -147,9 +179,7 @@ def help_topics(folder: Path | None, sizes: Sizes) -> Data:
     that occur once or twice are unknown.
     """
     paragraphs = list(python_help())
-    counts = Counter(word for paragraph in paragraphs for word in paragraph.words)
-    known = sorted(word for word, count in counts.items() if count >= RAREST)
-    vocabulary = (UNKNOWN, *known)
+    vocabulary = _known(Counter(word for paragraph in paragraphs for word in paragraph.words))
     numbers = {word: number for number, word in enumerate(vocabulary)}
     generator = torch.Generator().manual_seed(SPLIT_SEED)
     order = torch.randperm(len(paragraphs), generator=generator).tolist()

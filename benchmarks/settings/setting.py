@@ -4,6 +4,7 @@ Shapes: n training and m test examples.
 """
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -39,7 +40,8 @@ class Trained(NamedTuple):
 
     Attributes:
         model: at the end of training.
-        checkpoints: ``{"state_dict", "learning_rate", "epoch"}`` in order, the last at the end.
+        checkpoints: ``{"state_dict", "learning_rate", "epoch"}`` in order, the last at the end; of
+            Adam and AdamW with the optimizer's state ("optimizer").
     """
 
     model: nn.Module
@@ -168,10 +170,13 @@ class Setting:
         kept_epochs = {self.recipe.epochs * (c + 1) // count for c in range(count)}
         model, checkpoints = self.new_model(data, seed).to(device), []
 
-        def keep(epoch: int, rate: float) -> None:
+        def keep(epoch: int, rate: float, optimizer: torch.optim.Optimizer | None) -> None:
             if epoch in kept_epochs:
                 state = {name: value.cpu().clone() for name, value in model.state_dict().items()}
-                checkpoints.append({"state_dict": state, "learning_rate": rate, "epoch": epoch})
+                kept = {"state_dict": state, "learning_rate": rate, "epoch": epoch}
+                if isinstance(optimizer, torch.optim.Adam):  # AdamW is one
+                    kept["optimizer"] = deepcopy(optimizer.state_dict())
+                checkpoints.append(kept)
 
         rows = slice(None) if indices is None else torch.as_tensor(indices)
         inputs, targets = (tensor[rows].to(device) for tensor in data.train.tensors)

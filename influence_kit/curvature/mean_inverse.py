@@ -1,13 +1,16 @@
 """The mean of the inverses of damped rank-one curvatures: DataInf, arXiv 2310.00902."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from influence_kit.curvature.damping import DampingArgument
 from influence_kit.curvature.fit_data import FitData
 from influence_kit.curvature.inverse_curvature import InverseCurvature, State
+from influence_kit.curvature.operator_inverses import BlockArgument
 from influence_kit.curvature.passes import DataSet, Features, refuse_non_finite
+from influence_kit.gradients.parameter_selection import choose_blocks
 from influence_kit.gradients.per_example import Gradients, Transform
 from influence_kit.operators.damping_by_block import Damping, damping_by_block
 from influence_kit.operators.partition import Partition, spread
@@ -60,9 +63,31 @@ class MeanInverse:
 
 
 class MeanOfInverses(InverseCurvature):
-    """The mean of the examples' damped inverses, not the inverse of their mean; see ``DataInf``."""
+    """The mean of the examples' damped inverses, not the inverse of their mean; see ``DataInf``.
+
+    Args:
+        damping: see ``InfluenceFunction``.
+        seed: of all random numbers.
+        blocks: "layer", "parameter", or names of parameters by block.
+    """
 
     takes_own_labels = True
+
+    def __init__(
+        self,
+        damping: DampingArgument = "auto",
+        seed: int = 0,
+        blocks: BlockArgument = "layer",
+    ) -> None:
+        super().__init__(damping, seed)
+        self.blocks = blocks
+
+    @property
+    def couples_layers(self) -> bool:
+        return self.blocks == "full"
+
+    def blocks_of(self, model: nn.Module, names: Sequence[str]) -> Mapping[str, list[str]]:
+        return choose_blocks(model, names, self.blocks)
 
     def traces(self, state: State, data: FitData) -> Tensor:
         features = data.features("empirical_fisher", self.seed)

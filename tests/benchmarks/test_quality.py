@@ -183,6 +183,15 @@ def test_sentences_of_the_choosing_page_count_for_themselves():
     assert "| `GradDot` | 0.990 | 0.500 | 0.250 |" in text
 
 
+def test_defaults_below_the_cosine_are_named():
+    assert "GradCos` (over" not in choosing(FIGURES)
+    rows = {**SPARSE.rows, "GradCos": Row(Figure(0.52))}
+    found = {**FIGURES.scores, "sparse": replace(SPARSE, rows=rows)}
+    text = choosing(replace(FIGURES, scores=found))
+    told = "`GradDot` in `sparse`; `TracInCP` in `sparse`; `DataInf` in `sparse`."
+    assert f"**Defaults below `GradCos`** (over the run, where they take one): {told}" in text
+
+
 def test_a_part_of_a_page_is_replaced_between_its_marks():
     assert with_part(f"a\n{FIRST}\nold\n{LAST}\nb", "new\n") == f"a\n{FIRST}\nnew\n{LAST}\nb"
     with pytest.raises(ValueError, match="the page has 0 parts between"):
@@ -195,6 +204,9 @@ def test_what_a_method_is_asked():
     assert list(variants_of("TracInCP", has_run=False)) == [Variant("TracInCP")]
     assert list(variants_of("TRAK-10", has_run=True)) == [Variant("TRAK-10")]
     assert list(variants_of(CG, True, is_brief=True)) == [Variant(CG)]
+    assert list(variants_of("SOURCE", True)) == [Variant("SOURCE", over_run=True)]
+    both = [Variant("LoGra"), Variant("LoGra", over_run=True)]
+    assert list(variants_of("LoGra", True, has_sweep=False)) == both
     found = list(variants_of("LoGra", has_run=True))
     assert found[0] == Variant("LoGra")
     assert [one.damping for one in found[1:-1]] == DAMPINGS
@@ -275,8 +287,16 @@ def test_every_study_can_be_done():
         study.plan.check(SETTINGS[study.setting])
         assert study.of_methods(["TRAK"]).plan.methods in (["TRAK"], [])
     needing = {study.setting for study in score_studies(1) if study.needs}
-    assert {"texts", "mnist-pixels", "cifar2-cnn", "concrete"} < needing
+    assert {"texts", "mnist-pixels", "cifar2-cnn", "concrete", "mnist-mlp"} < needing
     assert "sparse" not in needing
+
+
+def test_a_study_may_have_sizes_of_its_own():
+    (one,) = [study for study in score_studies(1) if study.sizes is not None]
+    assert (one.setting, one.sizes) == ("mnist-mlp", (5000, 60))
+    assert one.remark.endswith(", three target models, 60 test examples")
+    own = replace(small(["GradDot"], subsets=2), sizes=Sizes(20, 3)).load(None)
+    assert (len(own.train), len(own.test)) == (20, 3)
 
 
 def test_the_command_keeps_what_it_finds(tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.settings.losses import class_losses, squared_losses
-from benchmarks.settings.recipes import MiniBatches, Minimum, WarmupCosine
+from benchmarks.settings.recipes import MiniBatches, Minimum, WarmupCosine, WarmupLine
 from influence_kit.errors import InvalidArgumentError
 
 
@@ -88,11 +88,18 @@ def test_a_schedule_warms_up_and_falls_like_a_cosine():
     assert schedule(1.0) == pytest.approx(0.1)
 
 
+def test_a_schedule_warms_up_and_falls_in_a_straight_line():
+    schedule = WarmupLine(warmup=0.25, floor=0.1)
+    assert [schedule(done) for done in (0.125, 0.25, 0.625, 1.0)] == pytest.approx(
+        [0.5, 1.0, 0.55, 0.1]
+    )
+
+
 def test_rates_follow_the_schedule():
     x, y = examples(4)
     recipe = MiniBatches(4, 2, 0.3, schedule=WarmupCosine(warmup=0.25, floor=0.0))
     rates, model, own = [], network(), network()
-    recipe(model, (x, y), class_losses, 0, lambda epoch, rate: rates.append((epoch, rate)))
+    recipe(model, (x, y), class_losses, 0, lambda epoch, rate, _: rates.append((epoch, rate)))
     # eight steps, of which two warm up; a rate is that in the middle of its step
     expected = [0.3 * (k + 0.5) / 2 for k in range(2)]
     expected += [0.15 * (1 + math.cos(math.pi * (k + 0.5) / 6)) for k in range(6)]
@@ -164,5 +171,5 @@ def test_the_minimum_is_one_epoch():
     model, seen = nn.Linear(4, 3).double(), []
     recipe = Minimum(weight_decay=0.01)
     recipe(model, examples(), class_losses, 0, lambda *epoch: seen.append(epoch))
-    assert seen == [(1, 1.0)]
+    assert seen == [(1, 1.0, None)]
     assert recipe.epochs == 1

@@ -17,7 +17,7 @@ from benchmarks.settings.kept_scores import Variant, scored
 from benchmarks.settings.methods import METHODS, Question, last_linear, make_method
 from benchmarks.settings.models.perceptrons import perceptron
 from benchmarks.settings.plan import Plan, Result
-from benchmarks.settings.recipes import MiniBatches
+from benchmarks.settings.recipes import MiniBatches, WarmupCosine
 from benchmarks.settings.run import report, run
 from benchmarks.settings.workplace import Workplace
 from influence_kit.errors import InvalidArgumentError
@@ -237,8 +237,9 @@ TINY_MLP = replace(
 # a thousand steps, and curvature of what is hardly trained: too slow, or refused with a reason
 SLOW = ["LiSSAInfluenceFunction", "CGInfluenceFunction", "NystromInfluenceFunction"]
 CASES = [
-    *((WINE, kind) for kind in METHODS if kind != SLOW[0]),
-    *((TINY_MLP, kind) for kind in METHODS if kind not in SLOW),
+    *((WINE, kind) for kind in METHODS if kind not in (SLOW[0], "SOURCE", "LESS")),
+    *((TINY_MLP, kind) for kind in METHODS if kind not in (*SLOW, "LESS")),
+    (replace(TINY_MLP, recipe=MiniBatches(4, 16, 0.01, "adamw")), "LESS"),
     *(
         (SETTINGS["diabetes-ridge"], kind)
         for kind in ("TRAK", "KNNShapley", "EKFACInfluenceFunction")
@@ -265,6 +266,26 @@ def test_methods_of_training_get_all_checkpoints_and_others_the_last():
     assert make_method("GradDot", question).checkpoints == trained.checkpoints[-1:]
     members = [c["state_dict"] for c in trained.checkpoints[:2]]
     assert make_method("TRAK-2", question._replace(members=members)).checkpoints == members
+
+
+def test_source_gets_the_sums_of_the_learning_rates():
+    data = TINY_MLP.load(sizes=Sizes(40, 3))
+    question = Question(TINY_MLP, data, TINY_MLP.train_with_checkpoints(data, 3))
+    source = make_method("SOURCE", question)
+    # after epochs 1, 2 and 4, of three steps each, at 0.1 with momentum 0.9
+    assert source.inverse.rate_sums == pytest.approx([3, 3, 6])
+
+
+def test_methods_of_an_optimizer_refuse_others(wine):
+    question = Question(WINE, wine, WINE.train_with_checkpoints(wine, 1))
+    with pytest.raises(InvalidArgumentError, match="SOURCE follows SGD; wine-lr is trained by Min"):
+        make_method("SOURCE", question)
+    with pytest.raises(InvalidArgumentError, match="LESS follows Adam; wine-lr is trained by Min"):
+        make_method("LESS", question)
+    schedule = WarmupCosine(warmup=0.5, floor=0.1)
+    slower = replace(TINY_MLP, recipe=replace(TINY_MLP.recipe, schedule=schedule))
+    with pytest.raises(InvalidArgumentError, match="SOURCE follows SGD; digits-mlp is trained by"):
+        make_method("SOURCE", question._replace(setting=slower))
 
 
 def test_the_damping_of_a_minimum_is_its_weight_decay(wine):

@@ -5,8 +5,10 @@ import pickle
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from sklearn.preprocessing import StandardScaler
 from small_files import write_cifar_binary, write_maestro, write_mnist, write_tokenizer
 
 import influence_kit
@@ -17,7 +19,7 @@ from benchmarks.settings.models.gpt2 import new_gpt2
 from benchmarks.settings.models.resnet9 import resnet9
 from benchmarks.settings.models.transformer import GPT, MusicTransformer
 from benchmarks.settings.readers import music
-from benchmarks.settings.recipes import MiniBatches, Minimum, WarmupCosine
+from benchmarks.settings.recipes import MiniBatches, Minimum, WarmupCosine, WarmupLine
 from influence_kit.errors import InvalidArgumentError
 
 GPT2_SIZES = {"n_positions": 512, "n_embd": 8, "n_layer": 2, "n_head": 2}
@@ -46,9 +48,9 @@ def write_texts(folder):
         (folder / f"wikitext-2/wiki.{part}.tokens").write_text(text)
 
 
-def write_concrete(folder):
+def write_concrete(folder, count=12):
     generator = torch.Generator().manual_seed(0)
-    rows = torch.rand(12, 9, generator=generator).tolist()
+    rows = torch.rand(count, 9, generator=generator).tolist()
     text = "\n".join("\t".join(f"{value:.3f}" for value in row) for row in rows)
     (folder / "concrete.data").write_text(text)
 
@@ -61,12 +63,15 @@ WRITERS = {
     "maestro-music-transformer": write_maestro,
     "shakespeare-nanogpt": write_shakespeare,
     "wikitext2-gpt2": write_wikitext,
+    "wikitext2-gpt2-leaderboard": write_wikitext,
     "texts": write_texts,
     "mnist-pixels": write_mnist,
     "mnist-normalised": write_mnist,
     "mnist-lr-1000": write_mnist,
     "cifar2-cnn": partial(write_cifar_binary, count=10),
     "concrete": write_concrete,
+    "concrete-mlp": partial(write_concrete, count=20),
+    "shakespeare-gpt": write_shakespeare,
 }
 # models of the same kind that a test can train
 SMALL = {
@@ -215,6 +220,32 @@ def test_a_table_that_is_not_of_concrete_is_refused(tmp_path):
         SETTINGS["concrete"].load(tmp_path)
 
 
+def test_the_split_of_concrete_is_that_of_kronfluences_example(tmp_path):
+    write_concrete(tmp_path, count=20)
+    rows = np.loadtxt(tmp_path / "concrete.data")
+    chosen = np.random.RandomState(0).choice(np.arange(20), 20, replace=False)
+    scaler = StandardScaler().fit(rows[chosen[:18]])
+    data = SETTINGS["concrete-mlp"].load(tmp_path, Sizes(18, 2))
+    for part, own in ((data.train, chosen[:18]), (data.test, chosen[18:])):
+        expected = torch.from_numpy(scaler.transform(rows[own])).float()
+        torch.testing.assert_close(torch.cat(part.tensors, 1), expected)
+
+
+def test_shakespeare_by_words_is_read_in_windows_of_one_vocabulary(tmp_path):
+    # 35,201 words are read; "rare" is twice among them, and "late" behind them
+    (tmp_path / "input.txt").write_text("a rare , " + "to be " * 17_599 + "rare late late late")
+    data = SETTINGS["shakespeare-gpt"].load(tmp_path, Sizes(990, 110))
+    assert data.vocabulary == ("<unknown>", "be", "to")
+    parts = zip(data.train.tensors, data.test.tensors, strict=True)
+    inputs, targets = (torch.cat(pair) for pair in parts)
+    assert inputs.shape == targets.shape == (1100, 32)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    assert int((inputs == 0).sum()) == 3
+    follows = {(1, 2), (2, 1), (0, 0), (0, 2)}
+    pairs = torch.stack([inputs, targets], -1).flatten(0, 1).tolist()
+    assert {tuple(pair) for pair in pairs} <= follows
+
+
 def test_recipes_are_the_published_ones():
     recipes = {name: setting.recipe for name, setting in SETTINGS.items()}
     sgd = partial(MiniBatches, optimizer="sgd")
@@ -223,10 +254,16 @@ def test_recipes_are_the_published_ones():
     assert recipes["cifar2-resnet9"] == sgd(10, 64, 0.01, momentum=0.9)
     assert recipes["digits-mlp"] == sgd(20, 64, 0.03, momentum=0.9, weight_decay=1e-3)
     assert recipes["wikitext2-gpt2"] == MiniBatches(3, 8, 5e-5, "adamw", weight_decay=0.01)
+    line = WarmupLine(warmup=0.25, floor=0.1)
+    leaderboard = MiniBatches(4, 256, 4e-4, "adamw", schedule=line)
+    assert recipes["wikitext2-gpt2-leaderboard"] == leaderboard
+    assert recipes["concrete-mlp"] == sgd(40, 32, 0.03, weight_decay=1e-5)
     sizes = {name: tuple(setting.sizes) for name, setting in SETTINGS.items()}
     assert sizes["mnist-lr"] == (5000, 500)
     assert sizes["shakespeare-nanogpt"] == (3921, 435)
+    assert sizes["wikitext2-gpt2-leaderboard"] == (4608, 50)
     assert sizes["digits-mlp"] == (1437, 100)
+    assert sizes["concrete-mlp"] == (927, 103)
 
 
 def test_checkpoints_are_evenly_spaced_and_end_at_the_model():
@@ -245,6 +282,17 @@ def test_checkpoints_are_evenly_spaced_and_end_at_the_model():
     short = replace(setting, recipe=MiniBatches(2, 16, 0.1)).train(data, seed=1).state_dict()
     start = plain.train_with_checkpoints(data, 2, seed=1).checkpoints[0]["state_dict"]
     assert all(torch.equal(value, short[key]) for key, value in start.items())
+
+
+def test_checkpoints_of_adam_hold_its_moments():
+    recipe = MiniBatches(2, 16, 0.1, "adamw")
+    setting = replace(SETTINGS["digits-mlp"], recipe=recipe)
+    data = setting.load(sizes=Sizes(32, 2))
+    first, last = setting.train_with_checkpoints(data, 2, seed=1).checkpoints
+    steps = [float(one["optimizer"]["state"][0]["step"]) for one in (first, last)]
+    assert steps == [2, 4]
+    plain = replace(setting, recipe=MiniBatches(2, 16, 0.1))
+    assert "optimizer" not in plain.train_with_checkpoints(data, 1).checkpoints[0]
 
 
 def test_no_more_checkpoints_than_epochs():

@@ -803,6 +803,32 @@ def test_layerwise_methods(method: str, name: str) -> None:
     check(method, name, make(method, name, damping=damping), inverse_for(method, name, damping))
 
 
+@every_case
+@pytest.mark.parametrize("kind", ["parameter", "some", "full"])
+def test_datainf_by_other_blocks(kind: str, name: str) -> None:
+    blocks = named_blocks(name, kind)
+    gradients = dict(columns_of(name, train_gradients(name)))
+    squares = {
+        block: sum(gradients[one].square().sum(1) for one in names).mean()
+        for block, names in blocks.items()
+    }
+    sizes = {
+        block: sum(gradients[one].shape[1] for one in names) for block, names in blocks.items()
+    }
+    dampings = {block: 0.1 * float(squares[block]) / sizes[block] for block in blocks}
+    inverse = dense.datainf_inverse(model_at(name), train_gradients(name), blocks, dampings)
+    datainf = make("DataInf", name, blocks=kind)
+    check("DataInf", name, datainf, inverse)
+    assert datainf.damping_used[0] == pytest.approx(dampings)
+
+
+def columns_of(name: str, rows: Tensor) -> list[tuple[str, Tensor]]:
+    """The columns of each parameter of a case's model."""
+    parameters = dict(model_at(name).named_parameters())
+    columns = rows.split([p.numel() for p in parameters.values()], dim=1)
+    return list(zip(parameters, columns, strict=True))
+
+
 @both_kronecker
 @pytest.mark.parametrize(
     ("layers", "padded"),

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from influence_kit.checkpoints.discovery import LoadFunction, load_checkpoint
 from influence_kit.curvature.damping import DampingArgument
 from influence_kit.curvature.mean_inverse import MeanOfInverses
+from influence_kit.curvature.operator_inverses import BlockArgument
 from influence_kit.gradients.gradient_source import Verify
 from influence_kit.losses.loss import LossFunction
 from influence_kit.losses.margins import OutputFunction
@@ -21,7 +22,7 @@ from influence_kit.methods.layer_names import Layers
 
 @documented
 class DataInf(InfluenceFunction):
-    r"""score = sum over layers of grad loss(test)^T R_l grad loss(train).
+    r"""score = sum over blocks of grad loss(test)^T R_l grad loss(train).
 
     .. math::
         R_l = \frac{1}{n} \sum_j (g_{jl} g_{jl}^T + \lambda_l I)^{-1}
@@ -37,9 +38,12 @@ class DataInf(InfluenceFunction):
     one run, evenly over its steps, are recommended (``select_checkpoints``).
 
     Args:
-        damping: lambda: a positive number, a dict by layer, or "auto" (or "mean"), the
-            paper's 0.1 times the mean of ``|g|^2 / p`` in the layer of p parameters; "trace" takes
+        damping: lambda: a positive number, a dict by block, or "auto" (or "mean"), the
+            paper's 0.1 times the mean of ``|g|^2 / p`` in the block of p parameters; "trace" takes
             the smaller of p and n for p.
+        blocks: "layer", "parameter" (weight and bias apart, each with its damping, as the authors'
+            code has it), "full", or names of parameters by block. The guide on how to choose a
+            method shows what that changes.
         hessian_dataset: the data over which R is a mean; the training set if None.
         relative: RelatIF: None, "l" or "theta".
 
@@ -69,6 +73,7 @@ class DataInf(InfluenceFunction):
         sample_wise_grads_per_batch: bool | None = None,
         *,
         damping: DampingArgument = "auto",
+        blocks: BlockArgument = "layer",
         hessian_dataset: Dataset[Any] | DataLoader[Any] | None = None,
         relative: Literal["theta", "l"] | None = None,
         seed: int = 0,
@@ -89,7 +94,7 @@ class DataInf(InfluenceFunction):
             batch_size,
             test_loss_fn,
             sample_wise_grads_per_batch,
-            inverse=MeanOfInverses(damping, seed),
+            inverse=MeanOfInverses(damping, seed, blocks),
             hessian_dataset=hessian_dataset,
             relative=relative,
             test_output_fn=test_output_fn,
