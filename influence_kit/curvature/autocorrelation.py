@@ -13,21 +13,21 @@ from torch import Tensor
 from influence_kit.core.arguments import check_number
 from influence_kit.curvature.damping import MEAN, TRACE, DampingArgument
 from influence_kit.curvature.fit_data import FitData
+from influence_kit.curvature.inverse_curvature import State
 from influence_kit.curvature.operator_inverses import (
     BlockArgument,
     Explicit,
     blocks_within_memory,
 )
 from influence_kit.curvature.outer_products import OuterProducts
+from influence_kit.curvature.wording import Wording
+from influence_kit.gradients.per_example import Transform
 from influence_kit.operators.block import Block
-from influence_kit.operators.wording import Wording
+from influence_kit.operators.indefinite import IndefiniteBlockError, indefinite
 
 # the matrix is not a curvature
-OF_GRADIENTS = Wording(
-    matrix="R",
-    block="R of block '{}'",
-    remedy="a model in float64: R has negative eigenvalues by rounding alone",
-)
+OF_GRADIENTS = Wording(matrix="R")
+FLOAT64 = "a model in float64: R has negative eigenvalues by rounding alone"
 
 
 class Autocorrelation(Explicit):
@@ -66,6 +66,13 @@ class Autocorrelation(Explicit):
         products = OuterProducts(features, examples, data.partition, data.sample)
         pairs = zip(of_training, blocks_within_memory(products), strict=True)
         return [_mixed(train, other, self.mixing) for train, other in pairs]
+
+    def inverse(self, state: State, damping: Tensor, data: FitData) -> Transform:
+        try:
+            return super().inverse(state, damping, data)
+        except IndefiniteBlockError as error:
+            values, added = error.eigenvalues, error.damping
+            raise indefinite(values, added, "R", remedy=FLOAT64) from None
 
 
 def _mixed(train: Block, other: Block, share: float) -> Block:
