@@ -236,7 +236,10 @@ class TokenInfluence:
         if not isinstance(features, SideFeatures):
             self._refuse("made in another way than as the gradients of one batch")
         for transform in side.transforms:
-            if not (is_scale(transform) or is_linear(transform)):
+            # features are all that is cached of tokens
+            if not (
+                is_scale(transform) or is_linear(transform) or transform == method._map.of_cached
+            ):
                 self._refuse(f"transformed by {_name(transform)}, which is not linear in them")
         source = TokenSource(method._source, "term" if self.per_token == TERMS else "position")
         found = method._map.with_source(source)
