@@ -19,15 +19,21 @@ from influence_kit import TracInCP
 from influence_kit.data.checked_batches import CheckedBatches
 from influence_kit.gradients.gradient_source import GradientSource
 from influence_kit.losses.loss import Loss
-from influence_kit.methods.base import InfluenceBase
+from influence_kit.methods.base import ExampleInfluence
+from influence_kit.methods.caches import Caches
 
 # what is verification and no part of the scores
 CHECKS: dict[str, list[tuple[type, str]]] = {
     "gradients": [(GradientSource, "_first_check"), (GradientSource, "_check_again")],
     "loss": [(Loss, "_compare")],
     "data": [(CheckedBatches, "check_draws"), (CheckedBatches, "_compare")],
-    "what is kept": [(InfluenceBase, "_check_sources"), (InfluenceBase, "_note")],
-    "the model": [(InfluenceBase, "_probe")],
+    "what is kept": [
+        (Caches, "check_sources"),
+        (Caches, "check_weights"),
+        (Caches, "note"),
+        (Caches, "note_given"),
+    ],
+    "the model": [(ExampleInfluence, "_probe")],
 }
 ROUNDS = 5
 HEAD = """# Checks
