@@ -31,9 +31,10 @@ from influence_kit.evaluation import half_subsets, linear_datamodeling_score
 HEADING = "# MAGIC over several runs"
 SEEDS = 5000  # other seeds than those of the models on halves
 COUNTS = (1, 3, 10, 30)
+LASTS = (1, 92)  # states whose outputs are averaged: the last one, and those of 4 epochs
 
 
-def scores_of(data: Data, rows: Tensor, seed: int) -> Tensor:
+def scores_of(data: Data, rows: Tensor, seed: int, last: int) -> Tensor:
     """MAGIC's scores ``[m, n]`` of one run on some of the training images; 0 for the others."""
     inputs, targets = data.train.tensors
     model, loss_fn = network(RUNS[0], seed), nn.CrossEntropyLoss()
@@ -46,7 +47,9 @@ def scores_of(data: Data, rows: Tensor, seed: int) -> Tensor:
             trace.record(indices)
             optimizer.step()
     measure = SETTINGS["digits-mlp"].measurement
-    magic = MAGIC(model, data.train, trace=trace, loss_fn=loss_fn, test_output_fn=measure)
+    magic = MAGIC(
+        model, data.train, trace=trace, loss_fn=loss_fn, test_output_fn=measure, last=last
+    )
     return magic.influence(data.test.tensors)
 
 
@@ -88,7 +91,9 @@ def main() -> None:
     for name, kept in kept_by.items():
         scores = []
         for run in range(given.runs):
-            scores.append(scores_of(data, kept[run].nonzero()[:, 0], SEEDS + run).double())
+            scores.append(
+                scores_of(data, kept[run].nonzero()[:, 0], SEEDS + run, given.last).double()
+            )
             print(name, run, judged(scores[-1:], kept[run:], 1, truths), file=sys.stderr)
         cells = " | ".join(judged(scores, kept, count, truths) for count in counts)
         lines.append(f"| {name} | {cells} |")
@@ -100,12 +105,14 @@ def main() -> None:
             "Written by `python -m benchmarks.magic_runs --write`. The linear datamodeling score",
             "on digits-mlp (100 halves, 10 models each; noise ceiling as in QUALITY.md) of scores",
             "averaged over runs of other seeds: the mean over disjoint groups of runs, with its",
-            "standard error where there are several. A run costs a training and a replay.",
+            "standard error where there are several. What is explained is the log-odds of the",
+            "label, as a mean over the last states of the run (`MAGIC(last=...)`): one, or those of",
+            "4 epochs. A run costs a training and a replay.",
             "",
             machine(),
             "",
-            f"| each run trains on | {heads} |",
-            "|" + " --- |" * (len(counts) + 1),
+            f"| each run trains on | `last` | {heads} |",
+            "|" + " --- |" * (len(counts) + 2),
             *lines,
             "",
         ]

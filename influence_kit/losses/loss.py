@@ -66,13 +66,16 @@ class Loss:
     @property
     def shift(self) -> int:
         """By how many positions labels lag behind logits: 1 for a language model's own loss."""
-        return int(bool(self._own) and self._own[0].formula is next_token_losses)
+        own = self._formula
+        return int(isinstance(own, OwnLoss) and own.formula is next_token_losses)
 
     @property
     def own_of_tokens(self) -> OwnLoss | None:
         """The loss per example that gives the model's own, if it is one of tokens."""
-        own = self._own[0] if self._own else None
-        return own if own and own.formula in (next_token_losses, token_losses) else None
+        own = self._formula
+        if isinstance(own, OwnLoss) and own.formula in (next_token_losses, token_losses):
+            return own
+        return None
 
     @property
     def function(self) -> Any:

@@ -18,7 +18,7 @@ from influence_kit.curvature.sampled_slopes import SampledSlopes
 from influence_kit.data.batches import SLOPES
 from influence_kit.data.class_labels import with_logits
 from influence_kit.losses.loss import Loss
-from influence_kit.losses.model_losses import example_means, next_token_losses
+from influence_kit.losses.model_losses import READINGS, OwnLoss, next_token_losses
 
 C, T, N = 3, 4, 7
 
@@ -160,7 +160,7 @@ KINDS = {
     ),
     "tokens, mean": Kind(token_means, of_tokens, over_count, classes),
     "next tokens": Kind(
-        partial(example_means, next_token_losses),
+        OwnLoss(next_token_losses, READINGS[0]),
         of_next_tokens,
         partial(over_count, shift=1),
         classes,

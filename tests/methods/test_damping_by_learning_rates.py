@@ -143,7 +143,8 @@ def test_the_units_of_outer_products_against_the_gauss_newton_matrix(
     """The mean squared gradient over all random signs is the trace, in the units of the loss."""
     data, states = TensorDataset(X, labels), [LINEAR.state_dict()]
     found = KFACInfluenceFunction(LINEAR, data, states, loss_fn=loss, curvature=curvature).fit()
-    observed = found._fit_data(0).observed(0, draw=0, at_data=curvature != "fisher")
+    with found.session() as loader:
+        observed = found._fit_data(0, loader).observed(0, draw=0, at_data=curvature != "fisher")
     traces = []
     for pattern in itertools.product((-1.0, 1.0), repeat=3):
 

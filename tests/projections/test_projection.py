@@ -173,7 +173,7 @@ def test_every_layer_as_it_is(case: LayerCase) -> None:
 
 @every_layer
 def test_every_layer_in_a_small_workspace(case: LayerCase, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("forms", "rows", "functional"):
+    for name in ("form", "rows", "functional"):
         monkeypatch.setattr(f"influence_kit.gradients.{name}.workspace_bytes", lambda device: 300)
     model, names, gradients, expected = prepared(case)
     project = projection(model, names, "orthogonal", then=False)
