@@ -10,6 +10,7 @@ mean over the runs that saw it.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,15 +89,14 @@ def main() -> None:
     }
     counts = [count for count in COUNTS if count <= given.runs]
     lines = []
-    for name, kept in kept_by.items():
+    for last, (name, kept) in itertools.product(LASTS, kept_by.items()):
         scores = []
         for run in range(given.runs):
-            scores.append(
-                scores_of(data, kept[run].nonzero()[:, 0], SEEDS + run, given.last).double()
-            )
-            print(name, run, judged(scores[-1:], kept[run:], 1, truths), file=sys.stderr)
+            rows = kept[run].nonzero()[:, 0]
+            scores.append(scores_of(data, rows, SEEDS + run, last).double())
+            print(name, last, run, judged(scores[-1:], kept[run:], 1, truths), file=sys.stderr)
         cells = " | ".join(judged(scores, kept, count, truths) for count in counts)
-        lines.append(f"| {name} | {cells} |")
+        lines.append(f"| {name} | {last} | {cells} |")
     heads = " | ".join(f"{count} runs" if count > 1 else "1 run" for count in counts)
     section = "\n".join(
         [
