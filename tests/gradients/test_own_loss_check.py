@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import influence_kit as ik
+from influence_kit.errors import InvalidArgumentError
 
 N, T, V = 16, 6, 7
 Own = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -49,7 +50,7 @@ def examples(equal: int, without: int = 0) -> list[dict[str, Tensor]]:
 
 def method(own: Own, rows: list[Any]) -> ik.GradDot:
     model = Model(own)
-    loader = torch.utils.data.DataLoader(rows, batch_size=4)  # type: ignore[arg-type]
+    loader: Any = torch.utils.data.DataLoader(rows, batch_size=4)  # type: ignore[arg-type]
     return ik.GradDot(model, loader, [model.state_dict()])
 
 
@@ -77,7 +78,7 @@ def test_equal_examples(own: Own) -> None:
 def test_unequal_examples_in_a_later_batch() -> None:
     rows = examples(12)
     test = torch.utils.data.default_collate(rows[:2])
-    with pytest.raises(ik.InvalidArgumentError, match="is not a mean over examples"):
+    with pytest.raises(InvalidArgumentError, match="is not a mean over examples"):
         method(smoothed, rows).influence(test)
 
 
@@ -85,7 +86,7 @@ def test_no_labels_in_a_later_batch() -> None:
     rows = examples(N)
     rows[13]["labels"][:] = -100
     test = torch.utils.data.default_collate(rows[:2])
-    with pytest.raises(ik.InvalidArgumentError, match=r"is not finite alone .*no mean"):
+    with pytest.raises(InvalidArgumentError, match=r"is not finite alone .*no mean"):
         method(smoothed, rows).influence(test)
 
 
@@ -93,5 +94,5 @@ def test_no_labels_in_a_later_batch() -> None:
 def test_an_added_loss_of_value_zero(without: int) -> None:
     rows = examples(2, without)
     test = torch.utils.data.default_collate(rows[2:4])
-    with pytest.raises(ik.InvalidArgumentError, match="loss"):
+    with pytest.raises(InvalidArgumentError, match="loss"):
         method(with_zero, rows).influence(test)
