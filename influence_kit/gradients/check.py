@@ -111,7 +111,10 @@ def _settle_loss(model: nn.Module, batch: Batch, loss: Loss, is_wide: bool) -> N
                 small = take(batch, torch.arange(n)[torch.tensor(usable)])
             singles = [run for run, finite in zip(runs, usable, strict=True) if finite]
             close = WIDENED.alone if is_wide else tolerance_of(next(model.parameters())).alone
-            outputs = together if small is batch else call_model(model, small)
+            outputs = together
+            if small is not batch:
+                with torch.set_grad_enabled(not loss.is_of_outputs):
+                    outputs = call_model(model, small)
             try:
                 loss.settle((outputs, small), singles, close / 50)
             except InvalidArgumentError as error:

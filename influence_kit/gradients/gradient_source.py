@@ -19,6 +19,7 @@ from influence_kit.gradients.check import check
 from influence_kit.gradients.check_schedule import Schedule
 from influence_kit.gradients.drawn_examples import drawn, drawn_of_batch, few_examples
 from influence_kit.gradients.explanation import explanation
+from influence_kit.gradients.own_loss_check import check_own_loss
 from influence_kit.gradients.per_example import Gradients
 from influence_kit.gradients.spot_check import added_up, compare, compare_widely, not_yet_moving
 from influence_kit.losses.loss import Loss
@@ -92,6 +93,8 @@ class GradientSource:
     def __call__(self, batch: Batch, loss: Loss) -> Gradients:
         """The gradients of each example of a batch, which must be on the model's device."""
         is_checked = self._first_check(batch, loss)
+        with self._named():
+            check_own_loss(self.capture.model, batch, loss)
         gradients = self._captured(batch, loss)
         if self.verify == "repeated":
             self._check_again(batch, loss, gradients, is_checked)
@@ -118,6 +121,8 @@ class GradientSource:
         if not self._schedule.is_new(key):
             return
         n = example_count(batch)
+        with self._named():
+            check_own_loss(self.capture.model, batch, loss)
         if loss.compares and index is not None:
             where = f"the batch that begins with example {index}"
             with torch.no_grad(), self._named():

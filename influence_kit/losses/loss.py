@@ -78,6 +78,11 @@ class Loss:
         return None
 
     @property
+    def is_own_by_values(self) -> bool:
+        """Whether it is the model's own loss, known as a sum or mean by its values alone."""
+        return self._is_models_own and not self._own and self.reduction in ("sum", "mean")
+
+    @property
     def function(self) -> Any:
         """What is called with outputs and targets: the user's function, if there is one."""
         formula: Any = self._formula
@@ -255,7 +260,9 @@ class Loss:
             return  # integers have no graph; they are refused when they are to be differentiated
         # a model of float64 may compute its loss in float32
         closeness = max(closeness, torch.finfo(singles.dtype).eps ** 0.5)
-        if self._is_models_own and self._take_formula(together, singles, closeness):
+        # what was the sum or mean of other values in earlier batches is none of the formulas
+        is_new = self._is_models_own and self.reduction is None
+        if is_new and self._take_formula(together, singles, closeness):
             return
         scale = closeness * singles.abs().max()
         found = [

@@ -15,8 +15,10 @@ from influence_kit.core.dtypes import HALF
 from influence_kit.data.class_labels import IGNORED_LABEL, logits_of
 from influence_kit.errors import InvalidArgumentError
 
-# the tolerance of slopes, relative to the largest
-SLOPES_CLOSE = 1e-2
+# the tolerance of slopes, relative to the largest: in half precision, and else
+SLOPES_CLOSE_HALF, SLOPES_CLOSE = 1e-2, 1e-5
+# gradients of parameters add up the differences of slopes
+GRADIENTS_CLOSE = 10
 
 # each example's losses summed, and their number, both ``[n]``; None if the shapes do not fit
 OwnFormula = Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None]
@@ -66,21 +68,32 @@ class OwnLoss:
         return self.reading.whole(*self._found(logits, labels))
 
     def has_slopes(self, outputs: Any, labels: Tensor, own: Tensor) -> bool:
-        """Whether the model's own loss has this loss's gradient at the logits, if any.
+        """Whether the model's own loss has this loss's gradients, if any.
 
-        If a model's head is zero, all formulas have the same values, and only gradients differ.
+        At the logits: if a model's head is zero, all formulas have the same values, and only
+        gradients differ. At the parameters: an added loss of hidden layers has no slopes there,
+        and its value may be small, or zero.
         """
         logits = logits_of(outputs)
         if not (logits.requires_grad and own.requires_grad):
             return True
-        (expected,) = torch.autograd.grad(own, logits, retain_graph=True, allow_unused=True)
-        if expected is None:  # the loss was computed from a copy
-            return True
-        leaf = logits.detach().requires_grad_()
+        close = SLOPES_CLOSE_HALF if {logits.dtype, own.dtype} & set(HALF) else SLOPES_CLOSE
         with torch.enable_grad():
-            (slopes,) = torch.autograd.grad(self.whole(leaf, labels), leaf)
-        close = SLOPES_CLOSE * expected.abs().max()
-        return bool(((slopes - expected).abs() <= close).all())
+            (expected,) = torch.autograd.grad(own, logits, retain_graph=True, allow_unused=True)
+            if expected is not None:  # else the loss was computed from a copy
+                leaf = logits.detach().requires_grad_()
+                (slopes,) = torch.autograd.grad(self.whole(leaf, labels), leaf)
+                if not _are_close(slopes, expected, close):
+                    return False
+            rest = own - self.whole(logits, labels)
+            leaves = _leaves(rest)
+            whole, others = (
+                torch.autograd.grad(one, leaves, retain_graph=True, materialize_grads=True)
+                for one in (own, rest)
+            )
+        size = max(gradient.abs().max() for gradient in whole)
+        limit = GRADIENTS_CLOSE * close * size
+        return all(bool(gradient.abs().max() <= limit) for gradient in others)
 
     def _found(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         found = self.formula(logits, labels)
@@ -192,6 +205,28 @@ def still_own(losses: list[OwnLoss], outputs: Any, labels: Tensor, where: str) -
         )
     nearest = (expected - own).abs().argsort(stable=True).tolist()
     return [losses[i] for i in nearest if fits[i]]
+
+
+def _are_close(found: Tensor, expected: Tensor, close: float) -> bool:
+    """Whether slopes are the same, relative to the largest and to the rounding of 1."""
+    limit = close * expected.abs().max() + 8 * torch.finfo(expected.dtype).eps
+    return bool(((found - expected).abs() <= limit).all())
+
+
+def _leaves(total: Tensor) -> list[Tensor]:
+    """The leaves of a sum's graph that require gradients, with entries."""
+    found: dict[int, Tensor] = {}
+    waiting: list[Any] = [total.grad_fn]
+    seen = set(waiting)
+    while waiting:
+        for node, _ in waiting.pop().next_functions:
+            variable = getattr(node, "variable", None)
+            if variable is not None and variable.numel():
+                found[id(variable)] = variable
+            elif node is not None and node not in seen:
+                seen.add(node)
+                waiting.append(node)
+    return list(found.values())
 
 
 def _is_half(value: Tensor) -> bool:
