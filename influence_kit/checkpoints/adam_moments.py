@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from influence_kit.checkpoints.discovery import label_of
 from influence_kit.checkpoints.optimizer_order import indices_by_name
 from influence_kit.core.arguments import is_finite_number, shown
+from influence_kit.core.dtypes import real
 from influence_kit.errors import InvalidArgumentError
 from influence_kit.learning_rates.accelerate_folder import accelerate_state
 from influence_kit.learning_rates.combined_file import wrapped_state
@@ -147,8 +148,13 @@ def _check_state(own: Any) -> None:
         raise DamagedState(
             f"the state of a parameter must have the tensors {FIRST} and {SECOND}; got {shown(own)}"
         )
-    if first.shape != second.shape or torch.isnan(second).any() or STEP not in own:
+    # of squares: a negative one would leave its entry out of the directions in silence
+    sound = real(second).is_floating_point() and bool((real(second) >= 0).all())
+    sound = sound and bool(torch.isfinite(first).all()) and first.shape == second.shape
+    if not sound or STEP not in own or int(own[STEP]) < 0:
         raise DamagedState(
-            f"{FIRST} and {SECOND} must have one shape, finite entries and a {STEP}; got shapes "
-            f"{list(first.shape)} and {list(second.shape)}"
+            f"{FIRST} and {SECOND} must have one shape, {FIRST} finite entries, {SECOND} "
+            f"floating-point ones of at least 0, and a {STEP} of at least 0; got shapes "
+            f"{list(first.shape)} and {list(second.shape)}, {second.dtype}, {STEP} "
+            f"{shown(own.get(STEP))}"
         )

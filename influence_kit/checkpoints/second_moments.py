@@ -123,11 +123,13 @@ def _second_moment(own: Any) -> Tensor:
             if row == NAMES[1][0]:  # transformers' means have one dimension less
                 rows, columns = rows.unsqueeze(-1), columns.unsqueeze(-2)
             found = _outer(rows, columns)
-        if isinstance(found, Tensor) and bool(torch.isfinite(found).all()):
+        # a negative mean of squares would leave its entry out in silence
+        if isinstance(found, Tensor) and bool(torch.isfinite(found).all() and (found >= 0).all()):
             return found
     raise DamagedState(
         f"the state of a parameter must have finite tensors {' or '.join(map(str, NAMES))}: means "
-        f"of squares over rows and columns that fit, or of all entries; got {shown(own)}"
+        "of squares, none below 0, over rows and columns that fit, or of all entries; got "
+        f"{shown(own)}"
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 
+from influence_kit.errors import CurvatureError
 from influence_kit.operators.checks import check_products
 from influence_kit.operators.twice_differentiable import twice_differentiable
 
@@ -146,14 +147,14 @@ class EitherMode:
     def __call__(self, product: Callable[[Mode], Result]) -> Result:
         """Call the product with the mode that works."""
         if self.mode == "reverse":
-            return product("reverse")
+            return _reversed(product)
         try:
             return product("forward")
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:
             # an error of the user's own code is raised again here
-            found = product("reverse")
+            found = _reversed(product)
             self.mode = "reverse"
             warnings.warn(
                 "the model has an operation without forward-mode derivative or batching rule "
@@ -162,6 +163,21 @@ class EitherMode:
                 stacklevel=2,
             )
             return found
+
+
+def _reversed(product: Callable[[Mode], Result]) -> Result:
+    """The product in reverse mode; an error that says what to do if torch has no derivative."""
+    try:
+        return product("reverse")
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        if not ("derivative for" in said and "not implemented" in said):
+            raise
+        raise CurvatureError(
+            f"an operation of the model or loss cannot be differentiated twice in torch ({said}): "
+            "write it with plain operations (an influence function's curvature='empirical_fisher' "
+            "needs first derivatives only)"
+        ) from error
 
 
 def _vmapped(product: Callable[[Tree], dict[str, Tensor]], vectors: Tree) -> dict[str, Tensor]:

@@ -166,8 +166,21 @@ REFUSED = {
     ),
     "NaN": (
         changed(state={"exp_avg_sq": torch.full((4, 3), torch.nan)}),
-        "must have one shape, finite entries and a step",
+        "must have one shape, exp_avg finite entries, exp_avg_sq",
     ),
+    "negative squares": (
+        changed(state={"exp_avg_sq": torch.full((4, 3), -1.0)}),
+        "floating-point ones of at least 0",
+    ),
+    "integer squares": (
+        changed(state={"exp_avg_sq": torch.ones(4, 3, dtype=torch.int)}),
+        "floating-point ones of at least 0.* torch.int32",
+    ),
+    "NaN first": (
+        changed(state={"exp_avg": torch.full((4, 3), torch.nan)}),
+        "exp_avg finite entries",
+    ),
+    "negative step": (changed(state={"step": -3}), "a step of at least 0; .* step -3"),
 }
 
 

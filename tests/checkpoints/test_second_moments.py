@@ -77,6 +77,7 @@ def damaged(**changed: Any) -> dict[str, Any]:
     [
         {"row_var": None},
         {"row_var": torch.full((4, 1), torch.nan)},
+        {"row_var": -torch.ones(4, 1)},
         {"row_var": torch.ones(3)},
         {"row_var": torch.ones(4, 2)},
         {"col_var": torch.ones(2, 3)},

@@ -13,11 +13,14 @@ from torch.nn.utils import weight_norm as hooked_weight_norm
 from torch.nn.utils.parametrizations import weight_norm
 
 from influence_kit import ExplicitInfluenceFunction
+from influence_kit.errors import CurvatureError
 from influence_kit.operators import hessian_product
+from influence_kit.operators.products import EitherMode
 from influence_kit.operators.twice_differentiable import twice_differentiable
 
 STEP, CLOSE = 1e-5, 1e-8
-X, Y = torch.randn(6, 4).double(), torch.arange(6) % 3
+X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double()
+Y = torch.arange(6) % 3
 NORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "rows": weight_norm,
     "columns": lambda layer: weight_norm(layer, dim=1),
@@ -76,7 +79,7 @@ def test_hessian_products(norm: Any, mode: Any) -> None:
 @each_norm
 def test_influence_with_the_hessian(norm: Any) -> None:
     model, data = network(norm), torch.utils.data.TensorDataset(X, Y)
-    hessian, damping = differences(model), 2.0
+    hessian, damping = differences(model), 6.0
     slopes = torch.stack(
         [
             torch.cat(
@@ -112,3 +115,26 @@ def test_the_weights_are_those_of_torch(norm: Any) -> None:
     with twice_differentiable():
         assert_close(model(X), expected, 1e-14)
     assert torch.equal(model(X), expected)
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_an_operation_without_a_second_derivative_is_refused(curvature: Any) -> None:
+    model = nn.Linear(4, 3).double()
+    method = ExplicitInfluenceFunction(
+        model,
+        torch.utils.data.TensorDataset(X, Y),
+        [model.state_dict()],
+        loss_fn=nn.MultiMarginLoss(),
+        curvature=curvature,
+        damping=1.0,
+    )
+    with pytest.raises(CurvatureError, match=r"twice in torch \(derivative for aten::multi_margin"):
+        method.influence((X, Y))
+
+
+def test_an_error_of_the_users_code_is_theirs() -> None:
+    def product(mode: Any) -> Tensor:
+        raise RuntimeError(f"theirs in {mode}")
+
+    with pytest.raises(RuntimeError, match=r"^theirs in reverse$"):
+        EitherMode("curvature is")(product)
