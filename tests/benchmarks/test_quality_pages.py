@@ -45,8 +45,8 @@ NOT_MEASURED = {
     "cifar2-cnn": {"CGInfluenceFunction"},
     "mnist-mlp": {"CGInfluenceFunction"},
     "shakespeare-gpt": {"CGInfluenceFunction"},
-    "help-gpt": {"CGInfluenceFunction", "LoGra", "GraSS", "FactGraSS", "TRAK"},
-    "digits-mlp": {"LiSSAInfluenceFunction", "TRAK-10"},
+    "help-gpt": {"CGInfluenceFunction", "FactGraSS"},
+    "digits-mlp": {"LiSSAInfluenceFunction"},
 }
 
 
