@@ -145,6 +145,11 @@ class BatchAxes:
         seen = self._seen.get(structure_of(batch))
         return seen is not None and len(seen.ways) == 1
 
+    @property
+    def are_likeliest(self) -> bool:
+        """Whether the likeliest reading of all batches is used."""
+        return all(seen.taken == 0 for seen in self._seen.values())
+
     def try_another(self) -> bool:
         """Use the next reading of batches whose shapes allow several; False once all were tried.
 

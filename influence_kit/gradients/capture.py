@@ -133,6 +133,13 @@ class Capture:
         layouts = tuple(layer.layout for layer in self.layers)
         return layouts, tuple(self.without_rule), self.functional
 
+    def take_settings(self, settings: Any) -> None:
+        """Capture gradients as ``settings`` was at another time."""
+        layouts, without_rule, self.functional = settings
+        self.without_rule = list(without_rule)
+        for layer, layout in zip(self.layers, layouts, strict=True):
+            layer.layout = layout
+
     @property
     def scaled_by_frequency(self) -> set[str]:
         """The embedding tables whose gradients autograd divides by how often a batch holds an id.

@@ -131,6 +131,16 @@ class GradientSource:
         if repeats and self._schedule.due(self._checkpoint, loss, True, (), ()):
             added_up(self.capture, take(batch, drawn(n, 6, self._generator)), loss)
 
+    def state(self) -> Any:
+        """What the checks have found so far."""
+        return self.capture.settings, dict(self._checked)
+
+    def take_state(self, state: Any) -> None:
+        """Go back to what the checks had found at another time."""
+        settings, checked = state
+        self.capture.take_settings(settings)
+        self._checked = dict(checked)
+
     @property
     def _checkpoint(self) -> int | None:
         return None if self._loader is None else self._loader.current

@@ -244,7 +244,14 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
 
     def read_otherwise(self) -> bool:
         """Take another dimension as that of the examples; False if the shapes allow no other."""
-        return self._examples.axes.try_another()
+        axes = self._examples.axes
+        if axes.are_likeliest:
+            self._of_likeliest = self._source.state()
+        if axes.try_another():
+            return True
+        # all readings failed: what the others seemed to show of the model does not hold
+        self._source.take_state(self._of_likeliest)
+        return False
 
     @property
     def train_dataloader(self) -> CheckedBatches:
@@ -285,6 +292,7 @@ class ExampleInfluence(DataInfluence, metaclass=Made):
         self._parameters = dict(self._select(self.model, self.layers))
         differentiated = self._parameters if self._differentiates else {}
         self._source = GradientSource(self.model, differentiated, self.verify)
+        self._of_likeliest = self._source.state()
         for bind in self._bindings:
             bind()
 

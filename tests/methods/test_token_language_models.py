@@ -139,3 +139,17 @@ def test_llama_without_norms() -> None:
     for side in SIDES:
         found = method.influence(test, per_token=side)
         assert_close(found.sum(2), method.influence(test), 1e-8)
+
+
+def test_an_error_leaves_no_trace_of_other_readings_of_a_batch() -> None:
+    """Three examples of three keys allow several readings, which are tried after an error."""
+    model = gpt2()
+    terms = ik.TokenLogProbability("token", "position")
+    method = ik.TracInCP(model, Examples(batch(N)), [model.state_dict()], test_output_fn=terms)
+    test = batch(M) | {"token": torch.arange(M), "position": torch.tensor([0, -1, 1])}
+    expected = method.influence(test)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="does not show the term of each token"):
+            method.influence(test, per_token="test_terms")
+        for side in ("train", "test_positions"):
+            assert_close(method.influence(test, per_token=side).sum(2), expected, 1e-6)
