@@ -39,7 +39,7 @@ class LiSSA(OperatorInverse):
         scale: s, or "auto": 1.1 times the largest eigenvalue of C + damping.
         hessian_batch_size: examples sampled in each iteration; None for all of them.
         preconditioner: as ``Preconditioner`` takes it; "auto" (s) is then 1.1 times the largest
-            eigenvalue of M (C + damping).
+            eigenvalue of M (C_s + damping).
     """
 
     # each iteration has its own sample, and they are multiplied in order

@@ -15,8 +15,8 @@ from influence_kit.core.locks import FORWARD_MODE
 class _PlainWeightNorm(TorchFunctionMode):
     """Weight norm by plain operations.
 
-    torch's fused one has no forward mode, and its derivative with a graph leaves out how the norm
-    changes with the weight (torch 2.13): the Hessian is not symmetric.
+    torch's fused one has no forward mode, and its second derivative is wrong (torch 2.13): the
+    Hessian is not symmetric, and differs from central differences.
     """
 
     def __torch_function__(

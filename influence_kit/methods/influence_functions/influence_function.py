@@ -219,7 +219,7 @@ class InfluenceFunction(InnerProductInfluence):
         return self.train_at(index, partial(unit_influence, self._fitted.at(index), self.relative))
 
     @property
-    def is_symmetric(self) -> bool:  # type: ignore[override]
+    def is_symmetric(self) -> bool:  # type: ignore[override] # a class attribute of the base
         """Whether the inverse is a symmetric linear map (to the tolerance of a solver)."""
         return self.inverse.is_symmetric
 

@@ -39,7 +39,7 @@ class LiSSAInfluenceFunction(InfluenceFunction):
     .. math::
         h \leftarrow h + M \, (v - C_s h - \lambda h) / s, \qquad h \approx (C + \lambda I)^{-1} v
 
-    from h = M v, and a few dozen iterations are enough at a small damping; where examples are
+    from h = M v, whose number of iterations depends less on the damping; where examples are
     sampled, the result is the mean over the last half of them. ``preconditioner="ekfac"`` is ASTRA
     (arXiv 2507.14740): where a whole pass per iteration is too dear, take it in place of
     ``CGInfluenceFunction``, with a ``recursion_depth`` of 50 to 200.
@@ -54,7 +54,8 @@ class LiSSAInfluenceFunction(InfluenceFunction):
         recursion_depth: the number of iterations.
         num_repeat: how many series to average, each with its own samples.
         scale: s, or "auto": 1.1 times the largest eigenvalue of C + damping by power iteration (20
-            passes over the Hessian data); with a preconditioner, of M (C_s + damping).
+            passes over the Hessian data); with a preconditioner, of M (C_s + damping), by 100 products
+            with samples.
         hessian_batch_size: examples sampled in each iteration; None for all of them, which makes
             the result exact and each iteration one pass.
         preconditioner: M, as in ``CGInfluenceFunction``; None for the plain series.

@@ -67,9 +67,9 @@ class MAGIC(ExampleInfluence):
 
     The derivative is of one run with one seed. It predicts well what leaving out a few examples
     does where training is smooth (tanh or GELU, large batches), less well with ReLU:
-    ``smoothness`` measures that. Several traces (other seeds) are averaged; for models trained
-    again with other seeds, that and the mean over the states of the last epochs (``last``) predict
-    far better than one state of one run.
+    ``smoothness`` measures that. Several traces (other seeds) are averaged. On digits, that and the
+    mean over the states of the last epochs (``last``) predicted models trained again with other
+    seeds far better than one state of one run.
 
     Args:
         train_dataset: a ``Dataset`` that supports indexing, or a ``DataLoader`` that reads one in

@@ -42,7 +42,7 @@ from influence_kit.scoring.transforms import unit_influence
 from influence_kit.storage.folders import LOSSES, NORMS
 
 MOMENTS = ("adam", "adafactor")
-# the share of evaluation gradients in R for the paper's task with a fixed set of queries
+# the share of evaluation gradients in R, where there are any
 MIXING = 0.9
 
 
@@ -78,8 +78,8 @@ class TrackStar(InfluenceFunction):
             parameter group, where the shapes allow only one such order.
         eval_dataset: the examples of R_eval, of the task that test examples are from; their
             gradients are those of ``test_loss_fn`` or ``test_output_fn``. None for R = R_train.
-        mixing: lambda, from 0 to 1. The paper chose .9 for queries of one form (here the default)
-            and .99 for arbitrary text, so that about 1000 components are weighed down.
+        mixing: lambda, from 0 to 1: the share of the evaluation examples in R. The larger, the
+            more of what all queries have in common is weighed down. 0.9 by default.
         projection_dim, projection, seed: as in ``LoGra``.
         damping: added to the eigenvalues of R: a number, a dict by layer, or "auto" (or "trace"):
             the mean eigenvalue in the layer, its trace over min(entries of u, examples); "mean"
