@@ -54,8 +54,8 @@ class LiSSAInfluenceFunction(InfluenceFunction):
         recursion_depth: the number of iterations.
         num_repeat: how many series to average, each with its own samples.
         scale: s, or "auto": 1.1 times the largest eigenvalue of C + damping by power iteration (20
-            passes over the Hessian data); with a preconditioner, of M (C_s + damping), by 100 products
-            with samples.
+            passes over the Hessian data); with a preconditioner, of M (C_s + damping), by 100
+            products with samples.
         hessian_batch_size: examples sampled in each iteration; None for all of them, which makes
             the result exact and each iteration one pass.
         preconditioner: M, as in ``CGInfluenceFunction``; None for the plain series.
